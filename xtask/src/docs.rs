@@ -22,7 +22,7 @@ impl Docs {
         pages.push(("docs/json.md", json::page()?));
         for (page, text) in pages {
             let path = root().join(page);
-            if fs::read_to_string(&path).is_ok_and(|present| present == text) {
+            if fs::read_to_string(&path).is_ok_and(|current| current == text) {
                 println!("{page}: up to date");
             } else if self.check {
                 println!("{page}: out of date");

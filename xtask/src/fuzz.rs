@@ -1,7 +1,8 @@
 //! `cargo xtask fuzz`: fuzzes every parser with libFuzzer, on the regular toolchain.
 //!
-//! Inputs worth keeping are stored below `target/fuzz/corpus/`, failing inputs below `target/fuzz/failures/`. To run a
-//! failing input again: `cargo xtask fuzz TARGET --input FILE`. The seeds in `fuzz/seeds/` are never written.
+//! libFuzzer stores inputs that reach new code below `target/fuzz/corpus/`, and failing inputs below
+//! `target/fuzz/failures/`. `cargo xtask fuzz TARGET --input FILE` runs a failing input again. The seeds in
+//! `fuzz/seeds/` are only read.
 
 use crate::repository::{cargo, root, target_folder};
 use crate::table;
@@ -25,12 +26,12 @@ const MEMORY_MIB_MAX: &str = "2048";
 /// Fuzz the parsers of untrusted input
 #[derive(Debug, Args)]
 pub(crate) struct Fuzz {
-    /// Only this target; all targets otherwise
+    /// Fuzz only this target, instead of all
     target: Option<String>,
     /// Seconds for each target
     #[arg(long, default_value_t = 60)]
     seconds: u64,
-    /// Run one input once instead
+    /// Run this input once, instead of fuzzing
     #[arg(long, requires = "target")]
     input: Option<PathBuf>,
 }
@@ -46,22 +47,23 @@ impl Fuzz {
         let mut rows = Vec::new();
         let mut failed = Vec::new();
         for name in chosen {
-            let done = self.fuzz(name, &programs, &folder)?;
-            rows.push(vec![name.clone(), self.seconds.to_string(), if done { "ok" } else { "FAILED" }.into()]);
-            if !done {
+            let is_ok = self.fuzz(name, &programs, &folder)?;
+            rows.push(vec![name.clone(), self.seconds.to_string(), if is_ok { "ok" } else { "FAILED" }.into()]);
+            if !is_ok {
                 failed.push(name.as_str());
             }
         }
         println!("\n{}", table::markdown(&["target", "seconds", "result"], &rows));
         ensure!(
             failed.is_empty(),
-            "failing inputs of {} are below {}",
+            "the failing inputs of {} are below {}",
             failed.join(", "),
             folder.join("failures").display()
         );
         Ok(())
     }
 
+    /// Fuzzes one target, or runs its input. Returns true if no input failed.
     fn fuzz(&self, name: &str, programs: &Path, folder: &Path) -> Result<bool> {
         let (corpus, failures) = (folder.join("corpus").join(name), folder.join("failures").join(name));
         fs::create_dir_all(&corpus)?;
@@ -92,7 +94,7 @@ impl Fuzz {
 
 /// Returns the names of all targets: one per file in `fuzz/targets`.
 fn targets() -> Result<Vec<String>> {
-    let entries = fs::read_dir(root().join("fuzz/targets")).context("fuzz/targets")?;
+    let entries = fs::read_dir(root().join("fuzz/targets")).context("cannot list fuzz/targets")?;
     let mut names: Vec<String> = entries
         .map(|entry| Ok(entry?.path().file_stem().unwrap_or_default().to_string_lossy().into_owned()))
         .collect::<Result<_>>()?;
@@ -100,11 +102,12 @@ fn targets() -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Builds all targets and returns the folder of the programs. Names the target platform, so that the flags do not apply
-/// to build scripts and procedural macros.
+/// Builds all targets and returns the folder of the programs. Passes `--target`, so that the flags do not apply to
+/// build scripts and procedural macros.
 fn build(folder: &Path) -> Result<PathBuf> {
     let host = String::from_utf8(Command::new("rustc").arg("-vV").output().context("cannot run rustc")?.stdout)?;
-    let host = host.lines().find_map(|line| line.strip_prefix("host: ")).context("rustc names no host")?.to_owned();
+    let host =
+        host.lines().find_map(|line| line.strip_prefix("host: ")).context("`rustc -vV` prints no host")?.to_owned();
     let mut command = cargo();
     command.args(["build", "--release", "--manifest-path", "fuzz/Cargo.toml", "--target", &host, "--target-dir"]);
     command.arg(folder).env("RUSTFLAGS", FLAGS);

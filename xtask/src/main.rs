@@ -1,7 +1,7 @@
 //! `cargo xtask demo|test|bench|docs|fuzz|python`: developer tasks of this repository, one file per task.
 //!
-//! A task that fails exits with code 1 and prints one line with the cause. Tasks write below `target/`, and below
-//! `docs/` where documented. They need no credentials.
+//! If a task fails, it prints one line with the cause, and the exit code is 1. Tasks write below `target/`; `docs` and
+//! `bench` also write pages below `docs/`. No task needs credentials.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program for the terminal")]
 
 mod bench;
@@ -41,7 +41,7 @@ enum Task {
 }
 
 fn main() -> ExitCode {
-    let done = match Arguments::parse().task {
+    let result = match Arguments::parse().task {
         Task::Demo(task) => task.run(),
         Task::Test(task) => task.run(),
         Task::Bench(task) => task.run(),
@@ -51,7 +51,7 @@ fn main() -> ExitCode {
         Task::Fuzz(task) => task.run(),
         Task::Python(task) => task.run(),
     };
-    match done {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("xtask: {error:#}");

@@ -1,8 +1,9 @@
-//! `cargo xtask python`: builds the Python package, installs it in an environment of its own, checks and tests it.
+//! `cargo xtask python`: builds the Python package, installs it into its own environment, checks its types and tests
+//! it.
 //!
-//! The native module is built together with the other programs of this workspace, so that no dependency is built twice,
-//! and packed by a script of the tests. With `--wheel`, maturin builds the wheel as it is shipped, which builds most
-//! dependencies again. The tests use the installed package. Needs Python 3.10 or newer.
+//! Cargo builds the native module together with the other programs of this workspace, so that no dependency is built
+//! twice, and a script of the tests packs it into a wheel. With `--wheel`, maturin builds the wheel that is shipped,
+//! which builds most dependencies again. The tests use the installed package. Needs Python 3.10 or newer.
 
 use crate::repository::{cargo, root, target_folder};
 use crate::test::{create_venv, pip_install, run};
@@ -19,7 +20,7 @@ const REQUIREMENTS_NO_DEPS: &str = "crates/modelcache-python/tests/requirements-
 /// Build, install and test the Python package
 #[derive(Debug, Default, Args)]
 pub(crate) struct Python {
-    /// Build the wheel that is shipped, with maturin
+    /// Build the wheel with maturin, as it is shipped
     #[arg(long)]
     wheel: bool,
     /// Arguments for pytest, for instance -k NAME
@@ -34,18 +35,20 @@ impl Python {
         let python = venv.join("bin/python");
         let wheels = target.join("python-wheel");
         // One cargo command for all packages, so that shared dependencies get the same features.
-        run(cargo().args(["build", "--package", "modelcache-python", "--package", "modelcache-testkit"]).args(ALSO))?;
+        run(cargo()
+            .args(["build", "--package", "modelcache-python", "--package", "modelcache-testkit"])
+            .args(BUILD_XTASK))?;
         let wheel = if self.wheel {
-            make_empty(&wheels)?;
+            empty_folder(&wheels)?;
             let mut maturin = Command::new(venv.join("bin/maturin"));
             maturin.args(["build", "--release", "--out"]).arg(&wheels).current_dir(root().join(PACKAGE));
             run(&mut maturin)?;
-            only_file(&wheels)?
+            wheel_in(&wheels)?
         } else {
             pack(&python, &target.join("debug").join(NATIVE), &wheels)?
         };
         pip_install(&venv, &["--force-reinstall", "--no-deps", &wheel.to_string_lossy()])?;
-        run(in_root(&python).args(["-m", "mypy"]).args(CHECKED).current_dir(root().join(PACKAGE)))?;
+        run(in_root(&python).args(["-m", "mypy"]).args(TYPE_CHECKED).current_dir(root().join(PACKAGE)))?;
         let stubtest = ["-m", "mypy.stubtest", "modelcache", "--mypy-config-file", "pyproject.toml"];
         run(in_root(&python).args(stubtest).current_dir(root().join(PACKAGE)))?;
         let mut pytest = in_root(&python);
@@ -54,28 +57,30 @@ impl Python {
     }
 }
 
-/// Also builds xtask, which selects the dependency features of the whole workspace.
-const ALSO: [&str; 2] = ["--package", "xtask"];
+/// Builds xtask as well, because it selects the dependency features of the whole workspace.
+const BUILD_XTASK: [&str; 2] = ["--package", "xtask"];
 /// File name of the native module that cargo builds.
 pub(crate) const NATIVE: &str = "libmodelcache_native.so";
 /// Paths that mypy checks.
-const CHECKED: [&str; 3] = ["python/modelcache", "tests", "../../examples/fastapi"];
+const TYPE_CHECKED: [&str; 3] = ["python/modelcache", "tests", "../../examples/fastapi"];
 
 /// Packs a built native module into a wheel and returns the path of the wheel. Empties `folder` first.
 pub(crate) fn pack(python: &Path, native: &Path, folder: &Path) -> Result<PathBuf> {
-    make_empty(folder)?;
+    empty_folder(folder)?;
     run(in_root(python).arg(root().join(PACKAGE).join("tests/wheel.py")).arg(native).arg(folder))?;
-    only_file(folder)
+    wheel_in(folder)
 }
 
-fn make_empty(folder: &Path) -> Result<()> {
+/// Creates an empty folder. Replaces an existing one.
+fn empty_folder(folder: &Path) -> Result<()> {
     if folder.exists() {
         fs::remove_dir_all(folder)?;
     }
     Ok(fs::create_dir_all(folder)?)
 }
 
-fn only_file(folder: &Path) -> Result<PathBuf> {
+/// Returns the path of the wheel in `folder`.
+fn wheel_in(folder: &Path) -> Result<PathBuf> {
     Ok(fs::read_dir(folder)?.next().context("no wheel was built")??.path())
 }
 
@@ -85,13 +90,13 @@ fn in_root(program: &Path) -> Command {
     command
 }
 
-/// Returns the environment with the packages that the tests need. Creates it again if the requirements changed.
+/// Returns the environment with the packages that the tests need. Creates it, also if the requirements have changed.
 fn environment(target: &Path) -> Result<PathBuf> {
     let venv = target.join("venv-python");
     let read = |list: &str| fs::read_to_string(root().join(list)).with_context(|| format!("cannot read {list}"));
     let contents = read(REQUIREMENTS)? + &read(REQUIREMENTS_NO_DEPS)?;
     let stamp = venv.join("requirements.stamp");
-    if fs::read_to_string(&stamp).is_ok_and(|present| present == contents) {
+    if fs::read_to_string(&stamp).is_ok_and(|current| current == contents) {
         println!("{} is up to date", venv.display());
         return Ok(venv);
     }

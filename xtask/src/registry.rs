@@ -1,7 +1,8 @@
-//! Provides Debian's `docker-registry` for the OCI tests: a real registry, downloaded once and not installed.
+//! Provides the program `docker-registry`, a real registry, for the OCI tests.
 //!
-//! A `docker-registry` on the `PATH` is used if there is one. Otherwise Debian's package is unpacked below `target/`,
-//! which needs `apt-get` and `dpkg`, but no root rights. Without these, the tests that need a registry skip themselves.
+//! If it is on the `PATH`, that program is used. Otherwise Debian's package is downloaded once and unpacked below
+//! `target/`, which needs `apt-get` and `dpkg`, but no root rights. Without these, the tests that need a registry are
+//! skipped.
 
 use crate::repository::target_folder;
 use crate::test::run;
@@ -21,32 +22,33 @@ pub(crate) fn program() -> Result<Option<PathBuf>> {
     let folder = target_folder()?.join(PACKAGE);
     let program = folder.join("root/usr/bin").join(PACKAGE);
     if program.is_file() {
-        println!("{} is there", program.display());
+        println!("{} was downloaded before", program.display());
         return Ok(Some(program));
     }
     if on_path("apt-get").is_none() || on_path("dpkg").is_none() {
         println!(
-            "no {PACKAGE} on the PATH, and no apt-get to fetch it with: tests that want a registry skip themselves"
+            "{PACKAGE} is not on the PATH, and apt-get or dpkg is missing: tests that need a registry are skipped"
         );
         println!("install CNCF Distribution (Debian and Ubuntu: docker-registry), so that `{PACKAGE}` is on the PATH");
         return Ok(None);
     }
-    fetch(&folder)?;
+    download_and_unpack(&folder)?;
     match program.is_file() {
         true => Ok(Some(program)),
         false => bail!("Debian's package {PACKAGE} has no usr/bin/{PACKAGE}"),
     }
 }
 
-/// Unpacks the package into `folder/root`. It is renamed last, so that an incomplete package never has this name.
-fn fetch(folder: &Path) -> Result<()> {
+/// Downloads the package and unpacks it into `folder/root`. The folder gets this name last, so that an incomplete
+/// package never has it.
+fn download_and_unpack(folder: &Path) -> Result<()> {
     let unpacked = folder.join("unpacked");
     drop(fs::remove_dir_all(folder));
     fs::create_dir_all(&unpacked)?;
     let download = |folder: &Path| run(Command::new("apt-get").args(["download", PACKAGE]).current_dir(folder));
     if download(folder).is_err() {
-        // A fresh machine has no package lists.
-        let remedy = "cannot fetch docker-registry; as root: apt-get update, or apt-get install docker-registry";
+        // A new machine has no package lists.
+        let remedy = "cannot download docker-registry; as root: apt-get update, or apt-get install docker-registry";
         run(Command::new("apt-get").args(["update", "--quiet"])).and_then(|()| download(folder)).context(remedy)?;
     }
     let package = fs::read_dir(folder)?.filter_map(|entry| Some(entry.ok()?.path()));

@@ -15,7 +15,7 @@ pub(crate) fn root() -> &'static Path {
 pub(crate) fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(root());
-    // `cargo run` sets these for xtask. The next build must not see them.
+    // `cargo run` sets these variables for xtask. The build that this command starts must not see them.
     for (name, _) in std::env::vars_os() {
         if name.to_str().is_some_and(|name| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")) {
             command.env_remove(name);
@@ -33,14 +33,14 @@ pub(crate) fn target_folder() -> Result<PathBuf> {
         .context("cannot run cargo")?;
     ensure!(output.status.success(), "cargo metadata failed");
     let metadata: Value = serde_json::from_slice(&output.stdout)?;
-    Ok(metadata["target_directory"].as_str().context("cargo names no target folder")?.into())
+    Ok(metadata["target_directory"].as_str().context("cargo metadata reports no target folder")?.into())
 }
 
-/// How the program is built.
+/// How `modelcache` is built.
 pub(crate) enum Build {
-    /// Like the tests, so that nothing is built twice.
+    /// With the features and the profile of the tests, so that nothing is built twice.
     Development,
-    /// Like the shipped program: only its own features.
+    /// As it is shipped: in the release profile, with only its own features.
     Release,
 }
 
@@ -52,8 +52,9 @@ pub(crate) fn build_modelcache(build: Build) -> Result<PathBuf> {
         Build::Development => command.arg("--workspace"),
         Build::Release => command.args(["--package", "modelcache-cli", "--release"]),
     };
-    let mut programs =
-        built(&mut command)?.into_iter().filter_map(|message| Some(PathBuf::from(message["executable"].as_str()?)));
+    let mut programs = build_messages(&mut command)?
+        .into_iter()
+        .filter_map(|message| Some(PathBuf::from(message["executable"].as_str()?)));
     programs.next_back().context("cargo built no program")
 }
 
@@ -61,14 +62,14 @@ pub(crate) fn build_modelcache(build: Build) -> Result<PathBuf> {
 pub(crate) fn build_native() -> Result<PathBuf> {
     let mut command = cargo();
     command.args(["build", "--package", "modelcache-python", "--release", "--message-format=json-render-diagnostics"]);
-    let messages = built(&mut command)?;
+    let messages = build_messages(&mut command)?;
     let files = messages.iter().filter_map(|message| message["filenames"].as_array()).flatten();
     let mut paths = files.filter_map(|file| file.as_str()).map(PathBuf::from);
     paths.find(|path| path.ends_with(NATIVE)).context("cargo built no native module")
 }
 
-/// Runs a cargo build and returns its JSON messages, one per artifact.
-fn built(command: &mut Command) -> Result<Vec<Value>> {
+/// Runs a cargo build and returns its JSON messages.
+fn build_messages(command: &mut Command) -> Result<Vec<Value>> {
     let output = command.stderr(Stdio::inherit()).output().context("cannot run cargo")?;
     ensure!(output.status.success(), "modelcache does not build");
     let lines = output.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
@@ -76,7 +77,7 @@ fn built(command: &mut Command) -> Result<Vec<Value>> {
 }
 
 /// Formats a command as a person would type it in the root.
-pub(crate) fn shown(command: &Command) -> String {
+pub(crate) fn shell_line(command: &Command) -> String {
     let program = Path::new(command.get_program()).file_name().unwrap_or(command.get_program());
     let words = std::iter::once(program).chain(command.get_args());
     let root = format!("{}/", root().display());
@@ -96,6 +97,6 @@ mod tests {
     fn commands_are_shown_relative_to_the_repository() {
         let mut command = Command::new(root().join("target/venv/bin/python"));
         command.arg(root().join("xtask/script.py")).args(["two words", "plain"]);
-        assert_eq!(shown(&command), "python xtask/script.py 'two words' plain");
+        assert_eq!(shell_line(&command), "python xtask/script.py 'two words' plain");
     }
 }

@@ -14,12 +14,12 @@ pub(crate) fn markdown(header: &[&str], rows: &[Vec<String>]) -> String {
         };
         format!("|{}\n", widths.iter().enumerate().map(cell).collect::<String>())
     };
-    let rule = |(column, width): (usize, &usize)| {
+    let separator = |(column, width): (usize, &usize)| {
         let end = if column == 0 { "-" } else { ":" };
         format!("{}{end}|", "-".repeat(width + 1))
     };
     let mut table = line(header.to_vec());
-    table.push_str(&format!("|{}\n", widths.iter().enumerate().map(rule).collect::<String>()));
+    table.push_str(&format!("|{}\n", widths.iter().enumerate().map(separator).collect::<String>()));
     rows.iter().for_each(|row| table.push_str(&line(row.iter().map(String::as_str).collect())));
     table
 }

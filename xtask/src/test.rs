@@ -1,12 +1,12 @@
 //! `cargo xtask test`: runs all checks of this repository.
 //!
-//! Stages run from cheap to expensive and stop at the first failure; a table at the end shows the result of each stage.
-//! The output of a stage is passed through unchanged. Needs cargo, git and Python, and uses `cargo nextest` if it is
-//! installed. All stages share one set of features (`--workspace`), so that no dependency is built twice.
+//! The stages run from cheap to expensive. After the first failure, no further stage runs. A table at the end shows the
+//! result of each stage. Needs cargo, git and Python, and uses `cargo nextest` if it is installed. All stages build
+//! with the same features (`--workspace`), so that no dependency is built twice.
 
 use crate::docs::Docs;
 use crate::python::Python;
-use crate::repository::{cargo, root, shown, target_folder};
+use crate::repository::{cargo, root, shell_line, target_folder};
 use crate::{registry, table, tidy};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
@@ -15,14 +15,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// Packages for the Python tests. Those of the second list are installed without their dependencies.
+/// Python packages for the tests. Those of the second list are installed without their dependencies.
 const REQUIREMENTS: &str = "crates/modelcache-cli/tests/python/requirements.txt";
 const REQUIREMENTS_NO_DEPS: &str = "crates/modelcache-cli/tests/python/requirements-no-deps.txt";
 
 /// Run all checks: lints, documentation, tests
 #[derive(Debug, Args)]
 pub(crate) struct Test {
-    /// Only the tests: no lints, no documentation, no Python environment
+    /// Run only the tests: no lints, no documentation, no Python environment
     #[arg(long)]
     quick: bool,
 }
@@ -57,13 +57,14 @@ impl Test {
             });
             run(with_venv(&mut runner, venv.as_deref()))
         });
-        stages.close()
+        stages.finish()
     }
 }
 
 /// The stages so far, with duration and result.
 #[derive(Default)]
 struct Stages {
+    /// Name and duration of each stage; `None` if the stage did not run.
     rows: Vec<(&'static str, Option<Duration>)>,
     failure: Option<(&'static str, anyhow::Error)>,
 }
@@ -84,7 +85,8 @@ impl Stages {
         self.rows.push((name, Some(started.elapsed())));
     }
 
-    fn close(self) -> Result<()> {
+    /// Prints the table. Fails if a stage failed.
+    fn finish(self) -> Result<()> {
         let failed = self.failure.as_ref().map(|(name, _)| *name);
         let result = |name, took: &Option<Duration>| match took {
             None => "not run",
@@ -106,6 +108,7 @@ impl Stages {
     }
 }
 
+/// Returns the command that runs all tests except the documentation tests.
 fn test_runner() -> Command {
     let mut command = cargo();
     let probe = cargo().args(["nextest", "--version"]).stdout(Stdio::null()).stderr(Stdio::null()).status();
@@ -118,7 +121,7 @@ fn test_runner() -> Command {
     command
 }
 
-/// Passes the Python environment to the tests. Without it, the tests that need one skip themselves.
+/// Passes the Python environment to the tests. Without it, the tests that need one are skipped.
 fn with_venv<'a>(command: &'a mut Command, venv: Option<&Path>) -> &'a mut Command {
     if let Some(venv) = venv {
         command.env("MODELCACHE_TEST_VENV", venv).env("TESTKIT_MOTO_VENV", venv);
@@ -126,48 +129,50 @@ fn with_venv<'a>(command: &'a mut Command, venv: Option<&Path>) -> &'a mut Comma
     command
 }
 
+/// Prints a command and runs it. Fails if it does not exit with 0.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
-    let words = shown(command);
-    println!("$ {words}");
-    let status = command.status().with_context(|| format!("cannot run {words}"))?;
-    ensure!(status.success(), "`{words}` ended with {status}");
+    let line = shell_line(command);
+    println!("$ {line}");
+    let status = command.status().with_context(|| format!("cannot run {line}"))?;
+    ensure!(status.success(), "`{line}` ended with {status}");
     Ok(())
 }
 
-/// Returns a virtual environment with the packages that the tests need. Creates it again if the lists changed.
+/// Returns a virtual environment with the packages that the tests need. Creates it, also if the lists have changed.
 fn python_packages() -> Result<Option<PathBuf>> {
-    let wanted = [(REQUIREMENTS, false), (REQUIREMENTS_NO_DEPS, true)];
-    let lists: Vec<_> = wanted
+    // Each list, and whether it is installed without dependencies.
+    let lists = [(REQUIREMENTS, false), (REQUIREMENTS_NO_DEPS, true)];
+    let lists: Vec<_> = lists
         .into_iter()
-        .filter_map(|(list, alone)| Some((list, alone, fs::read_to_string(root().join(list)).ok()?)))
+        .filter_map(|(list, no_deps)| Some((list, no_deps, fs::read_to_string(root().join(list)).ok()?)))
         .collect();
     if lists.is_empty() {
-        println!("no list of packages at {REQUIREMENTS}; tests that need Python skip themselves");
+        println!("{REQUIREMENTS} does not exist; tests that need Python are skipped");
         return Ok(None);
     }
     let venv = target_folder()?.join("venv");
     let stamp = venv.join("requirements.stamp");
     let contents: String = lists.iter().map(|(list, _, text)| format!("# {list}\n{text}\n")).collect();
-    if fs::read_to_string(&stamp).is_ok_and(|present| present == contents) {
+    if fs::read_to_string(&stamp).is_ok_and(|current| current == contents) {
         println!("{} is up to date", venv.display());
         return Ok(Some(venv));
     }
     create_venv(&venv)?;
-    for (list, alone, _) in &lists {
-        pip_install(&venv, &[if *alone { &["--no-deps", "-r"][..] } else { &["-r"] }, &[list]].concat())?;
+    for (list, no_deps, _) in &lists {
+        pip_install(&venv, &[if *no_deps { &["--no-deps", "-r"][..] } else { &["-r"] }, &[list]].concat())?;
     }
     fs::write(stamp, contents)?;
     Ok(Some(venv))
 }
 
-/// Creates an empty virtual environment, and replaces an existing one.
+/// Creates an empty virtual environment. Replaces an existing one.
 pub(crate) fn create_venv(venv: &Path) -> Result<()> {
     let mut command = Command::new("python3");
     command.args(["-m", "venv", "--clear"]).arg(venv);
-    println!("$ {}", shown(&command));
+    println!("$ {}", shell_line(&command));
     match command.status() {
         Ok(status) if status.success() => Ok(()),
-        Ok(_) => bail!("cannot make a Python environment; on Debian and Ubuntu: apt-get install python3-venv"),
+        Ok(_) => bail!("cannot create a Python environment; on Debian and Ubuntu: apt-get install python3-venv"),
         Err(error) => Err(error).context("cannot run python3; on Debian and Ubuntu: apt-get install python3-venv"),
     }
 }

@@ -1,8 +1,8 @@
-//! House rules that no compiler checks, applied to all files that git tracks.
+//! Checks all files that git tracks for rules of this repository that no compiler checks.
 //!
-//! Rust modules start with a header. No code is left unfinished. No file names a path of the development machine, or a
-//! package mirror that only this machine reaches. Below the root of a cache directory, only one module calls the
-//! filesystem by path. Imports of the library point down its layers.
+//! Rust modules start with a header. No code is left unfinished. No file contains a path of the development machine, or
+//! a package mirror that only this machine can reach. Below the root of a cache directory, only one module calls the
+//! filesystem with a path. A module of the library imports only from its own layer and from lower ones.
 
 use crate::repository::root;
 use anyhow::{Context, Result, ensure};
@@ -16,21 +16,22 @@ const CRATES_IO: &str = "registry+https://github.com/rust-lang/crates.io-index";
 /// Checks every tracked file and prints every violation.
 pub(crate) fn check() -> Result<()> {
     let rules = Rules::new()?;
-    let mut breaches = Vec::new();
-    let files = tracked()?;
+    let mut violations = Vec::new();
+    let files = tracked_files()?;
     for path in &files {
-        // Not readable: a link to a folder, or a file that was removed but is still tracked.
+        // Skip a link to a folder, and a file that was removed but is still tracked.
         if let Ok(text) = fs::read_to_string(root().join(path)) {
-            breaches.extend(rules.breaches(path, &text).into_iter().map(|breach| format!("{path}{breach}")));
+            violations.extend(rules.violations(path, &text).into_iter().map(|violation| format!("{path}{violation}")));
         }
     }
-    breaches.iter().for_each(|breach| println!("{breach}"));
-    ensure!(breaches.is_empty(), "{} breaches of the house rules", breaches.len());
-    println!("{} files are tidy", files.len());
+    violations.iter().for_each(|violation| println!("{violation}"));
+    ensure!(violations.is_empty(), "{} violations of the rules in xtask/src/tidy.rs", violations.len());
+    println!("{} files follow the rules", files.len());
     Ok(())
 }
 
-fn tracked() -> Result<Vec<String>> {
+/// Returns the paths of all files that git tracks.
+fn tracked_files() -> Result<Vec<String>> {
     let output = Command::new("git").args(["ls-files", "-z"]).current_dir(root()).output().context("cannot run git")?;
     ensure!(output.status.success(), "git ls-files: {}", String::from_utf8_lossy(&output.stderr).trim());
     let names = String::from_utf8(output.stdout).context("a tracked name is not UTF-8")?;
@@ -38,8 +39,11 @@ fn tracked() -> Result<Vec<String>> {
 }
 
 struct Rules {
-    lines: Vec<(Regex, &'static str)>,
+    /// Patterns that no line may match, with the reason.
+    forbidden: Vec<(Regex, &'static str)>,
+    /// Matches a call of the filesystem with a path.
     filesystem_call: Regex,
+    /// Matches an import from the crate itself.
     import: Regex,
 }
 
@@ -71,8 +75,9 @@ const LAYERS: [&[&str]; 7] = [
     ],
 ];
 
-/// Imports that point up and are allowed, by the beginning of the path and the module: the configuration holds an
-/// application's own origins, and keys and references look up schemes in the constant registry of origins.
+/// Allowed imports from a higher layer, by the beginning of the importing path and the imported module. The
+/// configuration holds the application's own origins. Keys and references look up schemes in the constant registry of
+/// origins.
 const ALLOWED_IMPORTS: [(&str, &str); 3] = [("config.rs", "origin"), ("key.rs", "origin"), ("reference/", "origin")];
 
 /// Modules of the library without a layer: the root, and the entry points of fuzz targets.
@@ -89,20 +94,20 @@ fn layer(module: &str) -> Option<usize> {
     LAYERS.iter().position(|modules| modules.contains(&module))
 }
 
-/// Folders with code that works on the files of a cache directory.
-const BELOW_THE_ROOT: [&str; 3] =
+/// Folders with code that works on files of a cache directory.
+const CACHE_DIRECTORY_CODE: [&str; 3] =
     ["crates/modelcache/src/disk/", "crates/modelcache/src/cache/", "crates/modelcache/src/transfer/"];
-/// The module that calls the filesystem below the root, and modules that only read files elsewhere: files of the
-/// caller, files of the kernel, and the folder above the root.
-const CALLS_THE_FILESYSTEM: [&str; 5] = ["rooted.rs", "input.rs", "memory.rs", "ownership.rs", "holders.rs"];
-/// Marks code that works with a file outside the cache directory: at the end of its line, or of the line above.
+/// Modules that may call the filesystem with a path: `rooted.rs`, for files below the root of the cache directory, and
+/// modules that only read files of the caller, files of the kernel, or the folder above the root.
+const MAY_CALL_FILESYSTEM: [&str; 5] = ["rooted.rs", "input.rs", "memory.rs", "ownership.rs", "holders.rs"];
+/// Comment that marks a call for a file outside the cache directory, at the end of its line or of the line above.
 const OUTSIDE: &str = "// outside the root";
 
 impl Rules {
     fn new() -> Result<Self> {
         // The patterns are split, so that this file passes its own check. Home folders with one-letter names are
         // allowed as examples.
-        let lines = [
+        let forbidden = [
             (concat!("(^|[^A-Za-z0-9_])to", "do!"), "unfinished code"),
             (
                 concat!("(^|[^A-Za-z0-9_.%/:-])/", "(work|root|home/[A-Za-z0-9_.-]{2,})(/|[^A-Za-z0-9_.-]|$)"),
@@ -110,11 +115,11 @@ impl Rules {
             ),
             (
                 concat!("(static|index)[.]crates", "[.]io|python", "hosted[.]org|pypi[.]", "org/simple"),
-                "a registry's host",
+                "the host of a package registry",
             ),
             (concat!("--(extra-)?index", "-url|^ *replace", "-with *="), "a package mirror"),
         ];
-        let compile = |(pattern, why)| Ok((Regex::new(pattern)?, why));
+        let compile = |(pattern, reason)| Ok((Regex::new(pattern)?, reason));
         // Functions of `std::fs`, `rustix::fs` and `std::path` that take a path.
         let filesystem_call = Regex::new(concat!(
             "(fs::(read|write|rename|remove|create|copy|hard_link|soft_link|metadata|symlink|canonicalize|set_perm",
@@ -122,7 +127,7 @@ impl Rules {
             "|OpenOptions::|File::(open|create|options)|[.](exists|canonicalize|read_dir)[(][)]|full[(][)][.])"
         ))?;
         let import = Regex::new(r"crate::(?:([a-z_]+)|\{([^}]*))")?;
-        Ok(Self { lines: lines.into_iter().map(compile).collect::<Result<_>>()?, filesystem_call, import })
+        Ok(Self { forbidden: forbidden.into_iter().map(compile).collect::<Result<_>>()?, filesystem_call, import })
     }
 
     /// Returns the module that a line imports from a higher layer.
@@ -136,12 +141,13 @@ impl Rules {
         names.find(|name| layer(name).is_some_and(|other| other < own) && !is_allowed(name))
     }
 
-    /// Returns true if a line calls the filesystem by a path although only `rooted.rs` may.
-    fn redirectable(&self, path: &str, above: &str, line: &str) -> bool {
-        let folder = BELOW_THE_ROOT.iter().find_map(|folder| path.strip_prefix(folder));
-        let is_work = folder.is_some_and(|file| !CALLS_THE_FILESYSTEM.contains(&file) && !file.ends_with("tests.rs"));
+    /// Returns true if a line calls the filesystem with a path although its module may not.
+    fn is_forbidden_filesystem_call(&self, path: &str, above: &str, line: &str) -> bool {
+        let folder = CACHE_DIRECTORY_CODE.iter().find_map(|folder| path.strip_prefix(folder));
+        let is_restricted =
+            folder.is_some_and(|file| !MAY_CALL_FILESYSTEM.contains(&file) && !file.ends_with("tests.rs"));
         let code = line.trim_start();
-        is_work
+        is_restricted
             && !code.starts_with("//")
             && !code.starts_with("use ")
             && !line.ends_with(OUTSIDE)
@@ -150,39 +156,39 @@ impl Rules {
     }
 
     /// Returns `:line: reason` for every violation in a file.
-    fn breaches(&self, path: &str, text: &str) -> Vec<String> {
-        let mut breaches = Vec::new();
-        // An example that is also a doc test has its header as an attribute.
+    fn violations(&self, path: &str, text: &str) -> Vec<String> {
+        let mut violations = Vec::new();
+        // The header of an example that is also a doc test is an attribute.
         if path.ends_with(".rs") && !text.starts_with("//! ") && !text.starts_with("#![doc = ") {
-            breaches.push(":1: a module starts with a //! header that states its purpose".to_owned());
+            violations.push(":1: the module has no //! header that states its purpose".to_owned());
         }
         let module = library_module(path).map(|(_, module)| module);
         if let Some(module) = module.filter(|module| layer(module).is_none() && !WITHOUT_LAYER.contains(module)) {
-            breaches.push(format!(":1: the module {module} is in none of the layers in xtask/src/tidy.rs"));
+            violations.push(format!(":1: the module {module} is in none of the layers in xtask/src/tidy.rs"));
         }
         let (mut is_test, mut above) = (false, "");
         for (number, line) in (1..).zip(text.lines()) {
             is_test |= line == "#[cfg(test)]" || line.starts_with("#[cfg(all(test");
-            if !is_test && self.redirectable(path, above, line) {
-                breaches.push(format!(
-                    ":{number}: below the root only disk/rooted.rs calls the filesystem: {}",
+            if !is_test && self.is_forbidden_filesystem_call(path, above, line) {
+                violations.push(format!(
+                    ":{number}: only disk/rooted.rs may call the filesystem below the root of a cache directory: {}",
                     line.trim()
                 ));
             }
             if let Some(module) = self.upward_import(path, line).filter(|_| !is_test) {
-                breaches.push(format!(":{number}: imports {module}, which is in a higher layer"));
+                violations.push(format!(":{number}: imports {module}, which is in a higher layer"));
             }
             above = line;
-            for (rule, why) in &self.lines {
-                if rule.is_match(line) {
-                    breaches.push(format!(":{number}: {why}: {}", line.trim()));
+            for (pattern, reason) in &self.forbidden {
+                if pattern.is_match(line) {
+                    violations.push(format!(":{number}: {reason}: {}", line.trim()));
                 }
             }
             if path == "Cargo.lock" && line.starts_with("source = ") && !line.contains(CRATES_IO) {
-                breaches.push(format!(":{number}: a package that is not from crates.io: {line}"));
+                violations.push(format!(":{number}: the package is not from crates.io: {line}"));
             }
         }
-        breaches
+        violations
     }
 }
 
@@ -190,19 +196,19 @@ impl Rules {
 mod tests {
     use super::*;
 
-    fn breaches(path: &str, text: &str) -> usize {
-        Rules::new().expect("patterns").breaches(path, text).len()
+    fn violations(path: &str, text: &str) -> usize {
+        Rules::new().expect("valid patterns").violations(path, text).len()
     }
 
     #[test]
     fn imports_point_down() {
         let line = "//! M.\nuse crate::cache::Cache;\n";
-        assert_eq!(breaches("crates/modelcache/src/disk/mod.rs", line), 1);
-        assert_eq!(breaches("crates/modelcache/src/disk/mod.rs", "//! M.\nuse crate::{cache, key};\n"), 1);
-        assert_eq!(breaches("crates/modelcache/src/doctor/mod.rs", line), 0);
-        assert_eq!(breaches("crates/modelcache/src/new/mod.rs", "//! M.\n"), 1);
-        assert_eq!(breaches("crates/modelcache/src/cache/get.rs", "//! M.\nuse crate::disk::Disk;\n"), 0);
-        assert_eq!(breaches("crates/modelcache/src/key.rs", "//! M.\n// see crate::cache\n"), 0);
+        assert_eq!(violations("crates/modelcache/src/disk/mod.rs", line), 1);
+        assert_eq!(violations("crates/modelcache/src/disk/mod.rs", "//! M.\nuse crate::{cache, key};\n"), 1);
+        assert_eq!(violations("crates/modelcache/src/doctor/mod.rs", line), 0);
+        assert_eq!(violations("crates/modelcache/src/new/mod.rs", "//! M.\n"), 1);
+        assert_eq!(violations("crates/modelcache/src/cache/get.rs", "//! M.\nuse crate::disk::Disk;\n"), 0);
+        assert_eq!(violations("crates/modelcache/src/key.rs", "//! M.\n// see crate::cache\n"), 0);
     }
 
     #[test]
@@ -214,31 +220,31 @@ mod tests {
             concat!("pip --index", "-url x"),
             concat!("    to", "do!()"),
         ] {
-            assert_eq!(breaches("a.md", line), 1, "{line}");
+            assert_eq!(violations("a.md", line), 1, "{line}");
         }
         for line in ["/home/u/.aws", "s3://bucket/work/x", "target/root/x", "https://host/root", "/rooted", "network"] {
-            assert_eq!(breaches("a.md", line), 0, "{line}");
+            assert_eq!(violations("a.md", line), 0, "{line}");
         }
     }
 
     #[test]
     fn below_the_root_one_module_calls_the_filesystem() {
         let line = "//! A module.\n    let file = std::fs::File::open(path)?;\n";
-        assert_eq!(breaches("crates/modelcache/src/disk/publish.rs", line), 1);
-        assert_eq!(breaches("crates/modelcache/src/disk/publish.rs", "//! M.\nif path.exists() {\n"), 1);
-        assert_eq!(breaches("crates/modelcache/src/disk/rooted.rs", line), 0);
-        assert_eq!(breaches("crates/modelcache/src/remote/upload.rs", line), 0);
-        assert_eq!(breaches("crates/modelcache/src/disk/publish.rs", &format!("//! M.\n#[cfg(test)]\n{line}")), 0);
+        assert_eq!(violations("crates/modelcache/src/disk/publish.rs", line), 1);
+        assert_eq!(violations("crates/modelcache/src/disk/publish.rs", "//! M.\nif path.exists() {\n"), 1);
+        assert_eq!(violations("crates/modelcache/src/disk/rooted.rs", line), 0);
+        assert_eq!(violations("crates/modelcache/src/remote/upload.rs", line), 0);
+        assert_eq!(violations("crates/modelcache/src/disk/publish.rs", &format!("//! M.\n#[cfg(test)]\n{line}")), 0);
         let outside = "//! M.\nstd::fs::create_dir_all(above)?; // outside the root\n";
-        assert_eq!(breaches("crates/modelcache/src/disk/mod.rs", outside), 0);
+        assert_eq!(violations("crates/modelcache/src/disk/mod.rs", outside), 0);
     }
 
     #[test]
     fn modules_need_a_header_and_packages_a_public_source() {
-        assert_eq!(breaches("a.rs", "use x;\n"), 1);
-        assert_eq!(breaches("a.rs", "//! What it is for.\nuse x;\n"), 0);
-        assert_eq!(breaches("a.py", "import x\n"), 0);
-        assert_eq!(breaches("Cargo.lock", "source = \"registry+https://mirror.example/index\""), 1);
-        assert_eq!(breaches("Cargo.lock", &format!("source = \"{CRATES_IO}\"")), 0);
+        assert_eq!(violations("a.rs", "use x;\n"), 1);
+        assert_eq!(violations("a.rs", "//! What it is for.\nuse x;\n"), 0);
+        assert_eq!(violations("a.py", "import x\n"), 0);
+        assert_eq!(violations("Cargo.lock", "source = \"registry+https://mirror.example/index\""), 1);
+        assert_eq!(violations("Cargo.lock", &format!("source = \"{CRATES_IO}\"")), 0);
     }
 }

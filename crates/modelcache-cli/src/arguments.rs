@@ -1,8 +1,8 @@
 //! Command line arguments.
 //!
 //! Flags for settings are generated from the library's table of settings, so that each setting is defined once. They
-//! are global: they may come before or after the command. `ls --remote` reuses the name of a global flag; for `ls` the
-//! URL is optional.
+//! are global: they may come before or after the command. `ls --remote` has the name of a global flag, but its URL is
+//! optional.
 
 use crate::exit;
 use crate::verbs::Verb;
@@ -96,28 +96,29 @@ impl FromArgMatches for SettingFlags {
     }
 }
 
-/// Prints clap's answer to a command line that does not run: help, version or a usage error. Returns the exit code.
-pub(crate) fn explain(refusal: clap::Error, args: &[OsString]) -> u8 {
-    let refusal = without_secrets(refusal);
+/// Prints what clap returns instead of arguments: help, version or a usage error. Returns the exit code.
+pub(crate) fn print_parse_error(error: clap::Error, args: &[OsString]) -> u8 {
+    let error = without_secrets(error);
     // Ignored: the stream may be closed, and the exit code already reports the failure.
-    let _ = refusal.print();
-    if refusal.use_stderr() && args.iter().take_while(|arg| *arg != "--").any(|arg| arg == "--json") {
-        let rendered = refusal.render().to_string();
-        let first = rendered.lines().take_while(|line| !line.is_empty()).map(str::trim).collect::<Vec<_>>().join(" ");
-        let message = first.trim_start_matches("error: ");
+    let _ = error.print();
+    if error.use_stderr() && args.iter().take_while(|arg| *arg != "--").any(|arg| arg == "--json") {
+        let rendered = error.render().to_string();
+        let first_paragraph =
+            rendered.lines().take_while(|line| !line.is_empty()).map(str::trim).collect::<Vec<_>>().join(" ");
+        let message = first_paragraph.trim_start_matches("error: ");
         let object = serde_json::json!({"error": {
             "code": modelcache::ErrorKind::Invalid.name(), "message": message,
             "hint": null, "artifact": null, "tier": null,
         }});
         let _ = writeln!(std::io::stdout(), "{}", printable::json(&object.to_string()));
     }
-    u8::try_from(refusal.exit_code()).unwrap_or(exit::USAGE)
+    u8::try_from(error.exit_code()).unwrap_or(exit::USAGE)
 }
 
 /// Returns the error with each quoted argument redacted and made printable.
-fn without_secrets(mut refusal: clap::Error) -> clap::Error {
+fn without_secrets(mut error: clap::Error) -> clap::Error {
     let shown = |text: &String| printable::line(&redact::reference(text)).into_owned();
-    let context: Vec<(ContextKind, ContextValue)> = refusal
+    let context: Vec<(ContextKind, ContextValue)> = error
         .context()
         .filter_map(|(kind, value)| match value {
             ContextValue::String(text) => Some((kind, ContextValue::String(shown(text)))),
@@ -131,9 +132,9 @@ fn without_secrets(mut refusal: clap::Error) -> clap::Error {
         })
         .collect();
     for (kind, value) in context {
-        refusal.insert(kind, value);
+        error.insert(kind, value);
     }
-    refusal
+    error
 }
 
 #[cfg(test)]
@@ -146,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn the_command_line_is_sound() {
+    fn the_command_line_has_no_conflicting_definitions() {
         Arguments::command().debug_assert();
     }
 
@@ -159,15 +160,15 @@ mod tests {
 
     #[test]
     fn a_switch_without_a_value_is_on_and_does_not_take_the_reference() {
-        let given = |args: &[&str]| {
+        let require_checksum = |args: &[&str]| {
             let arguments = parse(args);
             let Verb::Get(get) = &arguments.verb else { panic!("{args:?}") };
             assert_eq!(get.references, ["a@1"], "{args:?}");
             arguments.global.settings.0.get("require-checksum").cloned()
         };
-        assert_eq!(given(&["get", "--require-checksum", "a@1"]).as_deref(), Some("1"));
-        assert_eq!(given(&["--require-checksum=0", "get", "a@1"]).as_deref(), Some("0"));
-        assert_eq!(given(&["get", "a@1"]), None);
+        assert_eq!(require_checksum(&["get", "--require-checksum", "a@1"]).as_deref(), Some("1"));
+        assert_eq!(require_checksum(&["--require-checksum=0", "get", "a@1"]).as_deref(), Some("0"));
+        assert_eq!(require_checksum(&["get", "a@1"]), None);
     }
 
     #[test]
@@ -194,8 +195,8 @@ mod tests {
             &["pin", "a@1", "--for", "http://u:canary@h/x"],
             &["evict", "a@1", "--tier", "https://h/x?sig=canary"],
         ] {
-            let refusal = Arguments::try_parse_from(["modelcache"].iter().chain(args)).expect_err("refused");
-            let text = without_secrets(refusal).render().to_string();
+            let error = Arguments::try_parse_from(["modelcache"].iter().chain(args)).expect_err("refused");
+            let text = without_secrets(error).render().to_string();
             assert!(!text.contains(['\x1b', '\u{202e}']) && !text.contains("canary"), "{text}");
             assert!(!text.contains("\nerror: false"), "{text}");
         }
@@ -206,6 +207,6 @@ mod tests {
         let arguments = parse(&["get", "--include", "*.json", "--include", "*.txt", "a@1", "b@2"]);
         let Verb::Get(get) = &arguments.verb else { panic!("get") };
         assert_eq!(get.references, ["a@1", "b@2"]);
-        assert_eq!(get.choice.include, ["*.json", "*.txt"]);
+        assert_eq!(get.arguments.include, ["*.json", "*.txt"]);
     }
 }

@@ -14,8 +14,8 @@ pub(crate) fn gather(global: &Global) -> Result<Settings> {
     Settings::gather(&global.settings.0, &environment, &files, read_if_there)?.placed(&environment)
 }
 
-/// The sources of the settings, for `doctor`.
-pub(crate) struct Survey {
+/// The settings and their sources, for `doctor`.
+pub(crate) struct SettingsSurvey {
     pub(crate) environment: Environment,
     /// The configuration files that were read.
     pub(crate) files: Vec<PathBuf>,
@@ -27,7 +27,7 @@ pub(crate) struct Survey {
 
 /// Gathers the settings. If that fails, gathers them again without the invalid file, variable or flags, so that the
 /// doctor can examine the rest.
-pub(crate) fn survey(global: &Global) -> Survey {
+pub(crate) fn survey(global: &Global) -> SettingsSurvey {
     // Variables that are not UTF-8 are skipped here; `gather` reports them.
     let texts =
         std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
@@ -35,36 +35,38 @@ pub(crate) fn survey(global: &Global) -> Survey {
     let files = read_files(ConfigFiles::choose(global.config.as_deref(), &environment)).unwrap_or_default();
     let settings = gather(global);
     let gather = |flags: &_, environment: &_, files: &[_]| Settings::gather(flags, environment, files, read_if_there);
-    let (flags, none) = (&global.settings.0, Default::default());
+    let (flags, no_flags) = (&global.settings.0, Default::default());
     let is_ours = |name: &&String| name.starts_with("MODEL_CACHE_") || *name == "HF_ENDPOINT";
     let without = |name: &String| {
         let mut environment = environment.clone();
         environment.0.remove(name);
         environment
     };
-    let bare = || {
+    let without_ours = || {
         Environment(
             environment.0.iter().filter(|(name, _)| !is_ours(name)).map(|(a, b)| (a.clone(), b.clone())).collect(),
         )
     };
-    // Tries in this order: everything; no files; all but one variable; no flags; neither flags, variables nor files.
+    // Try in this order: everything; no files; all but one variable; no flags; neither flags, variables nor files.
     let without_invalid = gather(flags, &environment, &files)
         .or_else(|_| gather(flags, &environment, &[]))
         .or_else(|error| {
-            let less = environment.0.keys().filter(is_ours).map(without);
-            less.map(|less| gather(flags, &less, &files)).find(Result::is_ok).unwrap_or(Err(error))
+            let reduced = environment.0.keys().filter(is_ours).map(without);
+            reduced.map(|reduced| gather(flags, &reduced, &files)).find(Result::is_ok).unwrap_or(Err(error))
         })
-        .or_else(|_| gather(&none, &environment, &files))
-        .or_else(|_| gather(&none, &bare(), &[]));
+        .or_else(|_| gather(&no_flags, &environment, &files))
+        .or_else(|_| gather(&no_flags, &without_ours(), &[]));
     let files = files.into_iter().map(|(path, _)| path).collect();
-    Survey { environment, files, settings, without_invalid }
+    SettingsSurvey { environment, files, settings, without_invalid }
 }
 
-/// Returns `user@host` of the caller, for records that other users read.
+/// Returns `user@host` of this process, for records that other users read.
 pub(crate) fn caller() -> String {
     let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
-    let number = || std::fs::metadata("/proc/self").map_or_else(|_| "unknown".into(), |m| format!("uid {}", m.uid()));
-    let user = variable("USER").or_else(|| variable("LOGNAME")).unwrap_or_else(number);
+    let user_id = || {
+        std::fs::metadata("/proc/self").map_or_else(|_| "unknown".into(), |process| format!("uid {}", process.uid()))
+    };
+    let user = variable("USER").or_else(|| variable("LOGNAME")).unwrap_or_else(user_id);
     match read_if_there(Path::new("/proc/sys/kernel/hostname")) {
         Ok(Some(host)) => format!("{user}@{}", host.trim()),
         _ => user,

@@ -9,8 +9,8 @@ pub(crate) fn rate(bytes_per_second: f64) -> String {
 }
 
 /// Formats a count with its noun: `1 artifact`, `3 artifacts`.
-pub(crate) fn counted(number: usize, thing: &str) -> String {
-    format!("{number} {thing}{}", if number == 1 { "" } else { "s" })
+pub(crate) fn counted(number: usize, noun: &str) -> String {
+    format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
 }
 
 /// Formats a duration with its two largest units: `0.4 ms`, `3.4 s`, `2 min 5 s`, `1 h 3 min`.
@@ -43,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rates_are_bytes_by_the_second() {
+    fn rates_are_bytes_per_second() {
         assert_eq!(rate(2_500_000.0), "2.5 MB/s");
     }
 

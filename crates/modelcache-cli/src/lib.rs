@@ -1,7 +1,7 @@
 //! The command line of modelcache: parses arguments, gathers settings, runs one command and returns its exit code.
 //!
 //! This crate is a library so that tests and the documentation generator can call it; `main.rs` only calls [`run`].
-//! Standard output carries the answer and nothing else. Messages, logs and progress go to standard error. The runtime,
+//! Standard output carries the result and nothing else. Messages, logs and progress go to standard error. The runtime,
 //! the log and the cache are slow to start, so only the commands that need them start them.
 
 pub mod docs;
@@ -27,10 +27,10 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use verbs::Session;
 
-/// How long an interrupted command waits for its threads to save partial files.
+/// Longest time for which an interrupted command waits for its threads to save partial files.
 const SHUTDOWN_WAIT: Duration = Duration::from_secs(1);
 
-/// How long a finished command waits for the remote to remove claims and unfinished uploads.
+/// Longest time for which a finished command waits for the remote to remove claims and unfinished uploads.
 pub(crate) const CLEANUP_WAIT: Duration = Duration::from_secs(3);
 
 /// Runs the command line `args`, which begins with the program's name, and returns the exit code.
@@ -48,7 +48,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
                 exit::code(error.kind())
             })
         }
-        Err(refusal) => arguments::explain(refusal, &args),
+        Err(error) => arguments::print_parse_error(error, &args),
     };
     ExitCode::from(code)
 }
@@ -57,8 +57,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 /// itself.
 fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
     // Commands without settings, cache and runtime.
-    if let Some(answered) = arguments.verb.answer_at_once(output) {
-        return answered.map(|()| exit::DONE);
+    if let Some(outcome) = arguments.verb.run_without_settings(output) {
+        return outcome.map(|()| exit::DONE);
     }
     if let verbs::Verb::Sync(sync) = &arguments.verb {
         return sync.run();
@@ -77,7 +77,7 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
         output,
         config: settings.config,
         metrics_file: settings.metrics_file,
-        run: metrics::Run::default(),
+        metrics: metrics::CommandMetrics::default(),
         started,
     };
     // A signal drops the running command.
@@ -85,13 +85,13 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
     let code = match &ended {
         Ok(Ok(code)) => *code,
         Ok(Err(error)) => {
-            session.run.failed(error.kind());
+            session.metrics.record_failure(error.kind());
             exit::code(error.kind())
         }
         Err(signal) => signal.exit_code(),
     };
     runtime.block_on(session.write_metrics(arguments.verb.name(), code));
-    // Dropped uploads and claims are removed from the remote by background tasks.
+    // Background tasks remove dropped uploads and claims from the remote.
     runtime.block_on(modelcache::transfer::wait_for_cleanup(CLEANUP_WAIT));
     match ended {
         Ok(outcome) => {

@@ -18,21 +18,21 @@ use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::{EnvFilter, Registry};
 
 /// The prefix of modelcache's own log targets.
-const OURS: &str = "modelcache";
+const OWN_TARGET: &str = "modelcache";
 
 /// Starts logging for the whole process. With `--quiet` only errors are logged, unless a filter was set.
 pub(crate) fn start(settings: &LogSettings, output: &Output) -> Result<()> {
     let filter = if output.is_quiet() && settings.source.is_none() { "error" } else { settings.filter.as_str() };
     // A bare level is the usual case and needs no `EnvFilter`, which is slow to build.
     let started = match filter.parse::<LevelFilter>() {
-        Ok(level) => install(lines(settings.format, output), Targets::new().with_target(OURS, level)),
+        Ok(level) => install(line_layer(settings.format, output), Targets::new().with_target(OWN_TARGET, level)),
         Err(_) => {
             if let Some(word) = filter.split(',').map(str::trim).find(|word| is_misspelt_level(word)) {
                 return Err(settings.bad_filter(format!("{word:?} is not a log level")));
             }
             let filter =
                 EnvFilter::builder().parse(restrict_bare_levels(filter)).map_err(|why| settings.bad_filter(why))?;
-            install(lines(settings.format, output), filter)
+            install(line_layer(settings.format, output), filter)
         }
     };
     started.map_err(|cause| Error::new(ErrorKind::Other, "cannot start the log").cause(cause))
@@ -41,29 +41,32 @@ pub(crate) fn start(settings: &LogSettings, output: &Output) -> Result<()> {
 /// Returns the filter with each bare level restricted to modelcache's own targets.
 fn restrict_bare_levels(filter: &str) -> String {
     let word = |word: &str| match word.parse::<LevelFilter>() {
-        Ok(level) => format!("{OURS}={level}"),
+        Ok(level) => format!("{OWN_TARGET}={level}"),
         Err(_) => word.to_owned(),
     };
     filter.split(',').map(str::trim).map(word).collect::<Vec<_>>().join(",")
 }
 
-/// Returns true if a directive of the filter is a misspelt level. `EnvFilter` would read it as a target, and would
+/// Returns true if a word of the filter is a misspelt level. `EnvFilter` would read it as a target, and would
 /// silence all other targets.
 fn is_misspelt_level(word: &str) -> bool {
-    let is_part = word.contains(['=', ':', '[']);
-    !word.is_empty() && !is_part && word.parse::<LevelFilter>().is_err()
+    let is_directive = word.contains(['=', ':', '[']);
+    !word.is_empty() && !is_directive && word.parse::<LevelFilter>().is_err()
 }
 
-type Lines = Box<dyn Layer<Registry> + Send + Sync>;
+/// The layer that writes log lines.
+type LineLayer = Box<dyn Layer<Registry> + Send + Sync>;
 
+/// Installs the subscriber of the process.
 fn install(
-    lines: Lines,
-    filter: impl Layer<tracing_subscriber::layer::Layered<Lines, Registry>> + Send + Sync,
+    layer: LineLayer,
+    filter: impl Layer<tracing_subscriber::layer::Layered<LineLayer, Registry>> + Send + Sync,
 ) -> Result<(), tracing::subscriber::SetGlobalDefaultError> {
-    tracing::subscriber::set_global_default(Registry::default().with(lines).with(filter))
+    tracing::subscriber::set_global_default(Registry::default().with(layer).with(filter))
 }
 
-fn lines<S: Subscriber + for<'a> LookupSpan<'a>>(
+/// Returns the layer that writes events to standard error in `format`.
+fn line_layer<S: Subscriber + for<'a> LookupSpan<'a>>(
     format: LogFormat,
     output: &Output,
 ) -> Box<dyn Layer<S> + Send + Sync> {

@@ -20,12 +20,12 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// The collector runs as another user, so the file is readable by all users.
+/// Permissions of the file: readable by all users, because the collector runs as another user.
 const MODE: u32 = 0o644;
 
-/// The metrics of this command so far. Commands record them; the end of the command writes them.
+/// The metrics of this command so far. They are recorded during the command and written at its end.
 #[derive(Debug, Default)]
-pub(crate) struct Run(Mutex<Recorded>);
+pub(crate) struct CommandMetrics(Mutex<Recorded>);
 
 #[derive(Debug, Default)]
 struct Recorded {
@@ -37,9 +37,9 @@ struct Recorded {
     phases: BTreeMap<&'static str, Duration>,
 }
 
-impl Run {
+impl CommandMetrics {
     /// Records a completed get.
-    pub(crate) fn got(&self, report: &GetReport) {
+    pub(crate) fn record_get(&self, report: &GetReport) {
         let mut recorded = self.recorded();
         *recorded.artifacts.entry(tier_name(report.from)).or_default() += 1;
         recorded.bytes.disk += report.bytes.disk;
@@ -50,35 +50,35 @@ impl Run {
     }
 
     /// Records a completed put.
-    pub(crate) fn put(&self, report: &PutReport) {
+    pub(crate) fn record_put(&self, report: &PutReport) {
         let mut recorded = self.recorded();
         recorded.uploaded_bytes += report.uploaded_bytes;
         report.phases.iter().for_each(|(phase, spent)| *recorded.phases.entry(phase.name()).or_default() += *spent);
     }
 
     /// Records a failure of `kind`.
-    pub(crate) fn failed(&self, kind: ErrorKind) {
+    pub(crate) fn record_failure(&self, kind: ErrorKind) {
         *self.recorded().failures.entry(kind.name()).or_default() += 1;
     }
 
+    /// Locks the recorded values.
     fn recorded(&self) -> MutexGuard<'_, Recorded> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns the content of the file.
+    /// Returns the content of the metrics file.
     pub(crate) fn text(&self, verb: &'static str, code: u8, took: Duration, stats: Option<&Stats>) -> String {
         let recorded = self.recorded();
         let mut page = Page::default();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let about = [(("verb", verb), 1.0)];
-        page.family("command", "The last command", about);
+        page.family("command", "The last command", [(("verb", verb), 1.0)]);
         page.plain("command_end_timestamp_seconds", "End of the last command (Unix time)", now.as_secs_f64());
         page.plain("command_duration_seconds", "Duration of the last command in seconds", took.as_secs_f64());
         page.plain("command_exit_code", "Exit code of the last command", f64::from(code));
         let tiers =
             [("disk", recorded.bytes.disk), ("remote", recorded.bytes.remote), ("origin", recorded.bytes.origin)];
-        let got = |tier: &'static str| recorded.artifacts.get(tier).copied().unwrap_or_default();
-        let artifacts = tiers.map(|(tier, _)| (("from", tier), got(tier) as f64));
+        let count = |tier: &'static str| recorded.artifacts.get(tier).copied().unwrap_or_default();
+        let artifacts = tiers.map(|(tier, _)| (("from", tier), count(tier) as f64));
         page.family("command_artifacts", "Artifacts by the farthest tier that bytes were read from", artifacts);
         let bytes = tiers.map(|(tier, bytes)| (("tier", tier), bytes as f64));
         page.family("command_bytes", "Bytes read, by tier", bytes);

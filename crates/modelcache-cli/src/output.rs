@@ -1,9 +1,9 @@
-//! All output of the program: answers go to standard output, everything else to standard error.
+//! All output of the program: results go to standard output, everything else to standard error.
 //!
 //! No other module writes to these streams. Text from servers, files, other users and the command line is made safe for
-//! a terminal here: every line passes through [`printable`]. Two answers stay exact, because scripts read them: the
+//! a terminal here: every line passes through [`printable`]. Two results stay exact, because scripts read them: the
 //! path that `get` prints, and the reference that `resolve` prints into a pipe. If the reader closes standard output
-//! early (`modelcache ls | head`), the rest of the answer is dropped without an error. Lines on standard error and the
+//! early (`modelcache ls | head`), the rest of the output is dropped without an error. Lines on standard error and the
 //! progress bar never overlap.
 
 use crate::arguments::Global;
@@ -26,7 +26,7 @@ pub(crate) struct Output {
     quiet: bool,
     colour: bool,
     /// True if standard error is a terminal that can redraw lines.
-    draws: bool,
+    can_redraw: bool,
     bars: OnceLock<MultiProgress>,
     /// True once standard output was closed by its reader.
     closed: AtomicBool,
@@ -34,14 +34,14 @@ pub(crate) struct Output {
 
 impl Output {
     pub(crate) fn new(global: &Global) -> Self {
-        let set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+        let is_set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
         let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
-        let draws = io::stderr().is_terminal() && !dumb;
+        let can_redraw = io::stderr().is_terminal() && !dumb;
         Self {
             json: global.json,
             quiet: global.quiet,
-            colour: draws && !set("NO_COLOR"),
-            draws,
+            colour: can_redraw && !is_set("NO_COLOR"),
+            can_redraw,
             bars: OnceLock::new(),
             closed: AtomicBool::new(false),
         }
@@ -59,31 +59,31 @@ impl Output {
         self.colour
     }
 
-    /// Returns true if a progress bar can be drawn.
-    pub(crate) fn draws(&self) -> bool {
-        self.draws
+    /// Returns true if standard error is a terminal that can redraw lines, as a progress bar needs.
+    pub(crate) fn can_redraw(&self) -> bool {
+        self.can_redraw
     }
 
     /// Returns the progress bars of this terminal.
     pub(crate) fn bars(&self) -> &MultiProgress {
         self.bars.get_or_init(|| {
-            let target = if self.draws { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+            let target = if self.can_redraw { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
             MultiProgress::with_draw_target(target)
         })
     }
 
-    /// Prints lines of an answer for people.
-    pub(crate) fn answer(&self, lines: &Lines) -> Result<()> {
-        self.answer_trusted(&lines.0)
+    /// Prints the lines of a result for people.
+    pub(crate) fn print(&self, lines: &Lines) -> Result<()> {
+        self.print_trusted(&lines.0)
     }
 
     /// Prints `text` and one line end. The text must not contain untrusted input: it is printed unchanged.
-    pub(crate) fn answer_trusted(&self, text: &str) -> Result<()> {
+    pub(crate) fn print_trusted(&self, text: &str) -> Result<()> {
         self.write(text.trim_end_matches('\n').as_bytes())
     }
 
     /// Prints a reference: unchanged into a pipe, made printable on a terminal.
-    pub(crate) fn answer_reference(&self, reference: &str) -> Result<()> {
+    pub(crate) fn print_reference(&self, reference: &str) -> Result<()> {
         match io::stdout().is_terminal() {
             true => self.write(printable::line(reference).as_bytes()),
             false => self.write(reference.as_bytes()),
@@ -91,7 +91,7 @@ impl Output {
     }
 
     /// Prints a path byte for byte. Scripts read it, and it need not be UTF-8.
-    pub(crate) fn answer_path(&self, path: &Path) -> Result<()> {
+    pub(crate) fn print_path(&self, path: &Path) -> Result<()> {
         self.write(path.as_os_str().as_bytes())
     }
 
@@ -101,7 +101,7 @@ impl Output {
         }
         let mut stdout = io::stdout().lock();
         match stdout.write_all(&[line, b"\n"].concat()).and_then(|()| stdout.flush()) {
-            // The reader has enough: `modelcache ls | head`.
+            // The reader closed the pipe: `modelcache ls | head`.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
                 self.closed.store(true, Ordering::Relaxed);
                 Ok(())
@@ -112,14 +112,14 @@ impl Output {
     }
 
     /// Prints one report as a JSON object on a line, with its fields in alphabetical order.
-    pub(crate) fn answer_json(&self, report: &impl Serialize) -> Result<()> {
+    pub(crate) fn print_json(&self, report: &impl Serialize) -> Result<()> {
         let value = serde_json::to_value(report)
-            .map_err(|cause| Error::new(ErrorKind::Other, "cannot write the answer").cause(cause))?;
+            .map_err(|cause| Error::new(ErrorKind::Other, "cannot serialize the JSON output").cause(cause))?;
         self.write(printable::json(&value.to_string()).as_bytes())
     }
 
     /// Prints a message for people to standard error, unless `--quiet` was passed.
-    pub(crate) fn remark(&self, text: &str) {
+    pub(crate) fn message(&self, text: &str) {
         if !self.quiet {
             self.write_error(&format!("modelcache: {}\n", printable::line(text)));
         }
@@ -141,7 +141,7 @@ impl Output {
         if self.json {
             let reference = reference.map(Reference::shown);
             // The original error matters more than a failure to print it.
-            let _ = self.answer_json(&Failure { reference, error: ErrorForm::of(error) });
+            let _ = self.print_json(&Failure { reference, error: ErrorForm::of(error) });
         }
     }
 
@@ -152,13 +152,13 @@ impl Output {
         self.write_error(&format!("modelcache: {}; {hint}\n", signal.name()));
         if self.json {
             let error = ErrorForm { code: signal.name(), ..ErrorForm::of(&error) };
-            let _ = self.answer_json(&Failure { reference: None, error });
+            let _ = self.print_json(&Failure { reference: None, error });
         }
     }
 
     /// Returns a writer of whole lines to standard error.
     pub(crate) fn error_line(&self) -> ErrorLine {
-        ErrorLine(self.draws.then(|| self.bars().clone()))
+        ErrorLine(self.can_redraw.then(|| self.bars().clone()))
     }
 
     fn write_error(&self, text: &str) {
@@ -178,9 +178,9 @@ pub(crate) fn report_panic(info: &PanicHookInfo<'_>) {
     let _ = io::stderr().lock().write_all(format!("error: {}\n{backtrace}", printable::panic(info)).as_bytes());
 }
 
-/// A report with the reference that it answers.
+/// A report, with the reference that it is about.
 #[derive(Debug, Serialize)]
-pub(crate) struct Asked<'a, T> {
+pub(crate) struct WithReference<'a, T> {
     /// The reference, as it was given to the command.
     pub(crate) reference: &'a str,
     #[serde(flatten)]
@@ -242,7 +242,7 @@ impl Write for ErrorLine {
     }
 }
 
-/// Lines of an answer for people. Each line is made printable when it is added, so that untrusted text cannot break it.
+/// Lines of a result for people. Each line is made printable when it is added, so that untrusted text cannot break it.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Lines(String);
 

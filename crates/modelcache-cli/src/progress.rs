@@ -15,13 +15,13 @@ use std::time::{Duration, Instant};
 /// A call that ends within this time shows nothing.
 const SHOW_AFTER: Duration = Duration::from_secs(1);
 /// Interval between two updates of the bar.
-const BAR_EVERY: Duration = Duration::from_millis(100);
+const BAR_INTERVAL: Duration = Duration::from_millis(100);
 /// Interval between two lines.
-const LINE_EVERY: Duration = Duration::from_secs(5);
+const LINE_INTERVAL: Duration = Duration::from_secs(5);
 /// Longest label beside a bar, in characters.
 const LABEL_CHARS_MAX: usize = 28;
-/// Time constant of the moving average of the rate.
-const RATE_WINDOW_SECONDS: f64 = 5.0;
+/// Time constant of the moving average of the rate, in seconds.
+const RATE_TIME_CONSTANT_S: f64 = 5.0;
 
 /// Runs `work` and shows `progress` labelled `label`, unless `--quiet` was passed. Returns the outcome of `work`.
 pub(crate) async fn show<T>(output: &Output, label: &str, progress: &Progress, work: impl Future<Output = T>) -> T {
@@ -30,14 +30,14 @@ pub(crate) async fn show<T>(output: &Output, label: &str, progress: &Progress, w
     }
     let mut work = pin!(work);
     let mut view = View::new(output, label);
-    let every = if output.draws() { BAR_EVERY } else { SHOW_AFTER.min(LINE_EVERY) };
-    let mut ticks = tokio::time::interval_at(tokio::time::Instant::now() + every, every);
+    let interval = if output.can_redraw() { BAR_INTERVAL } else { SHOW_AFTER.min(LINE_INTERVAL) };
+    let mut ticks = tokio::time::interval_at(tokio::time::Instant::now() + interval, interval);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             biased;
             outcome = &mut work => return outcome,
-            _ = ticks.tick() => view.look(Instant::now(), progress.snapshot()),
+            _ = ticks.tick() => view.update(Instant::now(), progress.snapshot()),
         }
     }
 }
@@ -58,19 +58,21 @@ impl<'a> View<'a> {
         Self { output, label, meter: Meter::default(), started: Instant::now(), last_line: None, bar: None }
     }
 
-    fn look(&mut self, now: Instant, snapshot: Snapshot) {
-        let reading = self.meter.read(now, snapshot);
+    /// Samples the counters, and updates the bar or prints a line if it is time.
+    fn update(&mut self, now: Instant, snapshot: Snapshot) {
+        let reading = self.meter.sample(now, snapshot);
         if now.duration_since(self.started) < SHOW_AFTER {
             return;
         }
-        if self.output.draws() {
+        if self.output.can_redraw() {
             self.draw(&reading);
-        } else if self.last_line.is_none_or(|last| now.duration_since(last) >= LINE_EVERY) {
+        } else if self.last_line.is_none_or(|last| now.duration_since(last) >= LINE_INTERVAL) {
             self.last_line = Some(now);
-            self.output.remark(&format!("{}: {}", self.label, reading.text()));
+            self.output.message(&format!("{}: {}", self.label, reading.text()));
         }
     }
 
+    /// Draws the bar, or the spinner while the total is unknown.
     fn draw(&mut self, reading: &Reading) {
         let style = style(reading.total_bytes > 0);
         let (output, label) = (self.output, &self.label);
@@ -87,8 +89,8 @@ impl<'a> View<'a> {
 }
 
 /// Returns the style of a bar if the total is known, otherwise of a spinner.
-fn style(has_end: bool) -> ProgressStyle {
-    let template = if has_end { "{prefix} [{wide_bar}] {msg}" } else { "{prefix} {spinner} {wide_msg}" };
+fn style(is_total_known: bool) -> ProgressStyle {
+    let template = if is_total_known { "{prefix} [{wide_bar}] {msg}" } else { "{prefix} {spinner} {wide_msg}" };
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> ")
 }
 
@@ -118,7 +120,7 @@ impl Reading {
     fn activity(&self) -> String {
         let words = match self.phase {
             Phase::Resolve => "resolving the reference",
-            Phase::Acquire => "looking on disk",
+            Phase::Acquire => "checking the local disk",
             Phase::Join => "waiting for another download of this artifact",
             Phase::Plan => "planning",
             Phase::Download => match self.tier {
@@ -144,21 +146,22 @@ impl Reading {
         self.joined("/", " ")
     }
 
+    /// Joins phase, bytes, rate and time left.
     fn joined(&self, of: &str, separator: &str) -> String {
         let mut parts = vec![self.activity()];
         if self.total_bytes > 0 {
             parts.push(format!("{}{of}{}", human::bytes(self.done_bytes), human::bytes(self.total_bytes)));
             parts.extend(self.bytes_per_second.map(human::rate));
-            parts.extend(self.left());
+            parts.extend(self.time_left());
         }
         parts.join(separator)
     }
 
     /// Returns the time that the rest of the phase takes at the current rate. Returns `None` without a rate, or if the
     /// time is too long to be a useful estimate.
-    fn left(&self) -> Option<String> {
-        let left = self.total_bytes.saturating_sub(self.done_bytes) as f64 / self.bytes_per_second?;
-        match left.ceil() {
+    fn time_left(&self) -> Option<String> {
+        let seconds = self.total_bytes.saturating_sub(self.done_bytes) as f64 / self.bytes_per_second?;
+        match seconds.ceil() {
             seconds if !seconds.is_finite() || seconds >= 1e7 => None,
             seconds if seconds < 60.0 => Some(format!("{seconds} s left")),
             seconds => Some(format!("{} left", human::duration(Duration::from_secs(seconds as u64)))),
@@ -183,11 +186,12 @@ struct Meter {
 }
 
 impl Meter {
-    fn read(&mut self, now: Instant, snapshot: Snapshot) -> Reading {
+    /// Takes a sample of the counters, and returns it as it is displayed.
+    fn sample(&mut self, now: Instant, snapshot: Snapshot) -> Reading {
         match self.last.take() {
             // A new phase or a new total starts a new average.
             Some((then, before)) if before.phase == snapshot.phase && before.total_bytes == snapshot.total_bytes => {
-                self.learn(now.duration_since(then).as_secs_f64(), &before, &snapshot);
+                self.update_rate(now.duration_since(then).as_secs_f64(), &before, &snapshot);
             }
             _ => self.bytes_per_second = None,
         }
@@ -206,7 +210,7 @@ impl Meter {
 
     /// Updates the tier and the rate from two samples. The rate is an exponential moving average over time, so that it
     /// does not depend on the sampling interval.
-    fn learn(&mut self, seconds: f64, before: &Snapshot, now: &Snapshot) {
+    fn update_rate(&mut self, seconds: f64, before: &Snapshot, now: &Snapshot) {
         if now.origin_bytes > before.origin_bytes {
             self.tier = Some(Tier::Origin);
         } else if now.remote_bytes > before.remote_bytes {
@@ -215,11 +219,11 @@ impl Meter {
         if seconds <= 0.0 {
             return;
         }
-        let present = now.done_bytes.saturating_sub(before.done_bytes) as f64 / seconds;
+        let current = now.done_bytes.saturating_sub(before.done_bytes) as f64 / seconds;
         self.bytes_per_second = match self.bytes_per_second {
-            None if present == 0.0 => None,
-            None => Some(present),
-            Some(rate) => Some(present + (rate - present) * (-seconds / RATE_WINDOW_SECONDS).exp()),
+            None if current == 0.0 => None,
+            None => Some(current),
+            Some(rate) => Some(current + (rate - current) * (-seconds / RATE_TIME_CONSTANT_S).exp()),
         };
     }
 }
@@ -237,7 +241,7 @@ mod tests {
         let start = Instant::now();
         let mut meter = Meter::default();
         let mut read = |second: u64| {
-            meter.read(
+            meter.sample(
                 start + Duration::from_secs(second),
                 snapshot(Phase::Download, second * 100_000_000, 1_000_000_000),
             )
@@ -251,9 +255,9 @@ mod tests {
     fn a_new_phase_starts_a_new_rate() {
         let start = Instant::now();
         let mut meter = Meter::default();
-        meter.read(start, snapshot(Phase::Download, 0, 100));
-        meter.read(start + Duration::from_secs(1), snapshot(Phase::Download, 100, 100));
-        let reading = meter.read(start + Duration::from_secs(2), snapshot(Phase::Backfill, 0, 100));
+        meter.sample(start, snapshot(Phase::Download, 0, 100));
+        meter.sample(start + Duration::from_secs(1), snapshot(Phase::Download, 100, 100));
+        let reading = meter.sample(start + Duration::from_secs(2), snapshot(Phase::Backfill, 0, 100));
         assert_eq!(reading.text(), "uploading to remote, 0 B of 100 B");
     }
 
@@ -261,8 +265,8 @@ mod tests {
     fn discarded_bytes_do_not_make_a_negative_rate() {
         let start = Instant::now();
         let mut meter = Meter::default();
-        meter.read(start, snapshot(Phase::Download, 50, 100));
-        let reading = meter.read(start + Duration::from_secs(1), snapshot(Phase::Download, 20, 100));
+        meter.sample(start, snapshot(Phase::Download, 50, 100));
+        let reading = meter.sample(start + Duration::from_secs(1), snapshot(Phase::Download, 20, 100));
         assert_eq!(reading.bytes_per_second, None);
     }
 
@@ -274,7 +278,7 @@ mod tests {
 
     #[test]
     fn a_call_that_waits_for_another_download_shows_it() {
-        let reading = Meter::default().read(Instant::now(), snapshot(Phase::Join, 0, 0));
+        let reading = Meter::default().sample(Instant::now(), snapshot(Phase::Join, 0, 0));
         assert_eq!(reading.text(), "waiting for another download of this artifact");
     }
 }

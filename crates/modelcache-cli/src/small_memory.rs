@@ -11,9 +11,9 @@ use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 
 /// The variable that limits the number of glibc's malloc arenas.
-const ARENAS: &str = "MALLOC_ARENA_MAX";
-/// Set together with [`ARENAS`] to mark that this module set it, not the user.
-const RESTARTED: &str = "_MODELCACHE_ONE_ARENA";
+const ARENAS_VARIABLE: &str = "MALLOC_ARENA_MAX";
+/// A variable that is set together with [`ARENAS_VARIABLE`], to mark that this module set that one, not the user.
+const RESTARTED_VARIABLE: &str = "_MODELCACHE_ONE_ARENA";
 
 /// Replaces the process with the same command and a single arena if the address space is limited. Returns if there is
 /// nothing to do or if `exec` fails.
@@ -22,18 +22,18 @@ pub(crate) fn restart_with_one_arena(args: &[OsString]) {
         return;
     }
     let (Ok(program), [name, rest @ ..]) = (env::current_exe(), args) else { return };
-    // `exec` returns only on failure. The command then runs with all arenas and fewer threads.
-    drop(Command::new(program).arg0(name).args(rest).env(ARENAS, "1").env(RESTARTED, "1").exec());
+    // `exec` returns only on failure. The command then runs with all arenas, and starts fewer threads.
+    drop(Command::new(program).arg0(name).args(rest).env(ARENAS_VARIABLE, "1").env(RESTARTED_VARIABLE, "1").exec());
 }
 
 /// Returns true if `MALLOC_ARENA_MAX` is set, by this module or by the user.
 pub(crate) fn has_one_arena() -> bool {
-    env::var_os(ARENAS).is_some()
+    env::var_os(ARENAS_VARIABLE).is_some()
 }
 
-/// Removes the variables that this module set from the environment of the user's `command`.
+/// Removes the variables that this module set, if any, from the environment of the user's `command`.
 pub(crate) fn remove_from(command: &mut Command) {
-    if env::var_os(RESTARTED).is_some() {
-        command.env_remove(ARENAS).env_remove(RESTARTED);
+    if env::var_os(RESTARTED_VARIABLE).is_some() {
+        command.env_remove(ARENAS_VARIABLE).env_remove(RESTARTED_VARIABLE);
     }
 }

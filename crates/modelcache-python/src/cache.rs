@@ -1,11 +1,11 @@
 //! `Cache`: the native object behind `modelcache.ModelCache`, with one method per operation.
 //!
-//! Methods check their arguments at once and return a `Call`, which does the work. Artifacts that `get` returned by
-//! path stay leased until the cache is closed. A forked child opens the cache again on its first use, and leases the
-//! artifacts that its parent holds.
+//! Methods check their arguments at once and return a `Call`, which does the work. An artifact whose path `get`
+//! returned stays leased until the cache is closed. A forked child opens the cache again when it first uses it, and
+//! acquires its own leases on the artifacts that its parent has leased.
 
-use crate::call::{self, Answer, Call, Shown};
-use crate::process::{self, Inside, Owned};
+use crate::call::{self, Call, CallOutput, ProgressHandles};
+use crate::process::{self, EntryGuard, ProcessLocal};
 use crate::{failure, logs};
 use futures::StreamExt;
 use modelcache::cache::{
@@ -39,7 +39,7 @@ const TOKENS_MAX: usize = 16;
 pub(crate) struct Cache {
     config: Config,
     /// `None` once the cache is closed.
-    open: Mutex<Option<Owned<Arc<Open>>>>,
+    open: Mutex<Option<ProcessLocal<Arc<Open>>>>,
 }
 
 /// The open state of a cache in one process.
@@ -50,8 +50,8 @@ struct Open {
     leases: Arc<Mutex<Leases>>,
 }
 
-/// The artifacts that are leased until the cache closes, one entry per artifact and selection of its files. With the
-/// reference and the selection of an entry, a forked child leases the same files.
+/// The artifacts that are leased until the cache closes, by artifact and patterns of its files. The reference and the
+/// selection of an entry let a forked child lease the same files.
 type Leases = HashMap<(ArtifactKey, Vec<String>), (Reference, Selection, Artifact)>;
 
 /// The arguments of a get.
@@ -64,14 +64,15 @@ struct GetArguments {
     include: Vec<String>,
     exclude: Vec<String>,
     into: Option<PathBuf>,
-    /// A token for this call. An empty string sends no token, `None` the configured one.
+    /// The token for this call. An empty string sends no token, `None` sends the configured one.
     token: Option<String>,
     local_files_only: bool,
     refresh: bool,
     verify: bool,
     timeout_seconds: Option<f64>,
-    /// If true, the cache keeps the lease and the answer is a path. If false, the answer is a `Lease`.
-    hold: bool,
+    /// If true, the cache keeps the lease until it is closed, and the output is a path. If false, the output is a
+    /// `Lease`.
+    keep_lease: bool,
 }
 
 /// The arguments of an open.
@@ -97,7 +98,7 @@ impl GetArguments {
             refresh: self.refresh,
             max_tier: max_tier(self.local_files_only),
             verify: self.verify,
-            // The files in the caller's folder are durable when the call returns. So are those in the cache.
+            // A call with `into` returns when the files are durable, in the caller's folder and in the cache.
             durable: self.into.is_some(),
             ..GetOptions::default()
         })
@@ -118,11 +119,11 @@ impl Cache {
         remote_options: Option<BTreeMap<String, String>>,
         token: Option<String>,
     ) -> PyResult<Self> {
-        process::entry(py, |inside| {
+        process::entry(py, |guard| {
             logs::look_up_level(py);
             // Opening does file I/O. Other Python threads run meanwhile.
             let opened =
-                inside.detach(|| Self::from_settings(&arguments, environment, config_file, remote_options, token));
+                guard.detach(|| Self::from_settings(&arguments, environment, config_file, remote_options, token));
             opened.map_err(|error| failure::exception(py, &error))
         })
     }
@@ -145,7 +146,7 @@ impl Cache {
         self.lock().is_some()
     }
 
-    /// Downloads an artifact unless it is on disk, and leases it. The answer is its path or a `Lease`.
+    /// Downloads an artifact unless it is on disk, and leases it. The output is its path or a `Lease`.
     fn get(&self, py: Python<'_>, arguments: GetArguments) -> PyResult<Call> {
         self.call(py, |open| {
             let reference =
@@ -154,34 +155,34 @@ impl Cache {
             let cache = open.with_token(arguments.token.as_deref())?;
             let leases = open.leases.clone();
             let progress = Progress::new();
-            let shown = vec![progress.clone()];
+            let handles = vec![progress.clone()];
             let work = async move {
-                let GetArguments { into, hold, timeout_seconds, include, exclude, .. } = arguments;
-                // Before the download, so that a folder that must not be replaced is refused at once.
+                let GetArguments { into, keep_lease, timeout_seconds, include, exclude, .. } = arguments;
+                // Checked before the download, so that a folder that must not be replaced is refused at once.
                 let destination = match &into {
                     Some(dir) => Some(cache.destination(dir).await?),
                     None => None,
                 };
-                let artifact = in_time(timeout_seconds, cache.get_with(&reference, &options, &progress)).await?;
+                let artifact = with_timeout(timeout_seconds, cache.get_with(&reference, &options, &progress)).await?;
                 if let Some(destination) = destination {
-                    let made = artifact.materialize(&destination, LinkMode::Auto, &progress).await?;
-                    return Ok(Answer::Path(made.path));
+                    let materialized = artifact.materialize(&destination, LinkMode::Auto, &progress).await?;
+                    return Ok(CallOutput::Path(materialized.path));
                 }
-                if !hold {
-                    return Ok(Answer::Lent(Box::new(artifact)));
+                if !keep_lease {
+                    return Ok(CallOutput::Lease(Box::new(artifact)));
                 }
-                let path = Answer::Path(artifact.path.clone());
-                // Part of the key of the lease. The empty string separates the two lists of patterns.
+                let path = CallOutput::Path(artifact.path.clone());
+                // The patterns are part of the key of the lease. The empty string separates the two lists.
                 let patterns = [include, vec![String::new()], exclude].concat();
-                let (pinned, id) = (reference.pinned(&artifact.key), (artifact.key.clone(), patterns));
-                let keep = move || drop(lock(&leases).insert(id, (pinned, options.selection, artifact)));
-                Ok(Answer::Kept(Box::new(keep), Box::new(path)))
+                let (pinned, key) = (reference.pinned(&artifact.key), (artifact.key.clone(), patterns));
+                let keep = move || drop(lock(&leases).insert(key, (pinned, options.selection, artifact)));
+                Ok(CallOutput::StoreLeases(Box::new(keep), Box::new(path)))
             };
-            Ok((shown, work))
+            Ok((handles, work))
         })
     }
 
-    /// Opens one file of an artifact for reading. The answer is a `File`.
+    /// Opens one file of an artifact for reading. The output is a `File`.
     fn open_file(&self, py: Python<'_>, arguments: OpenArguments) -> PyResult<Call> {
         self.call(py, |open| {
             let OpenArguments { reference, path, version, revision, timeout_seconds, .. } = &arguments;
@@ -194,12 +195,12 @@ impl Cache {
             };
             let cache = open.with_token(arguments.token.as_deref())?;
             let (timeout, progress) = (*timeout_seconds, Progress::new());
-            let shown = vec![progress.clone()];
+            let handles = vec![progress.clone()];
             let work = async move {
-                let file = in_time(timeout, cache.open_file(&reference, &options, &progress)).await?;
-                Ok(Answer::Opened(Box::new(file), timeout))
+                let file = with_timeout(timeout, cache.open_file(&reference, &options, &progress)).await?;
+                Ok(CallOutput::File(Box::new(file), timeout))
             };
-            Ok((shown, work))
+            Ok((handles, work))
         })
     }
 
@@ -224,18 +225,18 @@ impl Cache {
             let tier = match tier {
                 "all" => PutTier::All,
                 "remote" => PutTier::Remote,
-                other => return Err(no_such_tier(other, "all, remote")),
+                other => return Err(unknown_tier(other, "all, remote")),
             };
             let expect = expect.map(Format::parse).transpose()?;
             let options = PutOptions { force, tier, expect, sidecars: sidecar, tag };
             let (cache, progress) = (open.cache.clone(), Progress::new());
-            let shown = vec![progress.clone()];
+            let handles = vec![progress.clone()];
             let work = async move {
                 let path = std::path::absolute(&path)
                     .map_err(|cause| Error::invalid(format!("{} is not a valid path", path.display())).cause(cause))?;
-                call::json(&cache.put_with(&key, &path, &options, &progress).await?).map(Answer::Json)
+                call::json(&cache.put_with(&key, &path, &options, &progress).await?).map(CallOutput::Json)
             };
-            Ok((shown, work))
+            Ok((handles, work))
         })
     }
 
@@ -254,9 +255,9 @@ impl Cache {
                 "all" => EvictTier::All,
                 "disk" => EvictTier::Disk,
                 "remote" => EvictTier::Remote,
-                other => return Err(no_such_tier(other, "all, disk, remote")),
+                other => return Err(unknown_tier(other, "all, disk, remote")),
             };
-            // The lease that an earlier get left in this cache would make the eviction fail.
+            // Release the leases that this cache holds on the artifact, because they would make the eviction fail.
             if !dry_run && tier != EvictTier::Remote {
                 let is_same = |key: &ArtifactKey| reference.exact_key().as_ref() == Some(key);
                 lock(&open.leases).retain(|(key, _), _| !is_same(key));
@@ -318,10 +319,10 @@ impl Cache {
         self.json_call(py, |open| {
             let reference = self::reference(reference, version, None)?;
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-            let lasting = seconds.map(duration).transpose()?;
+            let lifetime = seconds.map(duration).transpose()?;
             let pin = Pin {
                 since_unix: Some(now.as_secs()),
-                until_unix: lasting.map(|lasting| now.saturating_add(lasting).as_secs()),
+                until_unix: lifetime.map(|lifetime| now.saturating_add(lifetime).as_secs()),
                 by,
                 reason,
             };
@@ -391,41 +392,41 @@ impl Cache {
                 "disk" => VerifyTier::Disk,
                 "remote" => VerifyTier::Remote,
                 "all" => VerifyTier::All,
-                other => return Err(no_such_tier(other, "disk, remote, all")),
+                other => return Err(unknown_tier(other, "disk, remote, all")),
             };
             let verification = open.cache.verification(VerifyOptions { tier, repair, bytes_per_second });
             let progress = Progress::new();
-            let shown = vec![progress.clone()];
+            let handles = vec![progress.clone()];
             let work = async move {
                 let mut rows = Vec::new();
                 for target in verification.targets(&references).await? {
                     rows.extend(verification.verify(&target, &progress).await?);
                 }
-                call::json(&rows).map(Answer::Json)
+                call::json(&rows).map(CallOutput::Json)
             };
-            Ok((shown, work))
+            Ok((handles, work))
         })
     }
 
     /// Downloads a list of artifacts ahead of time. Fails before the first download if the list does not fit on disk.
-    /// The answer is a JSON row for each artifact, with its path or its failure. The cache keeps the leases.
+    /// The output is a JSON row for each artifact, with its path or its error. The cache keeps the leases.
     fn prewarm(&self, py: Python<'_>, wanted: Vec<(String, Option<String>)>, jobs: usize) -> PyResult<Call> {
         self.with_open(py, |open| {
             let references = wanted.iter().map(|(text, version)| reference(text, version.as_deref(), None));
             let references = references.collect::<Result<Vec<_>>>()?;
-            let (open, shown) = (open.clone(), Shown::default());
-            let work = prewarm(open, references, jobs.clamp(1, 64), shown.clone());
-            Ok(Call::showing(py, shown, work))
+            let (open, handles) = (open.clone(), ProgressHandles::default());
+            let work = prewarm(open, references, jobs.clamp(1, 64), handles.clone());
+            Ok(Call::with_handles(py, handles, work))
         })
     }
 
-    /// Called in a forked child right after the fork. The child's copy of the open cache must not act for the parent:
-    /// pending syncs stay with the parent.
+    /// Called in a forked child right after the fork. Tells the child's copy of the open cache to leave the pending
+    /// syncs to the parent.
     fn forked(&self) {
-        // Do not block: a mutex that another thread held at the fork stays locked.
-        let open = self.open.try_lock();
-        let parents = open.as_ref().ok().and_then(|open| open.as_ref()).and_then(|owned| owned.of_any_process());
-        if let Some(open) = parents {
+        // Do not block: a mutex that another thread of the parent held at the fork stays locked.
+        let slot = self.open.try_lock();
+        let inherited = slot.as_ref().ok().and_then(|slot| slot.as_ref()).and_then(|local| local.of_any_process());
+        if let Some(open) = inherited {
             open.cache.forked();
         }
     }
@@ -440,19 +441,18 @@ impl Cache {
 impl Cache {
     fn close_call(&self, py: Python<'_>, seconds: f64) -> Call {
         let limit = duration(seconds);
-        // Other calls fail from here on, unless the timeout is invalid: then the cache stays open. In a forked child that
-        // never used the cache there is nothing to close.
+        // From here on, other calls fail. If the timeout is invalid, the cache stays open. A forked child that never
+        // used the cache has nothing to close.
         let taken = if limit.is_ok() { self.lock().take().and_then(|mut open| open.take()) } else { None };
         let progress = Progress::new();
-        let shown = progress.clone();
-        Call::new(py, shown, async move {
+        Call::new(py, progress.clone(), async move {
             let limit = limit?;
             if let Some(open) = taken {
                 let by_token: Vec<_> = lock(&open.by_token).drain().map(|(_, cache)| cache).collect();
                 let finish = async {
                     for cache in std::iter::once(&open.cache).chain(&by_token) {
                         cache.wait_for_fills().await;
-                        // A failure is logged where it occurs. The next get of the artifact detects missing bytes.
+                        // The library logs a failure. The next get of the artifact detects missing bytes.
                         let _ = cache.make_durable().await;
                         cache.finish_backfills(&progress).await;
                     }
@@ -462,11 +462,11 @@ impl Cache {
                 }
                 lock(&open.leases).clear();
             }
-            Ok(Answer::Json(json!(null)))
+            Ok(CallOutput::Json(json!(null)))
         })
     }
 
-    /// Gathers the settings and opens the cache.
+    /// Merges the settings and opens the cache.
     fn from_settings(
         arguments: &HashMap<String, (String, String)>,
         environment: Vec<(Vec<u8>, Vec<u8>)>,
@@ -490,59 +490,59 @@ impl Cache {
             config.hub.token = Some(Secret::new(token)).filter(|token| !token.expose().is_empty());
         }
         let open = Open::new(config.clone())?;
-        Ok(Self { config, open: Mutex::new(Some(Owned::new(Arc::new(open)))) })
+        Ok(Self { config, open: Mutex::new(Some(ProcessLocal::new(Arc::new(open)))) })
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Owned<Arc<Open>>>> {
+    fn lock(&self) -> MutexGuard<'_, Option<ProcessLocal<Arc<Open>>>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns the open state for this process. In a forked child, opens the cache again on first use.
-    fn in_this_process(&self, inside: &Inside<'_>, py: Python<'_>) -> Result<Arc<Open>> {
-        let parents = match &*self.lock() {
+    fn open_in_this_process(&self, guard: &EntryGuard<'_>, py: Python<'_>) -> Result<Arc<Open>> {
+        let inherited = match &*self.lock() {
             None => return Err(closed()),
-            Some(owned) => match owned.get() {
+            Some(local) => match local.get() {
                 Some(open) => return Ok(open.clone()),
-                // Opened by the parent. Its table of leases is only read.
-                None => owned.of_any_process().map(|open| open.leases_to_renew()).unwrap_or_default(),
+                // The parent opened the cache. Its table of leases is only read.
+                None => local.of_any_process().map(|open| open.inherited_leases()).unwrap_or_default(),
             },
         };
-        let runtime = inside.process().runtime(py)?;
-        let open = inside.detach(move || {
+        let runtime = guard.process().runtime(py)?;
+        let open = guard.detach(move || {
             let open = Open::new(self.config.clone())?;
-            runtime.block_on(open.renew_leases(parents));
+            runtime.block_on(open.acquire_leases(inherited));
             Ok::<_, Error>(Arc::new(open))
         })?;
         // Another thread may have opened or closed the cache meanwhile.
         let mut slot = self.lock();
-        let Some(owned) = &*slot else { return Err(closed()) };
-        if let Some(theirs) = owned.get() {
-            return Ok(theirs.clone());
+        let Some(local) = &*slot else { return Err(closed()) };
+        if let Some(opened_meanwhile) = local.get() {
+            return Ok(opened_meanwhile.clone());
         }
-        *slot = Some(Owned::new(open.clone()));
+        *slot = Some(ProcessLocal::new(open.clone()));
         Ok(open)
     }
 
     /// Calls `make` with the open state for this process.
     fn with_open<T>(&self, py: Python<'_>, make: impl FnOnce(&Arc<Open>) -> Result<T>) -> PyResult<T> {
-        process::entry(py, |inside| {
-            let made = self.in_this_process(inside, py).and_then(|open| make(&open));
-            made.map_err(|error| failure::exception(py, &error))
+        process::entry(py, |guard| {
+            let result = self.open_in_this_process(guard, py).and_then(|open| make(&open));
+            result.map_err(|error| failure::exception(py, &error))
         })
     }
 
-    /// Returns a call that runs the future from `make` and shows its progress handles.
+    /// Returns a call that runs the future from `make`. The handles from `make` report its progress.
     fn call<W>(&self, py: Python<'_>, make: impl FnOnce(&Open) -> Result<(Vec<Progress>, W)>) -> PyResult<Call>
     where
-        W: Future<Output = Result<Answer>> + Send + 'static,
+        W: Future<Output = Result<CallOutput>> + Send + 'static,
     {
         self.with_open(py, |open| {
-            let (shown, work) = make(open)?;
-            Ok(Call::showing(py, Arc::new(Mutex::new(shown)), work))
+            let (handles, work) = make(open)?;
+            Ok(Call::with_handles(py, Arc::new(Mutex::new(handles)), work))
         })
     }
 
-    /// Returns a call with a JSON answer and without progress.
+    /// Returns a call with JSON as its output and without progress.
     fn json_call<W, R>(&self, py: Python<'_>, make: impl FnOnce(&Open) -> Result<W>) -> PyResult<Call>
     where
         W: Future<Output = Result<R>> + Send + 'static,
@@ -550,7 +550,7 @@ impl Cache {
     {
         self.call(py, |open| {
             let work = make(open)?;
-            Ok((Vec::new(), async move { call::json(&work.await?).map(Answer::Json) }))
+            Ok((Vec::new(), async move { call::json(&work.await?).map(CallOutput::Json) }))
         })
     }
 }
@@ -560,9 +560,9 @@ impl Open {
         Ok(Self { cache: modelcache::Cache::open(config)?, by_token: Mutex::default(), leases: Arc::default() })
     }
 
-    /// Returns the cache that sends `token` to the Hub. `None` stands for the configured token, an empty string for
-    /// none. Callers with different tokens share directory and counters, but no download: otherwise a caller could get
-    /// files that its token gives no access to.
+    /// Returns the cache that sends `token` to the Hub: `None` is the configured token, an empty string is no token.
+    /// Callers with different tokens share the directory and the counters. They share no download, because a caller
+    /// could otherwise get files that its token gives no access to.
     fn with_token(&self, token: Option<&str>) -> Result<modelcache::Cache> {
         let Some(token) = token else { return Ok(self.cache.clone()) };
         // The key `None` stands for the empty token.
@@ -571,7 +571,7 @@ impl Open {
         if let Some(cache) = by_token.get(&id) {
             return Ok(cache.clone());
         }
-        // Dropping all of them is enough: running calls keep their clones, and a later call opens its cache again.
+        // Drop all of them: running calls keep their clones, and a later call opens its cache again.
         if by_token.len() >= TOKENS_MAX {
             by_token.clear();
         }
@@ -580,10 +580,11 @@ impl Open {
         Ok(cache)
     }
 
-    /// Returns the artifacts that a forked child has to lease, too. Called in the child, on its parent's state.
-    fn leases_to_renew(&self) -> Vec<(Vec<String>, Reference, Selection)> {
-        // While the cache is open, this mutex is locked only with the interpreter's lock held. Therefore no fork copies
-        // it in the locked state.
+    /// Returns the leases of the parent, which a forked child has to acquire as well. Called in the child, on the state
+    /// of its parent.
+    fn inherited_leases(&self) -> Vec<(Vec<String>, Reference, Selection)> {
+        // While the cache is open, this mutex is locked only with the interpreter's lock held, so no fork copies it in
+        // the locked state.
         let leases = lock(&self.leases);
         leases
             .iter()
@@ -591,8 +592,8 @@ impl Open {
             .collect()
     }
 
-    /// Leases the artifacts that the parent of this process holds. Asks disk only.
-    async fn renew_leases(&self, wanted: Vec<(Vec<String>, Reference, Selection)>) {
+    /// Leases these artifacts. Uses only the disk.
+    async fn acquire_leases(&self, wanted: Vec<(Vec<String>, Reference, Selection)>) {
         for (patterns, pinned, selection) in wanted {
             let options = GetOptions { selection: selection.clone(), max_tier: Tier::Disk, ..GetOptions::default() };
             match self.cache.get_with(&pinned, &options, &Progress::new()).await {
@@ -605,50 +606,55 @@ impl Open {
     }
 }
 
-/// Downloads `references` and leases them. The answer has one row for each reference, in their order.
-async fn prewarm(open: Arc<Open>, references: Vec<Reference>, jobs: usize, shown: Shown) -> Result<Answer> {
+/// Downloads `references` and leases them. The output has one row for each reference, in the same order.
+async fn prewarm(
+    open: Arc<Open>,
+    references: Vec<Reference>,
+    jobs: usize,
+    handles: ProgressHandles,
+) -> Result<CallOutput> {
     let options = GetOptions { purpose: Purpose::Keep, durable: true, ..GetOptions::default() };
     let plan = open.cache.plan_prewarm(&references, &options).await?;
-    // A row is replaced once its artifact is there.
+    // The row of a planned artifact is null until the artifact is leased.
     let row = |planned: &Result<_>| planned.as_ref().map_or_else(failure_row, |_| json!(null));
     let mut rows: Vec<_> = plan.artifacts.iter().map(row).collect();
     let mut leased = Vec::new();
-    let mut gets = pin!(plan.gets(jobs, |at| fill(&open, &references[at], at, &options, &shown)));
-    while let Some((at, filled)) = gets.next().await {
-        rows[at] = match filled {
+    let mut gets = pin!(plan.gets(jobs, |index| get_one(&open, &references[index], index, &options, &handles)));
+    while let Some((index, result)) = gets.next().await {
+        rows[index] = match result {
             Ok(artifact) => {
                 let row = call::json(&artifact.answer())?;
-                leased.push((references[at].pinned(&artifact.key), artifact));
+                leased.push((references[index].pinned(&artifact.key), artifact));
                 row
             }
             Err(error) => failure_row(&error),
         };
     }
     let leases = open.leases.clone();
-    // Stored with the interpreter's lock held, see `leases_to_renew`. If the call is cancelled, the leases are dropped.
+    // Runs with the interpreter's lock held, see `inherited_leases`. If the call is cancelled, the leases are released.
     let keep = move || {
         let mut leases = lock(&leases);
         for (pinned, artifact) in leased {
             leases.insert((artifact.key.clone(), vec![String::new()]), (pinned, Selection::all(), artifact));
         }
     };
-    Ok(Answer::Kept(Box::new(keep), Box::new(Answer::Json(rows.into()))))
+    Ok(CallOutput::StoreLeases(Box::new(keep), Box::new(CallOutput::Json(rows.into()))))
 }
 
 /// Gets one artifact of a list. Returns its index with the result.
-async fn fill(
+async fn get_one(
     open: &Open,
     reference: &Reference,
-    at: usize,
+    index: usize,
     options: &GetOptions,
-    shown: &Shown,
+    handles: &ProgressHandles,
 ) -> (usize, Result<Artifact>) {
     let progress = Progress::new();
-    lock(shown).push(progress.clone());
-    (at, open.cache.get_with(reference, options, &progress).await)
+    lock(handles).push(progress.clone());
+    (index, open.cache.get_with(reference, options, &progress).await)
 }
 
-/// Returns the row for a failed artifact of a list, from which the package makes an exception.
+/// Returns the row for an artifact that failed. The Python package makes an exception from it.
 fn failure_row(error: &Error) -> serde_json::Value {
     json!({
         "kind": error.kind().name(),
@@ -674,7 +680,7 @@ fn load_settings(
         return Err(Error::invalid(format!("unknown setting {unknown:?}")));
     }
     let argument = |(text, source): &(String, String)| Argument { text: text.clone(), source: source.clone() };
-    let arguments = arguments.iter().map(|(key, given)| (key.as_str(), argument(given))).collect();
+    let arguments = arguments.iter().map(|(key, value)| (key.as_str(), argument(value))).collect();
     Settings::gather_arguments(&arguments, &environment, &files, settings::read_if_there)?.placed(&environment)
 }
 
@@ -683,13 +689,15 @@ fn load_settings(
 fn reference(text: &str, version: Option<&str>, revision: Option<&str>) -> Result<Reference> {
     let is_uri = text.contains("://") || text.starts_with("models:");
     match (version, revision) {
-        (Some(_), Some(_)) => Err(Error::invalid("both a version and a revision").hint("give one of the two")),
+        (Some(_), Some(_)) => {
+            Err(Error::invalid("a version and a revision were both given").hint("give only one of them"))
+        }
         (None, None) => Reference::parse(text),
         (Some(version), None) | (None, Some(version)) if !is_uri => {
             let reference = Reference::parse(&format!("{text}@{version}"))?;
             match &reference.target {
                 Target::Bare(key) if key.name.as_str() == text => Ok(reference),
-                // The text has a version already, or something else that must not follow a name.
+                // The text contains a version, or something else that cannot precede one.
                 _ => Err(Error::invalid(format!(
                     "the reference {:?} cannot be combined with the version {version:?}",
                     redact::reference(text)
@@ -709,8 +717,8 @@ fn max_tier(local_files_only: bool) -> Tier {
     if local_files_only { Tier::Disk } else { Tier::Origin }
 }
 
-/// Runs `work` with a timeout in seconds, or without one.
-pub(crate) async fn in_time<T>(seconds: Option<f64>, work: impl Future<Output = Result<T>>) -> Result<T> {
+/// Runs `work` with a timeout in seconds, or without one if `seconds` is `None`.
+pub(crate) async fn with_timeout<T>(seconds: Option<f64>, work: impl Future<Output = Result<T>>) -> Result<T> {
     let Some(seconds) = seconds else { return work.await };
     tokio::time::timeout(duration(seconds)?, work).await.unwrap_or_else(|_| {
         Err(Error::unavailable(format!("not done within {seconds} s"))
@@ -723,8 +731,8 @@ fn duration(seconds: f64) -> Result<Duration> {
         .map_err(|_| Error::invalid(format!("{seconds} is not a valid number of seconds")))
 }
 
-fn no_such_tier(given: &str, known: &str) -> Error {
-    Error::invalid(format!("there is no tier {given:?} for this operation")).hint(format!("use one of {known}"))
+fn unknown_tier(tier: &str, allowed: &str) -> Error {
+    Error::invalid(format!("there is no tier {tier:?} for this operation")).hint(format!("use one of {allowed}"))
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

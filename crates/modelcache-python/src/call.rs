@@ -1,14 +1,14 @@
 //! [`Call`]: a future of the library that Python drives, either from a blocked thread or from an event loop.
 //!
-//! A blocking caller calls [`Call::wait`] in a loop of Python code. Each round returns within a tenth of a second, so
-//! that the loop can handle signals, pass on log records and report progress. Callbacks run in that loop, with no Rust
-//! frame below them, and may use the cache. An event loop uses [`Call::start`] and is called back.
+//! A blocking caller calls [`Call::wait`] in a loop of Python code. Each call of `wait` returns within a tenth of a
+//! second, so that the loop can handle signals, forward log records and report progress. Callbacks run in that loop,
+//! without a Rust frame below them, and may use the cache. An event loop uses [`Call::start`], which takes a callback.
 //!
 //! Cancelling ends this call only: a fill continues while any caller in this process waits for it.
 
 use crate::file::File;
 use crate::lease::Lease;
-use crate::process::{self, Owned};
+use crate::process::{self, ProcessLocal};
 use crate::{failure, logs};
 use futures::FutureExt;
 use modelcache::cache::{Artifact, OpenFile};
@@ -29,54 +29,55 @@ use tokio::task::{AbortHandle, JoinHandle};
 
 /// Longest time that [`Call::wait`] blocks before it returns to Python.
 const WAIT_INTERVAL: Duration = Duration::from_millis(100);
-/// How long [`Call::cancel`] waits for the task to end.
+/// Longest time that [`Call::cancel`] waits for the task to end.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(1);
 
-type Work = Pin<Box<dyn Future<Output = Result<Answer>> + Send>>;
+type Work = Pin<Box<dyn Future<Output = Result<CallOutput>> + Send>>;
 
-/// The result of a call.
-pub(crate) enum Answer {
-    /// A path without a lease of its own.
+/// The output of a successful call.
+pub(crate) enum CallOutput {
+    /// A path.
     Path(PathBuf),
-    /// An answer with a side effect, which runs when the answer is converted, with the interpreter's lock held: it
-    /// stores the leases in the cache. An answer that is never converted releases its leases.
-    Kept(Box<dyn FnOnce() + Send>, Box<Answer>),
-    /// A leased artifact, to become a `Lease`.
-    Lent(Box<Artifact>),
-    /// An open file, and the longest time in seconds that one read may wait.
-    Opened(Box<OpenFile>, Option<f64>),
-    /// Any other answer, in the form that `modelcache --json` prints.
+    /// An output whose leases the cache keeps. The function stores them in the cache. It is called when the output is
+    /// converted, with the interpreter's lock held. If the output is dropped instead, the leases are released.
+    StoreLeases(Box<dyn FnOnce() + Send>, Box<CallOutput>),
+    /// A leased artifact, which becomes a `Lease`.
+    Lease(Box<Artifact>),
+    /// An open file, which becomes a `File`, and the longest time in seconds that one of its reads may wait.
+    File(Box<OpenFile>, Option<f64>),
+    /// Any other output, in the form that `modelcache --json` prints.
     Json(Value),
 }
 
 /// Serializes a report. The Python package parses it into the classes of `_reports.py`.
 pub(crate) fn json(report: &impl Serialize) -> Result<Value> {
-    serde_json::to_value(report).map_err(|cause| Error::new(ErrorKind::Other, "cannot write the answer").cause(cause))
+    serde_json::to_value(report)
+        .map_err(|cause| Error::new(ErrorKind::Other, "cannot serialize the result of the call").cause(cause))
 }
 
-impl Answer {
-    /// Converts the answer to a Python object.
+impl CallOutput {
+    /// Converts the output to a Python object.
     fn into_python(self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         match self {
             Self::Path(path) => path.into_os_string().into_py_any(py),
-            Self::Kept(keep, answer) => {
-                // Under the interpreter's lock no fork can copy the table of leases while its mutex is held.
-                keep();
-                answer.into_python(py)
+            Self::StoreLeases(store_leases, output) => {
+                // With the interpreter's lock held, no fork can copy the table of leases while its mutex is locked.
+                store_leases();
+                output.into_python(py)
             }
-            Self::Lent(artifact) => {
+            Self::Lease(artifact) => {
                 Lease::new(*artifact).map_err(|error| failure::exception(py, &error))?.into_py_any(py)
             }
-            Self::Opened(file, timeout) => File::new(*file, timeout).into_py_any(py),
+            Self::File(file, timeout) => File::new(*file, timeout).into_py_any(py),
             Self::Json(value) => value.to_string().into_py_any(py),
         }
     }
 
-    /// Calls the Python function `done(answer, exception)`. One of the two arguments is `None`.
-    pub(crate) fn tell(py: Python<'_>, done: &Bound<'_, PyAny>, outcome: Result<Self>) -> PyResult<()> {
-        let answered = outcome.map_err(|error| failure::exception(py, &error));
-        match answered.and_then(|answer| answer.into_python(py)) {
-            Ok(answer) => done.call1((answer, py.None())),
+    /// Calls the Python function `done(output, exception)`. One of the two arguments is `None`.
+    pub(crate) fn call_back(py: Python<'_>, done: &Bound<'_, PyAny>, outcome: Result<Self>) -> PyResult<()> {
+        let outcome = outcome.map_err(|error| failure::exception(py, &error));
+        match outcome.and_then(|output| output.into_python(py)) {
+            Ok(output) => done.call1((output, py.None())),
             Err(error) => done.call1((py.None(), error)),
         }
         .map(|_| ())
@@ -84,21 +85,21 @@ impl Answer {
 }
 
 /// The progress handles of a call. [`snapshot`] adds them up.
-pub(crate) type Shown = Arc<Mutex<Vec<Progress>>>;
+pub(crate) type ProgressHandles = Arc<Mutex<Vec<Progress>>>;
 
 /// A call of the library that Python waits for or cancels.
 #[pyclass(frozen, module = "modelcache._native")]
 pub(crate) struct Call {
     /// Empty while a thread is in [`Call::wait`], and after the call has ended.
-    stage: Mutex<Owned<Stage>>,
-    shown: Shown,
+    stage: Mutex<ProcessLocal<Stage>>,
+    handles: ProgressHandles,
 }
 
 enum Stage {
     /// Not polled yet.
     New(Work),
     /// A runtime task that a blocked thread waits for.
-    Awaited(JoinHandle<Result<Answer>>),
+    Awaited(JoinHandle<Result<CallOutput>>),
     /// A runtime task that reports its outcome to an event loop.
     Started(AbortHandle),
 }
@@ -108,34 +109,38 @@ impl Call {
     pub(crate) fn new(
         py: Python<'_>,
         progress: Progress,
-        work: impl Future<Output = Result<Answer>> + Send + 'static,
+        work: impl Future<Output = Result<CallOutput>> + Send + 'static,
     ) -> Self {
-        Self::showing(py, Arc::new(Mutex::new(vec![progress])), work)
+        Self::with_handles(py, Arc::new(Mutex::new(vec![progress])), work)
     }
 
-    /// Creates a call with several progress handles. `work` may add further ones to `shown`.
-    pub(crate) fn showing(
+    /// Creates a call with several progress handles. `work` may add handles.
+    pub(crate) fn with_handles(
         py: Python<'_>,
-        shown: Shown,
-        work: impl Future<Output = Result<Answer>> + Send + 'static,
+        handles: ProgressHandles,
+        work: impl Future<Output = Result<CallOutput>> + Send + 'static,
     ) -> Self {
-        // Every call is an opportunity to notice that the program has changed the logger's level.
+        // The program may have changed the level of the logger since the last call.
         logs::look_up_level(py);
-        Self { stage: Mutex::new(Owned::new(Stage::New(Box::pin(work)))), shown }
+        Self { stage: Mutex::new(ProcessLocal::new(Stage::New(Box::pin(work)))), handles }
     }
 
-    fn stage(&self) -> MutexGuard<'_, Owned<Stage>> {
+    fn stage(&self) -> MutexGuard<'_, ProcessLocal<Stage>> {
         self.stage.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Runs a call for at most [`WAIT_INTERVAL`]. Returns its outcome, or as `Err` the task in which it continues.
-fn work_on(runtime: &Runtime, stage: Option<Stage>) -> std::result::Result<Result<Answer>, JoinHandle<Result<Answer>>> {
+/// Runs a call for at most [`WAIT_INTERVAL`]. Returns its outcome. If it has not ended, returns the task in which it
+/// continues as `Err`.
+fn run_for_interval(
+    runtime: &Runtime,
+    stage: Option<Stage>,
+) -> std::result::Result<Result<CallOutput>, JoinHandle<Result<CallOutput>>> {
     let already_awaited = || Error::invalid("a call can be awaited only once, and only in the process that created it");
     runtime.block_on(async {
         match stage {
-            // First round: poll the work on this thread. A call that ends within the interval, such as a hit on disk,
-            // costs no task and no switch to another thread.
+            // First interval: poll the work on this thread. A call that ends within the interval, such as a hit on
+            // disk, needs no task and no switch to another thread.
             Some(Stage::New(work)) => {
                 let mut work = catching_panics(work);
                 tokio::select! {
@@ -144,10 +149,10 @@ fn work_on(runtime: &Runtime, stage: Option<Stage>) -> std::result::Result<Resul
                     () = tokio::time::sleep(WAIT_INTERVAL) => Err(tokio::spawn(work)),
                 }
             }
-            // Later rounds: the task continues on the runtime's threads, and this thread only waits for it.
+            // Later intervals: the task runs on the threads of the runtime, and this thread only waits for it.
             Some(Stage::Awaited(mut task)) => match tokio::time::timeout(WAIT_INTERVAL, &mut task).await {
                 Ok(Ok(outcome)) => Ok(outcome),
-                Ok(Err(cut_short)) => Ok(Err(Error::new(ErrorKind::Other, "the call was cut short").cause(cut_short))),
+                Ok(Err(cancelled)) => Ok(Err(Error::new(ErrorKind::Other, "the call was cancelled").cause(cancelled))),
                 Err(_) => Err(task),
             },
             // Started for an event loop, ended, in use by another thread, or created before a fork.
@@ -157,74 +162,75 @@ fn work_on(runtime: &Runtime, stage: Option<Stage>) -> std::result::Result<Resul
 }
 
 /// Wraps `work` so that a panic in it becomes an error.
-fn catching_panics(work: Work) -> Pin<Box<dyn Future<Output = Result<Answer>> + Send>> {
+fn catching_panics(work: Work) -> Pin<Box<dyn Future<Output = Result<CallOutput>> + Send>> {
     AssertUnwindSafe(work)
         .catch_unwind()
-        .map(|done| done.unwrap_or_else(|panic| Err(failure::of_panic(&*panic))))
+        .map(|done| done.unwrap_or_else(|panic| Err(failure::panic_error(&*panic))))
         .boxed()
 }
 
 #[pymethods]
 impl Call {
-    /// Runs the call for at most a tenth of a second. Returns its answer, or `None` if it has not ended yet; the caller
+    /// Runs the call for at most a tenth of a second. Returns its output, or `None` if it has not ended; the caller
     /// then calls this again.
     fn wait(&self, py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
-        process::entry(py, |inside| {
-            let runtime = inside.process().runtime(py).map_err(|error| failure::exception(py, &error))?;
+        process::entry(py, |guard| {
+            let runtime = guard.process().runtime(py).map_err(|error| failure::exception(py, &error))?;
             let stage = self.stage().take();
             // The closure owns the reference to the runtime, so that it is dropped before `detach` may hang this
             // thread: `process::shut_down` waits until no other reference is left.
-            match inside.detach(move || work_on(&runtime, stage)) {
-                Ok(Ok(answer)) => answer.into_python(py).map(Some),
+            match guard.detach(move || run_for_interval(&runtime, stage)) {
+                Ok(Ok(output)) => output.into_python(py).map(Some),
                 Ok(Err(error)) => Err(failure::exception(py, &error)),
                 Err(task) => {
-                    *self.stage() = Owned::new(Stage::Awaited(task));
+                    *self.stage() = ProcessLocal::new(Stage::Awaited(task));
                     Ok(None)
                 }
             }
         })
     }
 
-    /// Starts the call in the background. `done(answer, exception)` is called at its end on a dispatcher thread, unless
-    /// the call is cancelled before.
+    /// Starts the call in the background. When it has ended, a dispatcher thread calls `done(output, exception)`,
+    /// unless the call was cancelled.
     fn start(&self, py: Python<'_>, done: Py<PyAny>) -> PyResult<()> {
-        process::entry(py, |inside| {
-            let process = inside.process();
+        process::entry(py, |guard| {
+            let process = guard.process();
             let begin = || {
                 let runtime = process.runtime(py)?;
-                // The limit on threads left no worker thread: tasks would run only while some thread is in `wait`.
+                // The thread limit of the process left no worker thread: tasks would run only while a thread is in
+                // `wait`.
                 if runtime.handle().runtime_flavor() == RuntimeFlavor::CurrentThread {
                     return Err(modelcache::runtime::no_thread(None));
                 }
-                process.start_to_deliver()?;
+                process.start_completions()?;
                 let Some(Stage::New(work)) = self.stage().take() else {
                     return Err(Error::invalid("a call can be started only once, in the process that created it"));
                 };
                 Ok(runtime.spawn(async move {
                     let outcome = catching_panics(work).await;
-                    process.deliver(done, outcome);
+                    process.queue_callback(done, outcome);
                 }))
             };
             let task = begin().map_err(|error| failure::exception(py, &error))?;
-            *self.stage() = Owned::new(Stage::Started(task.abort_handle()));
+            *self.stage() = ProcessLocal::new(Stage::Started(task.abort_handle()));
             Ok(())
         })
     }
 
     /// Cancels the call. A fill that other callers wait for continues.
     fn cancel(&self, py: Python<'_>) -> PyResult<()> {
-        process::entry(py, |inside| {
+        process::entry(py, |guard| {
             match self.stage().take() {
                 Some(Stage::Started(task)) => task.abort(),
                 Some(Stage::Awaited(task)) => {
                     task.abort();
-                    // Wait until the future is dropped: its leases and locks are released when this returns.
-                    if let Ok(runtime) = inside.process().runtime(py) {
-                        let ended = async { drop(tokio::time::timeout(CANCEL_TIMEOUT, task).await) };
-                        inside.detach(move || runtime.block_on(ended));
+                    // Wait until the future is dropped, so that its leases and locks are released when this returns.
+                    if let Ok(runtime) = guard.process().runtime(py) {
+                        let end = async { drop(tokio::time::timeout(CANCEL_TIMEOUT, task).await) };
+                        guard.detach(move || runtime.block_on(end));
                     }
                 }
-                // Work that never ran is dropped here. A call that has ended needs nothing.
+                // Drop work that never ran. A call that has ended needs no action.
                 Some(Stage::New(_)) | None => {}
             }
             Ok(())
@@ -234,13 +240,13 @@ impl Call {
     /// Returns the phase, the bytes done, the total bytes (0 if unknown), the bytes received from the remote and the
     /// bytes received from origins.
     fn snapshot(&self) -> (&'static str, u64, u64, u64, u64) {
-        snapshot(&self.shown.lock().unwrap_or_else(PoisonError::into_inner))
+        snapshot(&self.handles.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
 /// Adds up the bytes of several progress handles. The fields are those of [`Call::snapshot`].
-pub(crate) fn snapshot(shown: &[Progress]) -> (&'static str, u64, u64, u64, u64) {
-    let all: Vec<_> = shown.iter().map(Progress::snapshot).collect();
+pub(crate) fn snapshot(handles: &[Progress]) -> (&'static str, u64, u64, u64, u64) {
+    let all: Vec<_> = handles.iter().map(Progress::snapshot).collect();
     // The handle added last belongs to the fill that started last.
     let phase = all.last().map_or("resolve", |one| one.phase.name());
     let sum = |of: fn(&modelcache::progress::Snapshot) -> u64| all.iter().map(of).sum();

@@ -1,14 +1,16 @@
 //! `File`: the native object behind `modelcache.CachedFile`.
 //!
-//! Python waits here until a range of bytes is available, and reads it with the descriptor that it gets. The descriptor
-//! stays open as long as this object lives, even after `close`, because another thread may be about to read from it.
+//! The Python code waits until a range of bytes is available, gets a descriptor, and reads the range from it. The
+//! descriptor stays open as long as this object exists, even after `close`, because another thread may be about to
+//! read.
 //!
-//! In a forked child, a file that was complete at the fork remains readable. A file that was not stays with its parent.
+//! In a forked child, a file that was complete at the fork remains readable. An incomplete file is readable only in the
+//! parent.
 
-use crate::cache::in_time;
-use crate::call::{Answer, Call, snapshot};
+use crate::cache::with_timeout;
+use crate::call::{Call, CallOutput, snapshot};
 use crate::failure;
-use crate::process::{self, Owned};
+use crate::process::{self, ProcessLocal};
 use modelcache::cache::OpenFile;
 use modelcache::{Error, ErrorKind, Result};
 use pyo3::prelude::*;
@@ -27,11 +29,11 @@ pub(crate) struct File {
     /// Longest time of one wait, in seconds.
     timeout: Option<f64>,
     /// `None` once the file is closed. Locked only with the interpreter's lock held, so that no fork copies it locked.
-    open: Mutex<Option<Arc<Owned<OpenFile>>>>,
-    /// The descriptor, once Python got it.
+    open: Mutex<Option<Arc<ProcessLocal<OpenFile>>>>,
+    /// The file that Python reads from, once it got the descriptor.
     descriptor: OnceLock<Arc<std::fs::File>>,
     /// Set to true on close, which ends the waits of other threads.
-    closed: Owned<watch::Sender<bool>>,
+    closed: ProcessLocal<watch::Sender<bool>>,
 }
 
 impl File {
@@ -41,18 +43,18 @@ impl File {
             name: opened.path.to_string(),
             size: opened.size(),
             timeout,
-            open: Mutex::new(Some(Arc::new(Owned::new(opened)))),
+            open: Mutex::new(Some(Arc::new(ProcessLocal::new(opened)))),
             descriptor: OnceLock::new(),
-            closed: Owned::new(watch::Sender::default()),
+            closed: ProcessLocal::new(watch::Sender::default()),
         }
     }
 
-    fn open(&self) -> Result<Arc<Owned<OpenFile>>> {
+    fn open(&self) -> Result<Arc<ProcessLocal<OpenFile>>> {
         let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         open.clone().ok_or_else(closed)
     }
 
-    /// Returns the descriptor and keeps it open for the life of this object.
+    /// Returns the descriptor, and keeps it open as long as this object exists.
     fn retain(&self, file: &Arc<std::fs::File>) -> RawFd {
         self.descriptor.get_or_init(|| file.clone()).as_raw_fd()
     }
@@ -63,27 +65,29 @@ impl File {
         let file = match (open.get(), open.of_any_process()) {
             (Some(open), _) => open.try_wait(start..stop)?,
             // In a forked child. `is_whole` and `file` take no lock that a thread of the parent may have held.
-            (None, Some(parents)) if parents.is_whole() => parents.file(),
-            (None, _) => return Err(parent_downloads()),
+            (None, Some(inherited)) if inherited.is_whole() => inherited.file(),
+            (None, _) => return Err(incomplete_at_fork()),
         };
         Ok(file.map(|file| self.retain(file)))
     }
 
     /// Returns a call that runs `wait`. Closing the file ends it with an error.
-    fn waiting<W>(&self, py: Python<'_>, wait: impl FnOnce(Arc<Owned<OpenFile>>) -> W) -> PyResult<Call>
+    fn wait_call<W>(&self, py: Python<'_>, wait: impl FnOnce(Arc<ProcessLocal<OpenFile>>) -> W) -> PyResult<Call>
     where
-        W: Future<Output = Result<Answer>> + Send + 'static,
+        W: Future<Output = Result<CallOutput>> + Send + 'static,
     {
         entry(py, || {
             let open = self.open()?;
-            let (Some(file), Some(end)) = (open.get(), self.closed.get()) else { return Err(parent_downloads()) };
-            let (progress, mut ends) = (file.progress().clone(), end.subscribe());
+            let (Some(file), Some(close_sender)) = (open.get(), self.closed.get()) else {
+                return Err(incomplete_at_fork());
+            };
+            let (progress, mut closes) = (file.progress().clone(), close_sender.subscribe());
             let (work, timeout) = (wait(open.clone()), self.timeout);
             Ok(Call::new(py, progress, async move {
                 tokio::select! {
                     biased;
-                    _ = ends.wait_for(|closed| *closed) => Err(closed()),
-                    done = in_time(timeout, work) => done,
+                    _ = closes.wait_for(|is_closed| *is_closed) => Err(closed()),
+                    outcome = with_timeout(timeout, work) => outcome,
                 }
             }))
         })
@@ -116,7 +120,7 @@ impl File {
         entry(py, || Ok(self.open()?.of_any_process().is_some_and(OpenFile::is_whole)))
     }
 
-    /// The path on disk if the complete file is there and verified, otherwise `None`.
+    /// The path on disk if the complete file is on disk and verified, otherwise `None`.
     #[getter]
     fn whole_path(&self, py: Python<'_>) -> PyResult<Option<OsString>> {
         entry(py, || {
@@ -124,25 +128,25 @@ impl File {
         })
     }
 
-    /// Returns the descriptor for reading the bytes `start..stop`, or `None` if they have to be waited for.
+    /// Returns the descriptor for reading the bytes `start..stop`, or `None` if they are not available yet.
     fn ready(&self, py: Python<'_>, start: u64, stop: u64) -> PyResult<Option<RawFd>> {
         entry(py, || self.ready_fd(start, stop))
     }
 
     /// Waits until the bytes `start..stop` can be read.
     fn wait(&self, py: Python<'_>, start: u64, stop: u64) -> PyResult<Call> {
-        self.waiting(py, |open| async move {
-            let file = open.get().ok_or_else(parent_downloads)?;
+        self.wait_call(py, |open| async move {
+            let file = open.get().ok_or_else(incomplete_at_fork)?;
             file.wait(start..stop).await?;
-            Ok(Answer::Json(json!(null)))
+            Ok(CallOutput::Json(json!(null)))
         })
     }
 
-    /// Waits until the complete file is on disk, verified and leased. The answer is its path.
+    /// Waits until the complete file is on disk, verified and leased. The output is its path.
     fn whole(&self, py: Python<'_>) -> PyResult<Call> {
-        self.waiting(py, |open| async move {
-            let file = open.get().ok_or_else(parent_downloads)?;
-            Ok(Answer::Path(file.whole().await?))
+        self.wait_call(py, |open| async move {
+            let file = open.get().ok_or_else(incomplete_at_fork)?;
+            Ok(CallOutput::Path(file.whole().await?))
         })
     }
 
@@ -159,9 +163,9 @@ impl File {
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         entry(py, || {
             drop(self.open.lock().unwrap_or_else(PoisonError::into_inner).take());
-            // In a forked child there is nothing to wake: waits are refused there.
-            if let Some(closed) = self.closed.get() {
-                closed.send_replace(true);
+            // In a forked child no thread waits, because `wait_call` fails.
+            if let Some(close_sender) = self.closed.get() {
+                close_sender.send_replace(true);
             }
             Ok(())
         })
@@ -178,7 +182,7 @@ fn closed() -> Error {
 }
 
 /// Returns the error for using, in a forked child, a file that its parent was still downloading at the fork.
-fn parent_downloads() -> Error {
+fn incomplete_at_fork() -> Error {
     Error::new(
         ErrorKind::Other,
         "this file was still being downloaded when the process was forked, and only the parent can read it",

@@ -1,7 +1,7 @@
 //! `Lease`: the native object behind `modelcache.Lease`.
 
 use crate::call;
-use crate::process::{self, Owned};
+use crate::process::{self, ProcessLocal};
 use modelcache::Result;
 use modelcache::cache::Artifact;
 use pyo3::prelude::*;
@@ -15,10 +15,10 @@ pub(crate) struct Lease {
     path: PathBuf,
     name: String,
     version: String,
-    /// JSON.
+    /// The report of the get, as JSON.
     report: String,
-    /// Holds the lease. A forked child leaves it to its parent.
-    artifact: Mutex<Owned<Artifact>>,
+    /// Holds the lease. A forked child does not release it.
+    artifact: Mutex<ProcessLocal<Artifact>>,
 }
 
 impl Lease {
@@ -28,14 +28,14 @@ impl Lease {
             name: artifact.key.name.to_string(),
             version: artifact.key.version.to_string(),
             report: call::json(&artifact.answer())?.to_string(),
-            artifact: Mutex::new(Owned::new(artifact)),
+            artifact: Mutex::new(ProcessLocal::new(artifact)),
         })
     }
 }
 
 #[pymethods]
 impl Lease {
-    /// The path of the file, or of the folder of a tree.
+    /// The path of the file, or of the folder if the artifact is a tree.
     #[getter]
     fn path(&self) -> OsString {
         self.path.clone().into_os_string()

@@ -1,9 +1,9 @@
 //! `_native`, the extension module of the Python package `modelcache`.
 //!
 //! The module is private. The public, typed API is written in Python, in `python/modelcache/`. Each operation of
-//! `cache::Cache` returns a `call::Call`, which a thread waits for or which calls back into an event loop. No wait
-//! holds the interpreter's lock. `failure` converts errors and panics to the exceptions of the package. `process` keeps
-//! the state of a process apart from that of its forked children.
+//! `cache::Cache` returns a `call::Call`. A thread waits for the call, or an event loop is called back. No wait holds
+//! the interpreter's lock. `failure` converts errors and panics to the exceptions of the package. `process` separates
+//! the state of a process from that of its forked children.
 
 mod cache;
 mod call;
@@ -34,7 +34,7 @@ mod _native {
     #[pymodule_export]
     const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-    /// Marks this process as a forked child. It uses nothing of its parent's state from now on.
+    /// Marks this process as a forked child, which from now on uses a state of its own.
     #[pyfunction]
     fn forked() {
         process::forked();
@@ -43,8 +43,8 @@ mod _native {
     /// Begins interpreter shutdown: from now on only the calling thread may use the module. Other threads hang when
     /// they make a call or return from one, as daemon threads do when the interpreter ends.
     #[pyfunction]
-    fn begin_end(py: Python<'_>) {
-        process::begin_end(py);
+    fn begin_shutdown(py: Python<'_>) {
+        process::begin_shutdown(py);
     }
 
     /// Stops the threads of this module, before the interpreter ends. Calls fail afterwards.
@@ -59,7 +59,8 @@ mod _native {
         process::existing().map(process::Process::take_records).unwrap_or_default().into()
     }
 
-    /// Panics within a call, or before the call exists if `at_once` is set. For the test that no panic reaches Python.
+    /// Returns a call that panics, or panics at once if `at_once` is set. For the test that a panic becomes an
+    /// exception.
     #[pyfunction]
     fn panicking_call(py: Python<'_>, at_once: bool) -> PyResult<Call> {
         process::entry(py, |_| {
@@ -70,7 +71,7 @@ mod _native {
 
     #[pymodule_init]
     fn init() {
-        std::panic::set_hook(Box::new(failure::tell_panic));
-        logs::start();
+        std::panic::set_hook(Box::new(failure::print_panic));
+        logs::install();
     }
 }

@@ -1,8 +1,8 @@
 //! Forwards the library's `tracing` events to Python's `logging`, to loggers below `modelcache`.
 //!
-//! Logging never waits for the interpreter's lock. Records are queued until a call returns to Python, which takes them,
-//! or until a dispatcher thread passes them on. A logging handler may use the cache. Which levels are recorded follows
-//! the level of the logger `modelcache`, which is looked up whenever a call is made.
+//! Logging never waits for the interpreter's lock. Records are queued until the Python code of a call takes them, or a
+//! dispatcher thread forwards them. A logging handler may use the cache. The level of the logger `modelcache`
+//! determines which events are recorded. It is looked up whenever a call is made.
 
 use crate::process;
 use modelcache::printable;
@@ -16,7 +16,7 @@ use tracing::subscriber::Interest;
 use tracing::{Event, Level, Metadata, Subscriber};
 
 /// Prefix of the targets that are recorded. Events of dependencies are dropped.
-const OURS: &str = "modelcache";
+const TARGET_PREFIX: &str = "modelcache";
 
 /// A log record: level in Python's numbers, name of the logger, text.
 pub(crate) type Record = (u8, String, String);
@@ -25,12 +25,12 @@ pub(crate) type Record = (u8, String, String);
 static LEVEL: AtomicU8 = AtomicU8::new(30);
 
 /// Installs the subscriber that records events.
-pub(crate) fn start() {
+pub(crate) fn install() {
     // Fails if this build already has a global subscriber. That one stays in place.
     let _ = tracing::subscriber::set_global_default(Recorder);
 }
 
-/// Copies the effective level of Python's logger, so that disabled events cost no lock.
+/// Copies the effective level of Python's logger, so that a disabled event does not need the interpreter's lock.
 pub(crate) fn look_up_level(py: Python<'_>) {
     static LEVEL_OF_LOGGER: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     let level = LEVEL_OF_LOGGER.import(py, "modelcache._logging", "level").and_then(|level| level.call0());
@@ -40,10 +40,12 @@ pub(crate) fn look_up_level(py: Python<'_>) {
     }
 }
 
-/// Makes Python take the queued records. For dispatcher threads; a call takes them in its Python code.
-pub(crate) fn hand_over(py: Python<'_>) {
-    static HAND_OVER: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    if let Err(error) = HAND_OVER.import(py, "modelcache._logging", "hand_over").and_then(|hand_over| hand_over.call0())
+/// Makes Python take the queued records. Called on dispatcher threads; the Python code of a call takes them by itself.
+pub(crate) fn forward_records(py: Python<'_>) {
+    static FORWARD_RECORDS: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    if let Err(error) = FORWARD_RECORDS
+        .import(py, "modelcache._logging", "forward_records")
+        .and_then(|forward_records| forward_records.call0())
     {
         // A dispatcher has no caller to raise to.
         error.write_unraisable(py, None);
@@ -51,7 +53,7 @@ pub(crate) fn hand_over(py: Python<'_>) {
 }
 
 /// Returns the level in Python's numbers. `logging` defines none below DEBUG (10), so TRACE is 5.
-fn number(level: &Level) -> u8 {
+fn python_level(level: &Level) -> u8 {
     match *level {
         Level::ERROR => 40,
         Level::WARN => 30,
@@ -66,15 +68,15 @@ struct Recorder;
 
 impl Subscriber for Recorder {
     fn register_callsite(&self, metadata: &'static Metadata<'static>) -> Interest {
-        let is_ours = metadata.is_event() && metadata.target().starts_with(OURS);
-        // `sometimes`: the level may change later, so `enabled` is asked for every event.
-        if is_ours { Interest::sometimes() } else { Interest::never() }
+        let is_recorded = metadata.is_event() && metadata.target().starts_with(TARGET_PREFIX);
+        // `sometimes`: `enabled` is called for every event, because the level may change later.
+        if is_recorded { Interest::sometimes() } else { Interest::never() }
     }
 
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        number(metadata.level()) >= LEVEL.load(Ordering::Relaxed)
+        python_level(metadata.level()) >= LEVEL.load(Ordering::Relaxed)
             && metadata.is_event()
-            && metadata.target().starts_with(OURS)
+            && metadata.target().starts_with(TARGET_PREFIX)
     }
 
     fn event(&self, event: &Event<'_>) {
@@ -82,9 +84,9 @@ impl Subscriber for Recorder {
         let mut text = Text::default();
         event.record(&mut text);
         let metadata = event.metadata();
-        // Handlers write the text to terminals and files unescaped, so control characters are escaped here.
+        // Escape control characters, because handlers write the text to terminals and files as it is.
         let text = printable::line(&(text.message + &text.fields)).into_owned();
-        process.log((number(metadata.level()), metadata.target().replace("::", "."), text));
+        process.log((python_level(metadata.level()), metadata.target().replace("::", "."), text));
     }
 
     fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {

@@ -3,11 +3,11 @@
 //! Every call from Python passes through [`entry`]. It converts a panic into an exception and keeps threads away from
 //! an interpreter that is shutting down (see [`Gate`]).
 //!
-//! Threads do not survive a fork, and a mutex that another thread held at that moment stays locked in the child for
-//! ever. A forked child therefore creates its own [`Process`]. It neither uses nor drops anything of its parent:
-//! dropping would release leases that the parent still holds.
+//! Threads do not survive a fork, and a mutex that another thread held at the fork stays locked in the child for ever.
+//! A forked child therefore creates its own [`Process`]. It neither uses nor drops objects of its parent, because
+//! dropping them would release leases that the parent still holds.
 
-use crate::call::Answer;
+use crate::call::CallOutput;
 use crate::failure;
 use crate::logs::{self, Record};
 use modelcache::{Error, ErrorKind, Result};
@@ -23,18 +23,19 @@ use std::thread::{self, JoinHandle, ThreadId};
 use std::time::{Duration, Instant};
 use tokio::runtime::Runtime;
 
-/// How long interpreter shutdown waits for calls to leave this module, and for a logging handler to return.
+/// Longest time that interpreter shutdown waits for calls to leave this module, and for a logging handler to return.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Poll interval of the waits at shutdown.
 const POLL_INTERVAL: Duration = Duration::from_millis(1);
-/// How long interpreter shutdown waits for the runtime's threads to finish and close their files.
+/// Longest time that interpreter shutdown waits for the threads of the runtime to finish and to close their files.
 const RUNTIME_TIMEOUT: Duration = Duration::from_secs(1);
 /// Capacity of the queue of log records. Further records are dropped.
 const RECORDS_MAX: usize = 10_000;
 
-/// The oldest process of a chain from parent to child. No link is ever freed; without forks there is one link.
+/// The first process in the chain of forks. Each process links to its forked child, in the child's copy of the memory.
+/// Links are never freed; without forks there is one.
 static FIRST: OnceLock<Process> = OnceLock::new();
-/// Number of forks between the oldest process and this one.
+/// Number of forks between the first process and this one.
 static FORKS: AtomicU32 = AtomicU32::new(0);
 
 /// Identifies a process. The fork count distinguishes a child from an ancestor that had the same PID.
@@ -79,14 +80,14 @@ enum Threads {
 pub(crate) fn current(_: Python<'_>) -> &'static Process {
     let id = ProcessId::here();
     let mut process = FIRST.get_or_init(|| Process::new(id));
-    // The links before ours belong to ancestors. They were copied by the fork and are only read.
+    // The links before that of this process belong to its ancestors. The fork copied them, and they are only read.
     while process.id != id {
         process = process.child.get_or_init(|| Box::new(Process::new(id)));
     }
     process
 }
 
-/// Returns the state of this process if it exists. For threads that do not hold the interpreter's lock.
+/// Returns the state of this process if it was created. Does not need the interpreter's lock.
 pub(crate) fn existing() -> Option<&'static Process> {
     let id = ProcessId::here();
     let mut process = FIRST.get()?;
@@ -99,36 +100,38 @@ pub(crate) fn existing() -> Option<&'static Process> {
 /// Marks this process as a forked child. Called right after the fork, on the child's only thread.
 pub(crate) fn forked() {
     FORKS.fetch_add(1, Ordering::Relaxed);
-    // The fork copied the generator's state. Without a new seed, parent and child would draw the same "unique" names.
+    // The fork copied the state of the random number generator. Without a new seed, parent and child would generate the
+    // same "unique" names.
     let _ = rand::rng().reseed();
 }
 
-/// Runs `work`, the body of one call from Python. A panic in it becomes the exception for a defect.
-pub(crate) fn entry<T>(py: Python<'_>, work: impl FnOnce(&Inside<'_>) -> PyResult<T>) -> PyResult<T> {
+/// Runs `work`, the body of one call from Python. A panic in it becomes an exception.
+pub(crate) fn entry<T>(py: Python<'_>, work: impl FnOnce(&EntryGuard<'_>) -> PyResult<T>) -> PyResult<T> {
     let process = current(py);
-    // The interpreter is shutting down. Release its lock before hanging: the thread that shuts it down needs the lock.
+    // If the interpreter is shutting down, hang. Release its lock first, because the thread that shuts it down needs
+    // it.
     if !process.gate.try_enter() {
         py.detach(hang);
     }
-    let inside = Inside { py, process };
-    catch_unwind(AssertUnwindSafe(|| work(&inside)))
-        .unwrap_or_else(|panic| Err(failure::exception(py, &failure::of_panic(&*panic))))
+    let guard = EntryGuard { py, process };
+    catch_unwind(AssertUnwindSafe(|| work(&guard)))
+        .unwrap_or_else(|panic| Err(failure::exception(py, &failure::panic_error(&*panic))))
 }
 
 /// First step of interpreter shutdown: closes the gate. From now on only the calling thread may use this module. Every
-/// other thread hangs when it calls the module or returns to it. Returns once no other thread is inside the module with
-/// the interpreter's lock, after [`LEAVE_TIMEOUT`] at the latest.
-pub(crate) fn begin_end(py: Python<'_>) {
+/// other thread hangs when it calls the module or returns to it. Returns when no other thread is inside the module with
+/// the interpreter's lock, or after [`LEAVE_TIMEOUT`].
+pub(crate) fn begin_shutdown(py: Python<'_>) {
     let gate = &current(py).gate;
     gate.close();
-    // Without the lock, so that the threads inside can finish.
+    // Release the interpreter's lock, so that the threads inside can finish.
     py.detach(|| gate.wait_until_empty());
 }
 
 /// Last step of interpreter shutdown: stops the threads of this process. No runtime is started afterwards.
 pub(crate) fn shut_down(py: Python<'_>) {
     let Some(process) = existing() else { return };
-    // Replace the runtime first: a call that arrives now gets an error instead of a new runtime.
+    // Replace the runtime first, so that a new call fails instead of starting a new runtime.
     let threads = std::mem::replace(&mut *process.threads(), Threads::ShutDown);
     py.detach(|| {
         if let Threads::Running(runtime) = threads
@@ -136,7 +139,7 @@ pub(crate) fn shut_down(py: Python<'_>) {
         {
             runtime.shutdown_timeout(RUNTIME_TIMEOUT);
         }
-        // After the runtime: its last tasks still send to the dispatchers.
+        // Stop the dispatchers after the runtime, because its last tasks still send messages to them.
         for dispatcher in [&process.completions, &process.logger] {
             dispatcher.get().map(Dispatcher::stop);
         }
@@ -144,7 +147,7 @@ pub(crate) fn shut_down(py: Python<'_>) {
 }
 
 /// Waits until no call uses the runtime and returns it. Returns `None` after [`RUNTIME_TIMEOUT`]; the runtime is then
-/// left running until the process exits. Waiting calls drop their reference before they hang, so this is brief.
+/// left running until the process exits. Waiting calls drop their reference before they hang, so the wait is short.
 fn into_sole_owner(mut runtime: Arc<Runtime>) -> Option<Runtime> {
     let end = Instant::now() + RUNTIME_TIMEOUT;
     loop {
@@ -157,20 +160,21 @@ fn into_sole_owner(mut runtime: Arc<Runtime>) -> Option<Runtime> {
     }
 }
 
-/// Parks the calling thread for ever: the interpreter is shutting down, and the thread must not take its lock again.
+/// Parks the calling thread for ever. Called when the interpreter is shutting down, because the thread must not take
+/// the interpreter's lock again.
 fn hang() {
     loop {
         thread::park();
     }
 }
 
-/// Proof that the current thread is in a call from Python, counted by the gate, with the interpreter's lock held.
-pub(crate) struct Inside<'py> {
+/// Guard of a call from Python: the gate counts the current thread, which holds the interpreter's lock.
+pub(crate) struct EntryGuard<'py> {
     py: Python<'py>,
     process: &'static Process,
 }
 
-impl Inside<'_> {
+impl EntryGuard<'_> {
     /// Returns the state of this process.
     pub(crate) fn process(&self) -> &'static Process {
         self.process
@@ -193,7 +197,7 @@ impl Inside<'_> {
     }
 }
 
-impl Drop for Inside<'_> {
+impl Drop for EntryGuard<'_> {
     fn drop(&mut self) {
         self.process.gate.leave();
     }
@@ -221,8 +225,8 @@ struct Gate {
 struct GateState {
     /// Number of threads inside.
     inside: usize,
-    /// The thread that shuts the interpreter down. Set once the gate is closed; only this thread may still enter.
-    ending: Option<ThreadId>,
+    /// The thread that shuts the interpreter down. Set when the gate is closed; only this thread may enter afterwards.
+    shutdown_thread: Option<ThreadId>,
 }
 
 impl Gate {
@@ -236,7 +240,7 @@ impl Gate {
             return true;
         }
         let mut state = self.lock();
-        let may_enter = state.ending.is_none_or(|ending| ending == thread::current().id());
+        let may_enter = state.shutdown_thread.is_none_or(|shutdown_thread| shutdown_thread == thread::current().id());
         state.inside += usize::from(may_enter);
         may_enter
     }
@@ -245,18 +249,18 @@ impl Gate {
         if !IS_DISPATCHER.get() {
             let mut state = self.lock();
             state.inside -= 1;
-            if state.inside == 0 && state.ending.is_some() {
+            if state.inside == 0 && state.shutdown_thread.is_some() {
                 self.empty.notify_all();
             }
         }
     }
 
     fn close(&self) {
-        self.lock().ending = Some(thread::current().id());
+        self.lock().shutdown_thread = Some(thread::current().id());
     }
 
     fn wait_until_empty(&self) {
-        // A timeout is not an error: shutdown continues without the remaining threads.
+        // After a timeout, shutdown continues although threads are inside.
         let _ = self.empty.wait_timeout_while(self.lock(), LEAVE_TIMEOUT, |state| state.inside > 0);
     }
 }
@@ -274,24 +278,25 @@ impl Process {
         if let Threads::None = *threads {
             let has_arenas = std::env::var_os("MALLOC_ARENA_MAX").is_none();
             *threads = Threads::Running(Arc::new(modelcache::runtime::start(has_arenas)?));
-            // Start it before other work uses up the process's thread limit. If it does not start, calls from event
-            // loops fail with an error and everything else works.
+            // Start this thread before other work exhausts the thread limit of the process. If it cannot be started,
+            // only calls from event loops fail.
             let _ = dispatcher(&self.completions);
         }
         match &*threads {
             Threads::Running(runtime) => Ok(runtime.clone()),
-            _ => Err(Error::new(ErrorKind::Other, "the interpreter is ending; nothing can be started any more")),
+            _ => Err(Error::new(ErrorKind::Other, "the Python interpreter is shutting down; no call can be started")),
         }
     }
 
-    /// Starts the thread that [`deliver`](Self::deliver) needs. Fails if the system refuses another thread.
-    pub(crate) fn start_to_deliver(&self) -> Result<()> {
+    /// Starts the thread that [`queue_callback`](Self::queue_callback) needs. Fails if the system refuses another
+    /// thread.
+    pub(crate) fn start_completions(&self) -> Result<()> {
         dispatcher(&self.completions).map(|_| ())
     }
 
     /// Queues the callback `done` with the outcome of a call. A dispatcher thread takes the interpreter's lock and
-    /// calls it, so that no runtime thread has to wait for that lock.
-    pub(crate) fn deliver(&self, done: Py<PyAny>, outcome: Result<Answer>) {
+    /// calls `done`, so that no thread of the runtime has to wait for that lock.
+    pub(crate) fn queue_callback(&self, done: Py<PyAny>, outcome: Result<CallOutput>) {
         if let Some(completions) = self.completions.get() {
             completions.send(Message::CallFinished(done, outcome));
         }
@@ -303,7 +308,7 @@ impl Process {
         if records.len() < RECORDS_MAX {
             records.push_back(record);
         }
-        // Further records find the dispatcher already woken: it empties the whole queue.
+        // Only the first record has to wake the dispatcher, which then empties the whole queue.
         let is_first = records.len() == 1;
         drop(records);
         if is_first {
@@ -322,7 +327,7 @@ impl Process {
     }
 }
 
-/// A thread that calls into Python. It waits for the interpreter's lock in place of the threads that move bytes.
+/// A thread that calls into Python, so that the threads of the runtime do not have to wait for the interpreter's lock.
 struct Dispatcher {
     messages: Sender<Message>,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -330,7 +335,7 @@ struct Dispatcher {
 
 enum Message {
     /// A call from an event loop has finished: its callback and its outcome.
-    CallFinished(Py<PyAny>, Result<Answer>),
+    CallFinished(Py<PyAny>, Result<CallOutput>),
     /// Log records are queued.
     LogRecords,
     Stop,
@@ -377,11 +382,11 @@ fn run(receiver: &Receiver<Message>) {
         // `try_attach` returns `None` while the interpreter shuts down. The thread ends then, as it does on `Stop`.
         let attached = match message {
             Message::Stop => None,
-            Message::LogRecords => Python::try_attach(logs::hand_over),
+            Message::LogRecords => Python::try_attach(logs::forward_records),
             Message::CallFinished(done, outcome) => Python::try_attach(|py| {
-                // Records first: they precede the outcome in the log.
-                logs::hand_over(py);
-                if let Err(error) = Answer::tell(py, done.bind(py), outcome) {
+                // Forward the records first, because they were logged before the call ended.
+                logs::forward_records(py);
+                if let Err(error) = CallOutput::call_back(py, done.bind(py), outcome) {
                     error.write_unraisable(py, Some(done.bind(py)));
                 }
             }),
@@ -392,13 +397,14 @@ fn run(receiver: &Receiver<Message>) {
     }
 }
 
-/// A value that only the process that created it uses and drops. Dropping it in a forked child leaks the value.
-pub(crate) struct Owned<T> {
+/// A value that only the process that created it may use and drop. If a forked child drops its copy, the value is
+/// leaked.
+pub(crate) struct ProcessLocal<T> {
     owner: ProcessId,
     value: Option<T>,
 }
 
-impl<T> Owned<T> {
+impl<T> ProcessLocal<T> {
     pub(crate) fn new(value: T) -> Self {
         Self { owner: ProcessId::here(), value: Some(value) }
     }
@@ -420,10 +426,10 @@ impl<T> Owned<T> {
     }
 }
 
-impl<T> Drop for Owned<T> {
+impl<T> Drop for ProcessLocal<T> {
     fn drop(&mut self) {
         if self.owner != ProcessId::here() {
-            // Dropping would release locks and descriptors that the parent still uses.
+            // Dropping the value would release locks that the parent still holds.
             std::mem::forget(self.value.take());
         }
     }

@@ -15,25 +15,25 @@ from typing import Any
 
 import pytest
 from modelcache import ModelCache
-from servers import Slow, StandIn
+from servers import SlowProxy, StandIn
 
 MIB = 1 << 20
-_PREFIXES = itertools.count()
-_FOREIGN = ("MODEL_CACHE_", "AWS_", "HF_", "XDG_", "MLFLOW_")
+_REMOTE_NUMBERS = itertools.count()
+_SETTING_PREFIXES = ("MODEL_CACHE_", "AWS_", "HF_", "XDG_", "MLFLOW_")
 
 
-# Some tests read their files as another user. Do not depend on the umask of the caller.
+# Some tests read their files as another user, so the tests do not use the umask of the caller.
 os.umask(0o022)
-# A background job of a shell ignores SIGINT, and its child processes inherit that. A signal with a handler is reset to
-# its default in the processes that the tests start.
+# A background job of a shell ignores SIGINT, and its child processes inherit that. They do not inherit a handler: they
+# start with the default.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def clean_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Remove settings of the environment. Give each test its own cache directory and home."""
-    for name in [name for name in os.environ if name.startswith(_FOREIGN)]:
+    """Remove all settings from the environment. Give each test its own cache directory and home."""
+    for name in [name for name in os.environ if name.startswith(_SETTING_PREFIXES)]:
         monkeypatch.delenv(name)
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -54,16 +54,16 @@ def s3(s3_server: StandIn, monkeypatch: pytest.MonkeyPatch) -> str:
     """A remote for one test on the S3 server, set in the environment. Returns its URL."""
     for name, value in s3_server.env.items():
         monkeypatch.setenv(name, value)
-    remote = f"s3://models/test-{os.getpid()}-{next(_PREFIXES)}"
+    remote = f"s3://models/test-{os.getpid()}-{next(_REMOTE_NUMBERS)}"
     monkeypatch.setenv("MODEL_CACHE_REMOTE", remote)
     return remote
 
 
 @pytest.fixture
-def slow(s3: str, s3_server: StandIn, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slow]:
+def slow(s3: str, s3_server: StandIn, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowProxy]:
     """A proxy in front of the S3 server, without limits at first."""
     endpoint = next(name for name in s3_server.env if name.startswith("AWS_ENDPOINT_URL"))
-    proxy = Slow(int(s3_server.env[endpoint].rsplit(":", 1)[1].rstrip("/")))
+    proxy = SlowProxy(int(s3_server.env[endpoint].rsplit(":", 1)[1].rstrip("/")))
     monkeypatch.setenv(endpoint, f"http://127.0.0.1:{proxy.port}")
     yield proxy
     proxy.stop()
@@ -83,19 +83,19 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def open_cache() -> Iterator[Any]:
     """A function that opens caches. They are closed at the end of the test."""
-    made: list[ModelCache] = []
+    caches: list[ModelCache] = []
 
-    def make(**arguments: Any) -> ModelCache:
-        made.append(ModelCache(**arguments))
-        return made[-1]
+    def open_one(**arguments: Any) -> ModelCache:
+        caches.append(ModelCache(**arguments))
+        return caches[-1]
 
-    yield make
-    for cache in made:
+    yield open_one
+    for cache in caches:
         cache.close()
 
 
-def interrupted(code: str, first: str, *, after_seconds: float = 0) -> list[str]:
-    """Run a program, send it SIGINT after it has printed `first`, and return the further lines of its output.
+def run_and_interrupt(code: str, first: str, *, after_seconds: float = 0) -> list[str]:
+    """Run a program, send it SIGINT after it has printed the line `first`, and return the lines that follow.
 
     The program must exit with code 0.
     """

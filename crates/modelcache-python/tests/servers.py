@@ -26,7 +26,7 @@ class StandIn:
         last = {"s3": "AWS_EC2_METADATA_DISABLED", "hub": "HF_ENDPOINT"}[arguments[0]]
         while last not in self.env:
             line = self.process.stdout.readline()
-            assert line, f"{binary} ended"
+            assert line, f"{binary} exited before it printed all variables"
             if line.startswith("export "):
                 for pair in shlex.split(line)[1:]:
                     name, _, value = pair.partition("=")
@@ -37,7 +37,7 @@ class StandIn:
         self.process.wait()
 
 
-class Slow:
+class SlowProxy:
     """A proxy in front of a local server that counts and limits the bytes sent to clients.
 
     `bytes_per_second` limits the rate over all connections, :meth:`let_through` the amount.
@@ -46,7 +46,7 @@ class Slow:
     def __init__(self, port: int) -> None:
         self.target = port
         self.bytes_per_second: float | None = None
-        self.bytes_down = 0
+        self.bytes_to_clients = 0
         self._lock = threading.Lock()
         self._limit: int | None = None
         self._limit_moved = threading.Condition(self._lock)
@@ -58,7 +58,7 @@ class Slow:
     def let_through(self, count: int | None) -> None:
         """Let `count` more bytes through, over all connections, and then block; ``None`` removes the limit."""
         with self._limit_moved:
-            self._limit = None if count is None else self.bytes_down + count
+            self._limit = None if count is None else self.bytes_to_clients + count
             self._limit_moved.notify_all()
 
     def stop(self) -> None:
@@ -74,14 +74,14 @@ class Slow:
 
     def _serve(self, client: socket.socket) -> None:
         with client, socket.create_connection(("127.0.0.1", self.target)) as server:
-            up = threading.Thread(target=self._pump, args=(client, server, False), daemon=True)
-            up.start()
-            self._pump(server, client, True)
+            upload = threading.Thread(target=self._copy, args=(client, server, False), daemon=True)
+            upload.start()
+            self._copy(server, client, True)
 
-    def _pump(self, source: socket.socket, target: socket.socket, is_down: bool) -> None:
+    def _copy(self, source: socket.socket, target: socket.socket, to_client: bool) -> None:
         try:
             while chunk := source.recv(CHUNK):
-                if is_down:
+                if to_client:
                     self._wait_for_turn(len(chunk))
                 target.sendall(chunk)
         except OSError:
@@ -96,8 +96,8 @@ class Slow:
     def _wait_for_turn(self, count: int) -> None:
         """Wait until `count` bytes may be sent, and count them."""
         with self._limit_moved:
-            self._limit_moved.wait_for(lambda: self._limit is None or self.bytes_down + count <= self._limit)
-            self.bytes_down += count
+            self._limit_moved.wait_for(lambda: self._limit is None or self.bytes_to_clients + count <= self._limit)
+            self.bytes_to_clients += count
             rate = self.bytes_per_second
             now = time.monotonic()
             # Connections share the rate: each chunk reserves the next free time slot.

@@ -53,8 +53,8 @@ def test_settings_come_from_arguments_before_the_environment(
     s3: str, tmp_path: Path, open_cache: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert open_cache().cache_dir == tmp_path / "cache"
-    cache = open_cache(cache_dir=tmp_path / "given", s3_bucket="models", max_bytes=10**9, ref_ttl=5)
-    assert (cache.cache_dir, cache.remote) == (tmp_path / "given", "s3://models")
+    cache = open_cache(cache_dir=tmp_path / "argument", s3_bucket="models", max_bytes=10**9, ref_ttl=5)
+    assert (cache.cache_dir, cache.remote) == (tmp_path / "argument", "s3://models")
     assert cache.stats().budget_bytes == 10**9
     assert open_cache(remote="none").remote is None
     with pytest.raises(InvalidError, match="max_bytes = \"lots\" from max_bytes: not a size"):
@@ -121,12 +121,12 @@ def test_evict_releases_the_leases_of_its_own_cache(s3: str, model: Path, open_c
     cache = open_cache()
     cache.put("m", "1", model, tag="prod")
     path = cache.get("m", "1")
-    would = cache.evict("m", "1", dry_run=True)
-    assert would.tags == ["prod"]
+    dry_run = cache.evict("m", "1", dry_run=True)
+    assert dry_run.tags == ["prod"]
     assert path.exists()
-    gone = cache.evict("m", "1")
-    assert gone.remote_bytes
-    assert gone.disk_bytes
+    report = cache.evict("m", "1")
+    assert report.remote_bytes
+    assert report.disk_bytes
     assert not path.exists()
     with pytest.raises(NotFoundError):
         cache.get("m", "1")
@@ -234,7 +234,9 @@ def test_verify_finds_and_repairs_bit_rot(s3: str, model: Path, open_cache: Any)
     assert (cache.get("m", "1", verify=True) / "weights.bin").read_bytes() == noise(MODEL_BYTES)
 
 
-def test_a_list_is_prewarmed_as_a_whole(s3: str, model: Path, tmp_path: Path, open_cache: Any) -> None:
+def test_prewarm_refuses_a_list_that_does_not_fit_and_reports_each_failure(
+    s3: str, model: Path, tmp_path: Path, open_cache: Any
+) -> None:
     writer = open_cache()
     for version in ("1", "2"):
         (model / "config.json").write_text(version)
@@ -291,11 +293,11 @@ def test_json_prometheus_and_its_client_report_equal_counters(s3: str, model: Pa
     assert own["modelcache_gets_total", '{"from": "disk"}'] == 1
     assert own["modelcache_failures_total", '{"code": "not_found"}'] == 1
     assert own["modelcache_directory_artifacts", "{}"] == 1
-    theirs = samples(generate_latest(registry).decode())
+    from_client = samples(generate_latest(registry).decode())
     # The free space changes between the two reads.
-    moving = "modelcache_directory_filesystem_free_bytes"
-    assert {key: value for key, value in theirs.items() if key[0] != moving} == {
-        key: value for key, value in own.items() if key[0] != moving
+    changing = "modelcache_directory_filesystem_free_bytes"
+    assert {key: value for key, value in from_client.items() if key[0] != changing} == {
+        key: value for key, value in own.items() if key[0] != changing
     }
     counters = cache.metrics.to_dict()
     assert counters["failures"] == {"not_found": 1}
@@ -324,16 +326,16 @@ def test_stats_are_plain_values(model: Path, open_cache: Any) -> None:
 
 
 def test_a_cache_can_be_pickled_for_another_process(model: Path, open_cache: Any, tmp_path: Path) -> None:
-    cache = open_cache(cache_dir=tmp_path / "given", max_bytes="1GB")
+    cache = open_cache(cache_dir=tmp_path / "argument", max_bytes="1GB")
     cache.put("m", "1", model)
-    again = pickle.loads(pickle.dumps(cache))
+    reopened = pickle.loads(pickle.dumps(cache))
     try:
-        assert again.get("m", "1") == cache.get("m", "1")
+        assert reopened.get("m", "1") == cache.get("m", "1")
     finally:
-        again.close()
+        reopened.close()
 
 
-def test_a_read_only_directory_still_serves(model: Path, open_cache: Any, tmp_path: Path) -> None:
+def test_a_read_only_directory_can_be_read(model: Path, open_cache: Any, tmp_path: Path) -> None:
     cache = open_cache()
     cache.put("m", "1", model)
     cache.close()
@@ -347,7 +349,7 @@ def test_a_read_only_directory_still_serves(model: Path, open_cache: Any, tmp_pa
         "try:\n    cache.put('n', '1', path)\n"
         "except DirectoryError as error:\n    print(bool(error.hint))\n"
     )
-    # The process above becomes another user, which must be able to reach the folder.
+    # The process becomes another user, which must have access to the folder.
     for folder in [tmp_path, *tmp_path.parents]:
         if folder.stat().st_uid == os.getuid() and folder != Path("/tmp"):
             folder.chmod(folder.stat().st_mode | 0o055)

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 from conftest import write_model
 from modelcache import ModelCache, ModelCacheError, Progress, _native
-from servers import Slow
+from servers import SlowProxy
 
 SIZE = 2 << 20
 
 
 @pytest.fixture
-def published(slow: Slow, tmp_path: Path) -> Slow:
+def published(slow: SlowProxy, tmp_path: Path) -> SlowProxy:
     """`m@1` and `n@1`, both on the remote only. The download of `m@1` takes long enough for a few callbacks."""
     with ModelCache() as cache:
         cache.put("m", "1", write_model(tmp_path / "model", SIZE), tier="remote")
@@ -36,11 +36,11 @@ def _put(cache: ModelCache) -> object:
     return cache.put("p", "1", path, force=True)
 
 
-async def _several(cache: ModelCache) -> object:
+async def _concurrent_calls(cache: ModelCache) -> object:
     return await asyncio.gather(cache.aget("n", "1"), cache.astats())
 
 
-def _opened(cache: ModelCache) -> bytes:
+def _open_and_read(cache: ModelCache) -> bytes:
     with cache.open("n@1", "config.json") as file:
         return file.read()
 
@@ -49,7 +49,7 @@ CALLS: dict[str, Callable[[ModelCache], object]] = {
     "get": lambda cache: cache.get("n", "1"),
     "get the same": lambda cache: cache.get("m", "1"),
     "lease": lambda cache: cache.lease("n", "1").release(),
-    "open": _opened,
+    "open": _open_and_read,
     "put": _put,
     "prewarm": lambda cache: cache.prewarm(["n@1"]),
     "evict": lambda cache: cache.get("n", "1") and cache.evict("n", "1", tier="disk"),
@@ -61,12 +61,12 @@ CALLS: dict[str, Callable[[ModelCache], object]] = {
     "verify": lambda cache: list(cache.verify()),
     "metrics": lambda cache: cache.metrics.text(),
     "another cache": lambda cache: ModelCache().close(),
-    "an event loop": lambda cache: asyncio.run(_several(cache)),
+    "an event loop": lambda cache: asyncio.run(_concurrent_calls(cache)),
 }
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_progress_function_may_call(name: str, published: Slow, open_cache: Any) -> None:
+def test_a_progress_function_may_use_the_cache(name: str, published: SlowProxy, open_cache: Any) -> None:
     cache, calls = open_cache(), 0
 
     def on_progress(_: Progress) -> None:
@@ -80,7 +80,7 @@ def test_a_progress_function_may_call(name: str, published: Slow, open_cache: An
     assert (path / "weights.bin").stat().st_size == SIZE
 
 
-def test_a_progress_function_may_close_the_cache(published: Slow, open_cache: Any) -> None:
+def test_a_progress_function_may_close_the_cache(published: SlowProxy, open_cache: Any) -> None:
     cache = open_cache()
     cache.get("m", "1", progress=lambda _: cache.close())
     assert cache.closed
@@ -88,7 +88,9 @@ def test_a_progress_function_may_close_the_cache(published: Slow, open_cache: An
         cache.stats()
 
 
-def test_progress_functions_of_other_calls_may_call(published: Slow, open_cache: Any, tmp_path: Path) -> None:
+def test_progress_functions_of_other_calls_may_use_the_cache(
+    published: SlowProxy, open_cache: Any, tmp_path: Path
+) -> None:
     cache, reports = open_cache(), []
 
     def on_progress(progress: Progress) -> None:
@@ -103,7 +105,7 @@ def test_progress_functions_of_other_calls_may_call(published: Slow, open_cache:
 
 
 class _CallingHandler(logging.Handler):
-    """A handler that uses a cache for every record, except for the records of that use."""
+    """A handler that calls a function for every record, except for records that are logged during this call."""
 
     def __init__(self, call: Callable[[], object]) -> None:
         super().__init__()
@@ -125,7 +127,8 @@ class _CallingHandler(logging.Handler):
 
 
 @pytest.fixture
-def handled() -> Iterator[Callable[[Callable[[], object]], _CallingHandler]]:
+def add_handler() -> Iterator[Callable[[Callable[[], object]], _CallingHandler]]:
+    """A function that adds a logging handler which calls `call`. The handlers are removed at the end of the test."""
     logger, handlers = logging.getLogger("modelcache"), []
 
     def add(call: Callable[[], object]) -> _CallingHandler:
@@ -140,21 +143,21 @@ def handled() -> Iterator[Callable[[Callable[[], object]], _CallingHandler]]:
         logger.removeHandler(handler)
 
 
-def test_a_logging_handler_may_call(published: Slow, open_cache: Any, handled: Any) -> None:
+def test_a_logging_handler_may_use_the_cache(published: SlowProxy, open_cache: Any, add_handler: Any) -> None:
     cache = open_cache()
-    handler = handled(lambda: cache.get("n", "1"))
+    handler = add_handler(lambda: cache.get("n", "1"))
     assert cache.get("m", "1").exists()
     assert handler.called.wait(30) and not handler.failed
 
 
-def test_a_logging_handler_may_wait_for_an_event_loop(published: Slow, open_cache: Any, handled: Any) -> None:
+def test_a_logging_handler_may_wait_for_an_event_loop(published: SlowProxy, open_cache: Any, add_handler: Any) -> None:
     cache = open_cache()
-    handler = handled(lambda: asyncio.run(_several(cache)))
+    handler = add_handler(lambda: asyncio.run(_concurrent_calls(cache)))
     assert asyncio.run(cache.aget("m", "1")).exists()
     assert handler.called.wait(30) and not handler.failed
 
 
-def test_a_signal_handler_may_call(published: Slow, open_cache: Any) -> None:
+def test_a_signal_handler_may_use_the_cache(published: SlowProxy, open_cache: Any) -> None:
     cache, seen = open_cache(), []
     before = signal.signal(signal.SIGUSR1, lambda *_: seen.append(cache.stats()))
     try:
@@ -169,7 +172,7 @@ def test_a_signal_handler_may_call(published: Slow, open_cache: Any) -> None:
     assert len(seen) == 1
 
 
-def test_a_callback_that_raises_ends_its_call_and_no_other(published: Slow, open_cache: Any) -> None:
+def test_an_exception_in_a_callback_ends_only_its_own_call(published: SlowProxy, open_cache: Any) -> None:
     cache = open_cache()
 
     def stop(_: Progress) -> None:

@@ -1,6 +1,6 @@
-"""The end of the interpreter while threads are in calls: no abort, no panic, no traceback, no hang.
+"""The interpreter exits while threads are in calls: without abort, panic, traceback or hang.
 
-Each program runs several times (MODELCACHE_EXIT_RUNS), because such failures are intermittent.
+Each program runs several times (MODELCACHE_EXIT_RUNS), because failures at exit are intermittent.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import write_model
 from modelcache import ModelCache
-from servers import Slow
+from servers import SlowProxy
 
 RUNS = int(os.environ.get("MODELCACHE_EXIT_RUNS", "4"))
 
@@ -39,7 +39,7 @@ time.sleep(0.15)
 daemon(lambda: cache.get("m", "1", progress=lambda _: sum(range(300_000))))
 time.sleep(0.25)
 """,
-    "a cold get of a cache without references": """
+    "a cold get of a cache that is not referenced": """
 daemon(lambda: modelcache.ModelCache().get("m", "1"))
 time.sleep(0.15)
 del cache
@@ -81,7 +81,7 @@ async def work():
 daemon(lambda: asyncio.run(work()))
 time.sleep(0.2)
 """,
-    "a logging handler at work": """
+    "a logging handler that is running": """
 class Handler(logging.Handler):
     def emit(self, record):
         sum(range(10_000))
@@ -91,7 +91,7 @@ daemon(forever(lambda: modelcache.ModelCache(cache_dir=str(cache.cache_dir) + "-
 daemon(lambda: cache.get("m", "1"))
 time.sleep(0.2)
 """,
-    "exit handlers that call": """
+    "exit handlers that use the cache": """
 atexit.register(lambda: cache.get("n", "1"))
 atexit.register(lambda: cache.stats())
 daemon(lambda: cache.get("m", "1"))
@@ -124,7 +124,7 @@ interpreters.destroy(other)
 
 
 @pytest.fixture
-def published(slow: Slow, tmp_path: Path) -> Slow:
+def published(slow: SlowProxy, tmp_path: Path) -> SlowProxy:
     """`m@1` and `n@1`, both on the remote only. The download of `m@1` outlasts the programs, that of `n@1` does not."""
     with ModelCache() as cache:
         cache.put("m", "1", write_model(tmp_path / "model", 12 << 20), tier="remote")
@@ -134,7 +134,7 @@ def published(slow: Slow, tmp_path: Path) -> Slow:
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_the_interpreter_ends_cleanly_during(name: str, published: Slow) -> None:
+def test_the_interpreter_exits_cleanly_during(name: str, published: SlowProxy) -> None:
     code = 3 if name == "an exit code" else 0
     for run in range(RUNS):
         program = [sys.executable, "-c", START + PROGRAMS[name]]
@@ -142,8 +142,8 @@ def test_the_interpreter_ends_cleanly_during(name: str, published: Slow) -> None
         assert (done.returncode, done.stdout, done.stderr) == (code, "", ""), f"run {run}"
 
 
-def test_an_exit_handler_that_runs_after_that_of_the_package_gets_an_error(published: Slow) -> None:
-    # Exit handlers run in reverse order. The package registers its own at the import.
+def test_exit_handlers_that_run_after_the_one_of_the_package_get_errors(published: SlowProxy) -> None:
+    # Exit handlers run in reverse order of registration. The package registers its handler when it is imported.
     program = """
 import atexit
 def late():
@@ -160,5 +160,5 @@ cache.stats()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == (
-        "the cache is closed\nthe interpreter is ending; nothing can be started any more\n"
+        "the cache is closed\nthe Python interpreter is shutting down; no call can be started\n"
     )

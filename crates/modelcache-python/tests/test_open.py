@@ -20,11 +20,11 @@ import boto3
 import modelcache
 import numpy as np
 import pytest
-from conftest import MIB, interrupted, noise
+from conftest import MIB, noise, run_and_interrupt
 from modelcache import CachedFile, ModelCache, ModelCacheError
 from safetensors import safe_open
 from safetensors.numpy import load, save_file
-from servers import Slow
+from servers import SlowProxy
 from test_fork import in_child
 
 PART = 8 * MIB
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
 @pytest.fixture
-def put(slow: Slow, tmp_path: Path) -> Callable[[str, bytes], None]:
+def put(slow: SlowProxy, tmp_path: Path) -> Callable[[str, bytes], None]:
     """A function that publishes a file on the remote only."""
 
     def put(name: str, content: bytes) -> None:
@@ -52,14 +52,14 @@ def put(slow: Slow, tmp_path: Path) -> Callable[[str, bytes], None]:
 
 
 @pytest.fixture
-def published(slow: Slow, put: Callable[[str, bytes], None]) -> Slow:
+def published(slow: SlowProxy, put: Callable[[str, bytes], None]) -> SlowProxy:
     """`m@1`, one file of four parts, on the remote only."""
     put("weights.bin", noise(SIZE))
     return slow
 
 
-def partly_downloaded(slow: Slow, open_cache: Any, **arguments: Any) -> CachedFile:
-    """Open the file of `m@1` and return it before its download is complete."""
+def partly_downloaded(slow: SlowProxy, open_cache: Any, **arguments: Any) -> CachedFile:
+    """Open the file of `m@1`. Returns it while one MiB of its download is missing."""
     slow.let_through(SIZE - MIB)
     file: CachedFile = open_cache().open("m@1", **arguments)
     # All four parts are requested at once. The short last one is complete first.
@@ -69,12 +69,12 @@ def partly_downloaded(slow: Slow, open_cache: Any, **arguments: Any) -> CachedFi
 
 
 def test_one_tensor_is_read_before_half_of_the_file_is_downloaded(
-    slow: Slow, put: Callable[[str, bytes], None], tmp_path: Path, open_cache: Any
+    slow: SlowProxy, put: Callable[[str, bytes], None], tmp_path: Path, open_cache: Any
 ) -> None:
     save_file(TENSORS, tmp_path / "model.safetensors")
     content = (tmp_path / "model.safetensors").read_bytes()
     put("model.safetensors", content)
-    before = slow.bytes_down
+    before = slow.bytes_to_clients
     # Enough for the first parts, even if some of them are requested twice.
     slow.let_through(len(content) // 2 - MIB)
     with open_cache().open("m@1") as file:
@@ -85,7 +85,7 @@ def test_one_tensor_is_read_before_half_of_the_file_is_downloaded(
         file.seek(8 + header_size + start)
         assert file.readinto(tensor) == stop - start
         assert np.array_equal(tensor, TENSORS["first"])
-        assert slow.bytes_down - before < len(content) / 2
+        assert slow.bytes_to_clients - before < len(content) / 2
         assert 0 < file.progress.remote_bytes < len(content) / 2
         assert not file.is_whole
         slow.let_through(None)
@@ -102,12 +102,12 @@ def test_numpy_reads_and_maps_the_file(put: Callable[[str, bytes], None], open_c
     stream = io.BytesIO()
     np.save(stream, array)
     put("array.npy", stream.getvalue())
-    for way in ("read", "descriptor", "buffered"):
-        cache = open_cache(cache_dir=Path(os.environ["MODEL_CACHE_DIR"]) / way)
+    for method in ("read", "descriptor", "buffered"):
+        cache = open_cache(cache_dir=Path(os.environ["MODEL_CACHE_DIR"]) / method)
         with cache.open("m@1") as file:
-            if way == "read":
+            if method == "read":
                 assert np.array_equal(np.load(file), array)
-            elif way == "descriptor":
+            elif method == "descriptor":
                 mapped = np.memmap(file, np.float64, "r", offset=128)
                 assert np.array_equal(mapped, array.ravel())
                 file.seek(128)
@@ -118,16 +118,16 @@ def test_numpy_reads_and_maps_the_file(put: Callable[[str, bytes], None], open_c
                 assert np.array_equal(np.load(io.BufferedReader(file)), array)
 
 
-def test_it_behaves_as_a_plain_file(published: Slow, tmp_path: Path, open_cache: Any) -> None:
-    dice = random.Random(20)
+def test_a_cached_file_behaves_like_a_plain_file(published: SlowProxy, tmp_path: Path, open_cache: Any) -> None:
+    rng = random.Random(20)
     plain = open(tmp_path / "published/weights.bin", "rb", buffering=0)
     cache = open_cache()
-    with plain, cache.open("m@1") as coming, cache.open("m@1") as raw:
-        for file in (coming, io.BufferedReader(raw)):
+    with plain, cache.open("m@1") as downloading, cache.open("m@1") as raw:
+        for file in (downloading, io.BufferedReader(raw)):
             plain.seek(0)
             for _ in range(300):
-                size, offset = dice.randrange(100_000), dice.randrange(-SIZE, SIZE + 1000)
-                whence = dice.choice([os.SEEK_SET, os.SEEK_CUR, os.SEEK_END])
+                size, offset = rng.randrange(100_000), rng.randrange(-SIZE, SIZE + 1000)
+                whence = rng.choice([os.SEEK_SET, os.SEEK_CUR, os.SEEK_END])
                 try:
                     moved: int | type[Exception] = plain.seek(offset, whence)
                 except OSError:
@@ -135,7 +135,7 @@ def test_it_behaves_as_a_plain_file(published: Slow, tmp_path: Path, open_cache:
                         file.seek(offset, whence)
                     continue
                 assert file.seek(offset, whence) == moved
-                if dice.random() < 0.5:
+                if rng.random() < 0.5:
                     assert file.read(size) == plain.read(size)
                 else:
                     one, other = bytearray(size), bytearray(size)
@@ -146,21 +146,22 @@ def test_it_behaves_as_a_plain_file(published: Slow, tmp_path: Path, open_cache:
             plain.seek(SIZE - 3 * MIB)
             assert file.read() == plain.read()
             assert file.read() == b"" and file.read(5) == b"" and file.readinto(bytearray(3)) == 0
-        assert coming.readable() and coming.seekable() and not coming.writable() and not coming.isatty()
+        assert downloading.readable() and downloading.seekable()
+        assert not downloading.writable() and not downloading.isatty()
         with pytest.raises(ValueError):
-            coming.seek(0, 7)
+            downloading.seek(0, 7)
         with pytest.raises(ValueError):
-            coming.pread(-1, 0)
+            downloading.pread(-1, 0)
         with pytest.raises(io.UnsupportedOperation):
-            coming.write(b"x")
-        assert coming.pread(10, SIZE + 5) == b""
-        assert (coming.name, coming.artifact, coming.size) == ("weights.bin", "m@1", SIZE)
-    assert coming.closed
+            downloading.write(b"x")
+        assert downloading.pread(10, SIZE + 5) == b""
+        assert (downloading.name, downloading.artifact, downloading.size) == ("weights.bin", "m@1", SIZE)
+    assert downloading.closed
     with pytest.raises(ValueError):
-        coming.read()
+        downloading.read()
 
 
-def test_a_descriptor_and_a_path_wait_for_the_complete_file(published: Slow, open_cache: Any) -> None:
+def test_a_descriptor_and_a_path_wait_for_the_complete_file(published: SlowProxy, open_cache: Any) -> None:
     file = partly_downloaded(published, open_cache)
     with ThreadPoolExecutor(2) as threads:
         descriptor, path = threads.submit(file.fileno), threads.submit(lambda: file.path)
@@ -171,7 +172,7 @@ def test_a_descriptor_and_a_path_wait_for_the_complete_file(published: Slow, ope
         assert path.result(60).read_bytes() == noise(SIZE)
 
 
-def test_an_open_file_is_leased(published: Slow, open_cache: Any) -> None:
+def test_an_open_file_is_leased(published: SlowProxy, open_cache: Any) -> None:
     file = open_cache().open("m@1")
     path = file.path
     with pytest.raises(modelcache.ConflictError):
@@ -182,7 +183,7 @@ def test_an_open_file_is_leased(published: Slow, open_cache: Any) -> None:
     assert not path.exists()
 
 
-def test_threads_share_a_file(published: Slow, open_cache: Any) -> None:
+def test_threads_share_a_file(published: SlowProxy, open_cache: Any) -> None:
     content = noise(SIZE)
     published.bytes_per_second = 40_000_000
     file = open_cache().open("m@1")
@@ -196,7 +197,7 @@ def test_threads_share_a_file(published: Slow, open_cache: Any) -> None:
     assert file.tell() == 0
 
 
-def test_asyncio(published: Slow, open_cache: Any) -> None:
+def test_async_reads_wait_and_can_be_cancelled(published: SlowProxy, open_cache: Any) -> None:
     content = noise(SIZE)
     published.let_through(SIZE - MIB)
 
@@ -204,12 +205,12 @@ def test_asyncio(published: Slow, open_cache: Any) -> None:
         cache = open_cache()
         file = await cache.aopen("m@1")
         assert await file.apread(10, SIZE - 10) == content[-10:]
-        waits = asyncio.create_task(file.aread())
+        read = asyncio.create_task(file.aread())
         path = asyncio.create_task(file.apath())
         await asyncio.sleep(0.2)
-        waits.cancel()
+        read.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await waits
+            await read
         assert file.tell() == 0
         published.let_through(None)
         assert await file.aread(100) == content[:100]
@@ -222,7 +223,7 @@ def test_asyncio(published: Slow, open_cache: Any) -> None:
     asyncio.run(main())
 
 
-def test_a_forked_child(published: Slow, open_cache: Any) -> None:
+def test_a_forked_child_reads_a_file_only_if_it_was_complete_at_the_fork(published: SlowProxy, open_cache: Any) -> None:
     # Incomplete at the fork: reads are refused in the child.
     file = partly_downloaded(published, open_cache)
 
@@ -251,7 +252,7 @@ def test_a_forked_child(published: Slow, open_cache: Any) -> None:
     assert file.read() == noise(SIZE)
 
 
-def test_ctrl_c_ends_a_read(published: Slow) -> None:
+def test_ctrl_c_ends_a_read(published: SlowProxy) -> None:
     published.let_through(SIZE - MIB)
     code = (
         "from modelcache import ModelCache\n"
@@ -260,10 +261,10 @@ def test_ctrl_c_ends_a_read(published: Slow) -> None:
         "try:\n    file.readinto(bytearray(file.size))\n"
         "except KeyboardInterrupt:\n    print('interrupted', flush=True)\n"
     )
-    assert interrupted(code, "open", after_seconds=0.5) == ["interrupted"]
+    assert run_and_interrupt(code, "open", after_seconds=0.5) == ["interrupted"]
 
 
-def test_closing_the_cache_closes_its_files_and_ends_waiting_reads(published: Slow, open_cache: Any) -> None:
+def test_closing_the_cache_closes_its_files_and_ends_waiting_reads(published: SlowProxy, open_cache: Any) -> None:
     cache = open_cache()
     file = partly_downloaded(published, lambda: cache)
     failures: list[BaseException] = []
@@ -287,7 +288,7 @@ def test_closing_the_cache_closes_its_files_and_ends_waiting_reads(published: Sl
         file.fileno()
 
 
-def test_a_read_times_out(published: Slow, open_cache: Any) -> None:
+def test_a_read_times_out(published: SlowProxy, open_cache: Any) -> None:
     file = partly_downloaded(published, open_cache, timeout=0.5)
     with pytest.raises(modelcache.UnavailableError, match="not done within"):
         file.read()
@@ -300,7 +301,7 @@ def test_a_read_times_out(published: Slow, open_cache: Any) -> None:
 
 
 def test_bytes_without_checkpoints_are_returned_only_if_unchecked(
-    published: Slow, tmp_path: Path, open_cache: Any
+    published: SlowProxy, tmp_path: Path, open_cache: Any
 ) -> None:
     # A file that another tool uploaded has no checkpoints.
     bucket = boto3.client("s3")
@@ -309,13 +310,13 @@ def test_bytes_without_checkpoints_are_returned_only_if_unchecked(
     cache = open_cache(remote="none")
     published.let_through(SIZE - MIB)
     reference = f"s3://models/by-hand-{os.getpid()}/weights.bin"
-    careless = cache.open(reference, unchecked=True)
-    careful = cache.open(reference, timeout=0.3)
-    assert careless.pread(10, SIZE - 10) == noise(SIZE)[-10:]
+    unchecked = cache.open(reference, unchecked=True)
+    checked = cache.open(reference, timeout=0.3)
+    assert unchecked.pread(10, SIZE - 10) == noise(SIZE)[-10:]
     with pytest.raises(modelcache.UnavailableError):
-        careful.pread(10, SIZE - 10)
+        checked.pread(10, SIZE - 10)
     published.let_through(None)
-    assert careful.path.read_bytes() == careless.read() == careful.read() == noise(SIZE)
+    assert checked.path.read_bytes() == unchecked.read() == checked.read() == noise(SIZE)
 
 
 def test_open_requires_one_file(hub: Path, open_cache: Any) -> None:

@@ -24,7 +24,7 @@ def test_every_block_of_the_page_runs(
     monkeypatch.setenv("MODEL_CACHE_S3_BUCKET", "models")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     write_model(work / "model", 100_000)
-    # The page's example of a cache by hand handles plain files only.
+    # The hand-written cache on the page handles only files at the top of the folder.
     (work / "model/tokenizer/vocab.txt").unlink()
     (work / "model/tokenizer").rmdir()
     names: dict[str, Any] = {"__name__": "page"}

@@ -13,19 +13,19 @@ from typing import Any
 
 import modelcache
 import pytest
-from conftest import interrupted, noise, write_model
+from conftest import noise, run_and_interrupt, write_model
 from modelcache import ModelCache, Progress
-from servers import Slow
+from servers import SlowProxy
 
 SIZE = 4 << 20
 
 
 @pytest.fixture
-def published(slow: Slow, tmp_path: Path) -> Slow:
+def published(slow: SlowProxy, tmp_path: Path) -> SlowProxy:
     """`m@1`, on the remote only."""
     with ModelCache() as cache:
         cache.put("m", "1", write_model(tmp_path / "model", SIZE), tier="remote")
-    slow.bytes_down = 0
+    slow.bytes_to_clients = 0
     return slow
 
 
@@ -33,18 +33,18 @@ def check(path: Path) -> None:
     assert (path / "weights.bin").read_bytes() == noise(SIZE)
 
 
-def test_ctrl_c_ends_a_get(published: Slow) -> None:
+def test_ctrl_c_ends_a_get(published: SlowProxy) -> None:
     published.bytes_per_second = 10_000  # The download would take minutes.
     code = (
         "import sys\nfrom modelcache import ModelCache\n"
         "try:\n    ModelCache().get('m', '1', progress=lambda _: print('waiting', flush=True))\n"
         "except KeyboardInterrupt:\n    print('interrupted', flush=True)\n"
     )
-    assert interrupted(code, "waiting")[-1] == "interrupted"
-    assert published.bytes_down < SIZE
+    assert run_and_interrupt(code, "waiting")[-1] == "interrupted"
+    assert published.bytes_to_clients < SIZE
 
 
-def test_an_exception_in_progress_ends_the_get(published: Slow, open_cache: Any) -> None:
+def test_an_exception_in_progress_ends_the_get(published: SlowProxy, open_cache: Any) -> None:
     published.bytes_per_second = 10_000
 
     def stop(progress: Progress) -> None:
@@ -54,30 +54,30 @@ def test_an_exception_in_progress_ends_the_get(published: Slow, open_cache: Any)
         open_cache().get("m", "1", progress=stop)
 
 
-def test_other_threads_run_while_one_waits(published: Slow, open_cache: Any) -> None:
+def test_other_threads_run_while_one_waits(published: SlowProxy, open_cache: Any) -> None:
     published.bytes_per_second = 10_000
-    ticks, went_on = threading.Event(), threading.Event()
+    get_waits, other_ran = threading.Event(), threading.Event()
 
-    def tick() -> None:
-        ticks.wait()
+    def other() -> None:
+        get_waits.wait()
         sum(range(100_000))
-        went_on.set()
+        other_ran.set()
 
-    threading.Thread(target=tick, daemon=True).start()
+    threading.Thread(target=other, daemon=True).start()
 
     class Enough(Exception):
         pass
 
     def on_progress(_: Progress) -> None:
-        ticks.set()
-        if went_on.is_set():
+        get_waits.set()
+        if other_ran.is_set():
             raise Enough
 
     with pytest.raises(Enough):
         open_cache().get("m", "1", progress=on_progress)
 
 
-def test_a_timeout_is_unavailable_and_keeps_the_bytes(published: Slow, open_cache: Any) -> None:
+def test_a_timeout_raises_unavailable_and_keeps_the_bytes(published: SlowProxy, open_cache: Any) -> None:
     published.bytes_per_second = 2_000_000
     cache = open_cache()
     with pytest.raises(modelcache.UnavailableError, match="not done within"):
@@ -86,27 +86,27 @@ def test_a_timeout_is_unavailable_and_keeps_the_bytes(published: Slow, open_cach
     check(cache.get("m", "1"))
 
 
-def test_threads_and_caches_share_one_download(published: Slow, open_cache: Any) -> None:
+def test_threads_and_caches_share_one_download(published: SlowProxy, open_cache: Any) -> None:
     published.bytes_per_second = 8_000_000
     caches = [open_cache(), open_cache()]
     with ThreadPoolExecutor(8) as threads:
-        paths = set(threads.map(lambda at: caches[at % 2].get("m", "1"), range(8)))
+        paths = set(threads.map(lambda number: caches[number % 2].get("m", "1"), range(8)))
     [path] = paths
     check(path)
-    assert published.bytes_down < SIZE * 1.5
+    assert published.bytes_to_clients < SIZE * 1.5
     assert sum(cache.metrics.to_dict()["waits"]["count"] for cache in caches) == 7
 
 
-def test_processes_share_one_download(published: Slow) -> None:
+def test_processes_share_one_download(published: SlowProxy) -> None:
     published.bytes_per_second = 8_000_000
     code = "from modelcache import ModelCache\nprint(ModelCache().get('m', '1'))"
     processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     [path] = {process.communicate(timeout=60)[0].strip() for process in processes}
     check(Path(path))
-    assert published.bytes_down < SIZE * 1.5
+    assert published.bytes_to_clients < SIZE * 1.5
 
 
-def test_an_event_loop_runs_while_a_get_waits(published: Slow, open_cache: Any) -> None:
+def test_an_event_loop_runs_while_a_get_waits(published: SlowProxy, open_cache: Any) -> None:
     published.bytes_per_second = 8_000_000
     reports: list[Progress] = []
 
@@ -123,13 +123,13 @@ def test_an_event_loop_runs_while_a_get_waits(published: Slow, open_cache: Any) 
     assert reports[-1].remote_bytes >= SIZE
 
 
-def test_a_cancelled_task_leaves_the_download_to_the_others(published: Slow, open_cache: Any) -> None:
+def test_a_download_continues_for_other_tasks_when_one_is_cancelled(published: SlowProxy, open_cache: Any) -> None:
     published.bytes_per_second = 4_000_000
     cache = open_cache()
 
     async def main() -> Path:
         first = asyncio.create_task(cache.aget("m", "1"))
-        while published.bytes_down < SIZE // 8:
+        while published.bytes_to_clients < SIZE // 8:
             await asyncio.sleep(0.01)
         second = asyncio.create_task(cache.aget("m", "1"))
         await asyncio.sleep(0.3)
@@ -140,20 +140,20 @@ def test_a_cancelled_task_leaves_the_download_to_the_others(published: Slow, ope
         return path
 
     check(asyncio.run(main()))
-    assert published.bytes_down < SIZE * 1.5
+    assert published.bytes_to_clients < SIZE * 1.5
 
 
-def test_cancelling_the_only_task_ends_the_download(published: Slow, open_cache: Any) -> None:
+def test_cancelling_the_only_task_ends_the_download(published: SlowProxy, open_cache: Any) -> None:
     published.bytes_per_second = 500_000
     cache = open_cache()
 
     async def main() -> None:
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(cache.aget("m", "1"), 0.5)
-        before = published.bytes_down
+        before = published.bytes_to_clients
         await asyncio.sleep(1.5)
         # Bytes in transit still arrive. No further ones are requested.
-        assert published.bytes_down - before < 500_000
+        assert published.bytes_to_clients - before < 500_000
 
     asyncio.run(main())
 
@@ -194,8 +194,8 @@ def test_every_async_version_works(s3: str, tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_threads_event_loops_and_processes_together(published: Slow, tmp_path: Path) -> None:
-    """Many callers get and evict one artifact at once. Each path that they get has the right bytes."""
+def test_threads_event_loops_and_processes_together(published: SlowProxy, tmp_path: Path) -> None:
+    """Many callers get and evict one artifact at the same time. Every path that they get has the right bytes."""
     rounds = int(os.environ.get("MODELCACHE_STRESS_ROUNDS", "15"))
     code = f"""
 import asyncio, threading

@@ -2,8 +2,8 @@
 
     python wheel.py NATIVE_MODULE FOLDER
 
-Maturin builds the shipped wheel. It compiles the package alone, with other features of the dependencies, and so builds
-most of them a second time. Cargo builds the module with the whole workspace, each dependency once.
+Maturin builds the wheel that is shipped. It compiles the package alone, with other features of the dependencies, so
+that most dependencies are built a second time. Here, cargo has built the module together with the workspace instead.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ TAG = f"cp310-abi3-{sysconfig.get_platform().replace('-', '_').replace('.', '_')
 
 
 def main(native: Path, folder: Path) -> None:
-    found = re.search(r'^version = "(.*)"', (PACKAGE.parents[1] / "Cargo.toml").read_text(), re.MULTILINE)
-    assert found is not None
-    version = found[1]
+    match = re.search(r'^version = "(.*)"', (PACKAGE.parents[1] / "Cargo.toml").read_text(), re.MULTILINE)
+    assert match is not None
+    version = match[1]
     info = f"modelcache-{version}.dist-info"
     files = {
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: modelcache\nVersion: {version}\n",

@@ -1,6 +1,7 @@
-//! How fast bytes are hashed: SHA-256 alone, two streams at once, with a ladder, and checked by one.
+//! Measures SHA-256 on one core over bytes in memory: plain, two streams at once, and with a ladder (SHA-256
+//! checkpoints at part boundaries) that is computed or used for verification.
 //!
-//! `cargo bench --bench hash [-- --quick]`. Everything is on one core and in memory.
+//! Run it with `cargo bench --bench hash [-- --quick]`. `cargo xtask bench` copies the results into its page.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
@@ -8,11 +9,12 @@ use modelcache::digest::Digest;
 use modelcache::ladder::{LadderHasher, PartHasher, part_size};
 use std::hint::black_box;
 
-/// Bytes of each of two streams: more than the caches near a core hold.
+/// Size of each of the two streams: larger than the caches of one core.
 const STREAM_BYTES: usize = 32 << 20;
-/// Bytes handed over at a time, as the pour does.
+/// Bytes hashed per call, as in a download.
 const SLICE_BYTES: usize = 1 << 20;
 
+/// Returns reproducible bytes.
 fn stream(seed: u64) -> Vec<u8> {
     (0..STREAM_BYTES as u64).map(|at| (at ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes()[7]).collect()
 }
@@ -38,7 +40,7 @@ fn sha256(criterion: &mut Criterion) {
             (a.finish(), b.finish())
         });
     });
-    // What `update_pair` does where the processor has no SHA extensions, or no code for them is here.
+    // The same as `update_pair` on a processor without supported SHA extensions.
     group.bench_function("PartHasher, two streams one after the other", |bencher| {
         bencher.iter(|| {
             let (mut a, mut b) = (PartHasher::new(), PartHasher::new());
@@ -55,17 +57,17 @@ fn sha256(criterion: &mut Criterion) {
 fn ladder(criterion: &mut Criterion) {
     let (x, y) = (stream(3), stream(4));
     let (size, part) = (STREAM_BYTES as u64, part_size(STREAM_BYTES as u64));
-    let hashed = |content: &[u8]| {
+    let hash = |content: &[u8]| {
         let mut hasher = LadderHasher::new(part);
         content.chunks(SLICE_BYTES).for_each(|slice| hasher.update(black_box(slice)));
         hasher.finish()
     };
-    let (digest, ladder) = hashed(&x);
+    let (digest, ladder) = hash(&x);
     let bytes = |index| ladder.range(index, size).start as usize..ladder.range(index, size).end as usize;
     let mut group = criterion.benchmark_group("ladder");
     group.throughput(Throughput::Bytes(size)).sample_size(10);
-    group.bench_function("made in order, one file", |bencher| bencher.iter(|| hashed(&x)));
-    group.bench_function("checked part by part", |bencher| {
+    group.bench_function("computed in order, one file", |bencher| bencher.iter(|| hash(&x)));
+    group.bench_function("verified part by part", |bencher| {
         bencher.iter(|| {
             (0..size / part).all(|index| {
                 let mut hasher = ladder.hasher(index).unwrap();
@@ -74,7 +76,7 @@ fn ladder(criterion: &mut Criterion) {
             })
         });
     });
-    group.bench_function("checked two parts at once", |bencher| {
+    group.bench_function("verified two parts at once", |bencher| {
         bencher.iter(|| {
             (0..size / part).step_by(2).all(|index| {
                 let (mut a, mut b) = (ladder.hasher(index).unwrap(), ladder.hasher(index + 1).unwrap());
@@ -85,7 +87,7 @@ fn ladder(criterion: &mut Criterion) {
         });
     });
     group.throughput(Throughput::Bytes(2 * size));
-    group.bench_function("made in order, two files at once", |bencher| {
+    group.bench_function("computed in order, two files at once", |bencher| {
         bencher.iter(|| {
             let (mut a, mut b) = (LadderHasher::new(part), LadderHasher::new(part));
             let slices = x.chunks(SLICE_BYTES).zip(y.chunks(SLICE_BYTES));

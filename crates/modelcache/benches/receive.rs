@@ -1,8 +1,8 @@
-//! What receiving costs: ranges of an object over loopback, into aligned buffers, by several ways of speaking HTTP.
+//! Compares HTTP clients that receive ranges of an object over loopback into aligned buffers.
 //!
-//! `cargo bench --bench receive [-- --quick]` prints a table: MB/s and the client's core-seconds per GB, medians of rounds
-//! in which every way has its turn. The server is another process. No hashing and no disk: what a way saves here is what a
-//! get could save.
+//! `cargo bench --bench receive [-- --quick]` prints a table with MB/s and the core-seconds per GB of the client:
+//! medians over rounds, each of which runs every client once. The server is a separate process. Nothing is hashed or
+//! written to disk, so the difference between two clients is the most that a `get` could save by changing its client.
 #![allow(missing_docs, clippy::unwrap_used, clippy::print_stdout)]
 
 use bytes::Bytes;
@@ -24,10 +24,11 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig, ServerConnection, StreamOwned};
 
-/// As the pour has it.
+/// Size of the receive buffer, as in a download.
 const SLICE_BYTES: usize = 1 << 20;
+/// Alignment of the receive buffer in bytes, as O_DIRECT writes require it.
 const ALIGNMENT: usize = 4096;
-/// An answer's head is shorter than this.
+/// Buffer size for a response head, in bytes.
 const HEAD_BYTES_MAX: usize = 4096;
 /// The size that the server claims for every object.
 const OBJECT_BYTES: u64 = 1 << 40;
@@ -40,88 +41,91 @@ fn main() {
     let (bytes, rounds) = if has("--quick") { (512 << 20, 3) } else { (2 << 30, 5) };
     let mut server = Command::new(std::env::current_exe().unwrap());
     let mut server = server.arg("serve").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-    let mut told = String::new();
-    BufReader::new(server.stdout.take().unwrap()).read_line(&mut told).unwrap();
-    let [plain, encrypted, certificate] = told.trim().split(' ').collect::<Vec<_>>()[..] else { panic!("{told}") };
-    let served = Arc::new(Served {
+    let mut greeting = String::new();
+    BufReader::new(server.stdout.take().unwrap()).read_line(&mut greeting).unwrap();
+    let [plain, encrypted, certificate] = greeting.trim().split(' ').collect::<Vec<_>>()[..] else {
+        panic!("the server printed {greeting:?}")
+    };
+    let server_info = Arc::new(ServerInfo {
         plain: plain.parse().unwrap(),
         encrypted: encrypted.parse().unwrap(),
         certificate: hex::decode(certificate).unwrap().into(),
     });
-    println!("| way | connections | range MiB | MB/s | core-s/GB |\n|---|---|---|---|---|");
+    println!("| client | connections | range MiB | MB/s | core-s/GB |\n|---|---|---|---|---|");
     for (connections, range_bytes) in [(8, 16 << 20), (16, 8 << 20), (16, 16 << 20)] {
-        let work = Work { served: served.clone(), connections, range_bytes, bytes };
-        let mut cells: Vec<Vec<(f64, f64)>> = vec![Vec::new(); WAYS.len()];
+        let comparison = Comparison { server: server_info.clone(), connections, range_bytes, bytes };
+        let mut cells: Vec<Vec<(f64, f64)>> = vec![Vec::new(); CLIENTS.len()];
         for _ in 0..rounds {
-            for (way, cells) in WAYS.iter().zip(&mut cells) {
-                cells.push(work.measure(*way));
+            for (client, cells) in CLIENTS.iter().zip(&mut cells) {
+                cells.push(comparison.measure(*client));
             }
         }
-        for (way, cells) in WAYS.iter().zip(cells) {
+        for (client, cells) in CLIENTS.iter().zip(cells) {
             let median = |of: fn(&(f64, f64)) -> f64| {
                 let mut values: Vec<f64> = cells.iter().map(of).collect();
                 values.sort_by(f64::total_cmp);
                 values[values.len() / 2]
             };
             let (rate, cost) = (median(|cell| cell.0), median(|cell| cell.1));
-            println!("| {way:?} | {connections} | {} | {rate:.0} | {cost:.3} |", range_bytes >> 20);
+            println!("| {client:?} | {connections} | {} | {rate:.0} | {cost:.3} |", range_bytes >> 20);
         }
     }
     server.kill().unwrap();
     server.wait().unwrap();
 }
 
-/// How a client speaks.
+/// An HTTP client.
 #[derive(Debug, Clone, Copy)]
-enum Way {
+enum Client {
     /// `object_store`, as the remote uses it.
     ObjectStore,
-    /// The same on one async thread.
+    /// `object_store` on a runtime with one thread.
     ObjectStoreOneThread,
     /// `reqwest`, without `object_store`.
     Reqwest,
-    /// `hyper` on a connection of ours; KiB of its read buffer at most, or as it is.
+    /// `hyper` on a connection opened by this program. The number is the maximum of its read buffer in KiB; `None`
+    /// keeps the default.
     Hyper(Option<usize>),
-    /// The same with reads of exactly so many KiB.
+    /// `hyper` with a read buffer of exactly this many KiB.
     HyperExact(usize),
-    /// Requests written by hand, answers read straight into the aligned buffer, on async sockets.
+    /// Requests written by hand to async sockets. Bodies are read directly into the aligned buffer.
     Raw,
-    /// The same on one async thread.
+    /// `Raw` on a runtime with one thread.
     RawOneThread,
-    /// The same on threads that block.
+    /// `Raw` with blocking sockets, one thread per connection.
     RawBlocking,
     /// `object_store` over TLS.
     ObjectStoreTls,
-    /// By hand over TLS.
+    /// `Raw` over TLS.
     RawTls,
 }
 
-const WAYS: &[Way] = &[
-    Way::ObjectStore,
-    Way::ObjectStoreOneThread,
-    Way::Reqwest,
-    Way::Hyper(None),
-    Way::Hyper(Some(64)),
-    Way::Hyper(Some(1024)),
-    Way::HyperExact(128),
-    Way::HyperExact(256),
-    Way::HyperExact(1024),
-    Way::Raw,
-    Way::RawOneThread,
-    Way::RawBlocking,
-    Way::ObjectStoreTls,
-    Way::RawTls,
+const CLIENTS: &[Client] = &[
+    Client::ObjectStore,
+    Client::ObjectStoreOneThread,
+    Client::Reqwest,
+    Client::Hyper(None),
+    Client::Hyper(Some(64)),
+    Client::Hyper(Some(1024)),
+    Client::HyperExact(128),
+    Client::HyperExact(256),
+    Client::HyperExact(1024),
+    Client::Raw,
+    Client::RawOneThread,
+    Client::RawBlocking,
+    Client::ObjectStoreTls,
+    Client::RawTls,
 ];
 
-/// Where the server is, and whom to trust.
+/// The addresses and the certificate of the server.
 #[derive(Debug)]
-struct Served {
+struct ServerInfo {
     plain: SocketAddr,
     encrypted: SocketAddr,
     certificate: CertificateDer<'static>,
 }
 
-impl Served {
+impl ServerInfo {
     fn store(&self, encrypted: bool) -> impl ObjectStore {
         let endpoint = match encrypted {
             true => format!("https://localhost:{}", self.encrypted.port()),
@@ -146,24 +150,26 @@ impl Served {
     }
 }
 
+/// The conditions under which the clients are compared.
 #[derive(Debug, Clone)]
-struct Work {
-    served: Arc<Served>,
+struct Comparison {
+    server: Arc<ServerInfo>,
     connections: usize,
     range_bytes: u64,
+    /// Bytes that one run receives, at most.
     bytes: u64,
 }
 
-impl Work {
-    /// MB/s, and core-seconds per GB of this process.
-    fn measure(&self, way: Way) -> (f64, f64) {
+impl Comparison {
+    /// Runs a client. Returns its MB/s, and the core-seconds of this process per GB.
+    fn measure(&self, client: Client) -> (f64, f64) {
         let (started, cpu) = (Instant::now(), cpu_seconds());
-        let received = match way {
-            Way::RawBlocking => self.blocking(),
-            _ => self.on_tasks(way),
+        let received = match client {
+            Client::RawBlocking => self.run_on_threads(),
+            _ => self.run_on_tasks(client),
         };
         let (wall, cpu) = (started.elapsed().as_secs_f64(), cpu_seconds() - cpu);
-        assert_eq!(received, self.bytes / self.range_bytes * self.range_bytes, "{way:?}");
+        assert_eq!(received, self.bytes / self.range_bytes * self.range_bytes, "{client:?}");
         (received as f64 / wall / 1e6, cpu / (received as f64 / 1e9))
     }
 
@@ -171,32 +177,32 @@ impl Work {
         Ranges { next: Arc::default(), range_bytes: self.range_bytes, bytes: self.bytes }
     }
 
-    fn on_tasks(&self, way: Way) -> u64 {
-        let runtime = match way {
-            Way::ObjectStoreOneThread | Way::RawOneThread => tokio::runtime::Builder::new_current_thread(),
+    fn run_on_tasks(&self, client: Client) -> u64 {
+        let runtime = match client {
+            Client::ObjectStoreOneThread | Client::RawOneThread => tokio::runtime::Builder::new_current_thread(),
             _ => tokio::runtime::Builder::new_multi_thread(),
         };
         let runtime = { runtime }.enable_all().build().unwrap();
         let ranges = self.ranges();
-        let store = Arc::new(self.served.store(matches!(way, Way::ObjectStoreTls)));
+        let store = Arc::new(self.server.store(matches!(client, Client::ObjectStoreTls)));
         let web = reqwest::Client::new();
         runtime.block_on(async {
             let tasks: Vec<_> = (0..self.connections)
                 .map(|_| {
-                    let (ranges, store, web, served) =
-                        (ranges.clone(), store.clone(), web.clone(), self.served.clone());
+                    let (ranges, store, web, server) =
+                        (ranges.clone(), store.clone(), web.clone(), self.server.clone());
                     tokio::spawn(async move {
-                        match way {
-                            Way::Reqwest => reqwest_ranges(&web, served.plain, ranges).await,
-                            Way::Hyper(kib) => hyper_ranges(served.plain, kib, None, ranges).await,
-                            Way::HyperExact(kib) => hyper_ranges(served.plain, None, Some(kib), ranges).await,
-                            Way::Raw | Way::RawOneThread => {
-                                raw_ranges(tokio::net::TcpStream::connect(served.plain).await.unwrap(), ranges).await
+                        match client {
+                            Client::Reqwest => reqwest_ranges(&web, server.plain, ranges).await,
+                            Client::Hyper(kib) => hyper_ranges(server.plain, kib, None, ranges).await,
+                            Client::HyperExact(kib) => hyper_ranges(server.plain, None, Some(kib), ranges).await,
+                            Client::Raw | Client::RawOneThread => {
+                                raw_ranges(tokio::net::TcpStream::connect(server.plain).await.unwrap(), ranges).await
                             }
-                            Way::RawTls => {
-                                let stream = tokio::net::TcpStream::connect(served.encrypted).await.unwrap();
+                            Client::RawTls => {
+                                let stream = tokio::net::TcpStream::connect(server.encrypted).await.unwrap();
                                 let name = ServerName::try_from("localhost").unwrap();
-                                raw_ranges(served.tls().connect(name, stream).await.unwrap(), ranges).await
+                                raw_ranges(server.tls().connect(name, stream).await.unwrap(), ranges).await
                             }
                             _ => store_ranges(store.as_ref(), ranges).await,
                         }
@@ -211,17 +217,17 @@ impl Work {
         })
     }
 
-    fn blocking(&self) -> u64 {
-        let (ranges, server) = (self.ranges(), self.served.plain);
+    fn run_on_threads(&self) -> u64 {
+        let (ranges, address) = (self.ranges(), self.server.plain);
         std::thread::scope(|scope| {
             let threads: Vec<_> =
-                (0..self.connections).map(|_| scope.spawn(|| raw_blocking(server, &ranges))).collect();
+                (0..self.connections).map(|_| scope.spawn(|| raw_blocking(address, &ranges))).collect();
             threads.into_iter().map(|thread| thread.join().unwrap()).sum()
         })
     }
 }
 
-/// The ranges that are still to be had, shared by all connections.
+/// The ranges that remain to be requested, shared by all connections.
 #[derive(Debug, Clone)]
 struct Ranges {
     next: Arc<AtomicU64>,
@@ -237,11 +243,14 @@ impl Ranges {
     }
 }
 
-/// A slice as the pour fills it, one after the other.
+/// An aligned receive buffer, filled again from its start whenever it is full, as in a download.
 struct Slices {
     storage: Vec<u8>,
+    /// Offset of the first aligned byte.
     start: usize,
+    /// Bytes in the buffer.
     filled: usize,
+    /// Bytes received in total.
     received: u64,
 }
 
@@ -251,23 +260,24 @@ impl Slices {
         Self { start: storage.as_ptr().align_offset(ALIGNMENT), storage, filled: 0, received: 0 }
     }
 
-    /// Copies what was received elsewhere.
-    fn fill(&mut self, mut bytes: &[u8]) {
+    /// Copies bytes that were received into another buffer.
+    fn copy(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             let room = self.room();
             let take = bytes.len().min(room.len());
             room[..take].copy_from_slice(&bytes[..take]);
-            self.took(take);
+            self.advance(take);
             bytes = &bytes[take..];
         }
     }
 
-    /// Where the next bytes go.
+    /// Returns the free space for the next bytes.
     fn room(&mut self) -> &mut [u8] {
         &mut self.storage[self.start + self.filled..self.start + SLICE_BYTES]
     }
 
-    fn took(&mut self, bytes: usize) {
+    /// Counts bytes that were written to `room`.
+    fn advance(&mut self, bytes: usize) {
         self.received += bytes as u64;
         self.filled = (self.filled + bytes) % SLICE_BYTES;
     }
@@ -279,7 +289,7 @@ async fn store_ranges(store: &dyn ObjectStore, ranges: Ranges) -> u64 {
         let options = GetOptions { range: Some(GetRange::Bounded(range)), ..GetOptions::default() };
         let mut stream = store.get_opts(&Path::from("object"), options).await.unwrap().into_stream();
         while let Some(chunk) = stream.next().await {
-            slices.fill(&chunk.unwrap());
+            slices.copy(&chunk.unwrap());
         }
     }
     slices.received
@@ -290,22 +300,22 @@ async fn reqwest_ranges(client: &reqwest::Client, server: SocketAddr, ranges: Ra
     let mut slices = Slices::new();
     while let Some(range) = ranges.next() {
         let range = format!("bytes={}-{}", range.start, range.end - 1);
-        let answer = client.get(&url).header("range", range).send().await.unwrap();
-        let mut stream = answer.bytes_stream();
+        let response = client.get(&url).header("range", range).send().await.unwrap();
+        let mut stream = response.bytes_stream();
         while let Some(chunk) = stream.next().await {
-            slices.fill(&chunk.unwrap());
+            slices.copy(&chunk.unwrap());
         }
     }
     slices.received
 }
 
-async fn hyper_ranges(server: SocketAddr, most: Option<usize>, exact: Option<usize>, ranges: Ranges) -> u64 {
+async fn hyper_ranges(server: SocketAddr, max_kib: Option<usize>, exact_kib: Option<usize>, ranges: Ranges) -> u64 {
     let stream = tokio::net::TcpStream::connect(server).await.unwrap();
     let mut builder = http1::Builder::new();
-    if let Some(kib) = most {
+    if let Some(kib) = max_kib {
         builder.max_buf_size(kib << 10);
     }
-    builder.read_buf_exact_size(exact.map(|kib| kib << 10));
+    builder.read_buf_exact_size(exact_kib.map(|kib| kib << 10));
     let (mut sender, connection) = builder.handshake(TokioIo::new(stream)).await.unwrap();
     let connection = tokio::spawn(connection);
     let mut slices = Slices::new();
@@ -317,7 +327,7 @@ async fn hyper_ranges(server: SocketAddr, most: Option<usize>, exact: Option<usi
         sender.ready().await.unwrap();
         let mut body = sender.send_request(request.unwrap()).await.unwrap().into_body();
         while let Some(frame) = body.frame().await {
-            slices.fill(frame.unwrap().data_ref().unwrap());
+            slices.copy(frame.unwrap().data_ref().unwrap());
         }
     }
     drop(sender);
@@ -337,14 +347,14 @@ async fn raw_ranges(mut stream: impl AsyncRead + AsyncWrite + Unpin, ranges: Ran
                 break at;
             }
         };
-        slices.fill(&head[body_at..have]);
+        slices.copy(&head[body_at..have]);
         let mut left = (range.end - range.start) as usize - (have - body_at);
         while left > 0 {
             let room = slices.room();
             let want = room.len().min(left);
             let read = stream.read(&mut room[..want]).await.unwrap();
-            assert!(read > 0, "ended early");
-            slices.took(read);
+            assert!(read > 0, "the server closed the connection early");
+            slices.advance(read);
             left -= read;
         }
     }
@@ -364,14 +374,14 @@ fn raw_blocking(server: SocketAddr, ranges: &Ranges) -> u64 {
                 break at;
             }
         };
-        slices.fill(&head[body_at..have]);
+        slices.copy(&head[body_at..have]);
         let mut left = (range.end - range.start) as usize - (have - body_at);
         while left > 0 {
             let room = slices.room();
             let want = room.len().min(left);
             let read = stream.read(&mut room[..want]).unwrap();
-            assert!(read > 0, "ended early");
-            slices.took(read);
+            assert!(read > 0, "the server closed the connection early");
+            slices.advance(read);
             left -= read;
         }
     }
@@ -383,18 +393,20 @@ fn request(range: &Range<u64>) -> String {
     format!("GET /bucket/object HTTP/1.1\r\nhost: localhost\r\nrange: bytes={start}-{}\r\n\r\n", end - 1)
 }
 
+/// Returns the offset of the body, if the bytes contain the end of the head.
 fn end_of_head(bytes: &[u8]) -> Option<usize> {
     bytes.windows(4).position(|window| window == b"\r\n\r\n").map(|at| at + 4)
 }
 
-/// User and system seconds of this process, its ended threads with it (`proc(5)`, fields 14 and 15 of `stat`).
+/// Returns the user and system seconds of this process, including threads that have ended (`proc(5)`, fields 14 and 15
+/// of `stat`, in ticks of 1/100 s).
 fn cpu_seconds() -> f64 {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
     let fields: Vec<&str> = stat[stat.rfind(')').unwrap() + 2..].split(' ').collect();
     (fields[11].parse::<f64>().unwrap() + fields[12].parse::<f64>().unwrap()) / 100.0
 }
 
-/// Answers any GET with the range that it asks for, until its standard input closes.
+/// Runs the server: responds to any GET with the range that it requests. Exits when standard input is closed.
 fn serve() {
     let [plain, encrypted] = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
     let rcgen::CertifiedKey { cert, signing_key } =
@@ -410,8 +422,8 @@ fn serve() {
             let (stream, tls, content) = (stream.unwrap(), tls.clone(), content.clone());
             stream.set_nodelay(true).unwrap();
             std::thread::spawn(move || match tls {
-                Some(tls) => answer(StreamOwned::new(ServerConnection::new(tls).unwrap(), stream), &content),
-                None => answer(stream, &content),
+                Some(tls) => serve_connection(StreamOwned::new(ServerConnection::new(tls).unwrap(), stream), &content),
+                None => serve_connection(stream, &content),
             });
         }
     };
@@ -421,7 +433,8 @@ fn serve() {
     let _ = std::io::stdin().read_to_end(&mut Vec::new());
 }
 
-fn answer(stream: impl Read + Write, content: &[u8]) -> Option<()> {
+/// Responds to the requests of one connection. Returns `None` when the client closes it.
+fn serve_connection(stream: impl Read + Write, content: &[u8]) -> Option<()> {
     let mut stream = BufReader::new(stream);
     loop {
         let mut range = None;
@@ -441,8 +454,8 @@ fn answer(stream: impl Read + Write, content: &[u8]) -> Option<()> {
         let Range { start, end } = range?;
         let mut left = usize::try_from(end - start).ok()?;
         let head = format!(
-            "HTTP/1.1 206 Partial Content\r\ncontent-length: {left}\r\ncontent-range: bytes {start}-{}/{OBJECT_BYTES}\r\n\
-             etag: \"one\"\r\nlast-modified: Wed, 25 Nov 2026 00:00:00 GMT\r\n\r\n",
+            "HTTP/1.1 206 Partial Content\r\ncontent-length: {left}\r\ncontent-range: bytes \
+             {start}-{}/{OBJECT_BYTES}\r\netag: \"one\"\r\nlast-modified: Wed, 25 Nov 2026 00:00:00 GMT\r\n\r\n",
             end - 1
         );
         stream.get_mut().write_all(head.as_bytes()).ok()?;

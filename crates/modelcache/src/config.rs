@@ -71,7 +71,7 @@ pub struct Config {
     pub ref_ttl: Duration,
     /// Never contact an origin over the network. A single call can also exclude the remote.
     pub offline: bool,
-    /// The first request to a remote or an origin is delayed by a random time up to this.
+    /// The longest random delay before the first request to a remote or an origin.
     pub start_jitter: Duration,
     /// How requests are retried.
     pub retry: RetryConfig,
@@ -176,12 +176,12 @@ pub struct RemoteConfig {
     pub environment: Environment,
 }
 
-/// How to reach other buckets than the remote's: with the same options and credentials.
+/// How to reach buckets other than the remote's. Front ends pass the options and the environment of the remote.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct BucketConfig {
     /// Options of the store, as in [`RemoteConfig`].
     pub options: BTreeMap<String, String>,
-    /// Where AWS credentials and settings are looked up.
+    /// The environment in which AWS credentials and settings are looked up, as in [`RemoteConfig`].
     pub environment: Environment,
 }
 
@@ -232,7 +232,7 @@ pub enum Backfill {
     Wait,
     /// In the background; the call does not wait.
     Background,
-    /// By a later run; this run only records the pending upload.
+    /// In a later run; this run only records the pending upload.
     Later,
     /// Not at all.
     Never,
@@ -266,8 +266,8 @@ pub struct MlflowConfig {
     pub login: Option<(String, Secret)>,
     /// The environment in which the credentials for buckets with models are looked up (`AWS_*`, `HOME`).
     pub environment: Environment,
-    /// If the server stores models as plain files, they are read only below this folder of this machine. If `None`, no
-    /// such files are read.
+    /// The folder of this machine below which model files are read, if the server stores models as plain files. If
+    /// `None`, no such files are read.
     pub local_root: Option<PathBuf>,
 }
 
@@ -278,7 +278,7 @@ pub struct OciConfig {
     pub plain_http: Vec<String>,
     /// Credentials by registry, from docker's configuration.
     pub logins: BTreeMap<String, OciLogin>,
-    /// Docker's credential helper for all other registries. It is not run; messages name it.
+    /// Docker's credential helper for all other registries. It is not run, but error messages name it.
     pub helper: Option<String>,
     /// Why docker's configuration could not be read. Reported only when a registry needs credentials.
     pub trouble: Option<String>,
@@ -315,16 +315,16 @@ impl Default for RetryConfig {
 pub struct Secret(String);
 
 impl Secret {
-    /// Creates a secret and registers it for redaction: it is left out of all output, even if a server quotes it.
+    /// Creates a secret and registers it for redaction: it is replaced in all output, even if a server quotes it.
     pub fn new(text: impl Into<String>) -> Self {
-        let secret = Self::hidden(text);
-        redact::learn(&secret.0);
+        let secret = Self::unregistered(text);
+        redact::register(&secret.0);
         secret
     }
 
-    /// Creates a secret without registering it for redaction, for values that may be common words. Only
-    /// [`Debug`](fmt::Debug) leaves it out.
-    pub(crate) fn hidden(text: impl Into<String>) -> Self {
+    /// Creates a secret without registering it for redaction, for values that may be common words. Only its own
+    /// [`Debug`](fmt::Debug) output hides it.
+    pub(crate) fn unregistered(text: impl Into<String>) -> Self {
         Self(text.into())
     }
 
@@ -340,6 +340,9 @@ impl fmt::Debug for Secret {
     }
 }
 
+/// The hint for an invalid [`OriginTemplate`].
+const TEMPLATE_HINT: &str = "for example hf://{name}@{version} or https://registry/{name}/{version}.tar.gz";
+
 /// The origin of bare keys: a reference with the placeholders `{name}` and `{version}`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OriginTemplate(String);
@@ -353,16 +356,16 @@ impl OriginTemplate {
                 "the origin {:?} has neither {{name}} nor {{version}}",
                 redact::reference(text)
             ))
-            .hint("for example hf://{name}@{version} or https://registry/{name}/{version}.tar.gz"));
+            .hint(TEMPLATE_HINT));
         }
         template.apply(&ArtifactKey::bare("a@1")?)?;
-        for place in ["{name}", "{version}"] {
-            if !template.0.contains(place) {
+        for placeholder in ["{name}", "{version}"] {
+            if !template.0.contains(placeholder) {
                 return Err(Error::invalid(format!(
-                    "the origin {:?} has no {place} in it: other artifacts would get the same content",
+                    "the origin {:?} has no {placeholder} in it: other artifacts would get the same content",
                     redact::reference(text)
                 ))
-                .hint("for example hf://{name}@{version} or https://registry/{name}/{version}.tar.gz"));
+                .hint(TEMPLATE_HINT));
             }
         }
         let rest = template.0.replace("{name}", "").replace("{version}", "");
@@ -378,15 +381,15 @@ impl OriginTemplate {
 
     /// Returns the reference for `key`.
     pub fn apply(&self, key: &ArtifactKey) -> Result<Reference> {
-        // These parsers decode percent escapes, so the values are encoded: a version with a slash stays one segment,
-        // and a question mark does not begin a query.
+        // If the parser of the scheme decodes percent escapes, the values are encoded: a version with a slash stays one
+        // segment, and a question mark does not begin a query.
         let scheme = origin::schemes().find(|scheme| scheme.split(&self.0).is_some());
-        let decoded = scheme.is_some_and(|scheme| scheme.decodes_escapes);
-        let text = |text: &str| if decoded { one_segment(text) } else { text.to_owned() };
-        let name = key.name.as_str().split('/').map(text).collect::<Vec<_>>().join("/");
-        let filled = self.0.replace("{name}", &name).replace("{version}", &text(key.version.as_str()));
+        let is_decoded = scheme.is_some_and(|scheme| scheme.decodes_escapes);
+        let encode = |text: &str| if is_decoded { encode_segment(text) } else { text.to_owned() };
+        let name = key.name.as_str().split('/').map(encode).collect::<Vec<_>>().join("/");
+        let filled = self.0.replace("{name}", &name).replace("{version}", &encode(key.version.as_str()));
         // The version comes from the key, so the server's validators are not needed to derive one.
-        let reference = Reference::parse(&filled)?.with_given_version(&key.version);
+        let reference = Reference::parse(&filled)?.with_version(&key.version);
         match reference.scheme() {
             None => Err(Error::invalid(format!("the origin {:?} is not a URI", redact::reference(&self.0)))),
             _ if reference.file.is_some() => Err(Error::invalid(format!(
@@ -398,9 +401,9 @@ impl OriginTemplate {
     }
 }
 
-/// Encodes `text` as a single path segment, slashes included. Only the unreserved characters of RFC 3986 stay as they
-/// are.
-pub(crate) fn one_segment(text: &str) -> String {
+/// Percent-encodes `text` as a single path segment, slashes included. Only the unreserved characters of RFC 3986 are
+/// not encoded.
+pub(crate) fn encode_segment(text: &str) -> String {
     const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
     utf8_percent_encode(text, SEGMENT).to_string()
 }

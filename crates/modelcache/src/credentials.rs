@@ -1,8 +1,8 @@
 //! Credentials for web servers, from the configuration file and the netrc.
 //!
 //! A configured credential applies to one scheme, host and port. A netrc has only machine names, so its entries apply
-//! to `https` on any port, and never to plain `http`; a credential for `http` has to be configured. This module reads
-//! no files: front ends pass their contents.
+//! to `https` on any port, and never to plain `http`. A credential for `http` must be in the configuration file. This
+//! module reads no files: front ends pass their contents.
 
 use crate::config::Secret;
 use crate::error::{Error, Result};
@@ -39,14 +39,15 @@ pub enum Choice<'a> {
     /// A credential from the netrc.
     Netrc(&'a Credential),
     /// The netrc has a credential, but it is not sent, because the URL is plain `http`.
-    KeptBack,
+    Withheld,
     /// There is no credential for this URL.
     None,
 }
 
 impl Credentials {
-    /// Adds the credential for `server`, which is scheme, host and port. A second credential for a server is ignored.
-    pub fn state(&mut self, server: &str, credential: Credential) -> Result<()> {
+    /// Adds the credential for `server`, a URL of only scheme, host and port. A second credential for a server is
+    /// ignored.
+    pub fn add(&mut self, server: &str, credential: Credential) -> Result<()> {
         let refuse = || {
             Error::invalid("is not a scheme, host and port")
                 .hint("for example [credentials.\"https://registry.example\"]")
@@ -66,9 +67,9 @@ impl Credentials {
         self.netrc = netrc;
     }
 
-    /// Records that other users may read the netrc. A warning is logged when one of its entries is sent.
-    pub fn netrc_is_open(&mut self) {
-        self.netrc.open = true;
+    /// Records that other users may read the netrc, so that a warning is logged when one of its entries is sent.
+    pub fn mark_netrc_readable_by_others(&mut self) {
+        self.netrc.readable_by_others = true;
     }
 
     /// Returns the credential for `url`.
@@ -76,26 +77,28 @@ impl Credentials {
         if let Some(credential) = self.configured.get(&url.origin().ascii_serialization()) {
             return Choice::Configured(credential);
         }
-        match (url.host_str().and_then(|host| self.netrc.of(host)), url.scheme()) {
+        match (url.host_str().and_then(|host| self.netrc.credential_for(host)), url.scheme()) {
             (Some(credential), "https") => Choice::Netrc(credential),
-            (Some(_), _) => Choice::KeptBack,
+            (Some(_), _) => Choice::Withheld,
             (None, _) => Choice::None,
         }
     }
 
     /// Returns true if other users may read the netrc.
-    pub fn is_netrc_open(&self) -> bool {
-        self.netrc.open
+    pub fn is_netrc_readable_by_others(&self) -> bool {
+        self.netrc.readable_by_others
     }
 }
 
 /// A parsed netrc.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Netrc {
-    /// The credentials by machine. `None` for a machine without a password: then nothing is sent, not even the default.
+    /// The credentials by machine; `None` for a machine without a password, to which not even the default is sent.
     machines: BTreeMap<String, Option<Credential>>,
+    /// The credential for machines that are not listed.
     default: Option<Credential>,
-    open: bool,
+    /// True if users other than the owner may read the file.
+    readable_by_others: bool,
 }
 
 /// An entry that is being parsed.
@@ -117,23 +120,23 @@ impl Netrc {
     pub fn parse(text: &str) -> Result<Self> {
         let mut netrc = Self::default();
         let mut entry: Option<Entry> = None;
-        let mut words = Words { rest: text, line: 1 };
+        let mut words = Tokenizer { rest: text, line: 1 };
         while let Some((word, quoted)) = words.next()? {
             let refuse = |line: usize, why: &str| Error::invalid(format!("line {line}: {why}"));
             match word.as_str() {
                 _ if !quoted && word.starts_with('#') => words.skip_line(),
                 "macdef" => words.skip_macro(),
                 "default" => {
-                    netrc.take(entry.replace(Entry::default()));
+                    netrc.add(entry.replace(Entry::default()));
                 }
                 "machine" | "login" | "user" | "password" | "account" => {
                     let Some((value, _)) = words.next()? else {
-                        return Err(refuse(words.line, "the last word has no value"));
+                        return Err(refuse(words.line, "the last keyword has no value"));
                     };
                     match (word.as_str(), &mut entry) {
                         ("machine", _) => {
                             let machine = Some(value.to_ascii_lowercase());
-                            netrc.take(entry.replace(Entry { machine, ..Entry::default() }));
+                            netrc.add(entry.replace(Entry { machine, ..Entry::default() }));
                         }
                         (_, None) => return Err(refuse(words.line, "a value before the first machine")),
                         ("password", Some(entry)) => entry.password = Some(value),
@@ -146,12 +149,12 @@ impl Netrc {
                 }
             }
         }
-        netrc.take(entry);
+        netrc.add(entry);
         Ok(netrc)
     }
 
-    /// Adds a complete entry. A second entry for a machine is ignored.
-    fn take(&mut self, entry: Option<Entry>) {
+    /// Adds a complete entry; `None` adds nothing. A second entry for a machine is ignored.
+    fn add(&mut self, entry: Option<Entry>) {
         let Some(Entry { machine, login, password }) = entry else { return };
         let credential = password
             .map(|password| Credential::Basic { username: login.unwrap_or_default(), password: Secret::new(password) });
@@ -164,7 +167,7 @@ impl Netrc {
     }
 
     /// Returns the credential for `host`, or the default if the netrc does not list the host.
-    fn of(&self, host: &str) -> Option<&Credential> {
+    fn credential_for(&self, host: &str) -> Option<&Credential> {
         match self.machines.get(host) {
             Some(credential) => credential.as_ref(),
             None => self.default.as_ref(),
@@ -173,12 +176,14 @@ impl Netrc {
 }
 
 /// A tokenizer for netrc files.
-struct Words<'a> {
+struct Tokenizer<'a> {
+    /// The text that was not read yet.
     rest: &'a str,
+    /// The number of its first line, starting at 1.
     line: usize,
 }
 
-impl Words<'_> {
+impl Tokenizer<'_> {
     fn skip(&mut self, bytes: usize) {
         self.line += self.rest[..bytes].matches('\n').count();
         self.rest = &self.rest[bytes..];
@@ -234,7 +239,7 @@ impl Choice<'_> {
         match self {
             Self::Configured(credential) => format!("configured {}", open(credential)),
             Self::Netrc(credential) => format!("netrc {}", open(credential)),
-            Self::KeptBack => "kept back".into(),
+            Self::Withheld => "withheld".into(),
             Self::None => "none".into(),
         }
     }
@@ -267,7 +272,7 @@ mod tests {
         assert_eq!(choose(&credentials, "https://b.example:8443/x"), Choice::Netrc(&basic("bob", "#hash")));
         assert_eq!(choose(&credentials, "https://c.example/x"), Choice::Netrc(&basic("any", "common")));
         assert_eq!(choose(&credentials, "https://none.example/x"), Choice::None, "not the default");
-        assert_eq!(choose(&credentials, "http://a.example/x"), Choice::KeptBack);
+        assert_eq!(choose(&credentials, "http://a.example/x"), Choice::Withheld);
     }
 
     #[test]
@@ -289,13 +294,13 @@ mod tests {
         let mut credentials = Credentials::default();
         credentials.set_netrc(Netrc::parse("default login d password d").expect("reads"));
         let bearer = Credential::Bearer(Secret::new("canary"));
-        credentials.state("https://R.example/", bearer.clone()).expect("stated");
-        credentials.state("https://r.example:443", basic("late", "late")).expect("ignored");
+        credentials.add("https://R.example/", bearer.clone()).expect("added");
+        credentials.add("https://r.example:443", basic("late", "late")).expect("ignored");
         assert_eq!(choose(&credentials, "https://r.example:443/x"), Choice::Configured(&bearer));
-        assert_eq!(choose(&credentials, "http://r.example/x"), Choice::KeptBack);
+        assert_eq!(choose(&credentials, "http://r.example/x"), Choice::Withheld);
         assert!(matches!(choose(&credentials, "https://r.example:444/x"), Choice::Netrc(_)));
         for bad in ["r.example", "ftp://r", "https://u:p@r", "https://r/path", "https://r?x", "https://"] {
-            assert!(credentials.state(bad, bearer.clone()).is_err(), "{bad} was accepted");
+            assert!(credentials.add(bad, bearer.clone()).is_err(), "{bad} was accepted");
         }
         assert!(!format!("{credentials:?}").contains("canary"));
     }

@@ -1,7 +1,7 @@
 //! Digests and their provenance.
 //!
-//! SHA-256 is the only digest that identifies content in this cache. For a small file on the Hub only the SHA-1 of Git
-//! is known before the first download; it never names a blob.
+//! SHA-256 is the only digest that identifies content in this cache. For small files, the Hub publishes only the SHA-1
+//! of the Git object. It verifies the first download, and never names a blob.
 
 use crate::error::{Error, Result};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -19,7 +19,7 @@ pub struct GitOid([u8; 20]);
 /// Maximum number of characters of an invalid digest that the error message quotes.
 const QUOTED_CHARS_MAX: usize = 100;
 
-macro_rules! hex_words {
+macro_rules! hex_digest_type {
     ($type:ident, $len:literal, $what:literal) => {
         impl $type {
             /// Creates the digest from raw bytes.
@@ -52,7 +52,7 @@ macro_rules! hex_words {
             fn from_str(text: &str) -> Result<Self> {
                 let mut bytes = [0; $len];
                 hex::decode_to_slice(text, &mut bytes).map_err(|_| {
-                    // Cut, because a server may send a long text here.
+                    // Truncated, because a server may send a long text.
                     let quoted: String = text.chars().take(QUOTED_CHARS_MAX).collect();
                     Error::invalid(format!(concat!("not a ", $what, ": {:?}"), quoted))
                 })?;
@@ -75,8 +75,8 @@ macro_rules! hex_words {
     };
 }
 
-hex_words!(Digest, 32, "SHA-256 (64 hex digits)");
-hex_words!(GitOid, 20, "git object id (40 hex digits)");
+hex_digest_type!(Digest, 32, "SHA-256 (64 hex digits)");
+hex_digest_type!(GitOid, 20, "git object id (40 hex digits)");
 
 impl Digest {
     /// Computes the digest of `bytes`.

@@ -62,8 +62,8 @@ impl ErrorKind {
         }
     }
 
-    /// Returns the hint for an error without one of its own.
-    fn usual_remedy(self) -> Option<&'static str> {
+    /// Returns the hint for an error that has no hint of its own.
+    fn default_hint(self) -> Option<&'static str> {
         match self {
             Self::Unavailable => Some(
                 "try again later; MODEL_CACHE_RETRY_DEADLINE sets how long failed requests are retried, \
@@ -179,9 +179,10 @@ impl Error {
         self
     }
 
-    /// Replaces the tier. The origin may be a bucket, and code for buckets sets the remote tier.
+    /// Sets the tier, even if an inner call has set it. An origin may be a bucket, and code for buckets sets the remote
+    /// tier.
     #[must_use]
-    pub(crate) fn of_tier(mut self, tier: Tier) -> Self {
+    pub(crate) fn replace_tier(mut self, tier: Tier) -> Self {
         self.0.tier = Some(tier);
         self
     }
@@ -262,7 +263,8 @@ impl Error {
         &self.0.message
     }
 
-    /// Returns the message and the chain of causes, in one line. Causes that the text already has are left out.
+    /// Returns the message and the chain of causes, in one line. A cause that the text already contains is not
+    /// repeated.
     pub fn message_with_causes(&self) -> String {
         let mut text = self.message().to_owned();
         let mut cause = std::error::Error::source(self);
@@ -276,9 +278,9 @@ impl Error {
         text
     }
 
-    /// Returns the hint of this error, or the usual hint of its kind.
+    /// Returns the hint of this error, or the default hint of its kind.
     pub fn hint_text(&self) -> Option<&str> {
-        self.0.hint.as_deref().or_else(|| self.0.kind.usual_remedy())
+        self.0.hint.as_deref().or_else(|| self.0.kind.default_hint())
     }
 
     /// Returns the artifact, if it is known.
@@ -351,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn the_innermost_context_wins() {
+    fn the_innermost_context_is_kept() {
         let error = Error::not_found("x").artifact("inner").artifact("outer").hint("first").hint("second");
         assert_eq!(error.artifact_name(), Some("inner"));
         assert_eq!(error.hint_text(), Some("first"));
@@ -370,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn the_usual_hint_never_replaces_a_specific_one() {
+    fn the_default_hint_never_replaces_a_specific_one() {
         let bare = Error::unavailable("x");
         assert!(bare.hint_text().is_some_and(|hint| hint.contains("MODEL_CACHE_RETRY_DEADLINE")));
         assert_eq!(bare.hint("exact").hint_text(), Some("exact"));

@@ -1,4 +1,4 @@
-//! Results of a verification, shared by disk and remote.
+//! The results of verifying stored files, for disk and remote alike.
 
 use crate::digest::Digest;
 use crate::error::Tier;
@@ -40,9 +40,9 @@ impl fmt::Display for Problem {
 pub struct BadPart {
     /// The number of the part, starting at 0.
     pub index: u64,
-    /// Offset of its first byte.
+    /// Offset of the first byte of the part.
     pub start: u64,
-    /// Offset after its last byte.
+    /// Offset after the last byte of the part.
     pub end: u64,
 }
 
@@ -82,7 +82,7 @@ pub struct Finding {
     pub bad_parts: Vec<BadPart>,
     /// Details for the user.
     pub detail: Option<String>,
-    /// True if the bad file was withdrawn: it is not leased any more.
+    /// True if the bad file was withdrawn: it is no longer served.
     pub withdrawn: bool,
     /// The tier that supplied the right bytes; `None` if the problem is not repaired.
     pub repaired_from: Option<Tier>,
@@ -116,9 +116,9 @@ impl Finding {
 #[derive(Debug, Clone, Serialize)]
 #[serde(into = "VerifiedForm")]
 pub struct Verified {
-    /// The key of the artifact; `None` for files of an unknown artifact or of none.
+    /// The key of the artifact; `None` for files that belong to no known artifact.
     pub key: Option<ArtifactKey>,
-    /// The reference of the artifact, or the path of its files.
+    /// The reference of the artifact, or the path of files that belong to no known artifact.
     pub reference: String,
     /// The tier.
     pub tier: Tier,
@@ -131,7 +131,7 @@ pub struct Verified {
 }
 
 impl Verified {
-    /// Returns a result without checked files.
+    /// Returns a result with no files checked yet.
     pub fn new(key: Option<ArtifactKey>, reference: String, tier: Tier) -> Self {
         Self { key, reference, tier, files: 0, bytes: 0, findings: Vec::new() }
     }
@@ -149,7 +149,7 @@ struct VerifiedForm {
     name: Option<ArtifactName>,
     /// The version of the artifact; `None` if the data belongs to no known artifact.
     version: Option<Version>,
-    /// The reference of the artifact, or the place of data that belongs to no known artifact.
+    /// The reference of the artifact, or the path of data that belongs to no known artifact.
     reference: String,
     /// The tier that was verified.
     tier: Tier,
@@ -192,6 +192,10 @@ mod tests {
             assert_eq!(first, Some(BadPart::new(part, 64, 200)), "byte {at}");
         }
         assert_eq!(BadPart::new(3, 64, 200).end, 200);
-        assert_eq!(BadPart::first_between(&ladder(b"x"), &ladder(b"y"), 1), None, "one part needs no name");
+        assert_eq!(
+            BadPart::first_between(&ladder(b"x"), &ladder(b"y"), 1),
+            None,
+            "a file of one part has no separate bad part"
+        );
     }
 }

@@ -90,7 +90,7 @@ impl Format {
             .or_else(|| is_tar(head).then_some(Tar))
             .or_else(|| is_safetensors(head, size).then_some(Safetensors))
             .or_else(|| is_pickle(head).then_some(Pickle))
-            .or_else(|| text(head, size))
+            .or_else(|| by_text(head, size))
             .or_else(|| is_onnx(head, size).then_some(Onnx))
             .unwrap_or(Unknown)
     }
@@ -126,11 +126,11 @@ impl Format {
         let known = || EXPECTABLE.into_iter().filter_map(|format| Some((format, format.name()?)));
         known().find(|(_, known)| *known == name).map(|(format, _)| format).ok_or_else(|| {
             let names: Vec<_> = known().map(|(_, name)| name).collect();
-            Error::invalid(format!("no format is called {name:?}")).hint(format!("known are {}", names.join(", ")))
+            Error::invalid(format!("no format is called {name:?}")).hint(format!("known formats: {}", names.join(", ")))
         })
     }
 
-    /// Returns true if a file of this format counts as `expected`. A PyTorch file is also a zip archive.
+    /// Returns true if a file of this format also has the format `expected`. A PyTorch file is also a zip archive.
     pub fn meets(self, expected: Self) -> bool {
         self == expected || (self == PyTorch && expected == Zip)
     }
@@ -215,17 +215,17 @@ pub fn expect<'a>(
     files: impl IntoIterator<Item = (&'a FilePath, Format)>,
 ) -> Result<()> {
     let wanted = expected.name().unwrap_or_default();
-    let mut met = false;
+    let mut any_meets = false;
     for (path, found) in files {
         if found.meets(expected) {
-            met = true;
+            any_meets = true;
         } else if !is_tree || expected.is_named(path) {
             return Err(
                 Error::corrupt(format!("{path} should be {wanted} and is {found}")).hint(found.remedy(expected))
             );
         }
     }
-    if met {
+    if any_meets {
         return Ok(());
     }
     Err(Error::corrupt(format!("no file in the folder is {wanted}")).hint("put the right folder, or omit --expect"))
@@ -246,7 +246,7 @@ fn by_magic(head: &[u8]) -> Option<Format> {
     if head.starts_with(b"\x1f\x8b\x08") {
         return Some(if is_tar(&inflated(head)) { TarGz } else { Gzip });
     }
-    // The second one is the magic of an empty archive.
+    // An archive with entries, or an empty archive.
     if head.starts_with(b"PK\x03\x04") || head.starts_with(b"PK\x05\x06") {
         return Some(if is_pytorch(head) { PyTorch } else { Zip });
     }
@@ -259,21 +259,21 @@ fn by_magic(head: &[u8]) -> Option<Format> {
 /// Decompresses the first [`TAR_BLOCK`] bytes of a gzip file, or fewer if `head` does not contain them.
 fn inflated(head: &[u8]) -> Vec<u8> {
     let mut block = Vec::with_capacity(TAR_BLOCK);
-    // An error is ignored: the bytes decompressed before it are examined.
+    // An error is ignored: the bytes that were decompressed before it are examined.
     let _ = flate2::read::GzDecoder::new(head).take(TAR_BLOCK as u64).read_to_end(&mut block);
     block
 }
 
-/// Returns true if the first block is a tar header with a name and a correct checksum. An archive without files
-/// consists of zeros and is not detected.
+/// Returns true if the first block is a tar header with a name and a correct checksum. An archive without files has
+/// only zeros and is not detected.
 fn is_tar(head: &[u8]) -> bool {
     const CHECKSUM: std::ops::Range<usize> = 148..156;
     let Some(block) = head.get(..TAR_BLOCK).filter(|block| block[0] != 0) else { return false };
     let digits: String = block[CHECKSUM].iter().map(|byte| char::from(*byte)).collect();
-    let Ok(stated) = u64::from_str_radix(digits.trim_matches([' ', '\0']), 8) else { return false };
+    let Ok(recorded) = u64::from_str_radix(digits.trim_matches([' ', '\0']), 8) else { return false };
     // The checksum is the sum of all bytes, with its own field taken as spaces.
     let byte = |(at, byte): (usize, &u8)| if CHECKSUM.contains(&at) { u64::from(b' ') } else { u64::from(*byte) };
-    block.iter().enumerate().map(byte).sum::<u64>() == stated
+    block.iter().enumerate().map(byte).sum::<u64>() == recorded
 }
 
 /// Returns true if the first entry of a zip archive has a name that `torch.save` writes.
@@ -319,7 +319,7 @@ impl<'de> Deserialize<'de> for ObjectOfObjects {
             fn visit_map<A: MapAccess<'de>>(self, mut members: A) -> Result<ObjectOfObjects, A::Error> {
                 while let Some((IgnoredAny, value)) = members.next_entry::<IgnoredAny, &RawValue>()? {
                     if !value.get().starts_with('{') {
-                        return Err(A::Error::custom("a value is no object"));
+                        return Err(A::Error::custom("a value is not an object"));
                     }
                 }
                 Ok(ObjectOfObjects)
@@ -332,7 +332,7 @@ impl<'de> Deserialize<'de> for ObjectOfObjects {
 /// Returns true if the file begins with opcode `PROTO`, a protocol from 2 to 5, and an opcode that can follow.
 fn is_pickle(head: &[u8]) -> bool {
     let [0x80, protocol @ 2..=5, opcode, ..] = head else { return false };
-    // From protocol 4 on, usually a frame. Otherwise any opcode that pushes a value.
+    // Protocol 4 and 5 usually begin with a frame (0x95). Otherwise an opcode that pushes a value or a mark.
     matches!((protocol, opcode), (4.., 0x95))
         || matches!(
             opcode,
@@ -358,10 +358,10 @@ fn is_pickle(head: &[u8]) -> bool {
 }
 
 /// Detects text formats: valid UTF-8 without control characters other than white space and escape.
-fn text(head: &[u8], size: u64) -> Option<Format> {
+fn by_text(head: &[u8], size: u64) -> Option<Format> {
     let text = match std::str::from_utf8(head) {
         Ok(text) => text,
-        // The head ends within a character, because the file is longer.
+        // `head` ends within a character, because the file is longer.
         Err(error) if error.error_len().is_none() && size > head.len() as u64 => {
             std::str::from_utf8(&head[..error.valid_up_to()]).ok()?
         }
@@ -383,24 +383,28 @@ fn text(head: &[u8], size: u64) -> Option<Format> {
 /// Returns true if the file is a protobuf message that has only fields of ONNX's `ModelProto`, among them its version
 /// and a graph or operator sets (<https://github.com/onnx/onnx/blob/main/onnx/onnx.proto>).
 fn is_onnx(head: &[u8], size: u64) -> bool {
-    const STRINGS: [u64; 5] = [2, 3, 4, 6, 14];
+    // Field numbers of `ModelProto`.
+    const IR_VERSION: u64 = 1;
+    const MODEL_VERSION: u64 = 5;
     const GRAPH: u64 = 7;
     const OPERATOR_SETS: u64 = 8;
+    /// Producer name and version, domain, documentation, metadata, training information, functions, configurations.
+    const OTHER_STRINGS_AND_MESSAGES: [u64; 8] = [2, 3, 4, 6, 14, 20, 25, 26];
     let (mut at, mut has_version, mut has_body) = (0, false, false);
     while let Some((tag, next)) = varint(head, at) {
         // Number and wire type of the field.
         match (tag >> 3, tag & 7) {
-            // Integers: `ir_version` and `model_version`.
-            (field @ (1 | 5), 0) => {
+            // Wire type 0: integers.
+            (field @ (IR_VERSION | MODEL_VERSION), 0) => {
                 let Some((value, next)) = varint(head, next) else { return false };
-                if field == 1 && !(1..=ONNX_VERSION_MAX).contains(&value) {
+                if field == IR_VERSION && !(1..=ONNX_VERSION_MAX).contains(&value) {
                     return false;
                 }
-                has_version |= field == 1;
+                has_version |= field == IR_VERSION;
                 at = next;
             }
-            // Strings and messages. Their content is skipped.
-            (field, 2) if STRINGS.contains(&field) || matches!(field, GRAPH | OPERATOR_SETS | 20 | 25 | 26) => {
+            // Wire type 2: strings and messages, which begin with their length. Their content is skipped.
+            (field, 2) if matches!(field, GRAPH | OPERATOR_SETS) || OTHER_STRINGS_AND_MESSAGES.contains(&field) => {
                 let Some((length, next)) = varint(head, next) else { return false };
                 let Some(end) = (next as u64).checked_add(length).filter(|end| *end <= size) else { return false };
                 has_body |= matches!(field, GRAPH | OPERATOR_SETS);
@@ -419,6 +423,7 @@ fn is_onnx(head: &[u8], size: u64) -> bool {
 /// Returns the variable-length integer at offset `at`, and the offset after it.
 fn varint(bytes: &[u8], at: usize) -> Option<(u64, usize)> {
     let mut value = 0;
+    // Seven bits a byte: 64 bits need at most ten bytes.
     for (index, byte) in bytes.get(at..)?.iter().take(10).enumerate() {
         value |= u64::from(byte & 0x7f).checked_shl(7 * u32::try_from(index).ok()?)?;
         if byte & 0x80 == 0 {
@@ -517,7 +522,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_header_is_judged_by_its_beginning() {
+    fn of_a_long_header_only_the_beginning_is_checked() {
         let entry = |n: usize| format!("\"w{n}\":{{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]}}");
         let header = format!("{{{}}}", (0..2000).map(entry).collect::<Vec<_>>().join(","));
         let bytes = safetensors(&header);
@@ -549,8 +554,8 @@ mod tests {
         assert!(refused(TarGz, false, &[(&other, Zip)]).ends_with("or use --expect zip"));
         assert!(refused(Safetensors, true, &[(&other, Safetensors), (&model, Html)]).contains("an HTML page"));
         assert!(refused(Safetensors, true, &[(&other, Json)]).starts_with("no file in the folder is safetensors"));
-        expect(Safetensors, true, [(&other, Json), (&model, Safetensors)]).expect("one is, and its name says so");
-        expect(Zip, false, [(&other, PyTorch)]).expect("that is a zip archive, too");
+        expect(Safetensors, true, [(&other, Json), (&model, Safetensors)]).expect("one file has the format");
+        expect(Zip, false, [(&other, PyTorch)]).expect("a PyTorch file is also a zip archive");
     }
 
     #[test]

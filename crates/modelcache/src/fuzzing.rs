@@ -10,11 +10,11 @@ pub fn manifest_list(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     let Ok(manifest) = Manifest::from_list(text) else { return };
     if manifest.check().is_ok() {
-        let written = manifest.to_bytes().expect("a manifest that obeys the rules can be written");
-        assert_eq!(Manifest::from_bytes(&written).expect("and read again"), manifest);
+        let written = manifest.to_bytes().expect("a valid manifest can be written");
+        assert_eq!(Manifest::from_bytes(&written).expect("a written manifest can be read"), manifest);
         let mut merged = manifest.clone();
-        merged.learn(&manifest).expect("a manifest agrees with itself");
-        assert_eq!(merged, manifest, "and learns nothing from itself");
+        merged.learn(&manifest).expect("a manifest can be merged with itself");
+        assert_eq!(merged, manifest, "a merge with itself changes nothing");
     }
 }
 
@@ -42,7 +42,7 @@ pub fn oci(bytes: &[u8]) {
     origin::fuzz_oci(bytes);
 }
 
-/// Parses a claim and a ref of the remote.
+/// Parses the bytes as a claim and as a ref of the remote.
 pub fn claim(bytes: &[u8]) {
     remote::fuzz_claim(bytes);
     remote::fuzz_ref(bytes);

@@ -1,6 +1,6 @@
 //! Formats sizes for people, in messages and front ends.
 
-/// Formats bytes in decimal units with two to four significant digits: `0 B`, `1.2 GB`, `350 MB`.
+/// Formats bytes in decimal units with at most three significant digits: `0 B`, `1.2 GB`, `350 MB`.
 pub fn bytes(bytes: u64) -> String {
     const UNITS: [&str; 7] = ["B", "kB", "MB", "GB", "TB", "PB", "EB"];
     let mut value = bytes as f64;

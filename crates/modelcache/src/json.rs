@@ -1,4 +1,4 @@
-//! Serialized forms of times, durations and paths in the reports: the functions for `#[serde(serialize_with = …)]`.
+//! Functions for `#[serde(serialize_with = …)]`: the serialized forms of times, durations and paths in reports.
 
 use serde::{Serialize, Serializer};
 use std::path::{Path, PathBuf};

@@ -15,7 +15,8 @@ use std::str::FromStr;
 /// The folder of the cache's own records beside the files of an artifact. No name or path can refer to it.
 pub const OWN_FOLDER: &str = ".modelcache";
 
-/// The name of an artifact: segments separated by `/`. If it comes from a URI, the first one is a scheme word.
+/// The name of an artifact: segments separated by `/`. If it comes from a URI, the first segment is the word of the
+/// URI's scheme (`hf`, `s3`, …).
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct ArtifactName(String);
@@ -39,7 +40,7 @@ pub struct ArtifactKey {
     pub version: Version,
 }
 
-/// Returns the reason why `segment` is invalid, as the end of a message; `None` if it is valid.
+/// Returns the reason why `segment` is invalid, as the end of an error message; `None` if it is valid.
 fn segment_fault(segment: &str, forbidden: &[char]) -> Option<String> {
     if segment.is_empty() {
         return Some("has an empty segment".into());
@@ -61,8 +62,8 @@ fn segment_fault(segment: &str, forbidden: &[char]) -> Option<String> {
 const NAME_FORBIDDEN: [char; 4] = ['@', '#', '?', '\\'];
 
 /// Hint for an invalid name or version.
-const NAME_HINT: &str =
-    "write NAME@VERSION: segments split by '/', a version of one segment, none with any of @ # ? \\ in it";
+const NAME_HINT: &str = "write NAME@VERSION: a name of segments separated by '/', a version of one segment, and no \
+                         @ # ? or \\ in either";
 
 impl ArtifactName {
     /// Parses a bare name, as used with `put`: up to [`limits::NAME_SEGMENTS_MAX`] segments, the first of which is not
@@ -216,16 +217,16 @@ impl ArtifactKey {
     /// earlier content of a folder (`file/models/m@4451…`) or a web page, whose URI denotes only the present content.
     pub(crate) fn listed(text: &str) -> Result<Self> {
         match text.rsplit_once('@') {
-            Some((name, version)) if Self::is_listed_alone(name) => {
+            Some((name, version)) if Self::is_uri_name_listed_with_version(name) => {
                 Ok(Self::new(ArtifactName::checked(name)?, Version::new(version)?))
             }
             _ => Self::bare(text),
         }
     }
 
-    /// Returns true if a key with this name is written as name and version. Keys of schemes whose URIs contain the
-    /// version are written as a URI.
-    fn is_listed_alone(name: &str) -> bool {
+    /// Returns true if `name` comes from a URI and its keys are printed as name and version. Keys of schemes whose URIs
+    /// contain the version are printed as URIs.
+    fn is_uri_name_listed_with_version(name: &str) -> bool {
         let first = name.split_once('/').map(|(first, _)| first);
         first.is_some_and(|first| {
             first.starts_with(OWN_ORIGIN)
@@ -319,7 +320,7 @@ fn encode_char(c: char, out: &mut String) {
     }
 }
 
-/// Returns a folder name for any text. `/`, `%`, control characters and a leading dot are percent-encoded. If the
+/// Encodes any text as one folder name. `/`, `%`, control characters and a leading dot are percent-encoded. If the
 /// result is longer than [`limits::ESCAPED_BYTES_MAX`], it is cut, and `%~` and a hash of the whole text are appended.
 ///
 /// Two texts never have the same folder name: an escape is always `%` and two hex digits, so `%~` occurs only in cut
@@ -349,7 +350,7 @@ pub fn escape(text: &str) -> String {
 
 /// Returns the text from which [`escape`] made this name; `None` if the name was cut, or if it is not an escaped name.
 pub fn unescape(escaped: &str) -> Option<String> {
-    // Comparing with the escaped form rejects cut names and names that `escape` never returns.
+    // The comparison rejects cut names and names that `escape` never returns.
     let text = percent_encoding::percent_decode_str(escaped).decode_utf8().ok()?.into_owned();
     (escape(&text) == escaped).then_some(text)
 }
@@ -438,12 +439,14 @@ mod tests {
         }
 
         #[test]
-        fn distinct_keys_have_distinct_places(a in "[ab/%.é ]{1,9}@[12%.é]{1,3}", b in "[ab/%.é ]{1,9}@[12%.é]{1,3}") {
+        fn distinct_keys_have_distinct_folders_objects_and_hashes(
+            a in "[ab/%.é ]{1,9}@[12%.é]{1,3}", b in "[ab/%.é ]{1,9}@[12%.é]{1,3}",
+        ) {
             if let (Ok(a), Ok(b)) = (ArtifactKey::bare(&a), ArtifactKey::bare(&b)) && a != b {
-                let place = |key: &ArtifactKey| (escape(key.name.as_str()), escape(key.version.as_str()));
-                prop_assert_ne!(place(&a), place(&b));
-                let object = |key: &ArtifactKey| format!("{}/{}/", key.name, key.version);
-                prop_assert_ne!(object(&a), object(&b));
+                let folders = |key: &ArtifactKey| (escape(key.name.as_str()), escape(key.version.as_str()));
+                prop_assert_ne!(folders(&a), folders(&b));
+                let prefix = |key: &ArtifactKey| format!("{}/{}/", key.name, key.version);
+                prop_assert_ne!(prefix(&a), prefix(&b));
                 prop_assert_ne!(a.hash(), b.hash());
             }
         }

@@ -1,4 +1,4 @@
-//! The ladder of a file: its checkpoints, the SHA-256 midstates at each part boundary.
+//! The ladder of a file: its checkpoints, which are the SHA-256 midstates at the part boundaries.
 //!
 //! With the states before and after a part, the part can be verified on its own, in any order and on any core. If all
 //! parts verify, from SHA-256's initial value to the padded end, the file has the expected digest, even if the ladder
@@ -29,8 +29,8 @@ const BLOCK: usize = 64;
 /// Returns the size of every part but the last, in bytes, for a file of `size` bytes. It is a power of two that grows
 /// with the file, so that ladders stay small and each request is worth its round trip.
 pub fn part_size(size: u64) -> u64 {
-    let usual = if size > limits::LARGE_FILE_BYTES { 2 * limits::PART_BYTES_MIN } else { limits::PART_BYTES_MIN };
-    usual.max(size.div_ceil(limits::PARTS_MAX).next_power_of_two())
+    let minimum = if size > limits::LARGE_FILE_BYTES { 2 * limits::PART_BYTES_MIN } else { limits::PART_BYTES_MIN };
+    minimum.max(size.div_ceil(limits::PARTS_MAX).next_power_of_two())
 }
 
 /// The states at the part boundaries strictly inside a file, in order.
@@ -54,7 +54,9 @@ impl Ladder {
     /// Creates a ladder from states. `part_size` is in bytes and must be a multiple of 64.
     pub fn new(part_size: u64, states: Vec<State>) -> Result<Self> {
         if part_size == 0 || !part_size.is_multiple_of(BLOCK as u64) {
-            return Err(Error::corrupt(format!("a ladder with parts of {part_size} bytes")));
+            return Err(Error::corrupt(format!(
+                "invalid ladder: its part size {part_size} is not a multiple of {BLOCK}"
+            )));
         }
         Ok(Self { part_size, states })
     }
@@ -63,10 +65,10 @@ impl Ladder {
     pub(crate) fn from_base64(part_size: u64, states: &str) -> Result<Self> {
         let bytes = BASE64_STANDARD
             .decode(states)
-            .map_err(|cause| Error::corrupt("a ladder that is not base64").cause(cause))?;
+            .map_err(|cause| Error::corrupt("invalid ladder: it is not base64").cause(cause))?;
         let (states, rest) = bytes.as_chunks::<32>();
         if !rest.is_empty() {
-            return Err(Error::corrupt(format!("a ladder of {} bytes, no multiple of 32", bytes.len())));
+            return Err(Error::corrupt(format!("invalid ladder: {} bytes, not a multiple of 32", bytes.len())));
         }
         let states = states.iter().map(|state| {
             let (words, _) = state.as_chunks::<4>();
@@ -115,8 +117,8 @@ impl Ladder {
         Some(PartHasher::resume(self.before(index)?, index * self.part_size))
     }
 
-    /// Returns true if part `index` is right. `hasher` has hashed the part and must be at the next checkpoint, or yield
-    /// `digest` if this is the last part.
+    /// Returns true if part `index` is right. `hasher` has hashed the part. Its state must equal the checkpoint after
+    /// the part; for the last part, its digest must equal `digest`.
     ///
     /// A ladder that [fits](Self::fits) and holds for every part proves the digest of the file, even if the ladder is
     /// untrusted, because its checkpoints form a chain from SHA-256's initial value to the digest.
@@ -138,17 +140,18 @@ impl From<Ladder> for StoredLadder {
 impl TryFrom<StoredLadder> for Ladder {
     type Error = Error;
 
-    fn try_from(wire: StoredLadder) -> Result<Self> {
-        Self::from_base64(wire.part_size, &wire.states)
+    fn try_from(stored: StoredLadder) -> Result<Self> {
+        Self::from_base64(stored.part_size, &stored.states)
     }
 }
 
-/// A SHA-256 over a range of a file that starts, and may end, at a block boundary.
+/// A SHA-256 hasher for a range of a file. The range starts at a block boundary, and may end at one.
 #[derive(Clone)]
 pub struct PartHasher {
     state: State,
     /// The position in the **file**: bytes hashed since its start.
     hashed: u64,
+    /// The bytes of an incomplete block; the first `pending_len` of them are valid.
     pending: [u8; BLOCK],
     pending_len: usize,
 }
@@ -169,11 +172,11 @@ impl PartHasher {
     pub fn update(&mut self, bytes: &[u8]) {
         let (blocks, rest) = self.split(bytes);
         compress256(&mut self.state, blocks);
-        self.keep(rest);
+        self.append_pending(rest);
     }
 
     /// Hashes the next bytes `x` of `a`'s file and the next bytes `y` of `b`'s file, interleaved on this core if the
-    /// processor supports it. This takes much less time than hashing one after the other, as far as both have bytes.
+    /// processor supports it. This takes much less time than hashing them one after the other.
     pub fn update_pair(a: &mut Self, x: &[u8], b: &mut Self, y: &[u8]) {
         Self::update_pair_with(ShaExtensions::detect(), a, x, b, y);
     }
@@ -182,8 +185,8 @@ impl PartHasher {
         let (x, x_rest) = a.split(x);
         let (y, y_rest) = b.split(y);
         interleaved::compress_pair(extensions, &mut a.state, x, &mut b.state, y);
-        a.keep(x_rest);
-        b.keep(y_rest);
+        a.append_pending(x_rest);
+        b.append_pending(y_rest);
     }
 
     /// Completes and hashes the pending block with `bytes`. Returns the whole blocks that follow, and the rest.
@@ -191,7 +194,7 @@ impl PartHasher {
         self.hashed += bytes.len() as u64;
         if self.pending_len > 0 {
             let (taken, left) = bytes.split_at(bytes.len().min(BLOCK - self.pending_len));
-            self.keep(taken);
+            self.append_pending(taken);
             if self.pending_len < BLOCK {
                 return (&[], &[]);
             }
@@ -203,7 +206,7 @@ impl PartHasher {
     }
 
     /// Appends `rest` to the pending block.
-    fn keep(&mut self, rest: &[u8]) {
+    fn append_pending(&mut self, rest: &[u8]) {
         self.pending[self.pending_len..self.pending_len + rest.len()].copy_from_slice(rest);
         self.pending_len += rest.len();
     }
@@ -260,8 +263,8 @@ impl LadderHasher {
         self.hash_by_part(bytes, PartHasher::update);
     }
 
-    /// Hashes the next bytes of the file, here and in `other`.
-    pub fn update_beside(&mut self, bytes: &[u8], other: &mut PartHasher) {
+    /// Hashes the next bytes of the file with this hasher and with `other`.
+    pub fn update_both(&mut self, bytes: &[u8], other: &mut PartHasher) {
         self.hash_by_part(bytes, |hasher, bytes| PartHasher::update_pair(hasher, bytes, other, bytes));
     }
 
@@ -278,7 +281,7 @@ impl LadderHasher {
     /// [`PartHasher::update_pair`].
     pub fn update_pair(a: &mut Self, mut x: &[u8], b: &mut Self, mut y: &[u8]) {
         while !x.is_empty() && !y.is_empty() {
-            // Neither stretch may cross a part boundary of its file.
+            // Neither slice may cross a part boundary of its file.
             let both = x.len().min(a.left_in_part()).min(y.len()).min(b.left_in_part());
             let ((x_now, x_later), (y_now, y_later)) = (x.split_at(both), y.split_at(both));
             PartHasher::update_pair(&mut a.hasher, x_now, &mut b.hasher, y_now);
@@ -289,12 +292,13 @@ impl LadderHasher {
     }
 
     /// Returns the hasher for the next `len` bytes, so that a caller can interleave them with another stream. Returns
-    /// `None` if a part boundary lies among them.
+    /// `None` if the bytes cross a part boundary.
     pub(crate) fn within_part(&mut self, len: usize) -> Option<&mut PartHasher> {
         (len <= self.left_in_part()).then_some(&mut self.hasher)
     }
 
-    /// Returns the number of bytes to the next part boundary, at least one. At a boundary, records the state first.
+    /// Records the state if the hasher is at a part boundary. Returns the number of bytes to the next boundary, at
+    /// least one.
     fn left_in_part(&mut self) -> usize {
         let position = self.hasher.position();
         let boundaries = position / self.part_size;
@@ -320,8 +324,9 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn bytes(len: usize) -> Vec<u8> {
-        (0..len).map(|at| (at as u64).wrapping_mul(2_654_435_761).to_le_bytes()[2]).collect()
+    /// Returns `len` bytes that depend on `seed`.
+    fn sample(len: usize, seed: u64) -> Vec<u8> {
+        (0..len as u64).map(|at| (at ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes()[7]).collect()
     }
 
     fn hashed(content: &[u8], part: u64, slice: usize) -> (Digest, Ladder) {
@@ -333,31 +338,27 @@ mod tests {
     #[test]
     fn digests_equal_sha2_at_every_padding_edge() {
         for len in (0..=130).chain([191, 192, 193, 255, 256, 257, 4095, 4096, 4097]) {
-            let content = bytes(len);
+            let content = sample(len, 0);
             assert_eq!(hashed(&content, 64, 7).0, Digest::of(&content), "length {len}");
         }
     }
 
-    /// Sizes around blocks, padding, and boundaries of parts of 1 to 8 blocks, and any other up to `max`.
+    /// Generates sizes near the boundaries of blocks, padding and parts of 1 to 8 blocks, and any size up to `max`.
     fn size(max: usize) -> impl Strategy<Value = usize> {
         let edge = (0usize..=16, 0usize..=18).prop_map(|(blocks, past)| (blocks * BLOCK + past).saturating_sub(9));
         prop_oneof![Just(0), Just(1), 55usize..=65, edge, 0..=max]
     }
 
-    fn filled(len: usize, seed: u64) -> Vec<u8> {
-        (0..len as u64).map(|at| (at ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes()[7]).collect()
-    }
-
     /// Returns the implementations that this processor supports.
-    fn ways() -> impl Iterator<Item = Option<ShaExtensions>> {
+    fn implementations() -> impl Iterator<Item = Option<ShaExtensions>> {
         [Some(None), ShaExtensions::detect().map(Some)].into_iter().flatten()
     }
 
     #[test]
-    fn a_pair_is_hashed_as_each_alone_at_every_edge() {
+    fn a_pair_hashes_like_each_stream_alone_at_every_edge() {
         let sizes: Vec<usize> = [0, 1, 511, 512, 513, 1000].into_iter().chain(55..=65).chain(119..=129).collect();
-        for extensions in ways() {
-            for (x, y) in sizes.iter().flat_map(|x| sizes.iter().map(move |y| (filled(*x, 1), filled(*y, 2)))) {
+        for extensions in implementations() {
+            for (x, y) in sizes.iter().flat_map(|x| sizes.iter().map(move |y| (sample(*x, 1), sample(*y, 2)))) {
                 let (mut a, mut b) = (PartHasher::new(), PartHasher::new());
                 PartHasher::update_pair_with(extensions, &mut a, &x, &mut b, &y);
                 assert_eq!((a.finish(), b.finish()), (Digest::of(&x), Digest::of(&y)), "{} and {}", x.len(), y.len());
@@ -433,9 +434,9 @@ mod tests {
 
     #[test]
     fn one_pass_yields_two_digests() {
-        let (content, mut file, mut beside) = (bytes(1000), LadderHasher::new(256), PartHasher::new());
+        let (content, mut file, mut beside) = (sample(1000, 0), LadderHasher::new(256), PartHasher::new());
         file.update(&content[..300]);
-        file.update_beside(&content[300..], &mut beside);
+        file.update_both(&content[300..], &mut beside);
         assert_eq!(file.finish(), hashed(&content, 256, 7));
         assert_eq!(beside.finish(), Digest::of(&content[300..]));
     }
@@ -445,8 +446,8 @@ mod tests {
         fn pairs_of_slices_of_any_length_hash_like_sha2(
             slices in proptest::collection::vec((size(2000), size(2000)), 0..8), seed in any::<u64>(),
         ) {
-            let (x, y) = (filled(16_000, seed), filled(16_000, !seed));
-            for extensions in ways() {
+            let (x, y) = (sample(16_000, seed), sample(16_000, !seed));
+            for extensions in implementations() {
                 let (mut a, mut b) = (PartHasher::new(), PartHasher::new());
                 let (mut x_at, mut y_at) = (0, 0);
                 for (x_len, y_len) in &slices {
@@ -461,10 +462,10 @@ mod tests {
         }
 
         #[test]
-        fn two_files_at_once_have_the_ladders_of_each_alone(
+        fn files_hashed_in_pairs_have_the_same_ladders_as_alone(
             sizes in (size(3000), size(3000)), parts in (1u64..9, 1u64..9), slices in (1usize..400, 1usize..400),
         ) {
-            let (x, y) = (filled(sizes.0, 3), filled(sizes.1, 4));
+            let (x, y) = (sample(sizes.0, 3), sample(sizes.1, 4));
             let (x_part, y_part) = (parts.0 * 64, parts.1 * 64);
             let (mut a, mut b) = (LadderHasher::new(x_part), LadderHasher::new(y_part));
             let (mut x_slices, mut y_slices) = (x.chunks(slices.0), y.chunks(slices.1));
@@ -492,7 +493,7 @@ mod tests {
             len in size(2000), part in 1u64..8, flip in any::<proptest::sample::Index>(),
             defects in (defect(), defect()), seed in any::<u64>(),
         ) {
-            let good = filled(len, seed);
+            let good = sample(len, seed);
             let (digest, truth) = hashed(&good, part * 64, 100);
             prop_assert!(proves(&truth, &good, digest));
             let mut bad = good.clone();
@@ -512,16 +513,16 @@ mod tests {
         }
 
         #[test]
-        fn every_part_checks_alone_and_a_flipped_bit_is_found(
+        fn each_part_is_verified_alone_and_a_flipped_bit_is_found(
             len in size(2000), part in 1u64..8, slice in 1usize..300, flip in any::<proptest::sample::Index>(),
         ) {
             let part = part * 64;
-            let content = bytes(len);
+            let content = sample(len, 0);
             let (digest, ladder) = hashed(&content, part, slice);
             prop_assert_eq!(digest, Digest::of(&content));
             prop_assert!(ladder.fits(len as u64));
-            let wire = serde_json::to_string(&ladder).expect("serializes");
-            prop_assert_eq!(&serde_json::from_str::<Ladder>(&wire).expect("parses"), &ladder);
+            let json = serde_json::to_string(&ladder).expect("serializes");
+            prop_assert_eq!(&serde_json::from_str::<Ladder>(&json).expect("parses"), &ladder);
 
             let holds = |content: &[u8]| -> Vec<bool> {
                 (0..).zip(content.chunks(part as usize)).map(|(index, bytes)| {

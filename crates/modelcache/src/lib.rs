@@ -2,11 +2,11 @@
 //!
 //! A [`Cache`] brings an artifact to a local directory and leases it. It looks on disk, then on the remote (S3 or a
 //! folder), then at the origin (Hugging Face Hub, S3, HTTP, MLflow, an OCI registry, a folder). Every byte is verified
-//! against SHA-256. The nearer tiers are filled on the way back, and the local directory stays inside a byte budget: the
-//! least recently used artifacts are evicted before a download starts, never while they are leased.
+//! against SHA-256. The nearer tiers are filled on the way back, and the local directory stays inside a byte budget:
+//! the least recently used artifacts are evicted before a download starts, never while they are leased.
 //!
-//! The library runs on Linux and in a Tokio runtime. It reads no environment variable and prints nothing; logs go through
-//! [`tracing`](https://docs.rs/tracing).
+//! The library runs on Linux and in a Tokio runtime. It reads no environment variable and prints nothing; logs go
+//! through [`tracing`](https://docs.rs/tracing).
 //!
 //! # Get an artifact
 //!
@@ -24,8 +24,8 @@
 //! # Ok(()) }
 //! ```
 //!
-//! The references are those of the command line: `name@version`, `hf://org/model@revision`, `s3://bucket/prefix`,
-//! `https://host/file`, `models:/name/version`, `oci://registry/repository:tag`, `file:///path`.
+//! References have the same syntax as on the command line: `name@version`, `hf://org/model@revision`,
+//! `s3://bucket/prefix`, `https://host/file`, `models:/name/version`, `oci://registry/repository:tag`, `file:///path`.
 //!
 //! # Publish an artifact
 //!
@@ -68,7 +68,7 @@
 //!
 //! An [`Error`] has a kind that a caller can act on, the tier that failed, and a hint with the remedy.
 //!
-//! # Watch the progress
+//! # Show progress
 //!
 //! ```no_run
 //! # async fn example(cache: modelcache::Cache) -> modelcache::Result<()> {
@@ -88,7 +88,7 @@
 //!
 //! [`Cache::open_file`] returns before the file is complete. Reads return verified bytes only.
 //!
-//! # Add an origin of your own
+//! # Add a custom origin
 //!
 //! See [`origin`]: an application implements [`Origin`](origin::Origin) for a scheme, and passes it to
 //! [`CacheBuilder::own_origin`](cache::CacheBuilder::own_origin).
@@ -104,8 +104,8 @@
 //!
 //! # Guarantees
 //!
-//! Nothing is published that was not verified. A process may be killed at any moment, and any number of processes may
-//! share a directory. The repository's `docs/reliability.md` lists the guarantees with the test of each.
+//! Only verified files are published. A process may be killed at any moment, and any number of processes may share a
+//! directory. The repository's `docs/reliability.md` lists each guarantee and its test.
 
 pub mod cache;
 pub mod check;

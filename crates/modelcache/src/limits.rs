@@ -1,6 +1,6 @@
-//! The limits of the system, each with its unit and reason.
+//! Limits on names, files, manifests and responses, each with its unit and reason.
 //!
-//! Input from outside (manifests, listings, names) that exceeds a limit is rejected. No limit depends on the machine.
+//! Input that exceeds a limit is rejected. No limit depends on the machine.
 
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
@@ -10,10 +10,11 @@ const GIB: u64 = 1024 * MIB;
 /// ancestor.
 pub const NAME_SEGMENTS_MAX: usize = 8;
 
-/// Maximum length of a name or version, in bytes. Together with a file path it must fit S3's 1,024-byte key.
+/// Maximum length of an artifact name, in bytes: half of S3's limit on keys (1,024 bytes), which also contain the
+/// version and the file path. A version is one segment, limited by [`SEGMENT_BYTES_MAX`].
 pub const NAME_BYTES_MAX: usize = 512;
 
-/// Maximum length of the path of a file within an artifact, in bytes.
+/// Maximum length of the path of a file within an artifact, in bytes. Below S3's limit on keys (1,024 bytes).
 pub const PATH_BYTES_MAX: usize = 900;
 
 /// Maximum length of a segment of a path, in bytes: the limit of common filesystems.
@@ -23,32 +24,32 @@ pub const SEGMENT_BYTES_MAX: usize = 255;
 /// [`SEGMENT_BYTES_MAX`], so that temporary suffixes fit.
 pub const ESCAPED_BYTES_MAX: usize = 240;
 
-/// Maximum number of files in one artifact. The largest datasets on the Hub are below it.
+/// Maximum number of files in one artifact. The largest datasets on the Hub have fewer.
 pub const FILES_MAX: usize = 1_000_000;
 
-/// Maximum size of a manifest, in bytes. A million files with digests and ladders are below it.
+/// Maximum size of a manifest, in bytes. A million files with digests and ladders fit.
 pub const MANIFEST_BYTES_MAX: u64 = 512 * MIB;
 
-/// Maximum number of unknown fields in one object of a manifest. A release adds a few at a time.
+/// Maximum number of unknown fields in one object of a manifest. A newer release adds only a few.
 pub const UNKNOWN_FIELDS_MAX: usize = 64;
 
 /// Maximum size of the unknown fields of a manifest, except those of its files, in bytes. A signature with its
 /// certificates fits.
 pub const UNKNOWN_BYTES_MAX: usize = 1 << 20;
 
-/// Maximum size of the unknown fields of one file, in bytes.
+/// Maximum size of the unknown fields of one file in a manifest, in bytes.
 pub const UNKNOWN_ENTRY_BYTES_MAX: usize = 16 << 10;
 
-/// Maximum nesting depth of a manifest. The known fields have six levels, and unknown fields may have more.
+/// Maximum nesting depth of a manifest. The known fields have six levels; unknown fields may have more.
 pub const MANIFEST_DEPTH_MAX: usize = 40;
 
 /// Maximum size of a single metadata response (a revision, a claim, an error body), in bytes.
-pub const ANSWER_BYTES_MAX: u64 = 16 * MIB;
+pub const RESPONSE_BYTES_MAX: u64 = 16 * MIB;
 
 /// Maximum size of a file, in bytes: 5 TiB, the maximum size of an S3 object.
 pub const FILE_BYTES_MAX: u64 = 5 * 1024 * GIB;
 
-/// Minimum size of a part, in bytes.
+/// Minimum size of a part, in bytes, so that a request is worth its round trip.
 pub const PART_BYTES_MIN: u64 = 8 * MIB;
 
 /// Maximum number of parts in one file. Limits a ladder to 512 KiB of SHA-256 states.

@@ -55,7 +55,7 @@ pub struct Manifest {
 /// The details are on the heap, so that a listing of a million files with nothing but sizes stays small.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct FileEntry {
-    /// Bytes.
+    /// The size of the file in bytes.
     pub size: u64,
     #[serde(flatten)]
     details: Option<Box<FileDetails>>,
@@ -90,7 +90,7 @@ pub struct FileDetails {
     pub sidecar: bool,
 }
 
-/// The identity by which a tier recognises its bytes without reading them.
+/// The identity by which a tier recognises the bytes that it holds without reading them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
 pub enum Held {
@@ -107,13 +107,13 @@ pub enum Held {
 pub struct FileIdentity {
     /// Inode number.
     pub inode: u64,
-    /// Bytes.
+    /// The size of the file in bytes.
     pub bytes: u64,
     /// Modification time in nanoseconds since the Unix epoch, by the clock of the filesystem.
     pub mtime_ns: i64,
 }
 
-/// A published file that may lose its bytes in a power cut. It is trusted while its writer is alive. After that, it is
+/// A published file that may lose its bytes in a power cut. It is trusted while its writer is alive. Afterwards it is
 /// hashed in full before it is used.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnsyncedFile {
@@ -146,7 +146,7 @@ impl UnsyncedFile {
 pub struct ObjectIdentity {
     /// The entity tag, if the store has one.
     pub etag: Option<String>,
-    /// Bytes.
+    /// The size of the object in bytes.
     pub object_bytes: u64,
 }
 
@@ -170,7 +170,8 @@ impl Manifest {
         self.files.iter().filter(|(path, _)| selection.matches(path))
     }
 
-    /// Returns true if all selected files are held. Returns false if the selection is empty, unless the artifact is.
+    /// Returns true if this tier holds all selected files. Returns false if no file is selected, unless the artifact
+    /// has no files.
     pub fn holds(&self, selection: &Selection) -> bool {
         let mut selected = self.selected(selection).peekable();
         (selected.peek().is_some() || self.files.is_empty()) && selected.all(|(_, entry)| entry.held.is_some())
@@ -208,13 +209,14 @@ impl Manifest {
         Ok(())
     }
 
-    /// Checks that `other` can describe the same artifact: equal files and sizes, and no contradicting digests.
+    /// Checks that `other` can describe the same artifact: equal files and sizes, and no contradicting digests. The
+    /// error calls `self` the published content and `other` the present content.
     ///
     /// # Errors
     /// [`ErrorKind::Conflict`] with the first difference.
     pub fn agrees_with(&self, other: &Self) -> Result<()> {
-        let conflict = |what: String| {
-            Err(Error::new(ErrorKind::Conflict, format!("already published with other content: {what}"))
+        let conflict = |difference: String| {
+            Err(Error::new(ErrorKind::Conflict, format!("already published with other content: {difference}"))
                 .artifact(&self.key)
                 .hint(
                     "a version never changes: publish the new content under another version, or replace it with \
@@ -222,29 +224,30 @@ impl Manifest {
                 ))
         };
         if self.shape != other.shape {
-            let word = |shape| if shape == Shape::File { "a single file" } else { "a folder" };
-            return conflict(format!("{} there, {} here", word(self.shape), word(other.shape)));
+            let name = |shape| if shape == Shape::File { "a single file" } else { "a folder" };
+            return conflict(format!("it was published as {}, and now is {}", name(self.shape), name(other.shape)));
         }
-        for (path, there) in &self.files {
-            let Some(here) = other.files.get(path) else {
-                return conflict(format!("it has {path}, which is not here"));
+        for (path, old) in &self.files {
+            let Some(new) = other.files.get(path) else {
+                return conflict(format!("{path} was published, and now is missing"));
             };
-            if there.size != here.size {
-                return conflict(format!("{path} has {} bytes there and {} here", there.size, here.size));
+            if old.size != new.size {
+                return conflict(format!("{path} was published with {} bytes, and now has {}", old.size, new.size));
             }
-            if let (Some(a), Some(b)) = (there.sha256, here.sha256)
-                && a != b
+            if let (Some(old), Some(new)) = (old.sha256, new.sha256)
+                && old != new
             {
-                return conflict(format!("{path} has sha256 {} there and {} here", a.short(), b.short()));
+                let (old, new) = (old.short(), new.short());
+                return conflict(format!("{path} was published with sha256 {old}, and now has {new}"));
             }
-            if let (Some(a), Some(b)) = (there.git_oid, here.git_oid)
-                && a != b
+            if let (Some(old), Some(new)) = (old.git_oid, new.git_oid)
+                && old != new
             {
-                return conflict(format!("{path} has git sha1 {a} there and {b} here"));
+                return conflict(format!("{path} was published with git object id {old}, and now has {new}"));
             }
         }
         match other.files.keys().find(|path| !self.files.contains_key(path)) {
-            Some(path) => conflict(format!("it has no {path}")),
+            Some(path) => conflict(format!("it was published without {path}")),
             None => Ok(()),
         }
     }
@@ -282,21 +285,21 @@ impl Manifest {
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
         if bytes.len() as u64 > limits::MANIFEST_BYTES_MAX {
             return Err(Error::corrupt(format!(
-                "a manifest of {} bytes; at most {}",
+                "the manifest has {} bytes; at most {} are allowed",
                 bytes.len(),
                 limits::MANIFEST_BYTES_MAX
             )));
         }
-        let manifest = read::manifest(read::open_envelope(bytes)?)?;
+        let manifest = read::parse_manifest(read::open_envelope(bytes)?)?;
         manifest.check()?;
         Ok(manifest)
     }
 
-    /// Parses the value of `manifest` in the stored form. Checks only its types.
+    /// Parses the member `manifest` of the stored form. Checks only types and limits.
     #[cfg(fuzzing)]
     pub(crate) fn from_list(text: &str) -> Result<Self> {
-        read::look_over(text)?;
-        read::manifest(text)
+        read::prescan(text)?;
+        read::parse_manifest(text)
     }
 
     /// Returns the memory that this manifest uses, in bytes.
@@ -305,20 +308,22 @@ impl Manifest {
         size_of::<Self>() + name + self.files.memory_bytes() + self.extra.heap_bytes()
     }
 
-    /// Checks the limits and the consistency of a manifest. Also used for listings of other tools.
+    /// Checks the limits and the consistency of a manifest. Also used for lists of files that other tools wrote.
     pub fn check(&self) -> Result<()> {
-        let refuse = |what: String| Err(Error::corrupt(what).artifact(&self.key));
+        let refuse = |message: String| Err(Error::corrupt(message).artifact(&self.key));
         if self.files.len() > limits::FILES_MAX {
-            return refuse(format!("{} files; at most {}", self.files.len(), limits::FILES_MAX));
+            return refuse(format!("it has {} files; at most {} are allowed", self.files.len(), limits::FILES_MAX));
         }
         if self.shape == Shape::File && self.files.len() != 1 {
-            return refuse(format!("a single file that lists {} files", self.files.len()));
+            return refuse(format!("it is a single file, but its manifest lists {} files", self.files.len()));
         }
-        // The paths are sorted, so the files of a folder are neighbours. The folders of the previous path were checked.
+        // No folder may also be listed as a file. The paths are sorted, so the folders that a path shares with the
+        // previous one are already checked.
         let mut folder_of_previous = None;
         for (path, entry) in &self.files {
             if entry.size > limits::FILE_BYTES_MAX {
-                return refuse(format!("{path} has {} bytes; at most {}", entry.size, limits::FILE_BYTES_MAX));
+                let (size, size_max) = (entry.size, limits::FILE_BYTES_MAX);
+                return refuse(format!("{path} has {size} bytes; at most {size_max} are allowed"));
             }
             if entry.ladder.as_ref().is_some_and(|ladder| !ladder.fits(entry.size)) {
                 return refuse(format!("{path} has a ladder of the wrong length"));
@@ -364,7 +369,8 @@ impl FileEntry {
         self.details.as_ref().map_or(0, |details| details.memory_bytes()) + self.extra.heap_bytes()
     }
 
-    /// Returns the identity of a file on disk that is on stable storage. While it is unchanged, the bytes are right.
+    /// Returns the identity of a file on disk that is on stable storage. While it is unchanged, the bytes are
+    /// considered unchanged.
     pub fn on_disk(&self) -> Option<FileIdentity> {
         match self.held {
             Some(Held::Disk(identity)) => Some(identity),
@@ -412,7 +418,7 @@ impl FileDetails {
         }
         self.provenance = self.provenance.or(other.provenance);
         self.git_oid = self.git_oid.or(other.git_oid);
-        // A ladder belongs to the digest that it leads to.
+        // A ladder belongs to one digest.
         if self.ladder.is_none() && self.sha256.is_some() && self.sha256 == other.sha256 {
             self.ladder.clone_from(&other.ladder);
         }
@@ -520,7 +526,7 @@ mod tests {
     }
 
     #[test]
-    fn a_format_is_learnt_once_and_a_sidecar_is_never_learnt() {
+    fn the_first_format_is_kept_and_a_sidecar_is_not_merged() {
         let (mut ours, mut theirs) = (manifest(&[("a", b"1")]), manifest(&[("a", b"1")]));
         let entry = |manifest: &mut Manifest| manifest.files.values_mut().next().map(std::mem::take).expect("entry");
         let with = |manifest: &mut Manifest, format: Option<&str>, sidecar| {
@@ -553,7 +559,7 @@ mod tests {
     }
 
     #[test]
-    fn learning_adds_and_never_changes() {
+    fn merging_adds_details_and_never_changes_any() {
         let full = manifest(&[("a", b"1"), ("b", b"22")]);
         let mut bare = full.clone().without_holdings();
         bare.files.values_mut().for_each(|entry| {

@@ -1,7 +1,6 @@
 //! Metrics of a cache since it was opened. All front ends derive their numbers from these counters.
 //!
-//! Counters are updated under one short lock, and read as a copy. They belong to the process and are not stored: they
-//! end with it.
+//! One lock protects all counters; readers get a copy. The counters are kept in memory only, and end with the process.
 
 use crate::error::{ErrorKind, Result, Tier};
 use crate::progress::Phase;
@@ -18,14 +17,14 @@ pub struct Metrics(Arc<Mutex<Counts>>);
 /// A copy of the counters.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Counts {
-    /// Successful gets, by the farthest tier that supplied bytes. A get that joined another fill is not a hit of tier
-    /// disk.
+    /// Successful gets, by the farthest tier that supplied bytes. A get that joined another fill does not count as a
+    /// hit on disk.
     pub hits: ByTier,
     /// Gets for which not all selected files were on disk.
     pub misses: u64,
     /// The misses that waited for the fill of another caller or process.
     pub waits: Waits,
-    /// Bytes by the tier that supplied them. Those of tier disk were not downloaded.
+    /// Bytes by the tier that supplied them. Bytes from tier disk were not downloaded.
     pub bytes: ByTier,
     /// Successful puts.
     pub puts: u64,
@@ -33,20 +32,20 @@ pub struct Counts {
     pub uploaded_bytes: u64,
     /// Bytes that the object store copied, so that they needed no upload.
     pub copied_bytes: u64,
-    /// Evictions that made room on disk.
+    /// Artifacts that were evicted to make room on disk.
     pub evictions: Evictions,
     /// Failed gets and puts, by error kind. A kind that has not occurred is absent.
     pub failures: BTreeMap<&'static str, u64>,
     /// Seconds spent in gets and puts, by phase.
     pub phase_seconds: BTreeMap<&'static str, f64>,
-    /// The health of each tier at the last request. A tier without a request is absent.
+    /// The health of each tier at the last request to it. A tier that was never requested is absent.
     pub tiers: BTreeMap<&'static str, Health>,
 }
 
 /// The health of a tier at the last request to it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Health {
-    /// True if the tier answered. `NotFound` is an answer.
+    /// True if the tier answered, even with `NotFound`.
     pub up: bool,
     /// Time of the request, in seconds since the Unix epoch.
     pub asked_unix: u64,
@@ -83,9 +82,9 @@ pub struct Evictions {
     pub bytes: u64,
 }
 
-/// The numbers of one successful get.
+/// The numbers that one successful get adds to the counters.
 #[derive(Debug)]
-pub(crate) struct Got<'a> {
+pub(crate) struct GetCounts<'a> {
     pub(crate) from: Tier,
     pub(crate) bytes: ByTier,
     pub(crate) uploaded_bytes: u64,
@@ -99,10 +98,10 @@ impl Metrics {
         self.lock().clone()
     }
 
-    /// Counts a successful get.
-    pub(crate) fn got(&self, got: &Got<'_>) {
+    /// Counts one successful get.
+    pub(crate) fn record_get(&self, got: &GetCounts<'_>) {
         let mut counts = self.lock();
-        // A get that joined another fill has received no bytes itself. It is a miss, and not a hit of tier disk.
+        // A get that joined another fill received no bytes itself, so `from` is the disk. It is a miss nevertheless.
         let waited = got.phases.get(&Phase::Join).copied();
         counts.hits.add(got.from, u64::from(got.from != Tier::Disk || waited.is_none()));
         counts.misses += u64::from(got.from != Tier::Disk || waited.is_some());
@@ -115,40 +114,40 @@ impl Metrics {
         counts.bytes.origin += got.bytes.origin;
         counts.uploaded_bytes += got.uploaded_bytes;
         counts.copied_bytes += got.copied_bytes;
-        counts.spent(got.phases);
+        counts.add_phases(got.phases);
     }
 
-    /// Counts a successful put.
-    pub(crate) fn put(&self, uploaded_bytes: u64, copied_bytes: u64, phases: &BTreeMap<Phase, Duration>) {
+    /// Counts one successful put.
+    pub(crate) fn record_put(&self, uploaded_bytes: u64, copied_bytes: u64, phases: &BTreeMap<Phase, Duration>) {
         let mut counts = self.lock();
         counts.puts += 1;
         counts.uploaded_bytes += uploaded_bytes;
         counts.copied_bytes += copied_bytes;
-        counts.spent(phases);
+        counts.add_phases(phases);
     }
 
     /// Counts bytes uploaded in the background, which are part of no get and no put.
-    pub(crate) fn uploaded(&self, uploaded_bytes: u64, copied_bytes: u64) {
+    pub(crate) fn record_background_upload(&self, uploaded_bytes: u64, copied_bytes: u64) {
         let mut counts = self.lock();
         counts.uploaded_bytes += uploaded_bytes;
         counts.copied_bytes += copied_bytes;
     }
 
-    /// Counts an artifact evicted to make room.
-    pub(crate) fn evicted(&self, bytes: u64) {
+    /// Counts one artifact that was evicted to make room, and freed `bytes`.
+    pub(crate) fn record_eviction(&self, bytes: u64) {
         let mut counts = self.lock();
         counts.evictions.count += 1;
         counts.evictions.bytes += bytes;
     }
 
     /// Counts a failed get or put.
-    pub(crate) fn failed(&self, kind: ErrorKind) {
+    pub(crate) fn record_failure(&self, kind: ErrorKind) {
         *self.lock().failures.entry(kind.name()).or_default() += 1;
     }
 
-    /// Records the health of a tier after a request. It counts as down if it was unavailable or refused the
-    /// credentials. All other errors, such as `NotFound`, are answers.
-    pub(crate) fn asked<T>(&self, tier: Tier, outcome: &Result<T>) {
+    /// Records the health of a tier after a request. The tier is down if it was unavailable or refused the credentials.
+    /// It is up after any other error, such as `NotFound`, because it answered.
+    pub(crate) fn record_health<T>(&self, tier: Tier, outcome: &Result<T>) {
         let error = match outcome {
             Err(error) if matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Unauthorized) => {
                 Some(error.to_string())
@@ -175,21 +174,21 @@ impl ByTier {
     }
 
     /// Returns one sample for each tier, with the tier as the value of `label`.
-    fn rows(self, label: &'static str) -> Vec<Sample> {
-        let rows = [("disk", self.disk), ("remote", self.remote), ("origin", self.origin)];
-        rows.map(|(tier, value)| Sample { label: Some((label, tier.into())), value: value as f64 }).into()
+    fn samples(self, label: &'static str) -> Vec<Sample> {
+        let numbers = [("disk", self.disk), ("remote", self.remote), ("origin", self.origin)];
+        numbers.map(|(tier, value)| Sample { label: Some((label, tier.into())), value: value as f64 }).into()
     }
 }
 
 impl Counts {
-    /// Returns the fraction of successful gets that were hits of tier disk; `None` before the first get.
+    /// Returns the fraction of successful gets that were hits on disk; `None` before the first get.
     pub fn hit_rate(&self) -> Option<f64> {
         let gets = self.hits.disk + self.misses;
         (gets > 0).then(|| self.hits.disk as f64 / gets as f64)
     }
 
     /// Adds the durations of the phases of one call.
-    fn spent(&mut self, phases: &BTreeMap<Phase, Duration>) {
+    fn add_phases(&mut self, phases: &BTreeMap<Phase, Duration>) {
         for (phase, spent) in phases {
             *self.phase_seconds.entry(phase.name()).or_default() += spent.as_secs_f64();
         }
@@ -210,16 +209,16 @@ impl Counts {
             value: *seconds,
         };
         vec![
-            Family::counter("gets", "Gets by the farthest tier that supplied bytes", self.hits.rows("from")),
-            Family::one("misses", "Gets for which not all files were on disk", self.misses as f64),
-            Family::one("waits", "Gets that waited for the fill of another caller", self.waits.count as f64),
-            Family::one("wait_seconds", "Seconds for which gets waited for another fill", self.waits.seconds),
-            Family::counter("bytes", "Bytes by the tier that supplied them", self.bytes.rows("tier")),
-            Family::one("puts", "Artifacts published by put", self.puts as f64),
-            Family::one("uploaded_bytes", "Bytes uploaded to the remote", self.uploaded_bytes as f64),
-            Family::one("copied_bytes", "Bytes copied by the object store", self.copied_bytes as f64),
-            Family::one("evictions", "Artifacts evicted to make room", self.evictions.count as f64),
-            Family::one("evicted_bytes", "Bytes freed by evictions", self.evictions.bytes as f64),
+            Family::counter("gets", "Gets by the farthest tier that supplied bytes", self.hits.samples("from")),
+            Family::unlabelled("misses", "Gets for which not all files were on disk", self.misses as f64),
+            Family::unlabelled("waits", "Gets that waited for the fill of another caller", self.waits.count as f64),
+            Family::unlabelled("wait_seconds", "Seconds for which gets waited for another fill", self.waits.seconds),
+            Family::counter("bytes", "Bytes by the tier that supplied them", self.bytes.samples("tier")),
+            Family::unlabelled("puts", "Artifacts published by put", self.puts as f64),
+            Family::unlabelled("uploaded_bytes", "Bytes uploaded to the remote", self.uploaded_bytes as f64),
+            Family::unlabelled("copied_bytes", "Bytes copied by the object store", self.copied_bytes as f64),
+            Family::unlabelled("evictions", "Artifacts evicted to make room", self.evictions.count as f64),
+            Family::unlabelled("evicted_bytes", "Bytes freed by evictions", self.evictions.bytes as f64),
             Family::counter(
                 "failures",
                 "Failed gets and puts, by error kind",
@@ -267,11 +266,11 @@ pub struct Sample {
 impl Family {
     /// Returns a gauge without a label.
     pub fn gauge(name: &str, help: &'static str, value: f64) -> Self {
-        Self { is_counter: false, ..Self::one(name, help, value) }
+        Self { is_counter: false, ..Self::unlabelled(name, help, value) }
     }
 
     /// Returns a counter without a label.
-    fn one(name: &str, help: &'static str, value: f64) -> Self {
+    fn unlabelled(name: &str, help: &'static str, value: f64) -> Self {
         Self::counter(name, help, vec![Sample { label: None, value }])
     }
 
@@ -291,7 +290,7 @@ pub fn text(families: &[Family]) -> String {
         for Sample { label, value } in samples {
             let _ = match label {
                 None => writeln!(text, "{name}{total} {value}"),
-                Some((label, of)) => writeln!(text, "{name}{total}{{{label}=\"{of}\"}} {value}"),
+                Some((label, tag)) => writeln!(text, "{name}{total}{{{label}=\"{tag}\"}} {value}"),
             };
         }
     }
@@ -306,7 +305,7 @@ mod tests {
     fn got(metrics: &Metrics, from: Tier, waited: Option<Duration>) {
         let phases: BTreeMap<_, _> = waited.map(|waited| (Phase::Join, waited)).into_iter().collect();
         let bytes = ByTier { remote: 5, ..ByTier::default() };
-        metrics.got(&Got { from, bytes, uploaded_bytes: 2, copied_bytes: 0, phases: &phases });
+        metrics.record_get(&GetCounts { from, bytes, uploaded_bytes: 2, copied_bytes: 0, phases: &phases });
     }
 
     #[test]
@@ -329,12 +328,12 @@ mod tests {
     fn a_tier_without_the_artifact_is_up_and_a_failing_one_reports_its_error() {
         let metrics = Metrics::default();
         assert!(metrics.counts().tiers.is_empty());
-        metrics.asked::<()>(Tier::Remote, &Err(Error::unavailable("no route to host")));
-        metrics.asked::<()>(Tier::Origin, &Err(Error::not_found("no such repository")));
+        metrics.record_health::<()>(Tier::Remote, &Err(Error::unavailable("no route to host")));
+        metrics.record_health::<()>(Tier::Origin, &Err(Error::not_found("no such repository")));
         let tiers = metrics.counts().tiers;
         assert!(!tiers["remote"].up && tiers["origin"].up);
         assert!(tiers["remote"].error.as_ref().is_some_and(|error| error.contains("no route")));
-        metrics.asked(Tier::Remote, &Ok(()));
+        metrics.record_health(Tier::Remote, &Ok(()));
         let health = &metrics.counts().tiers["remote"];
         assert!(health.up && health.error.is_none());
         assert!(health.asked_unix > 1_700_000_000);
@@ -343,9 +342,9 @@ mod tests {
     #[test]
     fn families_are_formatted_as_prometheus_text() {
         let metrics = Metrics::default();
-        metrics.asked(Tier::Remote, &Ok(()));
-        metrics.failed(ErrorKind::NotFound);
-        metrics.evicted(7);
+        metrics.record_health(Tier::Remote, &Ok(()));
+        metrics.record_failure(ErrorKind::NotFound);
+        metrics.record_eviction(7);
         let mut families = metrics.counts().families();
         families.push(Family::gauge("directory_used_bytes", "Used bytes", 12.0));
         let text = text(&families);

@@ -1,4 +1,4 @@
-//! Makes untrusted text safe for terminals, logs and exceptions. This module alone decides which characters are shown.
+//! Makes untrusted text safe for terminals, logs and exceptions. Only this module decides which characters are escaped.
 //!
 //! Text from servers, files, other users of a shared directory and the command line may contain escape sequences, line
 //! ends and invisible characters. [`line()`] turns any text into a single printable line. [`Error`](crate::Error)
@@ -10,10 +10,10 @@ use std::borrow::Cow;
 use std::fmt::Write;
 use std::panic::PanicHookInfo;
 
-/// The longest line, in characters. It has room for the longest path on Linux, 4,096 bytes.
+/// Maximum length of a line, in characters. The longest path on Linux, 4,096 bytes, fits.
 const LINE_CHARS_MAX: usize = 6000;
 
-/// The longest quotation from a server's response, in characters.
+/// Maximum length of a quotation from a server's response, in characters.
 const QUOTE_CHARS_MAX: usize = 200;
 
 /// Returns `text` as a single line: secrets are redacted, line ends become spaces, and invisible or control characters
@@ -23,14 +23,15 @@ pub fn line(text: &str) -> Cow<'_, str> {
 }
 
 /// Returns the text of a server's response as a printable line, trimmed and truncated to 200 characters.
-pub fn quote(words: &str) -> String {
-    // Escaping and redaction change the length, so this first cut is generous. It bounds the work for a long response.
-    let end = words.char_indices().nth(LINE_CHARS_MAX).map_or(words.len(), |(at, _)| at);
-    let line = escaped(redact::text(&words[..end]));
+pub fn quote(text: &str) -> String {
+    // This first cut bounds the work for a long response. It is generous, because escaping and redaction change the
+    // length.
+    let end = text.char_indices().nth(LINE_CHARS_MAX).map_or(text.len(), |(at, _)| at);
+    let line = escaped(redact::text(&text[..end]));
     truncated(Cow::Borrowed(line.trim()), QUOTE_CHARS_MAX).into_owned()
 }
 
-/// Escapes in JSON text every character that [`line()`] would escape. The JSON value does not change.
+/// Escapes all hidden characters in JSON text, as `\uXXXX`. The JSON value does not change.
 pub fn json(json: &str) -> Cow<'_, str> {
     replaced(Cow::Borrowed(json), |c, shown| {
         let mut units = [0; 2];
@@ -56,6 +57,7 @@ fn escaped(text: Cow<'_, str>) -> Cow<'_, str> {
     })
 }
 
+/// Calls `replace` for each hidden character of `text`, with the text to append the replacement to.
 fn replaced(text: Cow<'_, str>, replace: impl Fn(char, &mut String)) -> Cow<'_, str> {
     if !text.chars().any(is_hidden) {
         return text;
@@ -67,6 +69,7 @@ fn replaced(text: Cow<'_, str>, replace: impl Fn(char, &mut String)) -> Cow<'_, 
     Cow::Owned(shown)
 }
 
+/// Cuts `text` after `chars_max` characters, and marks the cut with `…`.
 fn truncated(text: Cow<'_, str>, chars_max: usize) -> Cow<'_, str> {
     match text.char_indices().nth(chars_max) {
         Some((at, _)) => Cow::Owned(format!("{}…", &text[..at])),
@@ -123,7 +126,7 @@ mod tests {
 
     #[test]
     fn secrets_are_redacted_before_the_text_is_truncated() {
-        redact::learn("printable-canary");
+        redact::register("printable-canary");
         let text = format!("{} printable-canary", "x".repeat(QUOTE_CHARS_MAX - 8));
         assert!(!quote(&text).contains("print"), "{}", quote(&text));
         assert_eq!(line("http://u:canary@h\x1b said no"), "http://…@h\\u{1b} said no");

@@ -1,5 +1,5 @@
 //! Progress of a running call. The call updates it, and front ends poll it. All counters are atomics, so that neither
-//! side ever waits.
+//! waits for the other.
 
 use crate::error::Tier;
 use serde::Serialize;
@@ -15,11 +15,11 @@ use std::time::{Duration, Instant};
 pub enum Phase {
     /// Resolving a reference to a key.
     Resolve,
-    /// Acquiring a lease on local files.
+    /// Acquiring a lease on the files on disk.
     Acquire,
     /// Waiting for another fill of the same artifact.
     Join,
-    /// Reading manifests, selecting missing files and their sources, and reserving room.
+    /// Reading manifests, selecting missing files and their sources, and reserving disk space.
     Plan,
     /// Downloading ranges from the sources into staging.
     Download,
@@ -72,12 +72,15 @@ pub struct Progress(Arc<Counters>);
 
 #[derive(Debug, Default)]
 struct Counters {
+    /// The index of the present phase in [`PHASES`].
     phase: AtomicU8,
+    /// Total bytes of the present phase.
     total_bytes: AtomicU64,
     /// Bytes done in the present phase.
     done_bytes: AtomicU64,
     remote_bytes: AtomicU64,
     origin_bytes: AtomicU64,
+    /// Nanoseconds spent in each of [`PHASES`]; 0 if the phase was not entered.
     phase_ns: [AtomicU64; PHASES.len()],
 }
 
@@ -138,8 +141,8 @@ impl Progress {
         self.0.done_bytes.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    /// Returns the downloaded and the total bytes, for callers and processes that wait for this fill. Both are 0
-    /// outside the download phase.
+    /// Returns the downloaded and the total bytes, to be shown to callers and processes that wait for this fill. Both
+    /// are 0 outside the download phase.
     pub(crate) fn download_bytes(&self) -> (u64, u64) {
         let now = self.snapshot();
         match now.phase {
@@ -149,7 +152,7 @@ impl Progress {
     }
 
     /// Sets the bytes of the present phase to those of the fill that this call waits for.
-    pub(crate) fn watch(&self, done_bytes: u64, total_bytes: u64) {
+    pub(crate) fn set_bytes(&self, done_bytes: u64, total_bytes: u64) {
         self.0.total_bytes.store(total_bytes, Ordering::Relaxed);
         self.0.done_bytes.store(done_bytes, Ordering::Relaxed);
     }
@@ -175,7 +178,7 @@ pub(crate) struct PhaseGuard {
 
 impl Drop for PhaseGuard {
     fn drop(&mut self) {
-        // At least 1 ns, because `phases` takes 0 for a phase that was not entered.
+        // At least 1 ns, because 0 stands for a phase that was not entered.
         let spent = u64::try_from(self.entered.elapsed().as_nanos()).unwrap_or(u64::MAX).max(1);
         self.progress.0.phase_ns[self.phase as usize].fetch_add(spent, Ordering::Relaxed);
     }

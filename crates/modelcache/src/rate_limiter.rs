@@ -3,7 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Longest uninterrupted sleep, so that a request to stop takes effect soon.
+/// Longest sleep between two checks of whether to stop.
 const SLEEP_STEP: Duration = Duration::from_millis(50);
 
 /// A limit on bytes per second, or no limit.
@@ -30,16 +30,16 @@ impl RateLimiter {
         let Some(rate) = self.bytes_per_s else { return Duration::ZERO };
         let now = Instant::now();
         let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
-        // Unused time is not saved up: after a pause the limit applies from now on.
+        // Unused time is not saved up: after a pause, the limit applies as at the start.
         let start = (*next).max(now);
         *next = start + Duration::from_secs_f64(bytes as f64 / rate as f64);
         start - now
     }
 
-    /// Blocks the thread until `bytes` more may be read. Returns early once `stopped` returns true.
-    pub(crate) fn sleep(&self, bytes: u64, stopped: impl Fn() -> bool) {
+    /// Blocks the thread until `bytes` more may be read. Returns early once `is_stopped` returns true.
+    pub(crate) fn sleep(&self, bytes: u64, is_stopped: impl Fn() -> bool) {
         let mut left = self.reserve(bytes);
-        while !left.is_zero() && !stopped() {
+        while !left.is_zero() && !is_stopped() {
             let step = left.min(SLEEP_STEP);
             std::thread::sleep(step);
             left -= step;

@@ -1,8 +1,8 @@
-//! Redacts credentials in text before it is shown. This module alone defines the forms of secrets.
+//! Redacts credentials in text before it is shown. Only this module decides what counts as a secret.
 //!
 //! [`reference()`] takes a single URL or reference as the user typed it. [`text`] takes any other text (a message, a
-//! response, a log line) and finds the URLs in it. Both replace these with `…`: user and password of a URL, its query,
-//! values of parameters that carry a signature or token, and every registered secret (see [`learn`]).
+//! response, a log line) and finds the URLs in it. Both replace these secrets with `…`: user and password of a URL, its
+//! query, values of parameters that carry a signature or token, and every registered secret (see [`register`]).
 //!
 //! Registered secrets are kept for the lifetime of the process, because a server may quote a credential in a response
 //! that is shown far from the code that sent it.
@@ -15,7 +15,7 @@ use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::sync::{PoisonError, RwLock};
 
-/// The placeholder for user and password in hints, which is not redacted.
+/// The example of user and password in hints. It is not redacted.
 const USER_INFO_EXAMPLE: &str = "user:password";
 
 /// The replacement of a secret.
@@ -23,13 +23,14 @@ const REDACTED: &str = "…";
 
 /// The hint for a secret in a reference.
 pub(crate) const HINT: &str =
-    "leave it out: credentials come from the environment, the netrc or the configuration file";
+    "remove the secret: credentials come from the environment, the netrc or the configuration file";
 
-/// Shorter secrets are not registered: they occur in ordinary text, and replacing them would garble messages.
+/// Minimum length of a registered secret, in characters. Shorter ones occur in ordinary text, and replacing them would
+/// garble messages.
 const SECRET_CHARS_MIN: usize = 6;
 
-/// The largest number of registered forms; the oldest are dropped first. Session tokens are renewed hourly, and a netrc
-/// may have hundreds of passwords.
+/// Maximum number of registered forms; the oldest are dropped first. Session tokens are renewed hourly, and a netrc may
+/// have hundreds of passwords.
 const FORMS_MAX: usize = 4096;
 
 /// Names of parameters with secret values, in lower case.
@@ -78,15 +79,15 @@ const VARIABLES: [&str; 7] = [
 ];
 
 /// The registered secrets in each of their encodings, oldest first.
-static KNOWN: RwLock<VecDeque<String>> = RwLock::new(VecDeque::new());
+static REGISTERED: RwLock<VecDeque<String>> = RwLock::new(VecDeque::new());
 
-/// Registers a secret, so that all later text is shown without it: in plain form, percent-encoded, in base64, and
-/// escaped as in JSON. If `secret` is a URL, its password is registered.
-pub fn learn(secret: &str) {
+/// Registers a secret, so that it is redacted in all later text: in plain form, percent-encoded, in base64, and escaped
+/// as in JSON. If `secret` is a URL, only its password is registered.
+pub fn register(secret: &str) {
     let secret = secret.trim();
     if let Some((_, rest)) = secret.split_once("://") {
         if let Some((user_info, _)) = authority(rest).0.rsplit_once('@') {
-            learn_user_info(user_info);
+            register_user_info(user_info);
         }
         return;
     }
@@ -101,41 +102,40 @@ pub fn learn(secret: &str) {
         STANDARD.encode(secret).trim_end_matches('=').to_owned(),
         json[1..json.len() - 1].to_owned(),
     ];
-    let is_known = |known: &VecDeque<String>| known.iter().any(|form| *form == forms[0]);
-    if is_known(&KNOWN.read().unwrap_or_else(PoisonError::into_inner)) {
+    if REGISTERED.read().unwrap_or_else(PoisonError::into_inner).contains(&forms[0]) {
         return;
     }
-    let mut known = KNOWN.write().unwrap_or_else(PoisonError::into_inner);
+    let mut registered = REGISTERED.write().unwrap_or_else(PoisonError::into_inner);
     for form in forms {
-        if !known.contains(&form) {
-            known.push_back(form);
+        if !registered.contains(&form) {
+            registered.push_back(form);
         }
     }
-    while known.len() > FORMS_MAX {
-        known.pop_front();
+    while registered.len() > FORMS_MAX {
+        registered.pop_front();
     }
 }
 
-/// Registers the password of `user:password`, and the pair in base64, as in `Authorization: Basic`.
-fn learn_user_info(user_info: &str) {
+/// Registers the password in `user:password`, and the pair in base64, as in `Authorization: Basic`.
+fn register_user_info(user_info: &str) {
     let decoded = |text: &str| percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned();
     if let Some((user, password)) = user_info.split_once(':') {
-        learn(password);
-        learn(&decoded(password));
-        learn(&STANDARD.encode(format!("{}:{}", decoded(user), decoded(password))));
+        register(password);
+        register(&decoded(password));
+        register(&STANDARD.encode(format!("{}:{}", decoded(user), decoded(password))));
     }
 }
 
 /// Registers the secrets in environment variables: tokens, passwords, and passwords in URLs such as a proxy's.
-pub(crate) fn learn_environment<'a>(variables: impl IntoIterator<Item = (&'a String, &'a String)>) {
+pub(crate) fn register_environment<'a>(variables: impl IntoIterator<Item = (&'a String, &'a String)>) {
     for (name, value) in variables {
         if VARIABLES.contains(&name.as_str()) {
-            learn(value);
+            register(value);
         } else if value.contains('@') {
             match value.contains("://") {
-                true => value.split(',').for_each(learn),
-                // A proxy may be set without a scheme.
-                false if name.to_ascii_lowercase().ends_with("_proxy") => learn(&format!("http://{value}")),
+                true => value.split(',').for_each(register),
+                // The URL of a proxy may have no scheme.
+                false if name.to_ascii_lowercase().ends_with("_proxy") => register(&format!("http://{value}")),
                 false => {}
             }
         }
@@ -145,24 +145,24 @@ pub(crate) fn learn_environment<'a>(variables: impl IntoIterator<Item = (&'a Str
 /// Returns `text` with its secrets redacted.
 pub fn text(text: &str) -> Cow<'_, str> {
     let text = match text.contains("://") {
-        true => Cow::Owned(with_addresses(text)),
+        true => Cow::Owned(redact_urls(text)),
         false => Cow::Borrowed(text),
     };
     let text = match text.contains('=') {
-        true => Cow::Owned(with_parameters(&text)),
+        true => Cow::Owned(redact_parameters(&text)),
         false => text,
     };
-    without_known(text)
+    redact_registered(text)
 }
 
 /// Returns `text`, which is a single reference or URL, with its secrets redacted.
 pub fn reference(text: &str) -> String {
     let shown = match text.split_once("://") {
-        Some((scheme, rest)) => format!("{scheme}://{}", address(scheme, rest, true)),
-        None => bare(text),
+        Some((scheme, rest)) => format!("{scheme}://{}", redact_url(scheme, rest, true)),
+        None => redact_bare_name(text),
     };
-    // Only a digest may follow the `#`; anything else may be a secret. The name before a value is kept, because it
-    // shows the user's intent.
+    // Only a digest may follow the `#`; anything else may be a secret. In `#name=value` the name is kept, because it
+    // shows what the user intended.
     let shown = match shown.split_once('#') {
         Some((before, fragment)) if !fragment.starts_with("sha256=") => match fragment.split_once('=') {
             Some((name, _)) if name.bytes().all(|byte| byte.is_ascii_alphanumeric()) => {
@@ -172,15 +172,15 @@ pub fn reference(text: &str) -> String {
         },
         _ => shown,
     };
-    without_known(Cow::Owned(with_parameters(&shown))).into_owned()
+    redact_registered(Cow::Owned(redact_parameters(&shown))).into_owned()
 }
 
-/// Returns `error`, the reason why the reference or name `text` was refused. Returns a general error instead if `error`
-/// quotes a part of `text` that may be secret.
+/// Returns `error`, the reason why the reference or name `text` was refused. If `error` quotes a part of `text` that
+/// may be secret, returns an error without the reason instead.
 pub(crate) fn refusal(text: &str, error: Error) -> Error {
-    let words = format!("{} {}", error.message_with_causes(), error.hint_text().unwrap_or_default());
+    let error_text = format!("{} {}", error.message_with_causes(), error.hint_text().unwrap_or_default());
     match reference(text) {
-        shown if left_out(text, &shown).iter().all(|secret| !words.contains(secret)) => error,
+        shown if redacted_parts(text, &shown).iter().all(|secret| !error_text.contains(secret)) => error,
         shown => {
             Error::invalid(format!("{shown:?} is not a reference; a possible password in it is not shown")).hint(HINT)
         }
@@ -188,24 +188,25 @@ pub(crate) fn refusal(text: &str, error: Error) -> Error {
 }
 
 /// Returns the parts of `text` that `shown` replaces with [`REDACTED`].
-fn left_out<'text>(text: &'text str, shown: &str) -> Vec<&'text str> {
+fn redacted_parts<'text>(text: &'text str, shown: &str) -> Vec<&'text str> {
     let mut kept = shown.split(REDACTED);
     let first = kept.next().unwrap_or_default();
     let Some(mut rest) = text.strip_prefix(first) else { return vec![text] };
-    let mut left_out = Vec::new();
+    let mut redacted = Vec::new();
     for part in kept {
         let at = if part.is_empty() { rest.len() } else { rest.find(part).unwrap_or(rest.len()) };
-        left_out.push(&rest[..at]);
+        redacted.push(&rest[..at]);
         rest = rest.get(at + part.len()..).unwrap_or_default();
     }
-    left_out.retain(|part| !part.is_empty());
-    left_out
+    redacted.retain(|part| !part.is_empty());
+    redacted
 }
 
 /// Returns `text`, the value of a setting, with its secrets redacted. The value may be a list separated by commas.
 pub(crate) fn setting(text: &str) -> String {
     let part = |part: &str| match part.rsplit_once('@') {
-        // Without a scheme: the rest of a password with a comma in it, or user and password before a name.
+        // Without a scheme, the text before the `@` is user and password, or the rest of a password that contains a
+        // comma.
         Some((_, rest)) if !part.contains("://") => format!("{REDACTED}@{rest}"),
         _ => reference(part),
     };
@@ -214,11 +215,11 @@ pub(crate) fn setting(text: &str) -> String {
 
 /// Returns true if the query of a URL carries a signature or token, so that the URL must not be stored.
 pub(crate) fn has_secret_query(text: &str) -> bool {
-    text.split_once('?').is_some_and(|(_, query)| with_parameters(query) != query)
+    text.split_once('?').is_some_and(|(_, query)| redact_parameters(query) != query)
 }
 
-/// Redacts `user:password@name`, which has no scheme.
-fn bare(text: &str) -> String {
+/// Redacts user and password in `user:password@name`, which has no scheme.
+fn redact_bare_name(text: &str) -> String {
     match text.rsplit_once('@') {
         Some((user_info, rest)) if user_info.contains(':') && !text.starts_with("models:") => {
             format!("{REDACTED}@{rest}")
@@ -232,21 +233,21 @@ fn authority(rest: &str) -> (&str, &str) {
     rest.split_at(rest.find('/').unwrap_or(rest.len()))
 }
 
-/// Redacts user, password and query in the text after `scheme://`. If the user `typed` the text, a port that is not a
-/// number may be a password without its server; in a message it may be a placeholder such as `host:port`.
-fn address(scheme: &str, rest: &str, typed: bool) -> String {
+/// Redacts user, password and query in `rest`, the text after `scheme://`. If the user typed the text (`typed`), a port
+/// that is not a number counts as a password; in a message it may be a placeholder such as `host:port`.
+fn redact_url(scheme: &str, rest: &str, typed: bool) -> String {
     let (server, path) = authority(rest);
     if server.is_empty() && !matches!(scheme, "file" | "models") && !path.is_empty() {
         let server_from = path.len() - path.trim_start_matches('/').len();
-        return format!("{}{}", &path[..server_from], address(scheme, &path[server_from..], typed));
+        return format!("{}{}", &path[..server_from], redact_url(scheme, &path[server_from..], typed));
     }
     // In `hf://name@branch` the `@` precedes a branch. A password has a colon before it.
     let is_user_info = |text: &str| (scheme != "hf" || text.contains(':')) && text != USER_INFO_EXAMPLE;
     let (server, path) = match server.rsplit_once('@') {
         Some((user_info, server)) if is_user_info(user_info) => (format!("{REDACTED}@{server}"), path),
         Some(_) => (server.to_owned(), path),
-        None => match (misplaced_password(server), path.rsplit_once('@')) {
-            // The password contains a slash, so the authority seems to end in the middle of it.
+        None => match (host_before_invalid_port(server), path.rsplit_once('@')) {
+            // The password contains a slash, so that the authority seems to end within the password.
             (Some(_), Some((_, server))) => (format!("{REDACTED}@{server}"), ""),
             // In `hf://name:revision` the colon precedes a branch.
             (Some(host), None) if typed && scheme != "hf" => (format!("{host}:{REDACTED}"), path),
@@ -262,8 +263,8 @@ fn address(scheme: &str, rest: &str, typed: bool) -> String {
     format!("{}{}", cut(&server), cut(path))
 }
 
-/// Returns the host if the port of `server` is not a number, so that it may be a password.
-fn misplaced_password(server: &str) -> Option<&str> {
+/// Returns the host of `server` if its port is not a number, and so may be a password.
+fn host_before_invalid_port(server: &str) -> Option<&str> {
     let port_from = server.rfind(']').map_or(0, |at| at + 1);
     let (before, port) = server[port_from..].split_once(':')?;
     let port = port.split('?').next().unwrap_or(port);
@@ -273,8 +274,8 @@ fn misplaced_password(server: &str) -> Option<&str> {
     (!is_port).then(|| &server[..port_from + before.len()])
 }
 
-/// Redacts every URL in `text`, as [`address`] does.
-fn with_addresses(text: &str) -> String {
+/// Redacts every URL in `text` with [`redact_url`].
+fn redact_urls(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     let mut rest = text;
     while let Some(at) = rest.find("://") {
@@ -282,11 +283,10 @@ fn with_addresses(text: &str) -> String {
         let scheme = last_word(&before[..at], |c| c.is_ascii_alphanumeric()).to_ascii_lowercase();
         let ends = |c: char| c.is_whitespace() || c.is_control() || matches!(c, '"' | '\'' | '`' | '<' | '>');
         let word = &after[..after.find(ends).unwrap_or(after.len())];
-        // In a list, the next URL begins after a comma. A comma alone does not separate, because passwords may have
-        // commas.
+        // In a list, a comma and a scheme begin the next URL. A comma alone does not, because passwords may contain it.
         let end = word.find(",http").or(word.find(",hf:")).or(word.find(",s3:")).unwrap_or(word.len());
         shown.push_str(before);
-        shown.push_str(&address(&scheme, &word[..end], false));
+        shown.push_str(&redact_url(&scheme, &word[..end], false));
         rest = &after[end..];
     }
     shown.push_str(rest);
@@ -294,7 +294,7 @@ fn with_addresses(text: &str) -> String {
 }
 
 /// Redacts the values of secret parameters (`name=value`) in `text`.
-fn with_parameters(text: &str) -> String {
+fn redact_parameters(text: &str) -> String {
     let is_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
     let mut shown = String::with_capacity(text.len());
     let mut rest = text;
@@ -320,10 +320,10 @@ fn last_word(text: &str, is_part: impl Fn(char) -> bool) -> &str {
     text.rsplit(|c| !is_part(c)).next().unwrap_or_default()
 }
 
-/// Replaces the registered secrets in `text`.
-fn without_known(text: Cow<'_, str>) -> Cow<'_, str> {
-    let known = KNOWN.read().unwrap_or_else(PoisonError::into_inner);
-    let mut found: Vec<&String> = known.iter().filter(|secret| text.contains(secret.as_str())).collect();
+/// Redacts the registered secrets in `text`.
+fn redact_registered(text: Cow<'_, str>) -> Cow<'_, str> {
+    let registered = REGISTERED.read().unwrap_or_else(PoisonError::into_inner);
+    let mut found: Vec<&String> = registered.iter().filter(|secret| text.contains(secret.as_str())).collect();
     // Longest first, because one secret may be a prefix of another.
     found.sort_by_key(|secret| std::cmp::Reverse(secret.len()));
     found.into_iter().fold(text, |text, secret| Cow::Owned(text.replace(secret.as_str(), REDACTED)))
@@ -363,7 +363,7 @@ mod tests {
         ] {
             assert_eq!(reference(typed), shown, "{typed}");
             assert_eq!(has_secret_query(typed), typed.contains("canary&") || typed.contains("=canary"), "{typed}");
-            // In a message a URL ends at a space, so that one with a space in it is not found completely.
+            // In a message, a URL ends at a space, so a URL that contains a space is found only in part.
             let message = format!("cannot read \"{typed}\": refused");
             assert!(
                 typed.contains([' ', '#'])
@@ -417,13 +417,13 @@ mod tests {
     }
 
     #[test]
-    fn a_known_secret_is_found_in_every_form() {
-        learn("sësame/open+now\"");
-        learn("http://proxy-user:proxy%20password@p");
+    fn a_registered_secret_is_redacted_in_every_form() {
+        register("sësame/open+now\"");
+        register("http://proxy-user:proxy%20password@p");
         let environment = [("HF_TOKEN", "hf_known_token"), ("https_proxy", "u:other-password@p:3128")];
         let environment = environment.map(|(name, value)| (name.to_owned(), value.to_owned()));
-        learn_environment(environment.iter().map(|(name, value)| (name, value)));
-        learn("short");
+        register_environment(environment.iter().map(|(name, value)| (name, value)));
+        register("short");
         for shown in [
             "sësame/open+now\"",
             "s%C3%ABsame%2Fopen%2Bnow%22",

@@ -6,7 +6,7 @@
 //! names the limit.
 //!
 //! A tokio runtime panics or hangs if a thread that it needs cannot be started. If a limit may be near, the threads are
-//! therefore tried before the runtime is built.
+//! therefore started and ended once before the runtime is built.
 
 use crate::error::{Error, ErrorKind, Result};
 use rustix::process::{Resource, getrlimit};
@@ -16,12 +16,12 @@ use std::time::{Duration, Instant};
 use std::{fs, io, thread};
 use tokio::runtime::{Builder, Runtime};
 
-/// Maximum number of threads that run tasks. More do not help a process that waits for the network, and each costs
-/// start-up time.
+/// Maximum number of threads that run tasks. More threads do not help a process that waits for the network, and each
+/// one costs start-up time.
 const WORKERS_MAX: usize = 32;
-/// From this limit on the threads of a user, the limit is not considered near.
+/// A limit on the threads of a user is considered near if it is below this number of threads.
 const USER_THREADS_AMPLE: u64 = 4096;
-/// From this number of threads left to a control group, its limit is not considered near.
+/// The limit of a control group is considered near if fewer than this number of threads are left.
 const GROUP_THREADS_AMPLE: u64 = 256;
 /// Maximum number of threads for disk work and hashing (tokio's default).
 const BLOCKING_MAX: usize = 512;
@@ -32,12 +32,13 @@ const STACK_BYTES: usize = 1 << 20;
 const ADDRESS_SPACE_MIN: u64 = 96 << 20;
 /// Address space that glibc reserves for the allocations of a thread, in bytes (`HEAP_MAX_SIZE`).
 const ARENA_BYTES: u64 = 64 << 20;
-/// Time after which an idle thread ends: never. If the limit is reached meanwhile, no other could be started.
+/// Time after which an idle thread ends: practically never. If a limit is reached meanwhile, the thread could not be
+/// started again.
 const KEEP_ALIVE: Duration = Duration::from_secs(u32::MAX as u64);
-/// Longest wait for the kernel to release the threads that were tried.
+/// Longest wait for the kernel to release the threads that [`startable_threads`] ended.
 const THREAD_EXIT_MAX: Duration = Duration::from_millis(200);
 
-/// Runs disk work or hashing off the async threads.
+/// Runs disk work or hashing on a blocking thread, not on the threads that run tasks.
 pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     match tokio::task::spawn_blocking(work).await {
         Ok(outcome) => outcome,
@@ -45,14 +46,14 @@ pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T>
     }
 }
 
-/// Starts the runtime for a program that uses the cache. `has_arenas`: true if the allocator may reserve address space
-/// for each thread, as glibc does unless `MALLOC_ARENA_MAX` is set.
+/// Starts the runtime for a program that uses the cache. `has_arenas` is true if the allocator may reserve address
+/// space for each thread, as glibc does unless `MALLOC_ARENA_MAX` is set.
 ///
 /// # Errors
 /// [`ErrorKind::Limits`] if no thread can be started, or if too little address space is left. The hint names the limit.
 pub fn start(has_arenas: bool) -> Result<Runtime> {
     let workers = thread::available_parallelism().map_or(2, usize::from).clamp(2, WORKERS_MAX);
-    // The number of threads for which there is address space.
+    // The number of threads that fit into the free address space.
     let fitting = match address_space_left() {
         None => WORKERS_MAX + BLOCKING_MAX,
         Some(left) if left < ADDRESS_SPACE_MIN => return Err(too_little_memory(left)),
@@ -63,7 +64,7 @@ pub fn start(has_arenas: bool) -> Result<Runtime> {
     let (startable, refusal) = if is_limited() { startable_threads(wanted) } else { (wanted, None) };
     let built = match startable {
         0 => return Err(no_thread(refusal)),
-        // The only thread is for disk work. The caller's thread runs the tasks.
+        // The only further thread is for disk work. The caller's thread runs the tasks.
         1 => Builder::new_current_thread().max_blocking_threads(1).build_with_common_settings(),
         _ => {
             let blocking = (fitting - (startable - 1)).clamp(1, BLOCKING_MAX);
@@ -72,11 +73,12 @@ pub fn start(has_arenas: bool) -> Result<Runtime> {
         }
     };
     let runtime = built.map_err(|cause| no_thread(Some(cause)))?;
-    // Start one blocking thread now; it is never stopped. If no other can be started later, work waits for this one.
+    // Start one blocking thread now; it never ends. If no other can be started later, disk work waits for this one.
     drop(runtime.spawn_blocking(|| ()));
     Ok(runtime)
 }
 
+/// Builds a runtime with the settings that both kinds of runtime share.
 trait CommonSettings {
     fn build_with_common_settings(&mut self) -> io::Result<Runtime>;
 }
@@ -90,16 +92,16 @@ impl CommonSettings for Builder {
 /// Returns true if a limit on threads or address space may be near.
 fn is_limited() -> bool {
     getrlimit(Resource::As).current.is_some()
-        || getrlimit(Resource::Nproc).current.is_some_and(|most| most < USER_THREADS_AMPLE)
+        || getrlimit(Resource::Nproc).current.is_some_and(|limit| limit < USER_THREADS_AMPLE)
         || group_threads().is_some_and(|(_, left)| left < GROUP_THREADS_AMPLE)
 }
 
-/// Starts up to `wanted` threads at the same time, and ends them. Returns their number, and the error if there were
-/// fewer.
+/// Starts up to `wanted` threads that exist at the same time, and ends them. Returns their number, and the error if not
+/// all could be started.
 fn startable_threads(wanted: usize) -> (usize, Option<io::Error>) {
     let gate = Mutex::new(());
     let before = thread_count();
-    let tried = thread::scope(|scope| {
+    let startable = thread::scope(|scope| {
         // The threads wait for this lock, so that all of them exist at the same time.
         let closed = gate.lock();
         let start = || {
@@ -116,7 +118,7 @@ fn startable_threads(wanted: usize) -> (usize, Option<io::Error>) {
     while thread_count() > before && Instant::now() < end {
         thread::sleep(Duration::from_micros(50));
     }
-    tried
+    startable
 }
 
 /// Returns the number of threads of this process; `None` if `/proc` is not mounted.
@@ -156,11 +158,11 @@ fn too_little_memory(left: u64) -> Error {
 pub fn no_thread(refusal: Option<io::Error>) -> Error {
     let user = getrlimit(Resource::Nproc)
         .current
-        .map(|most| format!("this user may have {most} processes and threads (ulimit -u, RLIMIT_NPROC)"));
-    let group = group_threads().map(|(most, _)| format!("the control group may have {most} (pids.max)"));
+        .map(|limit| format!("this user may have {limit} processes and threads (ulimit -u, RLIMIT_NPROC)"));
+    let group = group_threads().map(|(limit, _)| format!("the control group may have {limit} (pids.max)"));
     let space = getrlimit(Resource::As)
         .current
-        .map(|most| format!("this process may have {} KiB of address space (ulimit -v, RLIMIT_AS)", most >> 10));
+        .map(|limit| format!("this process may have {} KiB of address space (ulimit -v, RLIMIT_AS)", limit >> 10));
     let limits: Vec<String> = [user, group, space].into_iter().flatten().collect();
     let error = Error::new(ErrorKind::Limits, "no thread can be started")
         .hint(format!("raise the limit that is reached: {}", limits.join("; ")));
@@ -170,7 +172,8 @@ pub fn no_thread(refusal: Option<io::Error>) -> Error {
     }
 }
 
-/// Returns `pids.max` and the number of threads left, of the control group of this process that has the fewest left.
+/// Returns `pids.max` and the number of threads left, for the control group with the fewest threads left among those of
+/// this process.
 fn group_threads() -> Option<(u64, u64)> {
     let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
     let limit_of = |line: &str| {
@@ -187,8 +190,8 @@ fn group_threads() -> Option<(u64, u64)> {
         let groups = group.ancestors().take_while(|folder| folder.starts_with(root));
         let number = |path: PathBuf| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
         let limits = groups.filter_map(|folder| {
-            let most = number(folder.join("pids.max"))?;
-            Some((most, most.saturating_sub(number(folder.join("pids.current"))?)))
+            let limit = number(folder.join("pids.max"))?;
+            Some((limit, limit.saturating_sub(number(folder.join("pids.current"))?)))
         });
         limits.min_by_key(|(_, left)| *left)
     };
@@ -200,10 +203,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_runtime_starts_and_the_threads_that_were_tried_are_gone() {
+    fn a_runtime_starts_after_its_threads_were_tried() {
         let (startable, refusal) = startable_threads(3);
         assert_eq!((startable, refusal.map(|error| error.kind())), (3, None));
-        let runtime = start(true).expect("there are threads");
+        let runtime = start(true).expect("a runtime");
         let done = runtime.block_on(async { tokio::task::spawn_blocking(|| 7).await });
         assert_eq!(done.expect("runs"), 7);
     }

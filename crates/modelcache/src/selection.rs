@@ -2,7 +2,7 @@
 //!
 //! Patterns are those of Python's `fnmatch`, as `huggingface_hub` applies them: `*` matches any characters, also `/`;
 //! `?` matches one character; `[…]` is a set of characters; a pattern that ends in `/` matches all files below that
-//! folder. A file is selected if it matches any include pattern, or if there is none, and no exclude pattern.
+//! folder. A file is selected if it matches no exclude pattern, and at least one include pattern if there are any.
 
 use crate::error::{Error, Result};
 use crate::key::FilePath;
@@ -13,10 +13,13 @@ use std::sync::Arc;
 /// A selection of files of an artifact.
 #[derive(Debug, Clone, Default)]
 pub struct Selection {
+    /// The single file, if the selection was created by [`file`](Self::file).
     file: Option<FilePath>,
-    among: Option<Arc<BTreeSet<FilePath>>>,
+    /// The files, if the selection was created by [`files`](Self::files).
+    files: Option<Arc<BTreeSet<FilePath>>>,
     include: Vec<Regex>,
     exclude: Vec<Regex>,
+    /// The patterns as they were passed.
     patterns: Vec<String>,
 }
 
@@ -33,7 +36,7 @@ impl Selection {
 
     /// Selects exactly these files. Their names are not patterns.
     pub fn files(paths: impl IntoIterator<Item = FilePath>) -> Self {
-        Self { among: Some(Arc::new(paths.into_iter().collect())), ..Self::default() }
+        Self { files: Some(Arc::new(paths.into_iter().collect())), ..Self::default() }
     }
 
     /// Selects files by patterns.
@@ -45,7 +48,7 @@ impl Selection {
             |patterns: &[S]| patterns.iter().map(|pattern| fnmatch(pattern.as_ref())).collect::<Result<Vec<_>>>();
         Ok(Self {
             file: None,
-            among: None,
+            files: None,
             include: compile(include)?,
             exclude: compile(exclude)?,
             patterns: include.iter().chain(exclude).map(|pattern| pattern.as_ref().to_owned()).collect(),
@@ -57,7 +60,7 @@ impl Selection {
         if let Some(file) = &self.file {
             return file == path;
         }
-        if let Some(paths) = &self.among {
+        if let Some(paths) = &self.files {
             return paths.contains(path);
         }
         let any = |patterns: &[Regex]| patterns.iter().any(|pattern| pattern.is_match(path.as_str()));
@@ -71,20 +74,20 @@ impl Selection {
 
     /// Returns true if all files of any artifact are selected.
     pub fn is_all(&self) -> bool {
-        self.file.is_none() && self.among.is_none() && self.include.is_empty() && self.exclude.is_empty()
+        self.file.is_none() && self.files.is_none() && self.include.is_empty() && self.exclude.is_empty()
     }
 
     /// Returns a text that is equal for two selections only if they select the same files of any artifact.
     pub(crate) fn identity(&self) -> String {
-        // Separated by NUL bytes, which no path contains.
+        // NUL bytes separate the fields, because no path contains them.
         let list = |patterns: &[Regex]| patterns.iter().map(Regex::as_str).collect::<Vec<_>>().join("\0");
         let file = self.file.as_ref().map_or_else(String::new, |file| format!("{file}\0"));
-        let among =
-            self.among.iter().flat_map(|paths| paths.iter()).map(FilePath::as_str).collect::<Vec<_>>().join("\0");
-        format!("{file}\0\0{}\0\0{}\0\0{among}", list(&self.include), list(&self.exclude))
+        let files =
+            self.files.iter().flat_map(|paths| paths.iter()).map(FilePath::as_str).collect::<Vec<_>>().join("\0");
+        format!("{file}\0\0{}\0\0{}\0\0{files}", list(&self.include), list(&self.exclude))
     }
 
-    /// Returns the patterns as they were passed, for messages.
+    /// Returns the patterns as they were passed, or the path of a single file, for messages.
     pub fn patterns(&self) -> &[String] {
         &self.patterns
     }
@@ -117,15 +120,15 @@ fn fnmatch(pattern: &str) -> Result<Regex> {
     Regex::new(&regex).map_err(|cause| Error::invalid(format!("the pattern {pattern:?} cannot be used")).cause(cause))
 }
 
-/// Returns the offset of the bracket that closes the set before `rest`. A `]` in first place, or after `!`, is a member
-/// of the set.
+/// Returns the offset in `rest`, the text after `[`, of the bracket that closes the set; `None` if there is none. A `]`
+/// in first place, or after `!`, is a member of the set.
 fn set_end(rest: &str) -> Option<usize> {
     let first = usize::from(rest.starts_with('!'));
     let skip = first + usize::from(rest[first..].starts_with(']'));
     rest[skip..].find(']').map(|at| at + skip)
 }
 
-/// Appends a set of `fnmatch` as a character class.
+/// Appends a set of `fnmatch`, without its brackets, to `regex` as a character class.
 fn push_set(set: &str, regex: &mut String) {
     let (open, members) = match set.strip_prefix('!') {
         Some(members) => ("[^", members),
@@ -133,7 +136,7 @@ fn push_set(set: &str, regex: &mut String) {
     };
     regex.push_str(open);
     for c in members.chars() {
-        // These have a meaning in a character class of `regex`.
+        // These characters are special in a character class of the crate `regex`.
         if matches!(c, '\\' | '[' | ']' | '^' | '&' | '~') {
             regex.push('\\');
         }
@@ -146,15 +149,15 @@ fn push_set(set: &str, regex: &mut String) {
 mod tests {
     use super::*;
 
-    fn chosen(include: &[&str], exclude: &[&str], path: &str) -> bool {
+    fn selects(include: &[&str], exclude: &[&str], path: &str) -> bool {
         Selection::globs(include, exclude).expect("patterns").matches(&FilePath::new(path).expect("path"))
     }
 
     #[test]
-    fn a_set_of_files_is_itself_and_nothing_else() {
+    fn selected_files_are_not_patterns() {
         let path = |text| FilePath::new(text).expect("path");
         let [one, two] = [Selection::files([path("a*")]), Selection::files([path("a*"), path("b/c")])];
-        assert!(two.matches(&path("b/c")) && one.matches(&path("a*")), "a star is a star");
+        assert!(two.matches(&path("b/c")) && one.matches(&path("a*")), "a star in a path is no pattern");
         assert!(!one.matches(&path("ab")) && !one.matches(&path("b/c")));
         assert!(!one.is_all() && one.identity() != two.identity() && one.identity() != Selection::all().identity());
         assert_eq!(two.one_file(), None, "a get returns the folder");
@@ -162,21 +165,21 @@ mod tests {
 
     #[test]
     fn patterns_match_as_fnmatch_does() {
-        assert!(chosen(&["*.json"], &[], "sub/dir/config.json"), "a star crosses slashes");
-        assert!(!chosen(&["*.json"], &[], "config.jsonl"));
-        assert!(chosen(&["model-?.bin"], &[], "model-1.bin"));
-        assert!(chosen(&["model-[0-3].bin"], &[], "model-2.bin"));
-        assert!(!chosen(&["model-[!0-3].bin"], &[], "model-2.bin"));
-        assert!(chosen(&["[]]x"], &[], "]x"));
-        assert!(chosen(&["a[b"], &[], "a[b"), "an unclosed set is a bracket");
-        assert!(chosen(&["onnx/"], &[], "onnx/model.onnx"));
-        assert!(chosen(&["{a,b}"], &[], "{a,b}"), "braces mean themselves");
-        assert!(chosen(&["a.b"], &[], "a.b") && !chosen(&["a.b"], &[], "axb"));
+        assert!(selects(&["*.json"], &[], "sub/dir/config.json"), "a star crosses slashes");
+        assert!(!selects(&["*.json"], &[], "config.jsonl"));
+        assert!(selects(&["model-?.bin"], &[], "model-1.bin"));
+        assert!(selects(&["model-[0-3].bin"], &[], "model-2.bin"));
+        assert!(!selects(&["model-[!0-3].bin"], &[], "model-2.bin"));
+        assert!(selects(&["[]]x"], &[], "]x"));
+        assert!(selects(&["a[b"], &[], "a[b"), "an unclosed bracket is literal");
+        assert!(selects(&["onnx/"], &[], "onnx/model.onnx"));
+        assert!(selects(&["{a,b}"], &[], "{a,b}"), "braces are literal");
+        assert!(selects(&["a.b"], &[], "a.b") && !selects(&["a.b"], &[], "axb"));
     }
 
     #[test]
     fn exclude_beats_include() {
-        assert!(!chosen(&["*"], &["*.bin"], "a.bin"));
-        assert!(chosen(&[], &["*.bin"], "a.json"));
+        assert!(!selects(&["*"], &["*.bin"], "a.bin"));
+        assert!(selects(&[], &["*.bin"], "a.json"));
     }
 }

@@ -1,9 +1,9 @@
 //! The table of settings. Each row defines the flag, the variable, the key in the file, and the documentation.
 //!
 //! A front end passes flags, environment and the text of configuration files, and gets a complete, validated
-//! [`Config`]. This module reads nothing else. An invalid value is refused with its setting, its source and the
-//! accepted values. An empty value counts as unset. An unknown key in a file is an error; an unknown `MODEL_CACHE_*`
-//! variable is only a warning, because programs share environments.
+//! [`Config`]. The error for an invalid value names the setting, its source and the accepted values. An empty value
+//! counts as unset. An unknown key in a file is an error; an unknown `MODEL_CACHE_*` variable is only a warning,
+//! because programs share environments.
 
 mod credentials;
 mod file;
@@ -29,7 +29,7 @@ pub use read::{environment, read_files, read_if_there};
 use values::{DURATION_ACCEPTS, SIZE_ACCEPTS, SWITCH_ACCEPTS, nearest, parse_switch};
 pub use values::{parse_duration, parse_size};
 
-/// The name of the configuration file, in the user's folder and in the system's folder.
+/// The file name of the user's and of the system-wide configuration file.
 pub const FILE_NAME: &str = "modelcache.toml";
 
 /// The variable that names a configuration file.
@@ -38,13 +38,13 @@ pub const FILE_VARIABLE: &str = "MODEL_CACHE_CONFIG";
 /// The system-wide configuration file.
 const SYSTEM_FILE: &str = "/etc/modelcache/modelcache.toml";
 
-/// The value name of switches. The flag of a switch needs no value.
+/// The value name of switches, in help texts. The flag of a switch may have no value, which means `1`.
 pub const SWITCH: &str = "0|1";
 
-/// The key of the tables of credentials. Its value is a table, not a string.
+/// The key of the tables of credentials.
 const CREDENTIALS_KEY: &str = "credentials";
 
-/// The key of the table of options for the object store.
+/// The key of the table of options of the object store.
 const OPTIONS_KEY: &str = "remote.options";
 
 /// One setting.
@@ -84,8 +84,8 @@ pub const SETTINGS: &[Setting] = &[
                   temporary folder",
         description: "The cache directory on the local disk.",
         accepts: "a folder, which is created if it does not exist",
-        set: |given, draft| {
-            draft.dir = Some(draft.expand_home(&given.text));
+        set: |value, draft| {
+            draft.dir = Some(draft.expand_home(&value.text));
             Ok(())
         },
     },
@@ -97,8 +97,8 @@ pub const SETTINGS: &[Setting] = &[
         default: "`80%`",
         description: "The disk budget: the largest size of the cache directory.",
         accepts: SIZE_ACCEPTS,
-        set: |given, draft| {
-            draft.config.max_bytes = parse_size(&given.text)?;
+        set: |value, draft| {
+            draft.config.max_bytes = parse_size(&value.text)?;
             match draft.config.max_bytes {
                 ByteBound::Bytes(0) | ByteBound::Percent(0) => Err(Error::invalid("must be more than zero")),
                 _ => Ok(()),
@@ -113,8 +113,8 @@ pub const SETTINGS: &[Setting] = &[
         default: "`10%`",
         description: "The space that always stays free on the filesystem. It applies in addition to the budget.",
         accepts: SIZE_ACCEPTS,
-        set: |given, draft| {
-            draft.config.min_free_bytes = parse_size(&given.text)?;
+        set: |value, draft| {
+            draft.config.min_free_bytes = parse_size(&value.text)?;
             Ok(())
         },
     },
@@ -129,8 +129,8 @@ pub const SETTINGS: &[Setting] = &[
                   before they are used again. `put`, `prewarm`, `get --into`, and `get` in a container always sync \
                   before they return.",
         accepts: SWITCH_ACCEPTS,
-        set: |given, draft| {
-            draft.config.durable = if parse_switch(&given.text)? { Durable::Wait } else { Durable::default() };
+        set: |value, draft| {
+            draft.config.durable = if parse_switch(&value.text)? { Durable::Wait } else { Durable::default() };
             Ok(())
         },
     },
@@ -143,8 +143,8 @@ pub const SETTINGS: &[Setting] = &[
         description: "Which users share the cache directory. This sets the modes of new files and folders, whatever \
                   the umask; published files always have mode 0444. An existing directory keeps its modes.",
         accepts: "off, group (the group of the folder) or world (all users)",
-        set: |given, draft| {
-            draft.config.shared = match given.text.as_str() {
+        set: |value, draft| {
+            draft.config.shared = match value.text.as_str() {
                 "off" => Sharing::Off,
                 "group" => Sharing::Group,
                 "world" => Sharing::World,
@@ -162,8 +162,8 @@ pub const SETTINGS: &[Setting] = &[
         description: "A second, read-only cache, for example part of a container image. Its files are used without a \
                   download.",
         accepts: "a cache directory of an earlier run, or none",
-        set: |given, draft| {
-            draft.config.lower_dir = (given.text != "none").then(|| draft.expand_home(&given.text));
+        set: |value, draft| {
+            draft.config.lower_dir = (value.text != "none").then(|| draft.expand_home(&value.text));
             Ok(())
         },
     },
@@ -179,8 +179,8 @@ pub const SETTINGS: &[Setting] = &[
                   than half of the free memory, and `prewarm` is direct. Files below 64 MiB, and files without known \
                   checkpoints (never hashed before), are always buffered.",
         accepts: "auto, buffered or direct",
-        set: |given, draft| {
-            draft.config.write_mode = match given.text.as_str() {
+        set: |value, draft| {
+            draft.config.write_mode = match value.text.as_str() {
                 "auto" => WriteMode::Auto,
                 "buffered" => WriteMode::Buffered,
                 "direct" => WriteMode::Direct,
@@ -197,12 +197,12 @@ pub const SETTINGS: &[Setting] = &[
         default: "none",
         description: "The shared object store. Without it, there are only the disk and the origins.",
         accepts: "s3://bucket/prefix, file:///folder, or none",
-        set: |given, draft| {
-            let url = match given.text.as_str() {
+        set: |value, draft| {
+            let url = match value.text.as_str() {
                 "none" => None,
                 text => Some(checked_remote(text)?),
             };
-            draft.offer_remote(given, url)
+            draft.set_remote(value, url)
         },
     },
     Setting {
@@ -213,14 +213,14 @@ pub const SETTINGS: &[Setting] = &[
         default: "none",
         description: "Short form of the remote `s3://BUCKET`. It is an error to set both to different locations.",
         accepts: "the name of a bucket",
-        set: |given, draft| {
-            if given.text.contains("://") {
+        set: |value, draft| {
+            if value.text.contains("://") {
                 return Err(
                     Error::invalid("a URL, not a bucket").hint("set MODEL_CACHE_REMOTE to a URL, or use only the name")
                 );
             }
-            let url = checked_remote(&format!("s3://{}", given.text))?;
-            draft.offer_remote(given, Some(url))
+            let url = checked_remote(&format!("s3://{}", value.text))?;
+            draft.set_remote(value, Some(url))
         },
     },
     Setting {
@@ -241,9 +241,9 @@ pub const SETTINGS: &[Setting] = &[
         default: "`0`",
         description: "Refuse files without a published checksum: files in a bucket without `.sha256`, `SHA256SUMS` or \
                   checksum metadata, and files whose digest is only known from their first download.",
-        accepts: "1 or 0",
-        set: |given, draft| {
-            draft.config.require_checksum = parse_switch(&given.text)?;
+        accepts: SWITCH_ACCEPTS,
+        set: |value, draft| {
+            draft.config.require_checksum = parse_switch(&value.text)?;
             Ok(())
         },
     },
@@ -256,8 +256,8 @@ pub const SETTINGS: &[Setting] = &[
         description: "Whether to continue with the origin, or to fail, if the remote is still unavailable after \
                   retries.",
         accepts: "origin or fail",
-        set: |given, draft| {
-            draft.config.on_remote_down = match given.text.as_str() {
+        set: |value, draft| {
+            draft.config.on_remote_down = match value.text.as_str() {
                 "origin" => OnRemoteDown::Origin,
                 "fail" => OnRemoteDown::Fail,
                 _ => return Err(Error::invalid("unknown value")),
@@ -273,8 +273,8 @@ pub const SETTINGS: &[Setting] = &[
         default: "`rw`",
         description: "Whether the remote may be written to: `rw` reads and writes, `ro` only reads.",
         accepts: "rw or ro",
-        set: |given, draft| {
-            draft.config.remote_mode = match given.text.as_str() {
+        set: |value, draft| {
+            draft.config.remote_mode = match value.text.as_str() {
                 "rw" => RemoteMode::ReadWrite,
                 "ro" => RemoteMode::ReadOnly,
                 _ => return Err(Error::invalid("unknown value")),
@@ -293,8 +293,8 @@ pub const SETTINGS: &[Setting] = &[
                   `background`, `get` prints its path first and ends after the upload; `exec` leaves the upload to a \
                   later run.",
         accepts: "wait, background, later or never",
-        set: |given, draft| {
-            draft.config.backfill = Some(match given.text.as_str() {
+        set: |value, draft| {
+            draft.config.backfill = Some(match value.text.as_str() {
                 "wait" => Backfill::Wait,
                 "background" => Backfill::Background,
                 "later" => Backfill::Later,
@@ -314,8 +314,8 @@ pub const SETTINGS: &[Setting] = &[
                   next one is used only if the previous one does not have the artifact.",
         accepts: "for example hf://{name}@{version}, https://registry/{name}/{version}.tar.gz or \
                   file:///models/{name}/{version}; or none",
-        set: |given, draft| {
-            let templates = given.text.split(',').map(str::trim).filter(|text| !text.is_empty() && *text != "none");
+        set: |value, draft| {
+            let templates = value.text.split(',').map(str::trim).filter(|text| !text.is_empty() && *text != "none");
             draft.config.origins = templates.map(OriginTemplate::new).collect::<Result<_>>()?;
             Ok(())
         },
@@ -339,8 +339,8 @@ pub const SETTINGS: &[Setting] = &[
         default: "none",
         description: "The MLflow server of `models:/` references. It is checked only when such a reference is used.",
         accepts: "scheme, host, port and path of the server, for example https://mlflow.example",
-        set: |given, draft| {
-            draft.config.mlflow.tracking_uri = registries::server(given);
+        set: |value, draft| {
+            draft.config.mlflow.tracking_uri = registries::server(value);
             Ok(())
         },
     },
@@ -352,8 +352,8 @@ pub const SETTINGS: &[Setting] = &[
         default: "none",
         description: "The MLflow server of the model registry, if it is not the tracking server.",
         accepts: "scheme, host, port and path of the server",
-        set: |given, draft| {
-            draft.config.mlflow.registry_uri = registries::server(given);
+        set: |value, draft| {
+            draft.config.mlflow.registry_uri = registries::server(value);
             Ok(())
         },
     },
@@ -366,8 +366,8 @@ pub const SETTINGS: &[Setting] = &[
         description: "If the MLflow server stores models as plain files, they are read from this machine, and only \
                   below this folder.",
         accepts: "a folder, or none",
-        set: |given, draft| {
-            draft.config.mlflow.local_root = (given.text != "none").then(|| draft.expand_home(&given.text));
+        set: |value, draft| {
+            draft.config.mlflow.local_root = (value.text != "none").then(|| draft.expand_home(&value.text));
             Ok(())
         },
     },
@@ -380,8 +380,8 @@ pub const SETTINGS: &[Setting] = &[
         description: "OCI registries that are reached without TLS, separated by commas. Registries on this machine \
                   (`localhost` and loopback addresses) need not be listed.",
         accepts: "hosts with their ports, for example registry.internal:5000; or none",
-        set: |given, draft| {
-            draft.config.oci.plain_http = registries::plain_http(&given.text)?;
+        set: |value, draft| {
+            draft.config.oci.plain_http = registries::plain_http(&value.text)?;
             Ok(())
         },
     },
@@ -393,8 +393,8 @@ pub const SETTINGS: &[Setting] = &[
         default: "`60s`",
         description: "How long a resolved revision or tag is considered current, before it is resolved again.",
         accepts: DURATION_ACCEPTS,
-        set: |given, draft| {
-            draft.config.ref_ttl = parse_duration(&given.text)?;
+        set: |value, draft| {
+            draft.config.ref_ttl = parse_duration(&value.text)?;
             Ok(())
         },
     },
@@ -402,13 +402,13 @@ pub const SETTINGS: &[Setting] = &[
         key: "offline",
         variable: Some("MODEL_CACHE_OFFLINE"),
         flag: None,
-        value_name: "0|1",
+        value_name: SWITCH,
         default: "`0`",
         description: "Never contact an origin over the network: only files on disk and on the remote are used, and \
                   revisions keep their last known meaning. The flag `--offline` does the same for one call.",
         accepts: SWITCH_ACCEPTS,
-        set: |given, draft| {
-            draft.offline = Some(parse_switch(&given.text)?);
+        set: |value, draft| {
+            draft.offline = Some(parse_switch(&value.text)?);
             Ok(())
         },
     },
@@ -422,8 +422,8 @@ pub const SETTINGS: &[Setting] = &[
                   that the machines of a fleet that start together do not send their requests together. Artifacts on \
                   disk are not delayed.",
         accepts: DURATION_ACCEPTS,
-        set: |given, draft| {
-            draft.config.start_jitter = parse_duration(&given.text)?;
+        set: |value, draft| {
+            draft.config.start_jitter = parse_duration(&value.text)?;
             Ok(())
         },
     },
@@ -435,8 +435,8 @@ pub const SETTINGS: &[Setting] = &[
         default: "`60s`",
         description: "How long after its first failure a request may be retried; `0s` disables retries.",
         accepts: DURATION_ACCEPTS,
-        set: |given, draft| {
-            draft.config.retry.deadline = parse_duration(&given.text)?;
+        set: |value, draft| {
+            draft.config.retry.deadline = parse_duration(&value.text)?;
             Ok(())
         },
     },
@@ -448,8 +448,8 @@ pub const SETTINGS: &[Setting] = &[
         default: "`30s`",
         description: "The timeout for connecting to a server, for the first byte of its response, and between bytes.",
         accepts: DURATION_ACCEPTS,
-        set: |given, draft| {
-            draft.config.retry.read_timeout = parse_duration(&given.text)?;
+        set: |value, draft| {
+            draft.config.retry.read_timeout = parse_duration(&value.text)?;
             if draft.config.retry.read_timeout.is_zero() {
                 Err(Error::invalid("must be more than zero"))
             } else {
@@ -466,8 +466,8 @@ pub const SETTINGS: &[Setting] = &[
         description: "A file that each command replaces when it ends, with metrics of the command and of the cache \
                   directory, in the Prometheus text format. For the textfile collector of node-exporter.",
         accepts: "a file in an existing, writable folder, or none",
-        set: |given, draft| {
-            draft.metrics_file = (given.text != "none").then(|| draft.expand_home(&given.text));
+        set: |value, draft| {
+            draft.metrics_file = (value.text != "none").then(|| draft.expand_home(&value.text));
             Ok(())
         },
     },
@@ -481,10 +481,10 @@ pub const SETTINGS: &[Setting] = &[
                   libraries are logged if the filter names them.",
         accepts: "off, error, warn, info, debug, trace, or for example info,modelcache=debug or \
                   debug,hyper_util=trace",
-        set: |given, draft| {
+        set: |value, draft| {
             draft.log = LogSettings {
-                filter: given.text.clone(),
-                source: Some(given.source.clone()),
+                filter: value.text.clone(),
+                source: Some(value.source.clone()),
                 format: draft.log.format,
             };
             Ok(())
@@ -498,8 +498,8 @@ pub const SETTINGS: &[Setting] = &[
         default: "`text`",
         description: "The format of log lines.",
         accepts: "text or json",
-        set: |given, draft| {
-            draft.log.format = match given.text.as_str() {
+        set: |value, draft| {
+            draft.log.format = match value.text.as_str() {
                 "text" => LogFormat::Text,
                 "json" => LogFormat::Json,
                 _ => return Err(Error::invalid("unknown value")),
@@ -509,16 +509,19 @@ pub const SETTINGS: &[Setting] = &[
     },
 ];
 
-/// Variables of other programs that modelcache reads, and their effect.
-const HONOURED: &[(&str, &str)] = &[
+/// The variables of other programs that modelcache reads, and the effect of each.
+const FOREIGN_VARIABLES: &[(&str, &str)] = &[
     ("HF_ENDPOINT", "URL of the Hugging Face Hub, for `hf://` references. Default `https://huggingface.co`."),
     ("HF_TOKEN", "The token for the Hub. It is sent to no other host."),
-    ("HF_TOKEN_PATH", "The file with the token, if `HF_TOKEN` is not set. Default `$HF_HOME/token`."),
+    ("HF_TOKEN_PATH", "The file with the Hub's token, if `HF_TOKEN` is not set. Default `$HF_HOME/token`."),
     (
         "HF_HUB_OFFLINE",
         "With `1`, `on`, `yes` or `true`: the same as `MODEL_CACHE_OFFLINE=1`, unless that variable is set.",
     ),
-    ("HF_HOME", "The folder of that file. Default `$XDG_CACHE_HOME/huggingface`, otherwise `~/.cache/huggingface`."),
+    (
+        "HF_HOME",
+        "The folder of the Hub's token file. Default `$XDG_CACHE_HOME/huggingface`, otherwise `~/.cache/huggingface`.",
+    ),
     ("MLFLOW_TRACKING_TOKEN", "The token for the MLflow servers above. It is sent to no other server."),
     (
         "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD",
@@ -540,7 +543,7 @@ const HONOURED: &[(&str, &str)] = &[
         "HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY",
         "The proxy for requests, and the hosts that are reached without it.",
     ),
-    ("NO_COLOR", "No colours on a terminal."),
+    ("NO_COLOR", "With any value: output on a terminal has no colours."),
 ];
 
 /// The complete, validated settings of a front end.
@@ -634,15 +637,18 @@ struct SettingValue {
 /// Settings while they are being gathered.
 struct Draft {
     environment: Environment,
-    /// The settings so far, except the following.
+    /// The configuration so far, without `dir`, `remote` and `offline`, which are set when the draft is finished.
     config: Config,
+    /// The cache directory; `None` until a setting determines it.
     dir: Option<PathBuf>,
     /// Rank, source and URL of the remote with the highest precedence so far. The URL is `None` if the value was
     /// `none`.
     remote: Option<(usize, String, Option<String>)>,
     /// `None` until a setting determines it.
     offline: Option<bool>,
+    /// See [`Settings::metrics_file`].
     metrics_file: Option<PathBuf>,
+    /// See [`Settings::log`].
     log: LogSettings,
 }
 
@@ -674,13 +680,13 @@ impl Settings {
         files: &[(PathBuf, String)],
         read_secret: impl Fn(&Path) -> std::io::Result<Option<String>>,
     ) -> Result<Self> {
-        // First, so that no error quotes a secret.
-        redact::learn_environment(&environment.0);
+        // Register the secrets first, so that no error quotes one.
+        redact::register_environment(&environment.0);
         let files = files.iter().map(|(path, text)| File::parse(path, text)).collect::<Result<Vec<_>>>()?;
         let mut draft = Draft::new(environment.clone());
         for setting in SETTINGS {
-            let Some(given) = setting.find(arguments, environment, &files) else { continue };
-            (setting.set)(&given, &mut draft).map_err(|error| setting.refuse(&given, &error))?;
+            let Some(value) = setting.find(arguments, environment, &files) else { continue };
+            (setting.set)(&value, &mut draft).map_err(|error| setting.refuse(&value, &error))?;
         }
         let mut warnings = unknown_variables(environment);
         if draft.dir.is_none() && base_folder("XDG_CACHE_HOME", ".cache", environment).is_none() {
@@ -698,7 +704,7 @@ impl Settings {
                 options.entry(name).or_insert(value);
             }
         }
-        registries::take_logins(environment, &read_secret, &mut draft);
+        registries::read_credentials(environment, &read_secret, &mut draft);
         let metrics_file = draft.metrics_file.take();
         let (config, log) = draft.finish(options, hub, credentials);
         Ok(Self { config, metrics_file, log, warnings })
@@ -714,27 +720,27 @@ impl Setting {
         files: &[File],
     ) -> Option<SettingValue> {
         let present = |text: &&str| !text.trim().is_empty();
-        let given = |text: &str, rank, source| SettingValue { text: text.trim().to_owned(), rank, source };
+        let value = |text: &str, rank, source| SettingValue { text: text.trim().to_owned(), rank, source };
         let argument = arguments.get(self.key).filter(|argument| present(&argument.text.as_str()));
-        let argument = argument.map(|argument| given(&argument.text, 0, argument.source.clone()));
+        let argument = argument.map(|argument| value(&argument.text, 0, argument.source.clone()));
         let variable = || {
             let variable = self.variable?;
-            environment.get(variable).filter(present).map(|text| given(text, 1, variable.to_owned()))
+            environment.get(variable).filter(present).map(|text| value(text, 1, variable.to_owned()))
         };
         let file = || {
             files.iter().enumerate().find_map(|(at, file)| {
                 let text = file.values.get(self.key).map(String::as_str).filter(present)?;
-                Some(given(text, 2 + at, format!("{}: {}", file.path.display(), self.key)))
+                Some(value(text, 2 + at, format!("{}: {}", file.path.display(), self.key)))
             })
         };
         argument.or_else(variable).or_else(file)
     }
 
     /// Returns the error for an invalid value, with setting, source and accepted values.
-    fn refuse(&self, given: &SettingValue, error: &Error) -> Error {
+    fn refuse(&self, value: &SettingValue, error: &Error) -> Error {
         let hint = error.hint_text().map_or_else(|| format!("accepted: {}", self.accepts), str::to_owned);
-        let text = redact::setting(&given.text);
-        Error::invalid(format!("{} = {text:?} from {}: {}", self.key, given.source, error.message())).hint(hint)
+        let text = redact::setting(&value.text);
+        Error::invalid(format!("{} = {text:?} from {}: {}", self.key, value.source, error.message())).hint(hint)
     }
 }
 
@@ -755,17 +761,18 @@ impl Draft {
         expand_home(text, &self.environment)
     }
 
-    /// Sets the remote from one of its two settings. Fails if the other setting has the same rank and another value.
-    fn offer_remote(&mut self, given: &SettingValue, url: Option<String>) -> Result<()> {
+    /// Sets the remote from one of its two settings, `remote` and `s3_bucket`. Fails if the other setting has the same
+    /// rank and another value.
+    fn set_remote(&mut self, value: &SettingValue, url: Option<String>) -> Result<()> {
         match &self.remote {
-            Some((rank, source, other)) if *rank == given.rank && *other != url => {
+            Some((rank, source, other)) if *rank == value.rank && *other != url => {
                 let other = other.as_deref().unwrap_or("none");
                 Err(Error::invalid(format!("conflicts with {source}, which is {other:?}"))
                     .hint("set only one of the two"))
             }
-            Some((rank, ..)) if *rank <= given.rank => Ok(()),
+            Some((rank, ..)) if *rank <= value.rank => Ok(()),
             _ => {
-                self.remote = Some((given.rank, given.source.clone(), url));
+                self.remote = Some((value.rank, value.source.clone(), url));
                 Ok(())
             }
         }
@@ -796,8 +803,8 @@ impl Draft {
 /// Checks the URL of a remote. Returns it without trailing slashes.
 fn checked_remote(text: &str) -> Result<String> {
     let url = text.trim_end_matches('/');
-    if let Some(place) = url.strip_prefix("s3://") {
-        if !is_bucket_name(place.split('/').next().unwrap_or_default()) {
+    if let Some(path) = url.strip_prefix("s3://") {
+        if !is_bucket_name(path.split('/').next().unwrap_or_default()) {
             return Err(Error::invalid("names no bucket"));
         }
         return Ok(url.to_owned());
@@ -843,13 +850,13 @@ fn hub_config(
     Ok(hub)
 }
 
-/// Returns true if `HF_HUB_OFFLINE` is on, by the rules of the Hub's own tools.
+/// Returns true if `HF_HUB_OFFLINE` is on. Accepts the same values as the Hub's own tools.
 fn hub_is_offline(environment: &Environment) -> bool {
     let words = ["1", "on", "yes", "true"];
     environment.get("HF_HUB_OFFLINE").is_some_and(|text| words.iter().any(|word| text.eq_ignore_ascii_case(word)))
 }
 
-/// Returns the path of the token file of the Hub's own tools.
+/// Returns the path of the token file that the Hub's own tools use.
 fn token_file(environment: &Environment) -> Option<PathBuf> {
     if let Some(path) = environment.get("HF_TOKEN_PATH") {
         return Some(expand_home(path, environment));
@@ -890,15 +897,15 @@ fn expand_home(text: &str, environment: &Environment) -> PathBuf {
 /// service named `model-cache` are ignored.
 fn unknown_variables(environment: &Environment) -> Vec<String> {
     let known = || SETTINGS.iter().filter_map(|setting| setting.variable).chain([FILE_VARIABLE]);
-    let service_link = |name: &str| {
+    let is_service_link = |name: &str| {
         let name = name.trim_start_matches("MODEL_CACHE_");
         name == "PORT" || name.starts_with("PORT_") || name.contains("SERVICE_HOST") || name.contains("SERVICE_PORT")
     };
-    // `exec` sets these for its command, which may be modelcache again.
-    let of_exec = |name: &str| name == "MODEL_CACHE_PATH" || name.starts_with("MODEL_CACHE_PATH_");
-    let ours = environment.0.keys().filter(|name| name.starts_with("MODEL_CACHE_") && !of_exec(name));
+    // `exec` sets these variables for its command, which may be modelcache again.
+    let set_by_exec = |name: &str| name == "MODEL_CACHE_PATH" || name.starts_with("MODEL_CACHE_PATH_");
+    let ours = environment.0.keys().filter(|name| name.starts_with("MODEL_CACHE_") && !set_by_exec(name));
     let mut unknown: Vec<_> =
-        ours.filter(|name| !service_link(name) && !known().any(|known| known == name.as_str())).collect();
+        ours.filter(|name| !is_service_link(name) && !known().any(|known| known == name.as_str())).collect();
     unknown.sort();
     let warn = |name: &String| match nearest(name, known()) {
         Some(near) => format!("unknown environment variable {name} is ignored; did you mean {near}?"),
@@ -927,8 +934,8 @@ pub fn markdown() -> String {
             setting.accepts,
         ));
     }
-    text.push_str("\n## Variables of other programs\n\n| variable | what it does here |\n|---|---|\n");
-    for (variables, description) in HONOURED {
+    text.push_str("\n## Variables of other programs\n\n| variable | effect in modelcache |\n|---|---|\n");
+    for (variables, description) in FOREIGN_VARIABLES {
         let variables: Vec<_> = variables.split(", ").map(|variable| format!("`{variable}`")).collect();
         text.push_str(&format!("| {} | {description} |\n", variables.join(", ")));
     }
@@ -942,14 +949,15 @@ mod tests {
     use std::collections::HashMap;
     use std::time::Duration;
 
+    /// The inputs of [`Settings::gather`].
     #[derive(Default)]
-    struct Given {
+    struct Inputs {
         flags: BTreeMap<&'static str, String>,
         environment: Environment,
         files: Vec<(PathBuf, String)>,
     }
 
-    impl Given {
+    impl Inputs {
         fn flag(mut self, flag: &'static str, value: &str) -> Self {
             self.flags.insert(flag, value.into());
             self
@@ -980,17 +988,17 @@ mod tests {
         }
     }
 
-    fn given() -> Given {
-        Given::default()
+    fn inputs() -> Inputs {
+        Inputs::default()
     }
 
     #[test]
     fn arguments_are_keyed_by_setting_and_messages_use_their_source() {
         let argument = |text: &str| Argument { text: text.into(), source: "the argument ttl".into() };
-        let given = Given::default().variable("MODEL_CACHE_REF_TTL", "7s");
+        let inputs = Inputs::default().variable("MODEL_CACHE_REF_TTL", "7s");
         let gather = |text: &str| {
             let arguments = BTreeMap::from([("ref_ttl", argument(text))]);
-            Settings::gather_arguments(&arguments, &given.environment, &[], |_| Ok(None))
+            Settings::gather_arguments(&arguments, &inputs.environment, &[], |_| Ok(None))
         };
         assert_eq!(gather("5s").expect("settings").config.ref_ttl, Duration::from_secs(5));
         assert_eq!(
@@ -1004,7 +1012,7 @@ mod tests {
 
     #[test]
     fn defaults_are_those_of_the_table() {
-        let config = given().variable("HOME", "/home/a").config();
+        let config = inputs().variable("HOME", "/home/a").config();
         assert_eq!(config.dir, Path::new("/home/a/.cache/modelcache"));
         assert_eq!((config.max_bytes, config.min_free_bytes), (ByteBound::Percent(80), ByteBound::Percent(10)));
         assert!(config.remote.is_none() && config.origins.is_empty() && config.hub.token.is_none());
@@ -1012,22 +1020,22 @@ mod tests {
         assert_eq!(config.retry.deadline, Duration::from_secs(60));
         assert_eq!(config.retry.read_timeout, Duration::from_secs(30));
         assert_eq!(config.hub.endpoint, "https://huggingface.co");
-        let log = given().gather().expect("settings").log;
+        let log = inputs().gather().expect("settings").log;
         assert_eq!(log, LogSettings { filter: "info".into(), source: None, format: LogFormat::Text });
     }
 
     /// A default is defined twice, as text and as value: the text must parse to the value.
     #[test]
     fn default_texts_parse_to_the_defaults() {
-        let none = given();
+        let none = inputs();
         for setting in SETTINGS {
             let text = setting.default.trim_matches('`');
             if text.contains('`') || text == "none" {
                 continue;
             }
-            let set = given().file("/f", &format!("{} = {text:?}", setting.key));
-            let describe = |given: &Given| {
-                let mut settings = given.gather().expect("settings");
+            let set = inputs().file("/f", &format!("{} = {text:?}", setting.key));
+            let describe = |inputs: &Inputs| {
+                let mut settings = inputs.gather().expect("settings");
                 settings.log.source = None;
                 format!("{settings:?}")
             };
@@ -1036,41 +1044,41 @@ mod tests {
     }
 
     #[test]
-    fn the_directory_follows_the_chain() {
-        let dir = |given: Given| given.config().dir;
-        let home = || given().variable("HOME", "/home/a");
+    fn the_default_directory_depends_on_xdg_home_and_tmpdir() {
+        let dir = |inputs: Inputs| inputs.config().dir;
+        let home = || inputs().variable("HOME", "/home/a");
         assert_eq!(dir(home().variable("XDG_CACHE_HOME", "/x")), Path::new("/x/modelcache"));
         assert_eq!(dir(home().variable("XDG_CACHE_HOME", "x")), Path::new("/home/a/.cache/modelcache"));
-        assert_eq!(dir(given().variable("TMPDIR", "/t")), Path::new("/t/modelcache"));
-        assert_eq!(dir(given()), Path::new("/tmp/modelcache"));
+        assert_eq!(dir(inputs().variable("TMPDIR", "/t")), Path::new("/t/modelcache"));
+        assert_eq!(dir(inputs()), Path::new("/tmp/modelcache"));
         assert_eq!(dir(home().variable("MODEL_CACHE_DIR", "~/m")), Path::new("/home/a/m"));
     }
 
     #[test]
     fn flag_beats_variable_beats_user_file_beats_system_file() {
-        let full = given()
+        let full = inputs()
             .flag("max-bytes", "1")
             .variable("MODEL_CACHE_MAX_BYTES", "2")
             .file("/user", "max_bytes = 3")
             .file("/etc", "max_bytes = 4");
-        let bound = |given: &Given| given.config().max_bytes;
+        let bound = |inputs: &Inputs| inputs.config().max_bytes;
         assert_eq!(bound(&full), ByteBound::Bytes(1));
-        let full = Given { flags: BTreeMap::new(), ..full };
+        let full = Inputs { flags: BTreeMap::new(), ..full };
         assert_eq!(bound(&full), ByteBound::Bytes(2));
         let full = full.variable("MODEL_CACHE_MAX_BYTES", "");
         assert_eq!(bound(&full), ByteBound::Bytes(3), "an empty variable is not set");
-        assert_eq!(bound(&Given { files: full.files[1..].to_vec(), ..full }), ByteBound::Bytes(4));
+        assert_eq!(bound(&Inputs { files: full.files[1..].to_vec(), ..full }), ByteBound::Bytes(4));
     }
 
     #[test]
     fn a_bad_value_is_refused_with_setting_source_and_remedy() {
         let sources = [
-            (given().flag("max-bytes", "much"), "--max-bytes"),
-            (given().variable("MODEL_CACHE_MAX_BYTES", "much"), "MODEL_CACHE_MAX_BYTES"),
-            (given().file("/etc/x.toml", "max_bytes = 'much'"), "/etc/x.toml: max_bytes"),
+            (inputs().flag("max-bytes", "much"), "--max-bytes"),
+            (inputs().variable("MODEL_CACHE_MAX_BYTES", "much"), "MODEL_CACHE_MAX_BYTES"),
+            (inputs().file("/etc/x.toml", "max_bytes = 'much'"), "/etc/x.toml: max_bytes"),
         ];
-        for (given, source) in sources {
-            let (message, hint) = given.refused();
+        for (inputs, source) in sources {
+            let (message, hint) = inputs.refused();
             assert_eq!(message, format!("max_bytes = \"much\" from {source}: not a size"));
             assert_eq!(hint, format!("accepted: {SIZE_ACCEPTS}"));
         }
@@ -1091,74 +1099,78 @@ mod tests {
             ("read_timeout", "0s"),
             ("log_format", "xml"),
         ] {
-            let (message, _) = given().file("/f", &format!("{key} = {value:?}")).refused();
+            let (message, _) = inputs().file("/f", &format!("{key} = {value:?}")).refused();
             assert!(message.starts_with(&format!("{key} = {value:?} from /f: {key}: ")), "{message}");
         }
-        let (message, _) = given().variable("HF_ENDPOINT", "huggingface.co").refused();
+        let (message, _) = inputs().variable("HF_ENDPOINT", "huggingface.co").refused();
         assert!(message.contains("HF_ENDPOINT"), "{message}");
     }
 
     #[test]
     fn an_unknown_key_names_the_nearest_known_one() {
-        let hint = |text: &str| given().file("/f", text).refused().1;
+        let hint = |text: &str| inputs().file("/f", text).refused().1;
         assert_eq!(hint("max-bytes = 1"), "did you mean \"max_bytes\"?");
         assert_eq!(hint("orgin = ''"), "did you mean \"origin\"?");
         assert_eq!(hint("[remote]\nurll = 's3://b'"), "did you mean \"remote.url\"?");
         assert!(hint("colour = 'red'").starts_with("known: dir, "));
-        let (message, _) = given().file("/f", "\nmax_bytes = \n").refused();
+        let (message, _) = inputs().file("/f", "\nmax_bytes = \n").refused();
         assert!(message.starts_with("/f: line 2: "), "{message}");
-        let (message, hint) = given().file("/f", "max_bytes = 1.5").refused();
+        let (message, hint) = inputs().file("/f", "max_bytes = 1.5").refused();
         assert_eq!(message, "/f: max_bytes is a TOML float");
         assert!(hint.contains("14GB"));
     }
 
     #[test]
-    fn the_remote_has_two_names_that_may_not_contradict() {
-        let url = |given: Given| given.config().remote.map(|remote| remote.url);
-        let both = |a, b| given().variable("MODEL_CACHE_REMOTE", a).variable("MODEL_CACHE_S3_BUCKET", b);
-        assert_eq!(url(given().variable("MODEL_CACHE_S3_BUCKET", "b")).as_deref(), Some("s3://b"));
+    fn remote_and_s3_bucket_must_not_contradict() {
+        let url = |inputs: Inputs| inputs.config().remote.map(|remote| remote.url);
+        let both = |a, b| inputs().variable("MODEL_CACHE_REMOTE", a).variable("MODEL_CACHE_S3_BUCKET", b);
+        assert_eq!(url(inputs().variable("MODEL_CACHE_S3_BUCKET", "b")).as_deref(), Some("s3://b"));
         assert_eq!(url(both("s3://b/", "b")).as_deref(), Some("s3://b"));
         let (message, hint) = both("s3://b/p", "b").refused();
         assert!(message.contains("MODEL_CACHE_S3_BUCKET") && message.contains("MODEL_CACHE_REMOTE"), "{message}");
         assert_eq!(hint, "set only one of the two");
-        assert_eq!(url(both("s3://b", "b").flag("remote", "file:///x")).as_deref(), Some("file:///x"), "by rank");
+        assert_eq!(
+            url(both("s3://b", "b").flag("remote", "file:///x")).as_deref(),
+            Some("file:///x"),
+            "a flag overrides"
+        );
         assert_eq!(url(both("s3://b", "b").flag("remote", "none")), None);
         assert_eq!(
-            url(given().variable("MODEL_CACHE_S3_BUCKET", "b").file("/f", "remote = 's3://c'")).as_deref(),
+            url(inputs().variable("MODEL_CACHE_S3_BUCKET", "b").file("/f", "remote = 's3://c'")).as_deref(),
             Some("s3://b")
         );
     }
 
     #[test]
     fn store_options_come_from_the_files() {
-        let given = given()
+        let inputs = inputs()
             .file("/user", "[remote]\nurl = 's3://b'\n[remote.options]\npath_style = true\nretries = 3")
             .file("/etc", "[remote.options]\nregion = 'eu-west-1'\npath_style = false");
-        let remote = given.config().remote.expect("remote");
+        let remote = inputs.config().remote.expect("remote");
         let options: Vec<_> = remote.options.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
         assert_eq!(options, [("path_style", "true"), ("region", "eu-west-1"), ("retries", "3")]);
-        let (message, _) = self::given().file("/f", "[remote.options]\nx = [1]").refused();
+        let (message, _) = self::inputs().file("/f", "[remote.options]\nx = [1]").refused();
         assert_eq!(message, "/f: remote.options.x is a TOML array");
-        assert!(self::given().file("/f", "[remote]\noptions = 1").gather().is_err());
+        assert!(self::inputs().file("/f", "[remote]\noptions = 1").gather().is_err());
     }
 
     #[test]
     fn origins_are_a_comma_list_or_an_array() {
         let two = "hf://{name}@{version}, file:///m/{name}/{version}";
-        assert_eq!(given().variable("MODEL_CACHE_ORIGIN", two).config().origins.len(), 2);
+        assert_eq!(inputs().variable("MODEL_CACHE_ORIGIN", two).config().origins.len(), 2);
         let array = "origin = ['hf://{name}@{version}', 'file:///m/{name}/{version}']";
-        assert_eq!(given().file("/f", array).flag("origin", "none").config().origins.len(), 0);
-        assert_eq!(given().file("/f", array).config().origins.len(), 2);
+        assert_eq!(inputs().file("/f", array).flag("origin", "none").config().origins.len(), 0);
+        assert_eq!(inputs().file("/f", array).config().origins.len(), 2);
     }
 
     #[test]
     fn the_hub_is_configured_like_its_own_tools() {
-        let token = |given: Given| {
+        let token = |inputs: Inputs| {
             let read = |path: &Path| Ok(Some(format!("{}\n", path.display())));
-            let settings = Settings::gather(&given.flags, &given.environment, &given.files, read).expect("settings");
+            let settings = Settings::gather(&inputs.flags, &inputs.environment, &inputs.files, read).expect("settings");
             settings.config.hub.token.map(|token| token.expose().to_owned())
         };
-        let home = || given().variable("HOME", "/home/a");
+        let home = || inputs().variable("HOME", "/home/a");
         assert_eq!(token(home()).as_deref(), Some("/home/a/.cache/huggingface/token"));
         assert_eq!(token(home().variable("XDG_CACHE_HOME", "/x")).as_deref(), Some("/x/huggingface/token"));
         assert_eq!(token(home().variable("HF_HOME", "/h")).as_deref(), Some("/h/token"));
@@ -1167,14 +1179,15 @@ mod tests {
             Some("/home/a/t")
         );
         assert_eq!(token(home().variable("HF_TOKEN", " hf_x\n")).as_deref(), Some("hf_x"));
-        assert_eq!(token(given()), None);
-        assert_eq!(given().variable("HF_ENDPOINT", "http://hub:1//").config().hub.endpoint, "http://hub:1");
+        assert_eq!(token(inputs()), None);
+        assert_eq!(inputs().variable("HF_ENDPOINT", "http://hub:1//").config().hub.endpoint, "http://hub:1");
     }
 
-    fn choice(given: &Given, files: &[(&str, &str)], url: &str) -> (String, Vec<String>) {
+    /// Returns the credential for `url`, and the warnings.
+    fn choice(inputs: &Inputs, files: &[(&str, &str)], url: &str) -> (String, Vec<String>) {
         let read =
             |path: &Path| Ok(files.iter().find(|(name, _)| Path::new(name) == path).map(|(_, text)| (*text).into()));
-        let settings = Settings::gather(&given.flags, &given.environment, &given.files, read).expect("settings");
+        let settings = Settings::gather(&inputs.flags, &inputs.environment, &inputs.files, read).expect("settings");
         let choice = settings.config.credentials.choose(&url::Url::parse(url).expect(url)).expose();
         (choice, settings.warnings)
     }
@@ -1182,10 +1195,10 @@ mod tests {
     #[test]
     fn credentials_come_from_the_files_then_the_netrc() {
         let netrc = "machine r.example login ann password one";
-        let home = || given().variable("HOME", "/h");
-        let on_r = |given: Given| {
+        let home = || inputs().variable("HOME", "/h");
+        let on_r = |inputs: Inputs| {
             choice(
-                &given,
+                &inputs,
                 &[("/h/.netrc", netrc), ("/t", "two\n"), ("/n", "default login d password three")],
                 "https://r.example/x",
             )
@@ -1193,7 +1206,7 @@ mod tests {
         let table = |keys: &str| {
             home().variable("TOKEN", "four").file("/f", &format!("[credentials.'https://r.example']\n{keys}"))
         };
-        assert_eq!(on_r(given()).0, "none");
+        assert_eq!(on_r(inputs()).0, "none");
         assert_eq!(on_r(home()).0, "netrc ann:one");
         assert_eq!(on_r(home().variable("NETRC", "/n")).0, "netrc d:three");
         assert_eq!(on_r(table("bearer = 'x'")).0, "configured x");
@@ -1219,24 +1232,24 @@ mod tests {
             ("r", "bearer = 'canary'", "accepted: tables such as"),
             ("https://r/path", "bearer = 'canary'", "accepted: tables such as"),
         ] {
-            let (message, hint) = given().file("/f", &format!("[credentials.{server:?}]\n{keys}")).refused();
+            let (message, hint) = inputs().file("/f", &format!("[credentials.{server:?}]\n{keys}")).refused();
             assert!(message.starts_with("/f: ") && hint.contains(says), "{message} {hint}");
             assert!(!message.contains("canary") && !hint.contains("canary"), "{message} {hint}");
         }
-        let (message, _) = given().variable("MODEL_CACHE_ORIGIN", "https://u:canary@r/{name}").refused();
+        let (message, _) = inputs().variable("MODEL_CACHE_ORIGIN", "https://u:canary@r/{name}").refused();
         assert!(!message.contains("canary"), "{message}");
     }
 
     #[test]
     fn offline_is_a_switch_and_the_hubs_variable_applies_if_it_is_unset() {
-        let offline = |given: Given| given.config().offline;
+        let offline = |inputs: Inputs| inputs.config().offline;
         for word in ["1", "true", "ON", "yes"] {
-            assert!(offline(given().variable("MODEL_CACHE_OFFLINE", word)), "{word}");
-            assert!(offline(given().variable("HF_HUB_OFFLINE", word)), "{word}");
+            assert!(offline(inputs().variable("MODEL_CACHE_OFFLINE", word)), "{word}");
+            assert!(offline(inputs().variable("HF_HUB_OFFLINE", word)), "{word}");
         }
-        assert!(!offline(given()) && !offline(given().variable("HF_HUB_OFFLINE", "0")));
-        assert!(!offline(given().variable("HF_HUB_OFFLINE", "1").variable("MODEL_CACHE_OFFLINE", "0")));
-        assert!(offline(given().file("/f", "offline = true")));
+        assert!(!offline(inputs()) && !offline(inputs().variable("HF_HUB_OFFLINE", "0")));
+        assert!(!offline(inputs().variable("HF_HUB_OFFLINE", "1").variable("MODEL_CACHE_OFFLINE", "0")));
+        assert!(offline(inputs().file("/f", "offline = true")));
     }
 
     #[test]
@@ -1250,7 +1263,7 @@ mod tests {
 
     #[test]
     fn unknown_variables_are_warned_about_except_for_service_links() {
-        let given = given()
+        let inputs = inputs()
             .variable("MODEL_CACHE_MAX_BYTE", "1")
             .variable("MODEL_CACHE_LISTEN", "x")
             .variable("MODEL_CACHE_CONFIG", "/f")
@@ -1258,7 +1271,7 @@ mod tests {
             .variable("MODEL_CACHE_PATH_2", "/by/exec")
             .variable("MODEL_CACHE_PORT_80_TCP_ADDR", "10.0.0.1")
             .variable("MODEL_CACHE_SERVICE_HOST", "10.0.0.1");
-        let warnings = given.variable("HOME", "/h").gather().expect("settings").warnings;
+        let warnings = inputs.variable("HOME", "/h").gather().expect("settings").warnings;
         assert_eq!(warnings.len(), 2, "{warnings:?}");
         assert!(warnings[0].starts_with("unknown environment variable MODEL_CACHE_LISTEN"), "{warnings:?}");
         assert!(warnings[1].ends_with("did you mean MODEL_CACHE_MAX_BYTES?"), "{warnings:?}");

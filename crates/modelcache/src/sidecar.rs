@@ -23,14 +23,15 @@ pub fn lines(text: &str) -> impl Iterator<Item = Line> {
 /// Returns the digest of the file `name`, from the line with exactly this name, else from a line with the same last
 /// path segment, else from a line without a name.
 pub fn digest_of(text: &str, name: &str) -> Option<Digest> {
-    let stated: Vec<Line> = lines(text).collect();
+    let lines: Vec<Line> = lines(text).collect();
     let last = |path: &str| path.rsplit('/').next().unwrap_or_default().to_owned();
-    let exact = stated.iter().find(|line| line.name.as_deref() == Some(name));
-    let same_file = || stated.iter().find(|line| line.name.as_deref().is_some_and(|listed| last(listed) == last(name)));
-    let alone = || stated.iter().find(|line| line.name.is_none());
-    exact.or_else(same_file).or_else(alone).map(|line| line.digest)
+    let exact = lines.iter().find(|line| line.name.as_deref() == Some(name));
+    let same_file = || lines.iter().find(|line| line.name.as_deref().is_some_and(|listed| last(listed) == last(name)));
+    let unnamed = || lines.iter().find(|line| line.name.is_none());
+    exact.or_else(same_file).or_else(unnamed).map(|line| line.digest)
 }
 
+/// Parses one line in any of the accepted forms.
 fn line(text: &str) -> Option<Line> {
     let text = text.trim_end_matches(['\r', '\n']);
     bsd(text).or_else(|| coreutils(text))
@@ -63,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_form_is_read_and_other_lines_are_passed_over() {
+    fn each_form_is_parsed_and_other_lines_are_ignored() {
         let digest = Digest::of(b"x");
         let upper = digest.to_string().to_uppercase();
         for text in [
@@ -87,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn the_path_decides_before_the_last_segment_does() {
+    fn a_line_with_the_whole_path_takes_precedence_over_one_with_the_same_last_segment() {
         let text = format!("{}  a/x\n{}  b/x\n", Digest::of(b"a"), Digest::of(b"b"));
         assert_eq!(digest_of(&text, "b/x"), Some(Digest::of(b"b")));
     }

@@ -1,7 +1,6 @@
-//! [`Source`], the trait of the remote and of every origin: a manifest and byte ranges of one artifact.
+//! [`Source`], the trait that the remote and every origin implement: the manifest and byte ranges of one artifact.
 //!
-//! The contract is in the documentation of the trait. One conformance suite runs over every implementation
-//! (`tests/it/source_conformance.rs`).
+//! The contract is in the documentation of the trait. `tests/it/source_conformance.rs` tests every implementation.
 
 use crate::error::{Error, Result, Tier};
 use crate::key::FilePath;
@@ -39,15 +38,15 @@ pub trait Source: fmt::Debug + Send + Sync {
     /// Streams the bytes of `path` in `range` (in bytes, end exclusive, not empty, inside the file).
     async fn read(&self, path: &FilePath, range: Range<u64>) -> Result<Body>;
 
-    /// Returns the checksum file or header that contains the digest of `path`, if that is known. It is named in the
-    /// message of a digest mismatch.
+    /// Returns the name of the checksum file or header that contains the digest of `path`, if it is known. The message
+    /// of a digest mismatch names it.
     fn stated_by(&self, _path: &FilePath) -> Option<String> {
         None
     }
 
-    /// Returns true if the server is known to answer a range request with the whole file. The source cuts the range
-    /// from that answer and does not see its end, so surplus bytes are not detected. A caller that needs the whole file
-    /// should therefore read it in one stream.
+    /// Returns true if the server is known to answer a range request with the whole file. The source cuts the range out
+    /// of that response and does not read to its end, so surplus bytes are not detected. A caller that needs the whole
+    /// file should therefore read it in one stream.
     fn ignores_ranges(&self) -> bool {
         false
     }
@@ -63,12 +62,12 @@ pub struct Body {
 }
 
 impl Body {
-    /// Returns an empty body if `range` is empty, so that no request is needed; otherwise `None`. `size` is the size of
-    /// the file, if it is known.
+    /// Checks `range`. Returns an empty body if `range` is empty, so that no request is needed; otherwise `None`.
+    /// `size` is the size of the file, if it is known.
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`](crate::error::ErrorKind::Invalid) if the range is outside the file.
-    pub(crate) fn unasked(path: &FilePath, range: &Range<u64>, size: Option<u64>) -> Result<Option<Self>> {
+    pub(crate) fn for_empty_range(path: &FilePath, range: &Range<u64>, size: Option<u64>) -> Result<Option<Self>> {
         if range.end < range.start || size.is_some_and(|size| range.end > size) {
             return Err(Error::invalid(format!("{path} has no bytes {}..{}", range.start, range.end)));
         }

@@ -9,26 +9,29 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Instant, SystemTime};
 
+/// Size of one write.
 const BUFFER_BYTES: usize = 4 << 20;
+/// Alignment of the buffer in bytes, as O_DIRECT requires it.
 const ALIGN: usize = 4096;
 const GIB: f64 = 1_073_741_824.0;
 
-/// Returns the description. Its first line states date and number of rounds; the rest describes the machine.
+/// Returns the description. Its first line states the date and the number of rounds; the rest describes the machine.
 pub(super) fn description(setup: &Setup) -> Result<String> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let (model, memory_gib) = (field("/proc/cpuinfo", "model name"), memory_bytes("MemTotal") as f64 / GIB);
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let (write, read) = disk_rates(setup)?;
-    let served = if setup.scratch.in_memory { "in memory (tmpfs)" } else { "on the same disk" };
+    let served_data = if setup.scratch.in_memory { "in memory (tmpfs)" } else { "on the same disk" };
     let size = setup.sizes.file >> 20;
     Ok(format!(
         "{}, {} rounds{}\n\
-         {model}, {cores} cores for servers and programs alike; {memory_gib:.0} GiB of memory; Linux {}; {} for what is\n\
-         fetched, where O_DIRECT writes {write:.0} MB/s and reads {read:.0} MB/s ({size} MiB, 4 and 8 MiB at a time).\n\
-         Data to be served lies {served}.\n\nPeers: {}.",
+         {model}, {cores} cores, shared by the servers and the measured programs; {memory_gib:.0} GiB of memory;\n\
+         Linux {}. Downloads are written to {}, which O_DIRECT writes at {write:.0} MB/s and reads at {read:.0} MB/s\n\
+         (one file of {size} MiB, 4 MiB at a time for writes and 8 MiB for reads). Served data is {served_data}.\n\n\
+         Peers: {}.",
         super::server::day(SystemTime::now()),
         setup.rounds,
-        if setup.quick { ", small sizes (`--quick`: a look, not a figure)" } else { "" },
+        if setup.quick { ", small sizes (`--quick`, not comparable)" } else { "" },
         kernel.trim(),
         filesystem(&setup.scratch.disk),
         setup.peers.summary(),
@@ -54,7 +57,7 @@ fn filesystem(path: &Path) -> String {
 
 /// Returns the O_DIRECT rates of the disk in MB/s: of writing, including the sync, and of reading. They are (0, 0) if
 /// the filesystem does not support O_DIRECT.
-pub(super) fn disk_rates(setup: &Setup) -> Result<(f64, f64)> {
+fn disk_rates(setup: &Setup) -> Result<(f64, f64)> {
     let file = setup.scratch.fresh("rate")?.join("file");
     let Ok(write_s) = write_direct(&file, setup.sizes.file) else { return Ok((0.0, 0.0)) };
     let read_s = read(&file, true)?.seconds;
@@ -65,7 +68,6 @@ pub(super) fn disk_rates(setup: &Setup) -> Result<(f64, f64)> {
 
 fn write_direct(path: &Path, bytes: u64) -> Result<f64> {
     let memory = vec![0x5a_u8; BUFFER_BYTES + ALIGN];
-    // O_DIRECT requires an aligned buffer.
     let start = memory.as_ptr().align_offset(ALIGN);
     let buffer = &memory[start..start + BUFFER_BYTES];
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::DIRECT;

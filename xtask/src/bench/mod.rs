@@ -1,34 +1,35 @@
 //! `cargo xtask bench`: measures modelcache and its peers in turn, and writes docs/benchmarks.md.
 //!
-//! A row is one operation that users wait for. Its programs run in the same rounds, because the speed of a machine
-//! drifts, and against the same server on loopback. The server is a separate process and as cheap as possible, because
-//! it shares the cores. A program is measured from start to exit: the start of an interpreter is included, the server
-//! is not.
+//! A row measures one operation that users wait for. All programs of a row run in the same rounds, because the speed of
+//! a machine drifts, and against the same server on loopback. The server is a separate process. It uses as little
+//! processor time as possible, because it shares the cores with the programs. A program is measured from start to exit:
+//! the start of an interpreter is included, the server is not.
 //!
 //! | module | contents |
 //! |---|---|
-//! | [`rows`] | the measured operations, one file per row |
-//! | [`contest`] | programs in rounds, medians, ratios, the table |
-//! | [`rivals`], [`peers`] | the commands of the peers; their installation |
-//! | [`server`], [`served`] | the server; the handle of its process |
-//! | [`package`] | installs our Python package beside the peers |
-//! | [`setup`], [`scratch`], [`tensors`] | our program and the data; the folders of the data and their removal |
-//! | [`usage`] | one run of a program and its resource usage |
+//! | [`rows`] | the measured operations |
+//! | [`comparison`] | runs programs in rounds; medians, ratios, the table |
+//! | [`copiers`], [`peers`] | the commands of the peers that copy objects; the installation of all peers |
+//! | [`server`], [`server_process`] | the server; the handle of its process |
+//! | [`package`] | the installation of our Python package beside the peers |
+//! | [`setup`], [`scratch`] | our program and the sizes; the data folders and their removal |
+//! | [`tensors`] | the safetensors file of the Python rows |
+//! | [`usage`], [`reader`] | one run of a program and its resource usage; a program that reads files |
 //! | [`page`], [`machine`] | docs/benchmarks.md; the description of the machine |
 //!
-//! Nothing is asserted: tables show targets that were missed and programs that failed.
+//! A missed target or a failed program is no error: the tables show both.
 
-mod contest;
+mod comparison;
+mod copiers;
 mod machine;
 mod package;
 mod page;
 mod peers;
 mod reader;
-mod rivals;
 mod rows;
 mod scratch;
-mod served;
 mod server;
+mod server_process;
 mod setup;
 mod tensors;
 mod usage;
@@ -48,6 +49,7 @@ use std::time::Instant;
 
 /// Default number of rounds.
 const ROUNDS: usize = 5;
+/// Default number of rounds with `--quick`.
 const ROUNDS_QUICK: usize = 2;
 
 /// Measure modelcache and its peers, and write docs/benchmarks.md
@@ -78,7 +80,7 @@ pub(crate) struct Bench {
 enum Row {
     /// One large file from S3 to disk, durable
     Durable,
-    /// One large file from S3, until it is loaded
+    /// One large file from S3, until it has been read into memory
     Loaded,
     /// One large file from S3 to disk, over TLS
     Tls,
@@ -88,11 +90,11 @@ enum Row {
     FilesSmall,
     /// One large file from S3 to disk, with a rate limit on each connection
     Shaped,
-    /// One large file from the Hub, through its CDN
+    /// First download of one large file from the Hub, through its CDN
     Hub,
-    /// 50 processes that get the same artifact
+    /// 50 processes that get the same file at the same time
     Herd,
-    /// One large file to S3
+    /// Upload of one large file to S3
     Upload,
     /// Verification of a cached file
     Verify,
@@ -100,7 +102,7 @@ enum Row {
     Warm,
     /// Peak memory
     Memory,
-    /// SHA-256 alone
+    /// SHA-256 without I/O
     Hash,
     /// Hits from Python
     PythonWarm,
@@ -108,7 +110,7 @@ enum Row {
     PythonCold,
     /// The first tensor of a file that is still being downloaded
     PythonOpen,
-    /// A cached file, until its tensors are loaded
+    /// The tensors of a cached file, until they are in memory
     PythonTensors,
 }
 
@@ -153,7 +155,7 @@ impl Bench {
         let names: Vec<String> = Row::value_variants().iter().map(|row| row.name()).collect();
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         let mut failed = Vec::new();
-        for row in in_order().into_iter().filter(|row| self.measures(*row)) {
+        for row in measurement_order().into_iter().filter(|row| self.measures(*row)) {
             match row.measure(&setup) {
                 Ok(section) => {
                     println!("\n{}", section.text());
@@ -170,7 +172,7 @@ impl Bench {
             }
         }
         println!("{machine}\n{:.0} s in all", started.elapsed().as_secs_f64());
-        ensure!(failed.is_empty(), "not measured: {}", failed.join(", "));
+        ensure!(failed.is_empty(), "rows that could not be measured: {}", failed.join(", "));
         Ok(())
     }
 
@@ -180,10 +182,12 @@ impl Bench {
 
     fn setup(&self) -> Result<Setup> {
         let rounds = self.rounds.unwrap_or(if self.quick { ROUNDS_QUICK } else { ROUNDS });
-        ensure!(rounds > 0, "--rounds is at least 1");
+        ensure!(rounds > 0, "--rounds must be at least 1");
         let sizes = if self.quick { Sizes::QUICK } else { Sizes::FULL };
         let program = match &self.program {
-            Some(program) => program.canonicalize().with_context(|| format!("no program {}", program.display()))?,
+            Some(program) => {
+                program.canonicalize().with_context(|| format!("cannot find the program {}", program.display()))?
+            }
             None => build_modelcache(Build::Release)?,
         };
         let peers = Peers::install()?;
@@ -195,8 +199,9 @@ impl Bench {
     }
 }
 
-/// Returns the rows in the order of measurement: first those that share the large file, then those that need its space.
-fn in_order() -> Vec<Row> {
+/// Returns the rows in the order of measurement: first those that share the large file, then those that remove it to
+/// make room.
+fn measurement_order() -> Vec<Row> {
     let of_python = |row: Row| row.is_in_python() && row != Row::PythonCold;
     let last =
         |row: &&Row| of_python(**row) || matches!(row, Row::FilesLarge | Row::FilesSmall | Row::Warm | Row::Hash);

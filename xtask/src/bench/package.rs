@@ -7,10 +7,12 @@ use crate::test::pip_install;
 use anyhow::{Context, Result};
 use std::path::Path;
 
-/// Installs the package with the native module `native`, or builds the module first.
+/// Installs the package with the native module `native`. Builds the module first if `native` is `None`.
 pub(super) fn install(peers: &Peers, native: Option<&Path>) -> Result<()> {
     let native = match native {
-        Some(native) => native.canonicalize().with_context(|| format!("no library {}", native.display()))?,
+        Some(native) => {
+            native.canonicalize().with_context(|| format!("cannot find the native module {}", native.display()))?
+        }
         None => build_native()?,
     };
     let wheel = pack(&peers.python(), &native, &target_folder()?.join("bench-wheel"))?;

@@ -16,40 +16,53 @@ pub(super) struct Section {
     /// Name of the row, as in `--only`.
     pub(super) row: &'static str,
     pub(super) title: String,
-    /// The measured operation, in a sentence or two.
+    /// What is measured and under which conditions, in a few sentences.
     pub(super) what: String,
     pub(super) tables: Vec<String>,
-    pub(super) bars: Vec<Bar>,
+    pub(super) targets: Vec<Target>,
     /// Remarks that a reader needs to interpret the figures.
     pub(super) notes: Vec<String>,
 }
 
 /// A target of a row and the measured value.
-pub(super) struct Bar {
-    what: String,
+pub(super) struct Target {
+    name: String,
     /// `None` if it could not be measured.
-    found: Option<f64>,
+    measured: Option<f64>,
     unit: &'static str,
-    least: f64,
+    required: f64,
+    /// A stricter value.
     goal: Option<f64>,
     more_is_better: bool,
 }
 
-impl Bar {
-    pub(super) fn at_least(what: &str, found: Option<f64>, unit: &'static str, least: f64, goal: Option<f64>) -> Self {
-        Self { what: what.to_owned(), found, unit, least, goal, more_is_better: true }
+impl Target {
+    pub(super) fn at_least(
+        name: &str,
+        measured: Option<f64>,
+        unit: &'static str,
+        required: f64,
+        goal: Option<f64>,
+    ) -> Self {
+        Self { name: name.to_owned(), measured, unit, required, goal, more_is_better: true }
     }
 
-    pub(super) fn at_most(what: &str, found: Option<f64>, unit: &'static str, least: f64, goal: Option<f64>) -> Self {
-        Self { what: what.to_owned(), found, unit, least, goal, more_is_better: false }
+    pub(super) fn at_most(
+        name: &str,
+        measured: Option<f64>,
+        unit: &'static str,
+        required: f64,
+        goal: Option<f64>,
+    ) -> Self {
+        Self { name: name.to_owned(), measured, unit, required, goal, more_is_better: false }
     }
 
     fn reached(&self) -> &'static str {
-        let Some(found) = self.found else { return "not measured" };
-        let holds = |bound: f64| if self.more_is_better { found >= bound } else { found <= bound };
+        let Some(measured) = self.measured else { return "not measured" };
+        let holds = |bound: f64| if self.more_is_better { measured >= bound } else { measured <= bound };
         match self.goal {
             Some(goal) if holds(goal) => "goal",
-            _ if holds(self.least) => "yes",
+            _ if holds(self.required) => "yes",
             _ => "**no**",
         }
     }
@@ -58,9 +71,9 @@ impl Bar {
         let sign = if self.more_is_better { ">=" } else { "<=" };
         let unit = self.unit;
         vec![
-            self.what.clone(),
-            self.found.map_or_else(String::new, |found| format!("{found:.3}{unit}")),
-            format!("{sign} {}{unit}", self.least),
+            self.name.clone(),
+            self.measured.map_or_else(String::new, |measured| format!("{measured:.3}{unit}")),
+            format!("{sign} {}{unit}", self.required),
             self.goal.map_or_else(String::new, |goal| format!("{sign} {goal}{unit}")),
             self.reached().into(),
         ]
@@ -72,12 +85,9 @@ impl Section {
     pub(super) fn text(&self) -> String {
         let mut text = format!("## {}\n\n{}\n", self.title, self.what);
         self.tables.iter().filter(|table| !table.is_empty()).for_each(|table| text += &format!("\n{table}"));
-        if !self.bars.is_empty() {
-            let bars: Vec<_> = self.bars.iter().map(Bar::cells).collect();
-            text += &format!(
-                "\n{}",
-                table::markdown(&["asked of this row", "found", "at least", "goal", "reached"], &bars)
-            );
+        if !self.targets.is_empty() {
+            let targets: Vec<_> = self.targets.iter().map(Target::cells).collect();
+            text += &format!("\n{}", table::markdown(&["target", "measured", "required", "goal", "reached"], &targets));
         }
         self.notes.iter().for_each(|note| text += &format!("\n- {note}"));
         if !self.notes.is_empty() {
@@ -98,7 +108,7 @@ pub(super) fn write(rows: &[&str], sections: &[Section], machine: &str) -> Resul
 
 fn page(present: &str, rows: &[&str], sections: &[Section], machine: &str) -> String {
     let section = |row: &&str| {
-        // Comments delimit the sections, so that one can be copied from the present page.
+        // Comments delimit the sections, so that a section can be copied from the present page.
         let [begin, end] = [format!("<!-- row {row} -->\n"), format!("<!-- end {row} -->\n")];
         let body = match sections.iter().find(|section| section.row == *row) {
             Some(section) => format!("{}\nMeasured {}.\n", section.text(), machine.lines().next().unwrap_or_default()),
@@ -117,8 +127,8 @@ mod tests {
     use super::*;
 
     fn section(row: &'static str, what: &str) -> Section {
-        let (tables, bars, notes) = (Vec::new(), Vec::new(), Vec::new());
-        Section { row, title: row.into(), what: what.into(), tables, bars, notes }
+        let (tables, targets, notes) = (Vec::new(), Vec::new(), Vec::new());
+        Section { row, title: row.into(), what: what.into(), tables, targets, notes }
     }
 
     #[test]
@@ -136,15 +146,18 @@ mod tests {
             present.lines().filter_map(|line| line.strip_prefix("<!-- row ")?.strip_suffix(" -->")).collect();
         let (_, machine) = present.split_once("## The machine\n").expect("the machine");
         let (machine, _) = machine.split_once("<!-- row ").expect("a row");
-        assert!(page(&present, &rows, &[], machine) == present, "{PAGE}: its prose is changed in frame.md");
+        assert!(
+            page(&present, &rows, &[], machine) == present,
+            "{PAGE} differs from frame.md; change its prose in frame.md"
+        );
     }
 
     #[test]
-    fn bars_are_judged_by_what_was_found() {
-        let reached = |found| Bar::at_least("", Some(found), "", 1.5, Some(2.0)).reached();
+    fn targets_are_reached_or_missed_by_the_measured_value() {
+        let reached = |measured| Target::at_least("", Some(measured), "", 1.5, Some(2.0)).reached();
         assert_eq!([reached(1.4), reached(1.5), reached(2.0)], ["**no**", "yes", "goal"]);
-        let reached = |found| Bar::at_most("", Some(found), "", 0.75, Some(0.65)).reached();
+        let reached = |measured| Target::at_most("", Some(measured), "", 0.75, Some(0.65)).reached();
         assert_eq!([reached(0.8), reached(0.7), reached(0.6)], ["**no**", "yes", "goal"]);
-        assert_eq!(Bar::at_most("", None, "", 1.0, None).reached(), "not measured");
+        assert_eq!(Target::at_most("", None, "", 1.0, None).reached(), "not measured");
     }
 }

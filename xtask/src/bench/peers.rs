@@ -13,18 +13,19 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const FOLDER: &str = "xtask/src/bench/peers";
-/// Programs that the machine may have, with the argument that prints their version.
-const FOUND: [(&str, &str); 2] = [("rclone", "version"), ("aria2c", "--version")];
+/// Programs that are used if the machine has them, with the argument that prints their version.
+const SYSTEM_PROGRAMS: [(&str, &str); 2] = [("rclone", "version"), ("aria2c", "--version")];
 
 pub(super) struct Peers {
     venv: PathBuf,
-    /// By name of the package or program.
+    /// The available peers: version by name of the package or program.
     versions: BTreeMap<String, String>,
+    /// The other peers: reason by name of the package or program.
     missing: BTreeMap<String, String>,
 }
 
 impl Peers {
-    /// Installs the packages that are not yet there in the pinned version.
+    /// Installs the packages that are not installed in the pinned version, and looks for the other programs.
     pub(super) fn install() -> Result<Self> {
         let venv = target_folder()?.join("bench-venv");
         if !venv.join("bin/python").exists() {
@@ -35,11 +36,11 @@ impl Peers {
             let path = root().join(FOLDER).join(list);
             let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
             for line in text.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
-                peers.add(line, options)?;
+                peers.install_package(line, options)?;
             }
         }
-        for (program, question) in FOUND {
-            match run(Command::new(program).arg(question)) {
+        for (program, version_argument) in SYSTEM_PROGRAMS {
+            match run(Command::new(program).arg(version_argument)) {
                 Ok((_, printed)) => {
                     let version = printed.lines().next().unwrap_or_default().split(' ').next_back().unwrap_or_default();
                     peers.versions.insert(program.into(), version.trim_start_matches('v').into());
@@ -50,17 +51,17 @@ impl Peers {
         Ok(peers)
     }
 
-    /// Installs one package, given as `name==version`.
-    fn add(&mut self, line: &str, options: &[&str]) -> Result<()> {
-        let (name, version) = line.split_once("==").with_context(|| format!("{line}: no version is pinned"))?;
-        // The stamp names the version, so a changed pin is installed again.
+    /// Installs one package, which `line` names as `name==version`, unless it is installed.
+    fn install_package(&mut self, line: &str, options: &[&str]) -> Result<()> {
+        let (name, version) = line.split_once("==").with_context(|| format!("{line}: the version is not pinned"))?;
+        // The name of the stamp file contains the version, so that a changed pin is installed again.
         let stamp = self.venv.join(format!("{name}-{version}.installed"));
         if !stamp.exists() {
             eprintln!("installing {line}");
             let mut pip = Command::new(self.python());
             pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]).args(options).arg(line);
             if let Err(error) = run(&mut pip) {
-                eprintln!("xtask: {name} is left out: {error:#}");
+                eprintln!("xtask: cannot install {name}, so it is not measured: {error:#}");
                 self.missing.insert(name.into(), "could not be installed".into());
                 return Ok(());
             }
@@ -71,7 +72,7 @@ impl Peers {
     }
 
     /// Fails with the reason if a package or program is not available.
-    pub(super) fn want(&self, name: &str) -> Result<()> {
+    pub(super) fn require(&self, name: &str) -> Result<()> {
         ensure!(!self.missing.contains_key(name), "{}", self.missing[name]);
         ensure!(self.versions.contains_key(name), "not installed");
         Ok(())
@@ -89,31 +90,31 @@ impl Peers {
 
     /// Returns a command for a program of the environment.
     pub(super) fn program(&self, name: &str) -> Command {
-        peer(&self.venv.join("bin").join(name))
+        clean_command(&self.venv.join("bin").join(name))
     }
 
     /// Returns a command for a script in the folder beside this module. Some of the scripts measure our own package.
     pub(super) fn script(&self, name: &str) -> Command {
-        let mut command = peer(&self.python());
+        let mut command = clean_command(&self.python());
         command.arg(root().join(FOLDER).join(name));
         command
     }
 
     /// Returns a command for a program of the machine.
-    pub(super) fn found(&self, name: &str) -> Command {
-        peer(Path::new(name))
+    pub(super) fn system_program(&self, name: &str) -> Command {
+        clean_command(Path::new(name))
     }
 
     /// Lists available peers with their versions, and missing ones with the reason.
     pub(super) fn summary(&self) -> String {
-        let have = self.versions.iter().map(|(name, version)| format!("{name} {version}"));
-        let lack = self.missing.iter().map(|(name, why)| format!("{name} ({why})"));
-        have.chain(lack).collect::<Vec<_>>().join(", ")
+        let available = self.versions.iter().map(|(name, version)| format!("{name} {version}"));
+        let missing = self.missing.iter().map(|(name, why)| format!("{name} ({why})"));
+        available.chain(missing).collect::<Vec<_>>().join(", ")
     }
 }
 
 /// Returns a command with a clean environment, so that the user's settings have no effect.
-fn peer(program: &Path) -> Command {
+fn clean_command(program: &Path) -> Command {
     let mut command = Command::new(program);
     command.env_clear().env("PATH", "/usr/local/bin:/usr/bin:/bin").env("HF_HUB_DISABLE_TELEMETRY", "1");
     command

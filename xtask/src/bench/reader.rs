@@ -5,7 +5,9 @@ use clap::Args;
 use rustix::fs::{Mode, OFlags};
 use std::path::PathBuf;
 
+/// Size of one read.
 const BUFFER_BYTES: usize = 8 << 20;
+/// Alignment of the buffer in bytes, as O_DIRECT requires it.
 const ALIGN: usize = 4096;
 
 /// Read files once
@@ -24,9 +26,9 @@ impl ReaderArguments {
         let buffer = &mut memory[start..start + BUFFER_BYTES];
         let flags = if self.direct { OFlags::RDONLY | OFlags::DIRECT } else { OFlags::RDONLY };
         for path in &self.files {
-            let cannot = || format!("cannot read {}", path.display());
-            let file = rustix::fs::open(path, flags, Mode::empty()).with_context(cannot)?;
-            while rustix::io::read(&file, &mut *buffer).with_context(cannot)? > 0 {}
+            let failure = || format!("cannot read {}", path.display());
+            let file = rustix::fs::open(path, flags, Mode::empty()).with_context(failure)?;
+            while rustix::io::read(&file, &mut *buffer).with_context(failure)? > 0 {}
         }
         Ok(())
     }

@@ -1,6 +1,7 @@
 /*
  * LD_PRELOAD library that reports more free space than the disk has: every filesystem has 1 TB free, and preallocating
- * a file only sets its length. The data written afterwards still has to fit.
+ * a file only sets its length. The data written later still has to fit on
+ * the disk.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -11,11 +12,11 @@
 #define OVERRIDE(name, type, where)                                          \
     int name(where at, struct type *space) {                                 \
         int (*real)(where, struct type *) = dlsym(RTLD_NEXT, #name);         \
-        int answer = real(at, space);                                        \
-        if (answer == 0) {                                                   \
+        int result = real(at, space);                                        \
+        if (result == 0) {                                                   \
             space->f_blocks = space->f_bfree = space->f_bavail = 1000000000000 / space->f_frsize; \
         }                                                                    \
-        return answer;                                                       \
+        return result;                                                       \
     }
 
 OVERRIDE(statvfs, statvfs, const char *)

@@ -1,7 +1,7 @@
 //! Folders for the data of a bench: one in memory, one on the measured disk. Both are removed when the bench ends.
 //!
-//! They are removed also when it is interrupted: a thread handles the signals, kills the running programs and removes
-//! the folders. If the bench itself is killed, the next one removes them.
+//! If the bench is interrupted, a thread that handles the signals kills the running programs and removes the folders.
+//! If the bench is killed (SIGKILL), the next bench removes them.
 
 use super::machine::memory_bytes;
 use super::usage::kill_all;
@@ -16,11 +16,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 use tokio::signal::unix::{SignalKind, signal};
 
+/// The folders have this name, followed by the PID of the bench.
 const NAME: &str = "modelcache-bench-";
 const SHARED_MEMORY: &str = "/dev/shm";
 /// Memory that stays free when data is placed in memory.
 const SPARE_BYTES: u64 = 4 << 30;
-/// Attempts to remove a folder in which files are created at the same time.
+/// Maximum number of attempts to remove a folder in which files are created at the same time.
 const REMOVE_TRIES_MAX: u32 = 100;
 /// Longest wait until the files of a `get` are durable.
 const SYNC_WAIT_MAX: Duration = Duration::from_secs(120);
@@ -40,13 +41,13 @@ impl Scratch {
     /// Creates the folders, in memory if there is room for `bytes` of served data.
     pub(super) fn new(bytes: u64) -> Result<Self> {
         let target = target_folder()?;
-        let own = format!("{NAME}{}", std::process::id());
-        [Path::new(SHARED_MEMORY), &target].into_iter().for_each(sweep);
+        let name = format!("{NAME}{}", std::process::id());
+        [Path::new(SHARED_MEMORY), &target].into_iter().for_each(remove_leftovers);
         let in_memory = room_in_memory() > bytes + SPARE_BYTES;
-        let disk = target.join(&own);
-        let memory = if in_memory { Path::new(SHARED_MEMORY).join(own) } else { disk.join("served") };
+        let disk = target.join(&name);
+        let memory = if in_memory { Path::new(SHARED_MEMORY).join(name) } else { disk.join("served") };
         for folder in [&disk, &memory] {
-            fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+            fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
         }
         let scratch = Self { memory, disk, in_memory };
         clean_up_when_interrupted([scratch.memory.clone(), scratch.disk.clone()])?;
@@ -60,8 +61,8 @@ impl Scratch {
         Ok(path)
     }
 
-    /// Returns a new, empty folder on disk. Before, it waits for the background syncs of earlier programs and writes
-    /// dirty pages back.
+    /// Returns a new, empty folder on disk. First waits for the background syncs of earlier programs and writes dirty
+    /// pages back.
     pub(super) fn fresh(&self, name: &str) -> Result<PathBuf> {
         let folder = self.disk.join(name);
         wait_for_syncing(&self.disk)?;
@@ -79,19 +80,21 @@ impl Drop for Scratch {
     }
 }
 
-/// Waits until no `get` of ours has a background sync running below `folder`, because it would compete with the next
-/// program.
+/// Waits until no background sync of our `get` runs below `folder`. It would compete with the next program.
 fn wait_for_syncing(folder: &Path) -> Result<()> {
     let began = Instant::now();
     while !syncing(folder)?.is_empty() {
-        ensure!(began.elapsed() < SYNC_WAIT_MAX, "the background sync below {} does not end", folder.display());
+        ensure!(
+            began.elapsed() < SYNC_WAIT_MAX,
+            "the background sync below {} has not ended after {SYNC_WAIT_MAX:?}",
+            folder.display()
+        );
         thread::sleep(POLL_INTERVAL);
     }
     Ok(())
 }
 
-/// Removes a folder if it exists. A process that still writes there, such as the background sync of a `get`, loses its
-/// files.
+/// Removes a folder if it exists, including files that another process creates in it meanwhile.
 pub(super) fn remove(folder: &Path) -> Result<()> {
     let mut tries = 0;
     loop {
@@ -107,7 +110,7 @@ pub(super) fn remove(folder: &Path) -> Result<()> {
     }
 }
 
-/// Drops a file from the page cache, after syncing it because dirty pages would stay.
+/// Drops a file from the page cache. Syncs it first, because dirty pages are not dropped.
 pub(super) fn drop_cached(file: &Path) -> Result<()> {
     let file = fs::File::open(file)?;
     file.sync_all()?;
@@ -132,9 +135,9 @@ fn clean_up_when_interrupted(folders: [PathBuf; 2]) -> Result<()> {
     Ok(())
 }
 
-/// Removes folders of benches that no longer run.
-fn sweep(place: &Path) {
-    for entry in fs::read_dir(place).into_iter().flatten().flatten() {
+/// Removes the folders in `parent` of benches that no longer run.
+fn remove_leftovers(parent: &Path) {
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let owner = name.to_str().and_then(|name| name.strip_prefix(NAME)?.parse::<u32>().ok());
         if owner.is_some_and(|owner| !Path::new(&format!("/proc/{owner}")).exists()) {
@@ -143,7 +146,8 @@ fn sweep(place: &Path) {
     }
 }
 
-/// Returns the bytes that a folder in memory may take: the free space there, or the available memory if that is less.
+/// Returns the bytes that a folder in memory may take: the free space of [`SHARED_MEMORY`], or the available memory if
+/// that is less.
 fn room_in_memory() -> u64 {
     let Ok(filesystem) = rustix::fs::statvfs(SHARED_MEMORY) else { return 0 };
     (filesystem.f_bavail * filesystem.f_frsize).min(memory_bytes("MemAvailable"))

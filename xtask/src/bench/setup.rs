@@ -2,7 +2,7 @@
 
 use super::peers::Peers;
 use super::scratch::Scratch;
-use super::served::Served;
+use super::server_process::ServerProcess;
 use super::usage::{Run, measure, run};
 use anyhow::{Context, Result, ensure};
 use std::fs;
@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 pub(super) const BUCKET: &str = "models";
-/// Our prefix in the bucket.
+/// The prefix of our remote in the bucket.
 const PREFIX: &str = "bench";
 
 pub(super) struct Setup {
@@ -22,33 +22,34 @@ pub(super) struct Setup {
     pub(super) sizes: Sizes,
 }
 
-/// Amounts of data, in bytes. Pairs are a number of files and the size of each.
+/// Amounts of data. Sizes are in bytes. Pairs are a number of files and the size of each.
 #[derive(Clone, Copy)]
 pub(super) struct Sizes {
+    /// Size of the large file that most rows move.
     pub(super) file: u64,
-    pub(super) many: (usize, u64),
-    pub(super) small: (usize, u64),
-    /// Size of a sparse file, for measurements that depend on the size alone.
+    pub(super) large_files: (usize, u64),
+    pub(super) small_files: (usize, u64),
+    /// Size of the sparse file.
     pub(super) sparse: u64,
-    /// Size of all tensors of a safetensors file.
+    /// Size of all tensors of the safetensors file.
     pub(super) tensors: u64,
-    /// Number of hits in one process.
+    /// Number of calls in one Python process.
     pub(super) calls: usize,
 }
 
 impl Sizes {
     pub(super) const FULL: Self = Self {
         file: 4 << 30,
-        many: (16, 256 << 20),
-        small: (2000, 4 << 10),
+        large_files: (16, 256 << 20),
+        small_files: (2000, 4 << 10),
         sparse: 100_000_000_000,
         tensors: 2 << 30,
         calls: 10_000,
     };
     pub(super) const QUICK: Self = Self {
         file: 256 << 20,
-        many: (16, 16 << 20),
-        small: (200, 4 << 10),
+        large_files: (16, 16 << 20),
+        small_files: (200, 4 << 10),
         sparse: 4_000_000_000,
         tensors: 256 << 20,
         calls: 1000,
@@ -57,53 +58,53 @@ impl Sizes {
 
 impl Setup {
     /// Returns the folder that the server serves.
-    pub(super) fn served(&self) -> PathBuf {
+    pub(super) fn served_folder(&self) -> PathBuf {
         self.scratch.memory.join("s3")
     }
 
     /// Returns a command for our program on the cache directory `dir`, with a clean environment.
     pub(super) fn modelcache(&self, dir: &Path) -> Command {
         let mut command = Command::new(&self.program);
-        self.place(command.env_clear(), dir);
+        self.set_directory(command.env_clear(), dir);
         command
     }
 
-    /// Like [`Setup::modelcache`], with `served` as the remote.
-    pub(super) fn with_remote(&self, dir: &Path, served: &Served) -> Command {
+    /// Like [`Setup::modelcache`], with our prefix on `server` as the remote.
+    pub(super) fn with_remote(&self, dir: &Path, server: &ServerProcess) -> Command {
         let mut command = self.modelcache(dir);
-        point(&mut command, served);
+        set_remote(&mut command, server);
         command
     }
 
     /// Returns a command for a script that uses our Python package on the cache directory `dir`.
     pub(super) fn python(&self, script: &str, dir: &Path) -> Command {
         let mut command = self.peers.script(script);
-        self.place(&mut command, dir);
+        self.set_directory(&mut command, dir);
         command
     }
 
-    /// Like [`Setup::python`], with `served` as the remote.
-    pub(super) fn python_with_remote(&self, script: &str, dir: &Path, served: &Served) -> Command {
+    /// Like [`Setup::python`], with our prefix on `server` as the remote.
+    pub(super) fn python_with_remote(&self, script: &str, dir: &Path, server: &ServerProcess) -> Command {
         let mut command = self.python(script, dir);
-        point(&mut command, served);
+        set_remote(&mut command, server);
         command
     }
 
-    fn place(&self, command: &mut Command, dir: &Path) {
+    fn set_directory(&self, command: &mut Command, dir: &Path) {
         command.env("HOME", &self.scratch.disk).env("MODEL_CACHE_DIR", dir).env("MODEL_CACHE_MIN_FREE_BYTES", "0");
     }
 
-    /// Publishes a file or folder in memory as an artifact, by our own put. Files that the server discarded are then
-    /// linked into the served folder. The artifact must not have been published before.
-    pub(super) fn publish(&self, served: &Served, name: &str, source: &Path) -> Result<Run> {
+    /// Publishes a file or folder in memory as an artifact, with our own put. The server discards large files, so they
+    /// are then linked into the served folder. The artifact must not have been published before.
+    pub(super) fn publish(&self, server: &ServerProcess, name: &str, source: &Path) -> Result<Run> {
         let dir = self.scratch.fresh("put")?;
-        let mut put = self.with_remote(&dir, served);
+        let mut put = self.with_remote(&dir, server);
         let run = measure(put.args(["put", &format!("{name}@1"), "--tier", "remote"]).arg(source))?;
         super::scratch::remove(&dir)?;
-        let version = self.served().join(BUCKET).join(PREFIX).join(name).join("1");
+        let version = self.served_folder().join(BUCKET).join(PREFIX).join(name).join("1");
         for file in files_of(source)? {
             let target = version.join(file.file_name().context("a file has a name")?);
-            // The server keeps small files itself.
+            // The server has stored the small files.
             if !target.exists() {
                 link(&file, &target)?;
             }
@@ -113,7 +114,7 @@ impl Setup {
 
     /// Makes a file or folder in memory available to the peers, as objects below `prefix/`.
     pub(super) fn expose(&self, prefix: &str, source: &Path) -> Result<()> {
-        let folder = self.served().join(BUCKET).join(prefix);
+        let folder = self.served_folder().join(BUCKET).join(prefix);
         for file in files_of(source)? {
             link(&file, &folder.join(file.file_name().context("a file has a name")?))?;
         }
@@ -128,9 +129,9 @@ impl Setup {
     }
 }
 
-/// Points a command at our prefix in the bucket of a server.
-fn point(command: &mut Command, served: &Served) {
-    command.envs(served.env()).env("MODEL_CACHE_REMOTE", format!("s3://{BUCKET}/{PREFIX}"));
+/// Sets our prefix on a server as the remote of a command.
+fn set_remote(command: &mut Command, server: &ServerProcess) {
+    command.envs(server.env()).env("MODEL_CACHE_REMOTE", format!("s3://{BUCKET}/{PREFIX}"));
 }
 
 fn link(file: &Path, target: &Path) -> Result<()> {
@@ -151,14 +152,14 @@ pub(super) fn files_of(path: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// Fails unless `path`, a file or folder, has exactly this many bytes, so that an incomplete copy does not count.
-pub(super) fn has_bytes(path: &Path, wanted: u64) -> Result<()> {
+pub(super) fn check_size(path: &Path, wanted: u64) -> Result<()> {
     let sizes = files_of(path)?.iter().map(|file| Ok(file.metadata()?.len())).collect::<Result<Vec<u64>>>()?;
     let found: u64 = sizes.iter().sum();
-    ensure!(found == wanted, "brought {found} bytes, not {wanted}");
+    ensure!(found == wanted, "{} has {found} bytes, not {wanted}", path.display());
     Ok(())
 }
 
-/// Makes files durable by `sync FILE…`.
+/// Makes a file, or a folder and its files, durable with `sync FILE…`.
 pub(super) fn sync(path: &Path) -> Result<Run> {
     let mut command = Command::new("sync");
     command.args(files_of(path)?);
@@ -168,7 +169,7 @@ pub(super) fn sync(path: &Path) -> Result<Run> {
     measure(&mut command)
 }
 
-/// Reads files once in large pieces, like a model loader.
+/// Reads a file, or the files in a folder, once in large pieces, like a model loader.
 pub(super) fn read(path: &Path, direct: bool) -> Result<Run> {
     let mut command = Command::new(std::env::current_exe()?);
     command.arg("bench-read").args(direct.then_some("--direct")).args(files_of(path)?);

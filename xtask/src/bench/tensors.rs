@@ -1,5 +1,5 @@
-//! Writes a safetensors file of any size in slices, because this process must stay small: its size is a lower bound of
-//! the measured memory.
+//! Writes the safetensors file of the Python rows, of any size. It is written in slices, because this process must stay
+//! small: its size is a lower bound of the measured memory (see `usage`).
 //!
 //! All tensors are vectors of 32-bit numbers and have equal length. Any bit pattern may occur, including NaN.
 
@@ -13,12 +13,14 @@ use std::path::{Path, PathBuf};
 
 /// Number of tensors in the file.
 pub(super) const TENSORS: u64 = 64;
+/// Bytes generated and written at a time.
 const SLICE_BYTES: usize = 1 << 20;
 
 /// Name and reference of the artifact, and its only file.
 pub(super) const NAME: &str = "bench/tensors";
 pub(super) const REFERENCE: &str = "bench/tensors@1";
 pub(super) const FILE: &str = "model.safetensors";
+/// Seed of the generated content.
 const SEED: u64 = 11;
 
 /// Writes the file into the folder of served data. Returns its folder, and its size including the header.

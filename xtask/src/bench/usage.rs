@@ -1,11 +1,11 @@
-//! Runs programs to their end and measures their usage with `wait4(2)`: of the process, and of children it waited for.
+//! Runs programs to their end and measures their usage with `wait4(2)`, including the children they waited for.
 //!
 //! Servers and this process are not included. A program that does not end is killed after [`LIMIT`].
 //!
 //! Peak memory is that of the largest process. It is never below the size of this process, which the kernel counts
 //! until the child has executed the program, so this process must stay small.
 
-use crate::repository::shown;
+use crate::repository::shell_line;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use std::fs::File;
@@ -16,7 +16,7 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Longest time of one run.
+/// Time after which a program is killed.
 const LIMIT: Duration = Duration::from_secs(600);
 
 /// Running programs, to be killed when the bench is interrupted.
@@ -46,9 +46,9 @@ impl Run {
 /// Runs `command` to its end. Returns its usage and its standard output.
 pub(super) fn run(command: &mut Command) -> Result<(Run, String)> {
     let (run, status, output) = Running::start(command)?.wait()?;
-    let [printed, complaints] = output;
-    let last = complaints.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
-    ensure!(status.success(), "`{}` ended with {status}: {last}", shown(command));
+    let [printed, errors] = output;
+    let last = errors.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
+    ensure!(status.success(), "`{}` ended with {status}: {last}", shell_line(command));
     Ok((run, printed))
 }
 
@@ -76,6 +76,7 @@ impl Figures {
 pub(super) struct Running {
     started: Instant,
     pid: u32,
+    /// Standard output and standard error.
     output: [File; 2],
     /// Stops the watchdog when it is dropped.
     _watchdog: Sender<()>,
@@ -87,11 +88,11 @@ impl Running {
         let output = [tempfile::tempfile()?, tempfile::tempfile()?];
         command.stdin(Stdio::null()).stdout(output[0].try_clone()?).stderr(output[1].try_clone()?);
         let started = Instant::now();
-        let pid = command.spawn().with_context(|| format!("cannot run {}", shown(command)))?.id();
+        let pid = command.spawn().with_context(|| format!("cannot run {}", shell_line(command)))?.id();
         running().push(pid);
-        let (watchdog, called_off) = channel();
+        let (watchdog, dropped) = channel();
         std::thread::spawn(move || {
-            if called_off.recv_timeout(LIMIT) == Err(RecvTimeoutError::Timeout) {
+            if dropped.recv_timeout(LIMIT) == Err(RecvTimeoutError::Timeout) {
                 signal(pid, libc::SIGKILL);
             }
         });

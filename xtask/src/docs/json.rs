@@ -1,4 +1,4 @@
-//! docs/json.md: the objects that `modelcache --json` prints.
+//! Generates docs/json.md, which describes the objects that `modelcache --json` prints.
 //!
 //! Field names, types and meanings come from the serde attributes and the comments at the types, which are read from
 //! the sources. The examples are serialized values, and their keys are compared with the fields that were read.
@@ -36,7 +36,7 @@ const HEAD: &str = "# JSON output
 
 <!-- Written by `cargo xtask docs`; edit the comments at the types, or crates/modelcache-cli/src/docs/json.rs. -->
 
-With `--json`, a command prints its answer to standard output as JSON, one object per line, with the fields in
+With `--json`, a command prints its result to standard output as JSON, one object per line, with the fields in
 alphabetical order. Progress and messages stay on standard error.
 
 - Sizes are in bytes. Durations are in seconds. Times are in RFC 3339, in UTC.
@@ -73,35 +73,36 @@ pub(super) fn page() -> Result<String> {
 #[derive(Clone)]
 struct Row {
     name: String,
-    shape: String,
+    /// The JSON type.
+    json_type: String,
     meaning: String,
     may_be_absent: bool,
-    /// The type of the object, or of the objects in the array.
+    /// The Rust type of the object, or of the objects in the array.
     object: Option<String>,
 }
 
 fn table(rows: &[Row]) -> String {
-    let row = |row: &Row| format!("| `{}` | {} | {} |\n", row.name, row.shape, row.meaning);
+    let row = |row: &Row| format!("| `{}` | {} | {} |\n", row.name, row.json_type, row.meaning);
     rows.iter().map(row).fold("| field | type | meaning |\n|---|---|---|\n".to_owned(), |table, row| table + &row)
 }
 
-/// Returns the heading of a nested object: its type, without the suffix of a serialized form.
+/// Returns the heading of a nested object: the name of its type without the suffix `Form`.
 fn title(name: &str) -> &str {
     name.strip_suffix("Form").unwrap_or(name)
 }
 
-/// A field or variant as it was read.
+/// A field or variant, as it was read from the sources.
 #[derive(Default)]
 struct Member {
     name: String,
-    /// The type; empty for a variant.
+    /// The Rust type; empty for a variant.
     of: String,
     docs: Vec<String>,
     /// The contents of `#[serde(…)]`.
     serde: String,
 }
 
-/// A struct or enum as it was read.
+/// A struct or enum, as it was read from the sources.
 struct Definition {
     serde: String,
     members: Vec<Member>,
@@ -140,7 +141,7 @@ impl Types {
             }
             if has("flatten", serde) {
                 // A type parameter stands for a type that the report names as well.
-                let of = inner(of);
+                let of = without_reference(of);
                 if of != "T" {
                     rows.extend(self.rows(&of)?);
                 }
@@ -149,40 +150,42 @@ impl Types {
             let (row_name, meaning) = (value_of("rename", serde).unwrap_or_else(|| field.clone()), meaning(docs)?);
             let may_be_absent = serde.contains("skip_serializing_if");
             let (of, with) = (of.clone(), value_of("serialize_with", serde));
-            let (shape, object) = match with.as_deref() {
+            let (json_type, object) = match with.as_deref() {
                 Some("json::time") => ("time or null".to_owned(), None),
                 Some("json::path") => ("string".into(), None),
                 Some("json::optional_path" | "tag_name") => ("string or null".into(), None),
                 Some("json::seconds") => ("number".into(), None),
                 Some("phases") => ("object: a number for each phase".into(), None),
-                Some("pin") => self.shape("Option<PinForm>", false)?,
-                Some(other) => bail!("{name}.{field}: what does {other} serialize to?"),
-                None => self.shape(&of, may_be_absent)?,
+                Some("pin") => self.json_type("Option<PinForm>", false)?,
+                Some(other) => {
+                    bail!("{name}.{field}: xtask/src/docs/json.rs does not know the type that {other} serializes to")
+                }
+                None => self.json_type(&of, may_be_absent)?,
             };
-            rows.push(Row { name: row_name, shape, meaning, may_be_absent, object });
+            rows.push(Row { name: row_name, json_type, meaning, may_be_absent, object });
         }
         Ok(rows)
     }
 
-    /// Returns the description of a type, and the object in it.
-    fn shape(&mut self, of: &str, may_be_absent: bool) -> Result<(String, Option<String>)> {
-        let of = inner(of);
+    /// Returns the JSON type of a Rust type, and the Rust type of the object in it.
+    fn json_type(&mut self, of: &str, may_be_absent: bool) -> Result<(String, Option<String>)> {
+        let of = without_reference(of);
         let argument = |generic: &str| of.strip_prefix(generic)?.strip_suffix('>').map(str::to_owned);
         if let Some(of) = argument("Option<") {
-            let (shape, object) = self.shape(&of, false)?;
-            return Ok((if may_be_absent { shape } else { format!("{shape} or null") }, object));
+            let (json_type, object) = self.json_type(&of, false)?;
+            return Ok((if may_be_absent { json_type } else { format!("{json_type} or null") }, object));
         }
         let item = argument("Vec<").or_else(|| argument("BTreeSet<"));
         if let Some(of) = item.or_else(|| of.strip_prefix('[')?.strip_suffix(']').map(str::to_owned)) {
-            let (shape, object) = self.shape(&of, false)?;
-            return Ok((format!("array of {shape}"), object));
+            let (json_type, object) = self.json_type(&of, false)?;
+            return Ok((format!("array of {json_type}"), object));
         }
         if let Some(arguments) = argument("BTreeMap<") {
             let (key, of) = arguments.split_once(", ").context("a map has two arguments")?;
-            let ((keys, _), (shape, object)) = (self.shape(key, false)?, self.shape(of, false)?);
-            return Ok((format!("object: {shape} for {keys}"), object));
+            let ((keys, _), (json_type, object)) = (self.json_type(key, false)?, self.json_type(of, false)?);
+            return Ok((format!("object: {json_type} for {keys}"), object));
         }
-        let shape = match of.as_str() {
+        let json_type = match of.as_str() {
             "u8" | "u32" | "u64" | "usize" => "integer",
             "bool" => "boolean",
             "str" | "String" | "ArtifactName" | "Version" | "FilePath" | "Digest" | "GitOid" => "string",
@@ -190,26 +193,26 @@ impl Types {
                 let Definition { serde, members } = self.definition(name)?;
                 if members.iter().all(|member| member.of.is_empty()) {
                     let case = value_of("rename_all", serde).with_context(|| format!("{name} has no rename_all"))?;
-                    let words: Vec<_> = members.iter().map(|variant| word(&variant.name, &case)).collect();
+                    let words: Vec<_> = members.iter().map(|variant| variant_text(&variant.name, &case)).collect();
                     return Ok((words.join(", "), None));
                 }
                 self.mentioned.insert(name.to_owned());
-                let shape = format!("[{}](#{})", title(name), title(name).to_lowercase());
-                return Ok((shape, Some(name.to_owned())));
+                let json_type = format!("[{}](#{})", title(name), title(name).to_lowercase());
+                return Ok((json_type, Some(name.to_owned())));
             }
         };
-        Ok((shape.to_owned(), None))
+        Ok((json_type.to_owned(), None))
     }
 
     /// Compares the keys of an example with the fields of the types, also in nested objects.
     fn compare(&mut self, example: &Value, rows: &[Row]) -> Result<()> {
-        let fields = example.as_object().context("not an object")?;
+        let fields = example.as_object().context("the example is not an object")?;
         if let Some(key) = fields.keys().find(|key| !rows.iter().any(|row| row.name == **key)) {
-            bail!("it has the field {key}, which was not found in the types");
+            bail!("the example has the field {key}, which no type has");
         }
         for row in rows {
             let value = fields.get(&row.name);
-            ensure!(value.is_some() || row.may_be_absent, "it lacks the field {}", row.name);
+            ensure!(value.is_some() || row.may_be_absent, "the example lacks the field {}", row.name);
             let Some(object) = &row.object else { continue };
             let nested = match value {
                 Some(Value::Array(items)) => items.clone(),
@@ -230,7 +233,7 @@ fn definitions_in(text: &str) -> Result<BTreeMap<String, Definition>> {
     let variant = Regex::new(r"^    (\w+),$")?;
     let serde = Regex::new(r"^ *#\[serde\((.*)\)\]$")?;
     let mut definitions = BTreeMap::new();
-    // The attributes above the next type, and the type that is being read.
+    // The serde attribute above the next type, and the type that is being read.
     let (mut above, mut open): (String, Option<(String, Definition)>) = (String::new(), None);
     let mut member = Member::default();
     for line in text.lines() {
@@ -263,14 +266,14 @@ fn definitions_in(text: &str) -> Result<BTreeMap<String, Definition>> {
     Ok(definitions)
 }
 
-/// Returns the type without reference and lifetimes.
-fn inner(of: &str) -> String {
+/// Returns a Rust type without reference and lifetimes.
+fn without_reference(of: &str) -> String {
     let of = of.strip_prefix('&').unwrap_or(of);
     let of = of.strip_suffix("<'a>").unwrap_or(of);
     of.strip_prefix("'a ").or_else(|| of.strip_prefix("'static ")).unwrap_or(of).to_owned()
 }
 
-/// Returns true if the serde attributes have `word` alone.
+/// Returns true if `word` is one of the serde attributes.
 fn has(word: &str, serde: &str) -> bool {
     serde.split(", ").any(|each| each == word)
 }
@@ -281,13 +284,13 @@ fn value_of(name: &str, serde: &str) -> Option<String> {
     serde.split(", ").find_map(value)
 }
 
-/// Returns a variant as serde writes it.
-fn word(variant: &str, case: &str) -> String {
-    let dash = |(at, letter): (usize, char)| {
+/// Returns the name of a variant as serde serializes it, in quotes.
+fn variant_text(variant: &str, case: &str) -> String {
+    let letter = |(at, letter): (usize, char)| {
         let dash = if at > 0 && letter.is_uppercase() && case == "kebab-case" { "-" } else { "" };
         format!("{dash}{}", letter.to_lowercase())
     };
-    format!("`\"{}\"`", variant.char_indices().map(dash).collect::<String>())
+    format!("`\"{}\"`", variant.char_indices().map(letter).collect::<String>())
 }
 
 /// Returns the comment at a field as the text of a table cell.
@@ -311,9 +314,9 @@ mod tests {
             table(&rows).lines().skip(2).collect::<Vec<_>>(),
             ["| `size` | integer or null | The size, or `null`. |", "| `name` | string |  |"]
         );
-        assert_eq!(types.shape("Vec<B>", false).expect("a shape").0, "array of `\"one-two\"`");
+        assert_eq!(types.json_type("Vec<B>", false).expect("a JSON type").0, "array of `\"one-two\"`");
         let example = serde_json::json!({"size": 1, "name": "a", "other": 2});
         let error = types.compare(&example, &rows).expect_err("a difference").to_string();
-        assert_eq!(error, "it has the field other, which was not found in the types");
+        assert_eq!(error, "the example has the field other, which no type has");
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! `cargo xtask docs` writes docs/json.md from this table and from the comments at the fields of the types.
 
-use crate::output::{Asked, ErrorForm, Failure};
+use crate::output::{ErrorForm, Failure, WithReference};
 use crate::verbs::{backfill::Outcome, doctor, pin::Unpinned};
 use modelcache::cache::{
     BytesByTier, EvictReport, GetAnswer, GetPlan, GetReport, Holder, InTheWay, InspectedFile, Inspection, KeptArtifact,
@@ -212,18 +212,23 @@ pub fn reports() -> Result<Vec<Report>> {
             "get REF…",
             "One object for each reference, in their order. `prewarm REF…` prints the same objects, in the order in \
              which the artifacts are complete.",
-            &["Asked", "GetAnswer"],
-            &Asked { reference, report: answer },
+            &["WithReference", "GetAnswer"],
+            &WithReference { reference, report: answer },
         )?,
         report(
             "get --dry-run REF…",
             "One object for each reference, in their order.",
-            &["Asked", "GetPlan"],
-            &Asked { reference, report: plan },
+            &["WithReference", "GetPlan"],
+            &WithReference { reference, report: plan },
         )?,
         report("put NAME@VERSION PATH", "One object.", &["PutReport"], &put)?,
         report("tag NAME@VERSION TAG", "One object. `tag --remove` prints the same.", &["TagReport"], &tagged)?,
-        report("resolve REF", "One object.", &["Asked", "PinnedForm"], &Asked { reference, report: resolved })?,
+        report(
+            "resolve REF",
+            "One object.",
+            &["WithReference", "PinnedForm"],
+            &WithReference { reference, report: resolved },
+        )?,
         report(
             "backfill",
             "One object for each artifact that was uploaded, or is being uploaded by another process.",

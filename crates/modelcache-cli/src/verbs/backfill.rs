@@ -29,9 +29,9 @@ impl Backfill {
         if self.dry_run {
             let pending = cache.pending_backfills().await?;
             if output.is_json() {
-                pending.iter().try_for_each(|pending| output.answer_json(pending))?;
+                pending.iter().try_for_each(|pending| output.print_json(pending))?;
             } else {
-                output.answer(&listing(&pending))?;
+                output.print(&listing(&pending))?;
             }
             return Ok(exit::DONE);
         }
@@ -39,13 +39,13 @@ impl Backfill {
         let report = progress::show(output, "backfill", &progress, cache.backfill_pending(&progress)).await?;
         for key in &report.done {
             if output.is_json() {
-                output.answer_json(&Outcome::new(key, "done"))?;
+                output.print_json(&Outcome::new(key, "done"))?;
             }
         }
         for key in &report.busy {
-            output.remark(&format!("{key}: another process is uploading it"));
+            output.message(&format!("{key}: another process is uploading it"));
             if output.is_json() {
-                output.answer_json(&Outcome::new(key, "busy"))?;
+                output.print_json(&Outcome::new(key, "busy"))?;
             }
         }
         let mut code = exit::DONE;
@@ -55,16 +55,16 @@ impl Backfill {
                 code = exit::code(error.kind());
             }
         }
-        output.remark(&summary(&report, others(&cache, session).await?));
+        output.message(&summary(&report, count_for_other_remotes(&cache, session).await?));
         Ok(code)
     }
 }
 
 /// Returns the number of pending uploads to other remotes.
-async fn others(cache: &Cache, session: &Session<'_>) -> Result<usize> {
-    let here = session.config.remote.as_ref().map(|remote| remote.url.as_str());
+async fn count_for_other_remotes(cache: &Cache, session: &Session<'_>) -> Result<usize> {
+    let configured = session.config.remote.as_ref().map(|remote| remote.url.as_str());
     let pending = cache.pending_backfills().await?;
-    Ok(pending.iter().filter(|pending| Some(pending.remote.as_str()) != here).count())
+    Ok(pending.iter().filter(|pending| Some(pending.remote.as_str()) != configured).count())
 }
 
 /// Ends a command that got or put artifacts: waits for its background uploads and, if the remote has answered,
@@ -73,13 +73,13 @@ pub(super) async fn finish(session: &Session<'_>, cache: &Cache) {
     let progress = Progress::new();
     let report = progress::show(session.output, "backfill", &progress, cache.finish_backfills(&progress)).await;
     if !report.done.is_empty() {
-        session.output.remark(&format!("pending uploads of earlier runs: {}", summary(&report, 0)));
+        session.output.message(&format!("pending uploads of earlier runs: {}", summary(&report, 0)));
     }
 }
 
 /// Formats the summary line. `others` is the number of pending uploads to other remotes.
 fn summary(report: &BackfillReport, others: usize) -> String {
-    let counted = |number: usize| format!("{number} artifact{}", if number == 1 { "" } else { "s" });
+    let counted = |number: usize| human::counted(number, "artifact");
     let attempted = report.done.len() + report.failed.len() + report.dropped.len() + report.busy.len();
     let mut text = match attempted {
         0 => "nothing to upload".to_owned(),

@@ -20,7 +20,7 @@ impl Completions {
     pub(crate) fn run(&self, output: &Output) -> Result<()> {
         let mut script = Vec::new();
         clap_complete::generate(self.shell, &mut visible_commands(), "modelcache", &mut script);
-        output.answer_trusted(&String::from_utf8_lossy(&script))
+        output.print_trusted(&String::from_utf8_lossy(&script))
     }
 }
 

@@ -4,9 +4,9 @@
 //! variable.
 
 use crate::arguments::Global;
-use crate::environment::{self, Survey};
+use crate::environment::{self, SettingsSurvey};
 use crate::output::{Lines, Output};
-use crate::{exit, logs, signals, small_memory};
+use crate::{exit, human, logs, signals, small_memory};
 use clap::{Args, ValueEnum};
 use modelcache::config::Environment;
 use modelcache::doctor::{self, Area, Check, DoctorOptions, Gravity};
@@ -55,7 +55,7 @@ impl Doctor {
         if let Some(role) = self.iam_policy {
             return print_policy(&survey.settings?.config, role.into(), output).map(|()| exit::DONE);
         }
-        let mut checks = configuration(&survey);
+        let mut checks = configuration_checks(&survey);
         let settings = survey.settings.or(survey.without_invalid)?;
         if let Err(error) = logs::start(&settings.log, output) {
             checks.push(Check::problem(Area::Configuration, &error));
@@ -66,7 +66,7 @@ impl Doctor {
             Ok(examined) => {
                 runtime.shutdown_background();
                 checks.extend(examined);
-                report(&checks, output)
+                print_report(&checks, output)
             }
             Err(signal) => {
                 output.interrupted(signal);
@@ -78,14 +78,15 @@ impl Doctor {
 }
 
 /// Checks configuration files, variables and flags.
-fn configuration(survey: &Survey) -> Vec<Check> {
+fn configuration_checks(survey: &SettingsSurvey) -> Vec<Check> {
     let mut checks = Vec::new();
     let files: Vec<String> = survey.files.iter().map(|path| path.display().to_string()).collect();
     checks.push(match files.is_empty() {
         true => Check::ok(Area::Configuration, "no configuration file; using the defaults"),
         false => Check::ok(Area::Configuration, format!("read {}", files.join(", then "))),
     });
-    let mut names: Vec<&str> = survey.environment.0.keys().map(String::as_str).filter(|name| is_ours(name)).collect();
+    let mut names: Vec<&str> =
+        survey.environment.0.keys().map(String::as_str).filter(|name| is_listed_variable(name)).collect();
     names.sort_unstable();
     if !names.is_empty() {
         checks.push(Check::ok(Area::Configuration, format!("set: {}", names.join(", "))));
@@ -96,20 +97,21 @@ fn configuration(survey: &Survey) -> Vec<Check> {
             checks.push(Check::warning(
                 Area::Configuration,
                 "the other checks ran without this setting",
-                "fix it first, then run `modelcache doctor` again",
+                "fix the setting, then run `modelcache doctor` again",
             ));
         }
-        Ok(settings) => checks.extend(of_settings(settings, &survey.environment)),
+        Ok(settings) => checks.extend(settings_checks(settings, &survey.environment)),
     }
     checks
 }
 
-fn of_settings(settings: &Settings, environment: &Environment) -> Vec<Check> {
-    let odd = settings.warnings.iter();
+/// Checks the settings: misspelt names, and a cache directory that may be emptied.
+fn settings_checks(settings: &Settings, environment: &Environment) -> Vec<Check> {
+    let warnings = settings.warnings.iter();
     let mut checks: Vec<Check> =
-        odd.map(|warning| Check::warning(Area::Configuration, warning, "correct the name, or unset it")).collect();
-    let homeless = ["HOME", "XDG_CACHE_HOME", "MODEL_CACHE_DIR"].iter().all(|name| environment.get(name).is_none());
-    if homeless && settings.config.dir.starts_with(environment.get("TMPDIR").unwrap_or("/tmp")) {
+        warnings.map(|warning| Check::warning(Area::Configuration, warning, "correct the name, or unset it")).collect();
+    let has_no_home = ["HOME", "XDG_CACHE_HOME", "MODEL_CACHE_DIR"].iter().all(|name| environment.get(name).is_none());
+    if has_no_home && settings.config.dir.starts_with(environment.get("TMPDIR").unwrap_or("/tmp")) {
         checks.push(Check::warning(
             Area::Configuration,
             format!(
@@ -122,10 +124,12 @@ fn of_settings(settings: &Settings, environment: &Environment) -> Vec<Check> {
     checks
 }
 
-fn is_ours(name: &str) -> bool {
+/// Returns true if the doctor lists the variable `name`.
+fn is_listed_variable(name: &str) -> bool {
     name.starts_with("MODEL_CACHE_") || matches!(name, "HF_ENDPOINT" | "HF_TOKEN" | "HF_HOME" | "HF_TOKEN_PATH")
 }
 
+/// Prints the IAM policy for `role` on the configured bucket.
 fn print_policy(config: &Config, role: Role, output: &Output) -> Result<()> {
     let Some(remote) = &config.remote else {
         return Err(Error::invalid("no remote is configured, so there is no bucket to grant rights on")
@@ -133,8 +137,8 @@ fn print_policy(config: &Config, role: Role, output: &Output) -> Result<()> {
     };
     let policy = Policy::least(remote, role)?;
     let encode = |cause| Error::new(ErrorKind::Other, "cannot write the policy").cause(cause);
-    output.answer_trusted(&serde_json::to_string_pretty(&policy.document).map_err(encode)?)?;
-    policy.notes.iter().for_each(|note| output.remark(note));
+    output.print_trusted(&serde_json::to_string_pretty(&policy.document).map_err(encode)?)?;
+    policy.notes.iter().for_each(|note| output.message(note));
     Ok(())
 }
 
@@ -152,27 +156,23 @@ pub(crate) struct Report<'a> {
 }
 
 /// Prints the checks. Returns the exit code of the first problem.
-fn report(checks: &[Check], output: &Output) -> Result<u8> {
+fn print_report(checks: &[Check], output: &Output) -> Result<u8> {
     let count = |gravity| checks.iter().filter(|check| check.gravity == gravity).count();
     let (problems, warnings) = (count(Gravity::Problem), count(Gravity::Warning));
-    let first = checks.iter().find_map(|check| check.kind.filter(|_| check.gravity == Gravity::Problem));
-    let code = first.map_or(exit::DONE, exit::code);
+    let first_problem = checks.iter().find_map(|check| check.kind.filter(|_| check.gravity == Gravity::Problem));
+    let code = first_problem.map_or(exit::DONE, exit::code);
     if output.is_json() {
-        output.answer_json(&Report { checks, problems, warnings, exit: code })?;
+        output.print_json(&Report { checks, problems, warnings, exit: code })?;
     } else {
-        output.answer(&text(checks, output.is_quiet()))?;
+        output.print(&text(checks, output.is_quiet()))?;
     }
-    output.remark(&format!("{}, {}", counted(problems, "problem"), counted(warnings, "warning")));
+    output.message(&format!("{}, {}", counted(problems, "problem"), counted(warnings, "warning")));
     Ok(code)
 }
 
 /// Formats a count with its noun: `no problems`, `1 problem`, `2 problems`.
 fn counted(number: usize, noun: &str) -> String {
-    match number {
-        0 => format!("no {noun}s"),
-        1 => format!("1 {noun}"),
-        many => format!("{many} {noun}s"),
-    }
+    if number == 0 { format!("no {noun}s") } else { human::counted(number, noun) }
 }
 
 /// Formats the checks by area. With `only_bad`, leaves out the checks that passed.

@@ -59,61 +59,61 @@ impl Evict {
         let cache = session.cache()?;
         let tier = self.tier.into();
         // A dry run finds the copies and the tags.
-        let found = self.found(cache.evict(&reference, tier, true).await?)?;
+        let found = self.require_copy(cache.evict(&reference, tier, true).await?)?;
         if self.dry_run {
             if output.is_json() {
-                output.answer_json(&found)?;
+                output.print_json(&found)?;
             } else {
                 let also = if found.tags.is_empty() { String::new() } else { format!(", and {}", tags(&found)) };
-                output.answer(&Lines::one(&format!("{}: would remove {}{also}", found.key, sizes_by_tier(&found))))?;
+                output.print(&Lines::one(&format!("{}: would remove {}{also}", found.key, sizes_by_tier(&found))))?;
             }
             return Ok(exit::DONE);
         }
-        if (self.removes_only_copies(&found) || !found.tags.is_empty()) && !self.yes {
+        if (self.may_remove_last_copy(&found) || !found.tags.is_empty()) && !self.yes {
             if !(io::stdin().is_terminal() && io::stderr().is_terminal()) {
-                let keep = if found.remote_bytes.is_some() && found.disk_bytes.is_some() {
+                let alternative = if found.remote_bytes.is_some() && found.disk_bytes.is_some() {
                     ", or use --tier disk to keep the copy on the remote"
                 } else {
                     ""
                 };
                 return Err(Error::invalid(consequences(&found))
                     .artifact(&found.key)
-                    .hint(format!("add --yes to remove it{keep}")));
+                    .hint(format!("add --yes to remove it{alternative}")));
             }
             output.ask(&format!("{}: {}. Continue? [y/N] ", found.key, consequences(&found)));
             if !answered_yes().await {
-                output.remark("nothing was removed");
+                output.message("nothing was removed");
                 return Ok(exit::OTHER);
             }
         }
-        let removed = self.found(cache.evict(&reference, tier, false).await?)?;
+        let removed = self.require_copy(cache.evict(&reference, tier, false).await?)?;
         if output.is_json() {
-            output.answer_json(&removed)?;
+            output.print_json(&removed)?;
         }
-        output.remark(&format!("{}: removed {}", removed.key, sizes_by_tier(&removed)));
+        output.message(&format!("{}: removed {}", removed.key, sizes_by_tier(&removed)));
         if !removed.tags.is_empty() {
-            output.remark(&format!("{}: also removed {}", removed.key, tags(&removed)));
+            output.message(&format!("{}: also removed {}", removed.key, tags(&removed)));
         }
         Ok(exit::DONE)
     }
 
     /// Returns the report, or an error if no copy was found.
-    fn found(&self, report: EvictReport) -> Result<EvictReport> {
+    fn require_copy(&self, report: EvictReport) -> Result<EvictReport> {
         if report.disk_bytes.is_some() || report.remote_bytes.is_some() {
             return Ok(report);
         }
-        let place = match self.tier {
+        let message = match self.tier {
             EvictTierArgument::All => "neither on disk nor on the remote",
             EvictTierArgument::Disk => "not on disk",
             EvictTierArgument::Remote => "not on the remote",
         };
         let list = if self.tier == EvictTierArgument::Remote { "modelcache ls --remote" } else { "modelcache ls" };
-        Err(Error::not_found(place).artifact(&report.key).hint(format!("`{list}` lists what is there")))
+        Err(Error::not_found(message).artifact(&report.key).hint(format!("`{list}` lists what is there")))
     }
 
     /// Returns true if the eviction may remove the last copy. `--tier disk` leaves the copy on the remote alone, so it
     /// never asks.
-    fn removes_only_copies(&self, report: &EvictReport) -> bool {
+    fn may_remove_last_copy(&self, report: &EvictReport) -> bool {
         self.tier != EvictTierArgument::Disk && !report.origin_can_give_back
     }
 }
@@ -169,14 +169,14 @@ mod tests {
 
     #[test]
     fn only_the_last_copies_need_confirmation() {
-        assert!(evict(EvictTierArgument::All).removes_only_copies(&report(Some(1), Some(1), false)));
+        assert!(evict(EvictTierArgument::All).may_remove_last_copy(&report(Some(1), Some(1), false)));
         assert!(
-            evict(EvictTierArgument::All).removes_only_copies(&report(Some(1), None, false)),
+            evict(EvictTierArgument::All).may_remove_last_copy(&report(Some(1), None, false)),
             "the last copy may be on disk"
         );
-        assert!(evict(EvictTierArgument::Remote).removes_only_copies(&report(None, Some(1), false)));
-        assert!(!evict(EvictTierArgument::All).removes_only_copies(&report(Some(1), Some(1), true)));
-        assert!(!evict(EvictTierArgument::Disk).removes_only_copies(&report(Some(1), None, false)));
+        assert!(evict(EvictTierArgument::Remote).may_remove_last_copy(&report(None, Some(1), false)));
+        assert!(!evict(EvictTierArgument::All).may_remove_last_copy(&report(Some(1), Some(1), true)));
+        assert!(!evict(EvictTierArgument::Disk).may_remove_last_copy(&report(Some(1), None, false)));
     }
 
     #[test]
@@ -193,11 +193,11 @@ mod tests {
 
     #[test]
     fn an_artifact_without_copies_is_not_found() {
-        let error = evict(EvictTierArgument::Disk).found(report(None, None, false)).expect_err("nothing");
+        let error = evict(EvictTierArgument::Disk).require_copy(report(None, None, false)).expect_err("nothing");
         assert_eq!((error.kind(), error.to_string().as_str()), (ErrorKind::NotFound, "a@1: not on disk"));
         assert!(
-            evict(EvictTierArgument::All).found(report(None, Some(0), false)).is_ok(),
-            "an empty artifact is something"
+            evict(EvictTierArgument::All).require_copy(report(None, Some(0), false)).is_ok(),
+            "an artifact of 0 bytes exists"
         );
     }
 

@@ -3,7 +3,7 @@
 //! The command is not a child: it has this process's id, receives the signals and determines the exit code. The kernel
 //! releases the leases when the command ends, however it ends. `exec` prints nothing to standard output.
 
-use super::choice::Choice;
+use super::get_arguments::GetArguments;
 use super::{Session, reference_forms, sync};
 use crate::{exit, progress, small_memory};
 use clap::Args;
@@ -31,7 +31,7 @@ pub(crate) struct Exec {
     #[arg(required = true, value_name = "REF", help = reference_forms())]
     pub(crate) references: Vec<String>,
     #[command(flatten)]
-    pub(crate) choice: Choice,
+    pub(crate) arguments: GetArguments,
     /// The command and its arguments, after `--`
     #[arg(last = true, required = true, value_name = "CMD")]
     pub(crate) command: Vec<OsString>,
@@ -39,12 +39,12 @@ pub(crate) struct Exec {
 
 impl Exec {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
-        self.refuse_unknown_number()?;
-        let cache = cache(&session.config)?;
-        let got = self.choice.in_time(self.all(session, &cache)).await;
-        // Before `hold_through_exec`: a child process for the sync must not inherit the leases.
-        sync::sync_or_hand_off(&cache, got.is_ok()).await;
-        let artifacts = got?;
+        self.reject_unknown_placeholders()?;
+        let cache = open_cache(&session.config)?;
+        let outcome = self.arguments.in_time(self.get_all(session, &cache)).await;
+        // Call this before `hold_through_exec`: a child process for the sync must not inherit the leases.
+        sync::sync_or_hand_off(&cache, outcome.is_ok()).await;
+        let artifacts = outcome?;
         let paths: Vec<PathBuf> = artifacts.iter().map(|artifact| artifact.path.clone()).collect();
         let words: Vec<OsString> = self.command.iter().map(|word| substitute_paths(word, &paths)).collect();
         let [program, arguments @ ..] = &words[..] else {
@@ -55,32 +55,32 @@ impl Exec {
         command.args(arguments).envs(numbered).env("MODEL_CACHE_PATH", &paths[0]);
         small_memory::remove_from(&mut command);
         artifacts.iter().try_for_each(Artifact::hold_through_exec)?;
-        // `exec` ends this program, so clean-up and metrics come first.
+        // `exec` ends this program, so clean up and write the metrics before it.
         modelcache::transfer::wait_for_cleanup(crate::CLEANUP_WAIT).await;
         session.write_metrics("exec", exit::DONE).await;
         // Returns only if it failed.
         let (code, error) = not_run(program, command.exec());
-        session.failed(&error, None);
+        session.report_failure(&error, None);
         Ok(code)
     }
 
-    /// Gets every reference. Fails with the first failure.
-    async fn all(&self, session: &Session<'_>, cache: &Cache) -> Result<Vec<Artifact>> {
-        let (output, options) = (session.output, self.choice.options()?);
+    /// Gets every reference. Stops at the first failure.
+    async fn get_all(&self, session: &Session<'_>, cache: &Cache) -> Result<Vec<Artifact>> {
+        let (output, options) = (session.output, self.arguments.options()?);
         let mut artifacts = Vec::new();
         for text in &self.references {
             let progress = Progress::new();
-            let reference = self.choice.reference(text)?;
+            let reference = self.arguments.reference(text)?;
             let artifact =
                 progress::show(output, text, &progress, cache.get_with(&reference, &options, &progress)).await?;
-            session.got(&artifact);
+            session.report_get(&artifact);
             artifacts.push(artifact);
         }
         Ok(artifacts)
     }
 
-    /// Refuses a number without a reference, such as `{3}` with two references, before anything is downloaded.
-    fn refuse_unknown_number(&self) -> Result<()> {
+    /// Rejects a placeholder whose number has no reference, such as `{3}` with two references.
+    fn reject_unknown_placeholders(&self) -> Result<()> {
         let number = |word: &OsString| {
             word.to_str()?
                 .strip_prefix('{')?
@@ -92,16 +92,16 @@ impl Exec {
         let references = self.references.len();
         match self.command.iter().filter_map(number).find(|(number, _)| !(1..=references).contains(number)) {
             Some((_, word)) => Err(Error::invalid(format!("{} matches no reference", word.display()))
-                .hint(format!("use {{1}} to {{{references}}}; double the braces to keep them"))),
+                .hint(format!("use {{1}} to {{{references}}}; double the braces to pass them unchanged"))),
             None => Ok(()),
         }
     }
 }
 
 /// Opens the cache. Background uploads are left to a later run, because `exec` ends this program.
-fn cache(config: &Config) -> Result<Cache> {
+fn open_cache(config: &Config) -> Result<Cache> {
     let backfill = config.backfill.map(|mode| if mode == Backfill::Background { Backfill::Later } else { mode });
-    let mut config = sync::deferred(config);
+    let mut config = sync::with_deferred_sync(config);
     config.backfill = backfill;
     Cache::open(config)
 }
@@ -127,14 +127,14 @@ fn not_run(program: &OsStr, cause: io::Error) -> (u8, Error) {
 fn substitute_paths(word: &OsStr, paths: &[PathBuf]) -> OsString {
     let (mut rest, mut filled) = (word.as_bytes(), Vec::new());
     while let [first, tail @ ..] = rest {
-        if let Some((literal, after)) = tail.strip_prefix(b"{").and_then(slot).filter(|_| *first == b'{')
+        if let Some((literal, after)) = tail.strip_prefix(b"{").and_then(split_placeholder).filter(|_| *first == b'{')
             && let Some(after) = after.strip_prefix(b"}")
         {
             // `{{…}}`: keep the inner pair.
             filled.extend_from_slice(&rest[1..literal_end(literal)]);
             rest = after;
-        } else if let Some((digits, after)) = slot(tail).filter(|_| *first == b'{')
-            && let Some(path) = numbered(digits, paths)
+        } else if let Some((digits, after)) = split_placeholder(tail).filter(|_| *first == b'{')
+            && let Some(path) = path_for(digits, paths)
         {
             filled.extend_from_slice(path.as_os_str().as_bytes());
             rest = after;
@@ -148,18 +148,19 @@ fn substitute_paths(word: &OsStr, paths: &[PathBuf]) -> OsString {
 
 /// Splits the text after an opening brace into its digits, possibly none, and the rest after the closing brace. Returns
 /// `None` if the brace does not enclose digits.
-fn slot(text: &[u8]) -> Option<(&[u8], &[u8])> {
+fn split_placeholder(text: &[u8]) -> Option<(&[u8], &[u8])> {
     let end = text.iter().position(|byte| !byte.is_ascii_digit())?;
     (text[end] == b'}').then(|| (&text[..end], &text[end + 1..]))
 }
 
-/// Returns the end of the inner braces in `{{digits}}`.
+/// Returns the offset after the inner closing brace of `{{digits}}`.
 fn literal_end(digits: &[u8]) -> usize {
+    // `{{`, the digits, and `}`.
     digits.len() + 3
 }
 
 /// Returns the path for the digits between braces. Without digits, this is the first path.
-fn numbered<'a>(digits: &[u8], paths: &'a [PathBuf]) -> Option<&'a PathBuf> {
+fn path_for<'a>(digits: &[u8], paths: &'a [PathBuf]) -> Option<&'a PathBuf> {
     match std::str::from_utf8(digits).ok()? {
         "" => paths.first(),
         digits => paths.get(digits.parse::<usize>().ok()?.checked_sub(1)?),
@@ -171,7 +172,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn braces_are_paths_unless_doubled_or_something_else() {
+    fn placeholders_become_paths_and_other_braces_stay() {
         let paths = ["/a b".into(), "/c".into()];
         for (word, becomes) in [
             ("{}", "/a b"),
@@ -190,15 +191,15 @@ mod tests {
     }
 
     #[test]
-    fn a_number_without_reference_is_refused_before_anything_is_downloaded() {
+    fn a_placeholder_without_reference_is_rejected() {
         let exec = |command: &[&str]| Exec {
             references: vec!["a@1".into(), "b@1".into()],
-            choice: Choice::default(),
+            arguments: GetArguments::default(),
             command: command.iter().map(OsString::from).collect(),
         };
-        assert!(exec(&["x", "{}", "{2}", "{{3}}", "{x}"]).refuse_unknown_number().is_ok());
+        assert!(exec(&["x", "{}", "{2}", "{{3}}", "{x}"]).reject_unknown_placeholders().is_ok());
         for word in ["{0}", "{3}"] {
-            let error = exec(&["x", word]).refuse_unknown_number().expect_err("no such reference");
+            let error = exec(&["x", word]).reject_unknown_placeholders().expect_err("no such reference");
             assert!(error.message().starts_with(word), "{error}");
         }
     }

@@ -5,10 +5,10 @@
 //! until the process ends.
 
 use super::backfill::{finish, to_remote};
-use super::choice::Choice;
+use super::get_arguments::GetArguments;
 use super::into::IntoFolder;
 use super::{Session, phase_list, reference_forms, sync};
-use crate::output::{Asked, Lines, table};
+use crate::output::{Lines, WithReference, table};
 use crate::{exit, human, progress};
 use clap::Args;
 use modelcache::cache::{Artifact, BytesByTier, Destination, GetAnswer, GetOptions, GetPlan, GetReport};
@@ -25,7 +25,7 @@ pub(crate) struct Get {
     #[arg(required = true, value_name = "REF", help = reference_forms())]
     pub(crate) references: Vec<String>,
     #[command(flatten)]
-    pub(crate) choice: Choice,
+    pub(crate) arguments: GetArguments,
     #[command(flatten)]
     pub(crate) into: IntoFolder,
     /// First read the files on disk in full and compare them with their digests; download damaged files again
@@ -39,10 +39,10 @@ pub(crate) struct Get {
 impl Get {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
         let cache = session.cache_to_hand_off()?;
-        let got = self.choice.in_time(self.all(session, &cache)).await;
+        let outcome = self.arguments.in_time(self.get_all(session, &cache)).await;
         sync::sync_or_hand_off(&cache, false).await;
         // The leases are released when the process ends.
-        let (code, _leases) = got?;
+        let (code, _leases) = outcome?;
         if !self.dry_run {
             finish(session, &cache).await;
         }
@@ -50,17 +50,17 @@ impl Get {
     }
 
     /// Gets every reference. The first failure determines the exit code.
-    async fn all(&self, session: &Session<'_>, cache: &Cache) -> Result<(u8, Vec<Artifact>)> {
+    async fn get_all(&self, session: &Session<'_>, cache: &Cache) -> Result<(u8, Vec<Artifact>)> {
         let destination = self.into.destination(cache, self.references.len()).await?;
         // The links in the destination must not survive a crash that loses the files, so the files are synced first.
-        let options = GetOptions { verify: self.verify, durable: destination.is_some(), ..self.choice.options()? };
+        let options = GetOptions { verify: self.verify, durable: destination.is_some(), ..self.arguments.options()? };
         let mut code = exit::DONE;
         let mut leased = Vec::new();
         for text in &self.references {
-            match self.one(session, cache, text, &options, destination.as_ref()).await {
+            match self.get_one(session, cache, text, &options, destination.as_ref()).await {
                 Ok(artifact) => leased.extend(artifact),
                 Err(error) => {
-                    session.failed(&error, Some(text));
+                    session.report_failure(&error, Some(text));
                     if code == exit::DONE {
                         code = exit::code(error.kind());
                     }
@@ -71,7 +71,7 @@ impl Get {
     }
 
     /// Gets one reference and prints its path. Returns `None` for a dry run.
-    async fn one(
+    async fn get_one(
         &self,
         session: &Session<'_>,
         cache: &Cache,
@@ -80,29 +80,29 @@ impl Get {
         destination: Option<&Destination>,
     ) -> Result<Option<Artifact>> {
         let output = session.output;
-        let reference = self.choice.reference(text)?;
+        let reference = self.arguments.reference(text)?;
         if self.dry_run {
             let plan = cache.plan(&reference, options).await?;
             if output.is_json() {
-                output.answer_json(&Asked { reference: text, report: &plan })?;
+                output.print_json(&WithReference { reference: text, report: &plan })?;
             } else {
-                output.answer(&plan_text(&plan))?;
+                output.print(&plan_text(&plan))?;
             }
             return Ok(None);
         }
         let progress = Progress::new();
         let artifact = progress::show(output, text, &progress, cache.get_with(&reference, options, &progress)).await?;
-        session.got(&artifact);
-        let made = match destination {
-            Some(destination) => Some(self.into.put(output, &artifact, destination).await?),
+        session.report_get(&artifact);
+        let materialized = match destination {
+            Some(destination) => Some(self.into.materialize(output, &artifact, destination).await?),
             None => None,
         };
-        let path = made.as_ref().map_or(&artifact.path, |made| &made.path);
+        let path = materialized.as_ref().map_or(&artifact.path, |materialized| &materialized.path);
         if output.is_json() {
-            let report = GetAnswer { path, into: made.as_ref(), ..artifact.answer() };
-            output.answer_json(&Asked { reference: text, report })?;
+            let report = GetAnswer { path, into: materialized.as_ref(), ..artifact.answer() };
+            output.print_json(&WithReference { reference: text, report })?;
         } else {
-            output.answer_path(path)?;
+            output.print_path(path)?;
         }
         Ok(Some(artifact))
     }
@@ -121,11 +121,13 @@ pub(super) fn summary(key: &ArtifactKey, report: &GetReport) -> String {
     format!("{key}: {received} from {} in {took} ({phases}{}{backfilled})", report.from, by_tier(&report.bytes))
 }
 
+/// Formats the bytes of each tier: `disk 0 B, remote 1.2 GB, origin 0 B`.
 fn by_tier(bytes: &BytesByTier) -> String {
     let [disk, remote, origin] = [bytes.disk, bytes.remote, bytes.origin].map(human::bytes);
     format!("disk {disk}, remote {remote}, origin {origin}")
 }
 
+/// Formats the plan of a dry run: the files, and the bytes of each tier.
 fn plan_text(plan: &GetPlan) -> Lines {
     let rows =
         plan.files.iter().map(|file| vec![file.path.to_string(), human::bytes(file.size), file.from.to_string()]);
@@ -189,7 +191,7 @@ mod tests {
     fn the_json_object_has_flat_fields() {
         let (key, report) = (key(), report(Tier::Origin, Duration::from_secs(4)));
         let answer = GetAnswer { key: &key, path: Path::new("/c/x"), report: &report, into: None };
-        let object = json!(Asked { reference: "team/model@3", report: answer });
+        let object = json!(WithReference { reference: "team/model@3", report: answer });
         assert_eq!(object["reference"], "team/model@3");
         assert_eq!((&object["name"], &object["version"]), (&json!("team/model"), &json!("3")));
         assert_eq!((&object["path"], &object["from"]), (&json!("/c/x"), &json!("origin")));

@@ -22,18 +22,18 @@ impl Inspect {
         let reference = Reference::parse(&self.reference)?;
         let inspection = session.cache()?.inspect(&reference).await?;
         if !(inspection.known_on_disk || inspection.known_in_lower || inspection.known_on_remote) {
-            return Err(nowhere(&inspection));
+            return Err(not_found(&inspection));
         }
         if output.is_json() {
-            output.answer_json(&inspection)
+            output.print_json(&inspection)
         } else {
-            output.answer(&inspection_text(&inspection, SystemTime::now()))
+            output.print(&inspection_text(&inspection, SystemTime::now()))
         }
     }
 }
 
 /// Returns the error for an artifact that no tier has.
-fn nowhere(inspection: &Inspection) -> Error {
+fn not_found(inspection: &Inspection) -> Error {
     match &inspection.remote_error {
         None => Error::not_found("neither on disk nor on the remote"),
         Some(why) => {
@@ -63,7 +63,7 @@ fn inspection_text(inspection: &Inspection, now: SystemTime) -> Lines {
     facts.iter().for_each(|(name, value)| lines.push(&format!("{name:<10} {value}")));
     lines.push("");
 
-    let tick = |held: bool| if held { "yes" } else { "-" }.to_owned();
+    let yes_or_dash = |held: bool| if held { "yes" } else { "-" }.to_owned();
     let rows = inspection.files.iter().map(|file| {
         let unknown = || "-".to_owned();
         vec![
@@ -72,14 +72,15 @@ fn inspection_text(inspection: &Inspection, now: SystemTime) -> Lines {
             file.sha256.map_or_else(unknown, |digest| digest.short()),
             file.provenance.map_or_else(unknown, |provenance| provenance.to_string()),
             file.format.clone().unwrap_or_else(unknown),
-            tick(file.on_disk),
-            tick(file.on_remote),
+            yes_or_dash(file.on_disk),
+            yes_or_dash(file.on_remote),
         ]
     });
     lines += table(&["FILE", "SIZE", "SHA256", "PROVENANCE", "FORMAT", "DISK", "REMOTE"], &[1], rows);
     lines
 }
 
+/// Returns whether the artifact is leased, and by which processes.
 fn in_use(inspection: &Inspection) -> String {
     let holders: Vec<_> = inspection.holders.iter().map(Holder::to_string).collect();
     match (inspection.leased, holders.is_empty()) {
@@ -130,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_shows_where_it_is_held() {
+    fn each_file_shows_the_tiers_that_have_it() {
         let text = inspection_text(&inspection(), SystemTime::UNIX_EPOCH).to_string();
         let short = Digest::of(b"x").short();
         assert!(text.contains(&format!("one    5 B  {short}")), "{text}");
@@ -143,9 +144,9 @@ mod tests {
     }
 
     #[test]
-    fn nowhere_is_not_found_unless_the_remote_was_down() {
+    fn an_absent_artifact_is_not_found_unless_the_remote_was_down() {
         let gone = Inspection { known_on_disk: false, ..inspection() };
-        assert_eq!(nowhere(&gone).kind(), ErrorKind::Unavailable);
-        assert_eq!(nowhere(&Inspection { remote_error: None, ..gone }).kind(), ErrorKind::NotFound);
+        assert_eq!(not_found(&gone).kind(), ErrorKind::Unavailable);
+        assert_eq!(not_found(&Inspection { remote_error: None, ..gone }).kind(), ErrorKind::NotFound);
     }
 }

@@ -63,7 +63,7 @@ impl IntoFolder {
     }
 
     /// Links or copies the artifact into the destination and prints how.
-    pub(super) async fn put(
+    pub(super) async fn materialize(
         &self,
         output: &Output,
         artifact: &Artifact,
@@ -71,26 +71,26 @@ impl IntoFolder {
     ) -> Result<Materialized> {
         let progress = Progress::new();
         let work = artifact.materialize(destination, self.link.into(), &progress);
-        let made = progress::show(output, "into", &progress, work).await?;
-        output.remark(&format!("{}: {}", made.dir.display(), links_text(&made)));
-        if made.links.contains_key(&Link::Symlink) {
-            output.remark(
+        let materialized = progress::show(output, "into", &progress, work).await?;
+        output.message(&format!("{}: {}", materialized.dir.display(), links_text(&materialized)));
+        if materialized.links.contains_key(&Link::Symlink) {
+            output.message(
                 "the links point into the cache: evicting the artifact breaks them (`modelcache pin` keeps it)",
             );
         }
-        Ok(made)
+        Ok(materialized)
     }
 }
 
 /// Formats the number of files by kind of link: `3 files hard-linked (read-only), 1 copied`.
-fn links_text(made: &Materialized) -> String {
+fn links_text(materialized: &Materialized) -> String {
     let word = |link: &Link| match link {
         Link::Hard => "hard-linked (read-only)",
         Link::Reflink => "reflinked",
         Link::Symlink => "symlinked",
         Link::Copy => "copied",
     };
-    let mut parts: Vec<_> = made.links.iter().map(|(link, files)| format!("{files} {}", word(link))).collect();
+    let mut parts: Vec<_> = materialized.links.iter().map(|(link, files)| format!("{files} {}", word(link))).collect();
     if let Some(first) = parts.first_mut() {
         *first = first.replacen(' ', if first.starts_with("1 ") { " file " } else { " files " }, 1);
     }

@@ -32,9 +32,9 @@ impl Ls {
         let cache = session.cache()?;
         let listed = if self.of_remote() { cache.list_remote().await? } else { cache.list().await? };
         if output.is_json() {
-            return listed.iter().try_for_each(|listed| output.answer_json(listed));
+            return listed.iter().try_for_each(|listed| output.print_json(listed));
         }
-        output.answer(&listing(&listed, self.of_remote(), SystemTime::now()))
+        output.print(&listing(&listed, self.of_remote(), SystemTime::now()))
     }
 }
 

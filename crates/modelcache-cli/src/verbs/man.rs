@@ -25,18 +25,18 @@ impl Man {
             None => top_page(),
             Some(verb) => verb_page(verb)?,
         };
-        output
-            .answer_trusted(&page.map_err(|cause| Error::new(ErrorKind::Other, "cannot write the page").cause(cause))?)
+        output.print_trusted(&page.map_err(|cause| Error::new(ErrorKind::Other, "cannot write the page").cause(cause))?)
     }
 }
 
 /// Returns the command line with all derived values filled in.
-fn built() -> Command {
+fn built_command() -> Command {
     let mut command = Arguments::command();
     command.build();
     command
 }
 
+/// Returns the page of the program.
 fn top_page() -> io::Result<String> {
     // The exit codes are left out of the long help: they get a section of their own.
     let page = clap_mangen::Man::new(Arguments::command().after_long_help(""));
@@ -52,8 +52,9 @@ fn top_page() -> io::Result<String> {
     Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
+/// Returns the page of one command.
 fn verb_page(verb: &str) -> Result<io::Result<String>> {
-    let command = built();
+    let command = built_command();
     let is_visible = |verb: &&Command| !verb.is_hide_set() && verb.get_name() != "help";
     let verbs = || command.get_subcommands().filter(is_visible);
     let Some(found) = verbs().find(|command| command.get_name() == verb) else {
@@ -66,6 +67,7 @@ fn verb_page(verb: &str) -> Result<io::Result<String>> {
     Ok(page.render(&mut text).map(|()| String::from_utf8_lossy(&text).into_owned()))
 }
 
+/// Returns the sections for exit codes and environment variables.
 fn exits_and_variables() -> Roff {
     let mut roff = Roff::new();
     roff.control("SH", ["EXIT STATUS"]);

@@ -3,12 +3,12 @@
 //! A command returns its exit code. It returns an error if it failed and has not printed the error itself.
 
 pub(crate) mod backfill;
-pub(crate) mod choice;
 pub(crate) mod completions;
 pub(crate) mod doctor;
 pub(crate) mod evict;
 pub(crate) mod exec;
 pub(crate) mod get;
+pub(crate) mod get_arguments;
 pub(crate) mod inspect;
 pub(crate) mod into;
 pub(crate) mod ls;
@@ -65,34 +65,35 @@ pub(crate) struct Session<'a> {
     pub(crate) config: Config,
     /// The file for the Prometheus metrics of this command, if one is configured.
     pub(crate) metrics_file: Option<PathBuf>,
-    pub(crate) run: metrics::Run,
+    pub(crate) metrics: metrics::CommandMetrics,
     pub(crate) started: Instant,
 }
 
 impl Session<'_> {
     /// Records a completed get and prints its summary line.
-    pub(crate) fn got(&self, artifact: &Artifact) {
-        self.run.got(&artifact.report);
-        self.output.remark(&get::summary(&artifact.key, &artifact.report));
+    pub(crate) fn report_get(&self, artifact: &Artifact) {
+        self.metrics.record_get(&artifact.report);
+        self.output.message(&get::summary(&artifact.key, &artifact.report));
     }
 
     /// Records and prints a failure. `reference` names the reference that failed, if the command has several.
-    pub(crate) fn failed(&self, error: &Error, reference: Option<&str>) {
-        self.run.failed(error.kind());
+    pub(crate) fn report_failure(&self, error: &Error, reference: Option<&str>) {
+        self.metrics.record_failure(error.kind());
         self.output.error(error, reference);
     }
 
     /// Writes the metrics file, if one is configured. `verb` is the command, `code` its exit code.
     pub(crate) async fn write_metrics(&self, verb: &'static str, code: u8) {
         let Some(path) = &self.metrics_file else { return };
-        // Without a usable directory, only the metrics of the command are written.
+        // Without a cache directory, only the metrics of the command are written.
         let stats = match self.config.dir.exists().then(|| self.cache()) {
             Some(Ok(cache)) => cache.stats().await.ok(),
             _ => None,
         };
-        if let Err(error) = metrics::write(path, &self.run.text(verb, code, self.started.elapsed(), stats.as_ref())) {
-            let problem = "the metrics file cannot be written; check MODEL_CACHE_METRICS_FILE";
-            tracing::warn!(path = %path.display(), %error, "{problem}");
+        if let Err(error) = metrics::write(path, &self.metrics.text(verb, code, self.started.elapsed(), stats.as_ref()))
+        {
+            let message = "the metrics file cannot be written; check MODEL_CACHE_METRICS_FILE";
+            tracing::warn!(path = %path.display(), %error, "{message}");
         }
     }
 
@@ -105,13 +106,13 @@ impl Session<'_> {
 
     /// Opens the cache for a command that ends with [`sync::sync_or_hand_off`].
     fn cache_to_hand_off(&self) -> Result<Cache> {
-        Cache::open(sync::deferred(&self.config))
+        Cache::open(sync::with_deferred_sync(&self.config))
     }
 }
 
 impl Verb {
     /// Runs a command that needs neither settings nor cache. Returns `None` for all other commands.
-    pub(crate) fn answer_at_once(&self, output: &Output) -> Option<Result<()>> {
+    pub(crate) fn run_without_settings(&self, output: &Output) -> Option<Result<()>> {
         match self {
             Self::Completions(verb) => Some(verb.run(output)),
             Self::Man(verb) => Some(verb.run(output)),
@@ -169,7 +170,7 @@ impl Verb {
     }
 }
 
-/// Returns the help text of an argument that is a reference: every form, those of URIs from the registry of origins.
+/// Returns the help text of a reference argument: all its forms. The forms of URIs come from the registry of origins.
 fn reference_forms() -> String {
     format!("NAME@VERSION, NAME@TAG, {}", modelcache::reference::forms())
 }

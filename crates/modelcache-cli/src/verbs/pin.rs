@@ -1,7 +1,7 @@
 //! `pin` and `unpin`: protect an artifact on this disk from eviction until it is unpinned.
 
 use super::Session;
-use super::choice::duration;
+use super::get_arguments::duration;
 use crate::environment;
 use clap::Args;
 use modelcache::cache::{self, PinReport};
@@ -45,9 +45,9 @@ impl Pin {
         };
         let report = session.cache()?.pin(&reference, pin.clone()).await?;
         if output.is_json() {
-            output.answer_json(&report)?;
+            output.print_json(&report)?;
         }
-        output.remark(&format!("{}: {pin}", report.key));
+        output.message(&format!("{}: {pin}", report.key));
         Ok(())
     }
 }
@@ -57,9 +57,9 @@ impl Unpin {
         let (output, reference) = (session.output, Reference::parse(&self.reference)?);
         let report = session.cache()?.unpin(&reference).await?;
         if output.is_json() {
-            output.answer_json(&Unpinned { report: &report, was_pinned: report.pin.is_some() })?;
+            output.print_json(&Unpinned { report: &report, was_pinned: report.pin.is_some() })?;
         }
-        output.remark(&match report.pin {
+        output.message(&match report.pin {
             Some(pin) => format!("{}: unpinned; it was {pin}", report.key),
             None => format!("{}: was not pinned", report.key),
         });

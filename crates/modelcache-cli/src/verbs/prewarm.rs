@@ -5,9 +5,9 @@
 //! that the list does not evict its own artifacts.
 
 use super::backfill::finish;
-use super::choice::Choice;
+use super::get_arguments::GetArguments;
 use super::{Session, reference_forms};
-use crate::output::Asked;
+use crate::output::WithReference;
 use crate::{exit, human, progress};
 use clap::Args;
 use futures::StreamExt;
@@ -37,11 +37,12 @@ pub(crate) struct Prewarm {
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
     jobs: u16,
     #[command(flatten)]
-    choice: Choice,
+    arguments: GetArguments,
 }
 
 /// One reference of the list.
-struct Wanted {
+struct ListEntry {
+    /// The reference as it was written.
     text: String,
     reference: Reference,
 }
@@ -49,52 +50,54 @@ struct Wanted {
 impl Prewarm {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
         let cache = session.cache()?;
-        let code = self.choice.in_time(self.all(session, &cache)).await?;
+        let code = self.arguments.in_time(self.get_all(session, &cache)).await?;
         finish(session, &cache).await;
         Ok(code)
     }
 
-    async fn all(&self, session: &Session<'_>, cache: &Cache) -> Result<u8> {
-        let options = GetOptions { purpose: Purpose::Keep, durable: true, ..self.choice.options()? };
+    /// Plans the whole list, then downloads it. Returns the exit code.
+    async fn get_all(&self, session: &Session<'_>, cache: &Cache) -> Result<u8> {
+        let options = GetOptions { purpose: Purpose::Keep, durable: true, ..self.arguments.options()? };
         let (output, started) = (session.output, Instant::now());
-        let wanted = self.wanted().await?;
-        let references: Vec<_> = wanted.iter().map(|wanted| wanted.reference.clone()).collect();
+        let list = self.read_list().await?;
+        let references: Vec<_> = list.iter().map(|entry| entry.reference.clone()).collect();
         let plan = cache.plan_prewarm(&references, &options).await?;
-        output.remark(&format!(
+        output.message(&format!(
             "{}: {} in total, {} not on disk yet",
-            human::counted(wanted.len(), "artifact"),
+            human::counted(list.len(), "artifact"),
             human::bytes(plan.list_bytes),
             human::bytes(plan.missing_bytes)
         ));
         let mut tally = Tally::default();
-        for (wanted, planned) in wanted.iter().zip(&plan.artifacts) {
+        for (entry, planned) in list.iter().zip(&plan.artifacts) {
             if let Err(error) = planned {
-                tally.failed(session, &wanted.text, error);
+                tally.failed(session, &entry.text, error);
             }
         }
-        let mut held = Vec::new();
-        let mut gets = pin!(plan.gets(self.jobs.into(), |at| one(session, cache, &wanted[at], &options)));
+        // Keep all artifacts leased until the end.
+        let mut leased = Vec::new();
+        let mut gets = pin!(plan.gets(self.jobs.into(), |index| get_one(session, cache, &list[index], &options)));
         while let Some((text, outcome)) = gets.next().await {
             match outcome {
                 Ok(artifact) => {
                     tally.done(&artifact);
-                    held.push(artifact);
+                    leased.push(artifact);
                 }
                 Err(error) => tally.failed(session, text, &error),
             }
         }
-        output.remark(&tally.text(&human::duration(started.elapsed())));
+        output.message(&tally.text(&human::duration(started.elapsed())));
         Ok(tally.code)
     }
 
     /// Returns the references of the command line, followed by those of the list file.
-    async fn wanted(&self) -> Result<Vec<Wanted>> {
+    async fn read_list(&self) -> Result<Vec<ListEntry>> {
         let mut texts: Vec<(String, Option<usize>)> = self.references.iter().map(|text| (text.clone(), None)).collect();
         if let Some(file) = &self.file {
             texts.extend(references_in(&read(file).await?).map(|(line, text)| (text.to_owned(), Some(line))));
         }
-        let parse = |(text, line): (String, Option<usize>)| match self.choice.reference(&text) {
-            Ok(reference) => Ok(Wanted { text, reference }),
+        let parse = |(text, line): (String, Option<usize>)| match self.arguments.reference(&text) {
+            Ok(reference) => Ok(ListEntry { text, reference }),
             Err(error) => Err(match (line, &self.file) {
                 (Some(line), Some(file)) => {
                     let hint = error.hint_text().unwrap_or("write one reference per line").to_owned();
@@ -108,20 +111,20 @@ impl Prewarm {
 }
 
 /// Gets one reference and prints its outcome. Returns the reference with the outcome.
-async fn one<'a>(
+async fn get_one<'a>(
     session: &Session<'_>,
     cache: &Cache,
-    wanted: &'a Wanted,
+    entry: &'a ListEntry,
     options: &GetOptions,
 ) -> (&'a str, Result<Artifact>) {
     let output = session.output;
-    let (text, progress) = (wanted.text.as_str(), Progress::new());
-    let got = progress::show(output, text, &progress, cache.get_with(&wanted.reference, options, &progress)).await;
+    let (text, progress) = (entry.text.as_str(), Progress::new());
+    let got = progress::show(output, text, &progress, cache.get_with(&entry.reference, options, &progress)).await;
     let outcome = got.and_then(|artifact| {
         if output.is_json() {
-            output.answer_json(&Asked { reference: text, report: artifact.answer() })?;
+            output.print_json(&WithReference { reference: text, report: artifact.answer() })?;
         }
-        session.got(&artifact);
+        session.report_get(&artifact);
         Ok(artifact)
     });
     (text, outcome)
@@ -158,7 +161,7 @@ async fn read(file: &Path) -> Result<String> {
 /// Counts the outcomes of the list.
 #[derive(Default)]
 struct Tally {
-    here: usize,
+    on_disk: usize,
     fetched: usize,
     fetched_bytes: u64,
     failed: usize,
@@ -166,9 +169,10 @@ struct Tally {
 }
 
 impl Tally {
+    /// Counts a completed get.
     fn done(&mut self, artifact: &Artifact) {
         if artifact.report.from == Tier::Disk {
-            self.here += 1;
+            self.on_disk += 1;
         } else {
             self.fetched += 1;
             self.fetched_bytes += artifact.report.bytes.remote + artifact.report.bytes.origin;
@@ -177,20 +181,21 @@ impl Tally {
 
     /// Prints and counts a failure. The first failure determines the exit code.
     fn failed(&mut self, session: &Session<'_>, text: &str, error: &Error) {
-        session.failed(error, Some(text));
+        session.report_failure(error, Some(text));
         self.failed += 1;
         if self.code == exit::DONE {
             self.code = exit::code(error.kind());
         }
     }
 
+    /// Formats the summary line.
     fn text(&self, took: &str) -> String {
         let failed = if self.failed > 0 { format!(", {} failed", self.failed) } else { String::new() };
         let bytes = human::bytes(self.fetched_bytes);
         format!(
             "{} downloaded ({bytes}), {} already on disk{failed}; {took}",
             human::counted(self.fetched, "artifact"),
-            self.here
+            self.on_disk
         )
     }
 }
@@ -207,7 +212,7 @@ mod tests {
 
     #[test]
     fn the_summary_is_one_line() {
-        let tally = Tally { here: 1, fetched: 2, fetched_bytes: 3_000_000, failed: 1, code: 3 };
+        let tally = Tally { on_disk: 1, fetched: 2, fetched_bytes: 3_000_000, failed: 1, code: 3 };
         assert_eq!(tally.text("3.0 s"), "2 artifacts downloaded (3.0 MB), 1 already on disk, 1 failed; 3.0 s");
     }
 }

@@ -1,7 +1,7 @@
 //! `prune`: frees space in the local directory now, instead of when the next download needs it.
 
 use super::Session;
-use super::choice::{duration, message_with_hint};
+use super::get_arguments::{duration, message_with_hint};
 use crate::output::{Lines, table};
 use crate::{exit, human};
 use clap::Args;
@@ -39,18 +39,18 @@ impl Prune {
         let report = session.cache()?.prune(&options).await?;
         let text = report_text(&report, SystemTime::now());
         if output.is_json() {
-            output.answer_json(&report)?;
+            output.print_json(&report)?;
         } else if self.dry_run {
-            output.answer(&text)?;
+            output.print(&text)?;
         }
         if !self.dry_run {
-            text.iter().for_each(|line| output.remark(line));
+            text.iter().for_each(|line| output.message(line));
         }
         if report.reached || self.dry_run {
             return Ok(exit::DONE);
         }
         let error = not_reached(&report);
-        session.failed(&error, None);
+        session.report_failure(&error, None);
         Ok(exit::code(error.kind()))
     }
 }
@@ -59,8 +59,8 @@ impl Prune {
 /// downloaded.
 fn not_reached(report: &PruneReport) -> Error {
     let (used, to) = (human::bytes(report.used_bytes), human::bytes(report.to_bytes.unwrap_or_default()));
-    let in_the_way = if report.kept.is_empty() { "; the rest is being downloaded" } else { "" };
-    Error::new(ErrorKind::Full, format!("{used} are still used, more than the {to} asked for{in_the_way}"))
+    let reason = if report.kept.is_empty() { "; the rest is being downloaded" } else { "" };
+    Error::new(ErrorKind::Full, format!("{used} are still used, more than the requested {to}{reason}"))
         .tier(Tier::Disk)
         .hint("unpin the kept artifacts, or prune again when the processes that use them have ended")
 }
@@ -68,9 +68,9 @@ fn not_reached(report: &PruneReport) -> Error {
 fn report_text(report: &PruneReport, now: SystemTime) -> Lines {
     let mut text = Lines::default();
     if !report.evicted.is_empty() {
-        let rows = report.evicted.iter().map(|gone| {
-            let used = gone.last_used.map_or_else(|| "unknown".into(), |then| human::ago(then, now));
-            vec![gone.reference.clone(), human::bytes(gone.freed_bytes), used]
+        let rows = report.evicted.iter().map(|artifact| {
+            let used = artifact.last_used.map_or_else(|| "unknown".into(), |then| human::ago(then, now));
+            vec![artifact.reference.clone(), human::bytes(artifact.freed_bytes), used]
         });
         text += table(&["NAME@VERSION", "FREED", "LAST USED"], &[1], rows);
     }
@@ -92,10 +92,7 @@ fn report_text(report: &PruneReport, now: SystemTime) -> Lines {
 }
 
 fn leftovers_text(leftovers: &Leftovers) -> Option<String> {
-    let fills = match leftovers.fills {
-        1 => "1 interrupted download".to_owned(),
-        fills => format!("{fills} interrupted downloads"),
-    };
+    let fills = human::counted(leftovers.fills, "interrupted download");
     let parts = [
         (fills.as_str(), leftovers.fill_bytes, leftovers.fills > 0),
         ("unfinished files", leftovers.temporary_bytes, leftovers.temporary_bytes > 0),

@@ -1,7 +1,7 @@
 //! `put`: publishes a file or folder on the local disk and on the remote.
 
 use super::backfill::{finish, to_remote};
-use super::choice::message_with_hint;
+use super::get_arguments::message_with_hint;
 use super::{Session, absolute, phase_list, tag};
 use crate::{human, progress};
 use clap::{Args, ValueEnum};
@@ -64,12 +64,12 @@ impl Put {
         let (options, progress) = (self.options()?, Progress::new());
         let report =
             progress::show(output, &self.key, &progress, cache.put_with(&key, &path, &options, &progress)).await?;
-        session.run.put(&report);
+        session.metrics.record_put(&report);
         if output.is_json() {
-            output.answer_json(&report)?;
+            output.print_json(&report)?;
         }
-        output.remark(&summary(&report));
-        report.tag.iter().for_each(|tagged| output.remark(&tag::summary(tagged)));
+        output.message(&summary(&report));
+        report.tag.iter().for_each(|tagged| output.message(&tag::summary(tagged)));
         finish(session, &cache).await;
         Ok(())
     }
@@ -80,13 +80,13 @@ impl Put {
             tier: if self.tier == PutTierArgument::Remote { PutTier::Remote } else { PutTier::All },
             expect: self.expect,
             sidecars: self.sidecar,
-            tag: self.tag.as_deref().map(tag::tag_of).transpose()?,
+            tag: self.tag.as_deref().map(tag::parse_tag).transpose()?,
         })
     }
 }
 
 fn summary(report: &PutReport) -> String {
-    let files = if report.files == 1 { "1 file".into() } else { format!("{} files", report.files) };
+    let files = human::counted(report.files, "file");
     let remote = match to_remote(report.uploaded_bytes, report.copied_bytes) {
         _ if !report.on_remote => "no remote".into(),
         None => "already on the remote".into(),

@@ -1,11 +1,11 @@
 //! `resolve`: prints the exact version that a reference resolves to. Downloads no file.
 //!
-//! Standard output carries one line, so that `$(modelcache resolve …)` is a reference.
+//! Standard output carries one line, the reference, so that scripts can use `$(modelcache resolve …)`.
 
-use super::choice::Reach;
+use super::get_arguments::TierArguments;
 use super::{Session, reference_forms};
 use crate::human;
-use crate::output::Asked;
+use crate::output::WithReference;
 use clap::Args;
 use modelcache::cache::{GetOptions, Pinned};
 use modelcache::{Error, Reference, Result};
@@ -26,7 +26,7 @@ pub(crate) struct Resolve {
     #[arg(long)]
     pub(crate) digest: bool,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) tiers: TierArguments,
 }
 
 impl Resolve {
@@ -37,27 +37,29 @@ impl Resolve {
             Some(revision) => reference.at_revision(revision)?,
             None => reference,
         };
-        let pinned = session.cache()?.pinned(&reference, &self.reach.apply(GetOptions::default())).await?;
+        let pinned = session.cache()?.pinned(&reference, &self.tiers.apply(GetOptions::default())).await?;
         if output.is_json() {
-            output.answer_json(&Asked { reference: &self.reference, report: &pinned })?;
+            output.print_json(&WithReference { reference: &self.reference, report: &pinned })?;
         } else if self.digest {
             let reference = pinned.with_digest().ok_or_else(|| unknown_digest(&pinned))?;
-            output.answer_reference(&reference.to_string())?;
+            output.print_reference(&reference.to_string())?;
         } else {
-            output.answer_reference(&pinned.reference.to_string())?;
+            output.print_reference(&pinned.reference.to_string())?;
         }
-        output.remark(&summary(&self.reference, &pinned));
+        output.message(&summary(&self.reference, &pinned));
         Ok(())
     }
 }
 
+/// Returns the error for `--digest` if no tier has the digest of every file.
 fn unknown_digest(pinned: &Pinned) -> Error {
     Error::not_found("the digest is not known: neither disk nor remote has the digest of every file")
         .artifact(&pinned.key)
         .hint(format!("`modelcache get {}` downloads the files and computes their digests", pinned.reference))
 }
 
-fn summary(asked: &str, pinned: &Pinned) -> String {
+/// Formats the summary line: the resolved reference, its digest, and the tier that resolved it.
+fn summary(reference: &str, pinned: &Pinned) -> String {
     let digest = pinned.sha256.map_or_else(|| "sha256 not known yet".to_owned(), |sha256| format!("sha256 {sha256}"));
     let from = match (pinned.from, pinned.age) {
         (Some(tier), Some(age)) if age <= Duration::from_secs(1) => format!(", answered by {tier}"),
@@ -65,9 +67,10 @@ fn summary(asked: &str, pinned: &Pinned) -> String {
         (Some(tier), None) => format!(", on {tier}"),
         (None, _) => String::new(),
     };
-    format!("{asked} resolves to {} ({digest}{from})", pinned.reference)
+    format!("{reference} resolves to {} ({digest}{from})", pinned.reference)
 }
 
+/// Formats the age of a recorded resolution.
 fn age_text(age: Duration) -> String {
     if age == Duration::MAX { "an unknown time".into() } else { human::duration(age) }
 }

@@ -14,7 +14,7 @@ impl Stats {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<()> {
         let output = session.output;
         let stats = session.cache()?.stats().await?;
-        if output.is_json() { output.answer_json(&stats) } else { output.answer(&stats_text(&stats)) }
+        if output.is_json() { output.print_json(&stats) } else { output.print(&stats_text(&stats)) }
     }
 }
 
@@ -25,12 +25,12 @@ fn stats_text(stats: &cache::Stats) -> Lines {
     };
     let lower = stats.lower_dir.as_ref().map_or_else(
         || "none".into(),
-        |dir| format!("{} ({} artifacts, read-only)", path_text(dir), stats.lower_artifacts),
+        |dir| format!("{} ({}, read-only)", path_text(dir), human::counted(stats.lower_artifacts, "artifact")),
     );
     let facts = [
         ("directory", path_text(&stats.dir)),
         ("lower", lower),
-        ("artifacts", format!("{} ({} files)", stats.artifacts, stats.files)),
+        ("artifacts", format!("{} ({})", stats.artifacts, human::counted(stats.files, "file"))),
         ("  in use", stats.leases.to_string()),
         ("  pinned", stats.pins.to_string()),
         ("used", format!("{} of {}{share}", human::bytes(stats.used_bytes), human::bytes(stats.budget_bytes))),
@@ -55,8 +55,8 @@ fn pending(stats: &cache::Stats) -> String {
     match stats.pending_backfills {
         0 => "no uploads".into(),
         artifacts => format!(
-            "{artifacts} artifact{} ({}) not yet on the remote; `modelcache backfill` uploads them",
-            if artifacts == 1 { "" } else { "s" },
+            "{} ({}) not yet on the remote; `modelcache backfill` uploads them",
+            human::counted(artifacts, "artifact"),
             human::bytes(stats.pending_backfill_bytes)
         ),
     }

@@ -28,22 +28,22 @@ impl Tag {
         let output = session.output;
         let (key, cache) = (ArtifactKey::bare(&self.key)?, session.cache()?);
         let report = match &self.tag {
-            Some(tag) => cache.tag(&key, &tag_of(tag)?).await?,
+            Some(tag) => cache.tag(&key, &parse_tag(tag)?).await?,
             None => cache.untag(&key).await?,
         };
         if output.is_json() {
-            output.answer_json(&report)?;
+            output.print_json(&report)?;
         }
-        output.remark(&summary(&report));
+        output.message(&summary(&report));
         Ok(())
     }
 }
 
 /// Parses a tag. Like a version, it has a single segment.
-pub(super) fn tag_of(text: &str) -> Result<Version> {
+pub(super) fn parse_tag(text: &str) -> Result<Version> {
     Version::new(text).map_err(|_| {
         Error::invalid(format!("{text:?} cannot be a tag"))
-            .hint("a tag is one word without any of / @ # ? \\ in it, for example prod; NAME@VERSION comes before it")
+            .hint("a tag is one word without / @ # ? \\, for example prod: modelcache tag NAME@VERSION prod")
     })
 }
 
@@ -82,9 +82,9 @@ mod tests {
 
     #[test]
     fn a_tag_is_one_word() {
-        assert!(tag_of("prod-2").is_ok());
+        assert!(parse_tag("prod-2").is_ok());
         for bad in ["", "a/b", "m@prod", "..", ".modelcache"] {
-            assert!(tag_of(bad).is_err(), "{bad}");
+            assert!(parse_tag(bad).is_err(), "{bad}");
         }
     }
 }

@@ -1,9 +1,9 @@
 //! `verify`: reads cached files and compares them with their digests; with `--repair`, restores damaged files.
 //!
-//! Prints one line or object per artifact as soon as it was read. Findings follow below the line of their artifact.
+//! Prints one line or object per artifact as soon as the artifact was read. Its findings follow below that line.
 
 use super::Session;
-use super::choice::message_with_hint;
+use super::get_arguments::message_with_hint;
 use crate::output::{Lines, Output};
 use crate::{exit, human, progress};
 use clap::{Args, ValueEnum};
@@ -58,6 +58,7 @@ impl From<VerifyTierArgument> for VerifyTier {
     }
 }
 
+/// Parses the argument of `--limit-rate`.
 fn rate(text: &str) -> Result<u64, String> {
     match settings::parse_size(text).map_err(message_with_hint)? {
         ByteBound::Bytes(bytes) if bytes > 0 => Ok(bytes),
@@ -67,7 +68,7 @@ fn rate(text: &str) -> Result<u64, String> {
 
 /// The totals over all targets.
 #[derive(Default)]
-struct Sums {
+struct Totals {
     artifacts: usize,
     bytes: u64,
     bad_artifacts: usize,
@@ -87,32 +88,33 @@ impl Verify {
         let started = Instant::now();
         let verification = session.cache()?.verification(options);
         let targets = verification.targets(&references).await?;
-        let mut sums = Sums::default();
+        let mut totals = Totals::default();
         for target in &targets {
             let progress = Progress::new();
             let work = verification.verify(target, &progress);
             match progress::show(output, &target.reference, &progress, work).await {
                 Ok(Some(verified)) => {
-                    show(output, &verified)?;
-                    sums.add(&verified);
+                    print_verified(output, &verified)?;
+                    totals.add(&verified);
                 }
-                // The artifact was evicted since the list was made.
+                // The artifact was evicted after the list was made.
                 Ok(None) if references.is_empty() => {}
                 // With `--tier all`, one of the tiers is enough.
                 Ok(None)
-                    if self.tier == VerifyTierArgument::All && (target.tier == Tier::Disk || sums.knows(target)) => {}
-                Ok(None) => sums.fail(output, &not_there(target, self.tier == VerifyTierArgument::All), target),
-                Err(error) => sums.fail(output, &error, target),
+                    if self.tier == VerifyTierArgument::All
+                        && (target.tier == Tier::Disk || totals.has_found(target)) => {}
+                Ok(None) => totals.fail(output, &not_found(target, self.tier == VerifyTierArgument::All), target),
+                Err(error) => totals.fail(output, &error, target),
             }
         }
-        Ok(self.conclude(output, &sums, started.elapsed()))
+        Ok(self.conclude(output, &totals, started.elapsed()))
     }
 
     /// Prints the summary and the error, if any, and returns the exit code.
-    fn conclude(&self, output: &Output, sums: &Sums, took: Duration) -> u8 {
-        output.remark(&summary(sums, took));
-        if sums.bad_files == 0 {
-            return sums.failed.unwrap_or(exit::DONE);
+    fn conclude(&self, output: &Output, totals: &Totals, took: Duration) -> u8 {
+        output.message(&summary(totals, took));
+        if totals.bad_files == 0 {
+            return totals.failed.unwrap_or(exit::DONE);
         }
         let hint = match (self.repair, self.tier) {
             (true, _) => "see above why these files could not be repaired; publishing the artifact again replaces them",
@@ -121,13 +123,13 @@ impl Verify {
         };
         let what = format!(
             "{} wrong in {}",
-            human::counted(sums.bad_files, "file"),
-            human::counted(sums.bad_artifacts, "artifact")
+            human::counted(totals.bad_files, "file"),
+            human::counted(totals.bad_artifacts, "artifact")
         );
         let error = Error::corrupt(what).hint(hint);
         if output.is_json() {
             // The JSON objects already have the findings.
-            output.remark(error.message());
+            output.message(error.message());
         } else {
             output.error(&error, None);
         }
@@ -135,7 +137,8 @@ impl Verify {
     }
 }
 
-impl Sums {
+impl Totals {
+    /// Adds the outcome of one target.
     fn add(&mut self, verified: &Verified) {
         let remaining = verified.findings.iter().filter(|finding| finding.remains()).count();
         self.artifacts += usize::from(verified.key.is_some());
@@ -146,10 +149,12 @@ impl Sums {
         self.repaired += verified.findings.len() - remaining;
     }
 
-    fn knows(&self, target: &VerifyTarget) -> bool {
+    /// Returns true if the target's reference was found on an earlier tier.
+    fn has_found(&self, target: &VerifyTarget) -> bool {
         self.found.contains(&target.reference)
     }
 
+    /// Prints the error of a target that could not be verified, and records its exit code if it is the first.
     fn fail(&mut self, output: &Output, error: &Error, target: &VerifyTarget) {
         output.error(error, Some(&target.reference));
         self.failed.get_or_insert(exit::code(error.kind()));
@@ -157,20 +162,21 @@ impl Sums {
 }
 
 /// Returns the error for a reference that was not found. `both` is true for `--tier all`.
-fn not_there(target: &VerifyTarget, both: bool) -> Error {
-    let (place, list) = match target.tier {
+fn not_found(target: &VerifyTarget, both: bool) -> Error {
+    let (message, list) = match target.tier {
         Tier::Remote if both => ("neither on disk nor on the remote", "modelcache ls --remote"),
         Tier::Remote => ("not on the remote", "modelcache ls --remote"),
         _ => ("not on disk", "modelcache ls"),
     };
-    Error::not_found(place).artifact(&target.reference).hint(format!("`{list}` lists what is there"))
+    Error::not_found(message).artifact(&target.reference).hint(format!("`{list}` lists what is there"))
 }
 
-fn show(output: &Output, verified: &Verified) -> Result<()> {
+/// Prints the outcome of one target.
+fn print_verified(output: &Output, verified: &Verified) -> Result<()> {
     if output.is_json() {
-        return output.answer_json(verified);
+        return output.print_json(verified);
     }
-    output.answer(&text(verified))
+    output.print(&text(verified))
 }
 
 fn text(verified: &Verified) -> Lines {
@@ -215,16 +221,16 @@ fn parts_text(parts: &[BadPart]) -> Option<String> {
     Some(format!("part {} (bytes {}-{}){more}", first.index, first.start, first.end.saturating_sub(1)))
 }
 
-fn summary(sums: &Sums, took: Duration) -> String {
+fn summary(totals: &Totals, took: Duration) -> String {
     let seconds = took.as_secs_f64().max(0.001);
-    let rate = human::rate(sums.bytes as f64 / seconds);
-    let repaired = if sums.repaired > 0 { format!(", {} repaired", sums.repaired) } else { String::new() };
+    let rate = human::rate(totals.bytes as f64 / seconds);
+    let repaired = if totals.repaired > 0 { format!(", {} repaired", totals.repaired) } else { String::new() };
     format!(
         "verified {}, {} in {} ({rate}): {} wrong{repaired}",
-        human::counted(sums.artifacts, "artifact"),
-        human::bytes(sums.bytes),
+        human::counted(totals.artifacts, "artifact"),
+        human::bytes(totals.bytes),
         human::duration(took),
-        sums.bad_files
+        totals.bad_files
     )
 }
 

@@ -168,7 +168,7 @@ fn paths_that_cannot_be_an_artifact_are_not_put() {
         (2, "m@1", "empty", &["m@1", "empty holds no files", "at least one file"][..]),
         (3, "m@1", "none", &["m@1", "there is no ", "/none", "check the path"]),
         (2, "m@1", "loop", &["m@1", "loop/x/up", "links back to a folder above it"]),
-        (2, "m@1", "dangling", &["m@1", "dangling/link", "leads nowhere"]),
+        (2, "m@1", "dangling", &["m@1", "dangling/link", "points to nothing"]),
         (2, "m@1", "pipes", &["m@1", "pipes/fifo", "neither a file nor a folder", "take it out"]),
         (2, "m@1", "pipes/fifo", &["m@1", "pipes/fifo", "neither a file nor a folder"]),
         (2, "m@1", "/dev/null", &["m@1", "/dev/null", "neither a file nor a folder"]),

@@ -54,9 +54,10 @@ fn a_working_setup_passes_and_nothing_is_left_behind() {
     assert_eq!(report.code, Some(0), "{}", report.shown);
     report.says("directory", "ok", "file locks work");
     report.says("directory", "ok", "hard links");
-    report.says("credentials", "ok", "AWS_ACCESS_KEY_ID; the key's id begins with TEST");
+    report.says("credentials", "ok", "AWS_ACCESS_KEY_ID; the access key id begins with TEST");
     assert!(!report.shown.contains("TESTK"), "at most four characters are shown");
-    for part in ["may be listed", "may be written", "conditional writes are kept", "may be read", "may be removed"] {
+    for part in ["may be listed", "may be written", "conditional writes are supported", "may be read", "may be removed"]
+    {
         report.says("remote", "ok", part);
     }
     report.says("origin", "ok", "answers; no token");
@@ -98,7 +99,7 @@ fn a_bad_configuration_is_named_and_the_rest_examined() {
     let problem = report.says("configuration", "problem", "unknown setting \"max-bytes\"");
     assert_eq!(problem["fix"], "did you mean \"max_bytes\"?");
     report.says("directory", "ok", &house.path("a").display().to_string());
-    report.says("remote", "ok", "conditional writes are kept");
+    report.says("remote", "ok", "conditional writes are supported");
 
     for (name, value) in
         [("MODEL_CACHE_MIN_FREE_BYTES", "lots"), ("HF_ENDPOINT", "nonsense"), ("MODEL_CACHE_LOG", "a=b=c")]
@@ -189,7 +190,7 @@ fn rights_that_are_lacking_are_named_one_by_one() {
     report.says("remote", "ok", "may be read");
     let report = with(S3Fault::ignore_conditions());
     assert_eq!(report.code, Some(0), "{}", report.shown);
-    report.says("remote", "warning", "conditional writes are ignored");
+    report.says("remote", "warning", "conditional writes are not supported");
     assert_eq!(house.s3.keys(BUCKET), [""; 0]);
     let report = with(S3Fault::access_denied().method("DELETE"));
     assert_eq!(report.code, Some(4), "{}", report.shown);
@@ -225,17 +226,17 @@ fn a_hub_that_is_down_or_throttles_or_rejects_the_token_is_reported() {
     report.says("origin", "ok", "the token is that of \"ada\"");
     let report = doctor(house.on_local("a").env("HF_TOKEN", "canary-session"));
     assert_eq!(report.code, Some(4), "{}", report.shown);
-    report.says("origin", "problem", "does not know the token");
+    report.says("origin", "problem", "rejects the token");
     house.hub.faults().add(modelcache_testkit::hub::HubFault::throttle(30));
-    doctor(house.on_local("a")).says("origin", "warning", "limits how often");
+    doctor(house.on_local("a")).says("origin", "warning", "throttles the requests");
     house.hub.down(true);
     let report = doctor(house.on_local("a"));
     assert_eq!(report.code, Some(7), "{}", report.shown);
     report.says("origin", "problem", "127.0.0.1");
     let report = doctor(house.on("a"));
     assert_eq!(report.code, Some(0), "the remote serves: {}", report.shown);
-    report.says("origin", "warning", "found all the same");
-    doctor(house.on_local("a").env("MODEL_CACHE_OFFLINE", "1")).says("origin", "warning", "no origin is asked");
+    report.says("origin", "warning", "can still be downloaded");
+    doctor(house.on_local("a").env("MODEL_CACHE_OFFLINE", "1")).says("origin", "warning", "no origin is contacted");
 }
 
 #[test]
@@ -369,11 +370,11 @@ fn a_folder_as_remote_is_tried_and_left_as_it_was() {
     let house = House::new();
     let folder = house.path("remote");
     let run = || house.on_local("a").env("MODEL_CACHE_REMOTE", format!("file://{}", folder.display()));
-    doctor(run()).says("remote", "warning", "the first put makes it");
+    doctor(run()).says("remote", "warning", "the first put creates it");
     assert!(!folder.exists());
     fs::create_dir(&folder).unwrap();
     let report = doctor(run());
     assert_eq!(report.code, Some(0), "{}", report.shown);
-    report.says("remote", "ok", "conditional writes are kept");
+    report.says("remote", "ok", "conditional writes are supported");
     assert_eq!(fs::read_dir(&folder).unwrap().count(), 0);
 }

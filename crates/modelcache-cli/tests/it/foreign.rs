@@ -87,7 +87,13 @@ fn sha256sums_files_cover_their_folder_and_are_not_part_of_the_view() {
         ("team/m/1/sub/SHA256SUMS", sub.as_str().into()),
     ]);
     let got = house.on("a").run(["get", "team/m@1"]);
-    let got = got.said(&["sub/SHA256SUMS counts", "sub/c.sha256", UNSTATED, "1 of 3 files", r#"not there ("gone")"#]);
+    let got = got.said(&[
+        "sub/SHA256SUMS takes precedence",
+        "sub/c.sha256",
+        UNSTATED,
+        "1 of 3 files",
+        r#"do not exist ("gone")"#,
+    ]);
     let path = got.path();
     assert_eq!(files_below(&path), ["a.bin", "sub/b", "sub/c"].map(PathBuf::from));
     assert_same(&path.join("a.bin"), &a);
@@ -231,7 +237,7 @@ fn objects_that_changed_under_a_version_are_an_error() {
     let house = by_hand(&[("m/1/a", "a".into()), ("m/1/b", "b".into())]);
     house.on("a").run(["get", "m@1", "--include", "a"]).path();
     house.s3.put(BUCKET, "cache/m/1/a", "aa").unwrap();
-    house.on("a").run(["get", "m@1"]).failed(1, &["no longer those that this disk knows", "evict --tier disk m@1"]);
+    house.on("a").run(["get", "m@1"]).failed(1, &["the objects on the remote changed", "evict --tier disk m@1"]);
     house.on("a").run(["evict", "--tier", "disk", "m@1"]).ok();
     let path = house.on("a").run(["get", "m@1"]).path();
     assert_same(&path.join("a"), &"aa".into());
@@ -262,11 +268,15 @@ fn unmanaged_objects_are_neither_overwritten_nor_removed() {
     house.on("a").run(["put", "fraud@3", file.to_str().unwrap()]).failed(1, &["modelcache did not write"]);
     for tier in ["remote", "all"] {
         let args = ["evict", "--tier", tier, "--yes", "fraud@3"];
-        house.on("a").run(args).failed(1, &["put there by another tool"]);
+        house.on("a").run(args).failed(1, &["uploaded by another tool"]);
     }
     house.on("a").run(["get", "fraud@3"]).path();
     // `--yes` is not needed, because the remote still has the artifact.
-    house.on("a").run(["evict", "fraud@3"]).ok().said(&["the remote keeps it", "on disk"]);
+    house
+        .on("a")
+        .run(["evict", "fraud@3"])
+        .ok()
+        .said(&["the unmanaged objects on the remote are not removed", "on disk"]);
     assert_eq!(house.listed("a"), [""; 0]);
     assert_eq!(house.s3.keys(BUCKET), ["cache/fraud/3/model.tar.gz"]);
 }
@@ -288,12 +298,12 @@ fn unmanaged_files_in_a_shared_folder_are_served_and_links_out_of_it_are_not() {
     // A link within the folder is followed.
     std::os::unix::fs::symlink("3", house.path("far/fraud/latest")).unwrap();
     assert_same(&run("a").run(["get", "--require-checksum", "fraud@3"]).path(), &model_file());
-    let path = run("a").run(["get", "odd@1"]).path_saying(&["left out", r"with\nnewline", "planted", UNSTATED]);
+    let path = run("a").run(["get", "odd@1"]).path_saying(&["skipping", r"with\nnewline", "planted", UNSTATED]);
     assert_eq!(files_below(&path), [PathBuf::from("sub dir/fé+%.txt")]);
     run("a").run(["get", "odd@2"]).failed(3, &["leads out of the remote's folder"]);
     assert_same(&run("a").run(["get", "fraud@latest"]).path(), &model_file());
     run("a").run(["get", "nothing@1"]).failed(3, &["not found"]);
-    run("a").run(["evict", "--tier", "remote", "--yes", "odd@1"]).failed(1, &["put there by another tool"]);
+    run("a").run(["evict", "--tier", "remote", "--yes", "odd@1"]).failed(1, &["uploaded by another tool"]);
 }
 
 /// Uploads objects with boto3: `keys` with their own names as content, then objects with a digest in the metadata, with
@@ -334,7 +344,7 @@ fn odd_keys_metadata_and_checksums_of_a_real_tool_are_read() {
     upload(&venv, &moto, &[&good[..], &bad[..]].concat());
     let run = |dir| house.on_local(dir).envs(moto.env()).env("MODEL_CACHE_REMOTE", format!("s3://{BUCKET}/cache"));
 
-    let got = run("a").run(["get", "odd@1"]).said(&["left out", "a//b"]);
+    let got = run("a").run(["get", "odd@1"]).said(&["skipping", "a//b"]);
     assert!(!got.stderr.contains("marker/"), "{got}");
     let path = got.path();
     let mut expected: Vec<PathBuf> = good.iter().chain(&["both/inner"]).map(PathBuf::from).collect();
@@ -371,7 +381,10 @@ fn a_place_in_another_bucket_is_an_origin() {
     assert_same(&path.join("model.bin"), &model_file());
     let file = house.on("a").run(["get", "s3://other/models/m@1/model.bin"]).path();
     assert_same(&file, &model_file());
-    house.on("a").run(["get", "s3://other/models/m"]).failed(3, &["there is no such object, and nothing below it"]);
+    house
+        .on("a")
+        .run(["get", "s3://other/models/m"])
+        .failed(3, &["there is no such object, and no object below this prefix"]);
     house.on("a").run(["get", "s3://no-such-bucket/x"]).failed(2, &["no-such-bucket", "does not exist"]);
 
     // The artifact and the provenance of its digests were backfilled, and another machine gets them from the remote.
@@ -439,7 +452,10 @@ fn an_artifact_published_in_another_bucket_is_read_by_its_manifest() {
     let path = house.on_local("b").envs(house.s3.env()).run(["get", reference, "--require-checksum"]).path();
     assert_same(&path, &model_file());
     assert!(path.is_file() && path.ends_with("given"), "{path:?}");
-    house.on("b").run(["get", "s3://other/pool/fraud"]).failed(2, &["versions are published below it", "pool/fraud/3"]);
+    house
+        .on("b")
+        .run(["get", "s3://other/pool/fraud"])
+        .failed(2, &["versions are published below this address", "pool/fraud/3"]);
     // Bytes that differ from the manifest are refused.
     house.s3.flip_byte("other", "pool/fraud/3/given", 5).unwrap();
     house.on("c").without("MODEL_CACHE_REMOTE").run(["get", reference]).failed(5, &["mismatch"]);

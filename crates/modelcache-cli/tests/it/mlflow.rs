@@ -124,11 +124,11 @@ fn missing_models_are_reported_with_a_remedy(run: &dyn Fn(&str) -> Run, server: 
     sql("UPDATE model_versions SET status='READY' WHERE name='fraud' AND version=2");
     for (bad, code, says) in [
         ("mlflow-artifacts:/1/nothing/here", 3, "no files"),
-        ("mlflow-artifacts:/1/../../etc", 5, "climbs"),
+        ("mlflow-artifacts:/1/../../etc", 5, "has an empty segment, `.` or `..`"),
         ("mlflow-artifacts://elsewhere.example/1/x", 1, "another MLflow server"),
         ("gs://bucket/model", 1, "\"gs\""),
         ("runs:/0123456789abcdef0123456789abcdef/model", 3, "not found"),
-        ("models:/fraud/3", 5, "without end"),
+        ("models:/fraud/3", 5, "does not lead to files"),
     ] {
         source(bad, 3);
         get("models:/fraud/3").failed(code, &[says]);
@@ -139,8 +139,10 @@ fn missing_models_are_reported_with_a_remedy(run: &dyn Fn(&str) -> Run, server: 
     for (dir, uri) in [("folder", format!("file://{}", logged.replace("logged", "l%6Fgged"))), ("path", logged)] {
         source(&uri, 3);
         let of = |root: &str| run(dir).env("MODEL_CACHE_MLFLOW_LOCAL_ROOT", root);
-        of("none").run(["get", "models:/fraud/3"]).failed(1, &["of the server's machine", "MLFLOW_LOCAL_ROOT"]);
-        of("/usr").run(["get", "models:/fraud/3"]).failed(1, &["of the server's machine"]);
+        of("none")
+            .run(["get", "models:/fraud/3"])
+            .failed(1, &["on the machine of the MLflow server", "MLFLOW_LOCAL_ROOT"]);
+        of("/usr").run(["get", "models:/fraud/3"]).failed(1, &["on the machine of the MLflow server"]);
         assert_model(&of(&root.display().to_string()).run(["get", "models:/fraud/3"]).path());
     }
     server
@@ -184,7 +186,7 @@ fn a_missing_server_is_reported_with_its_variable(house: &House) {
     let unreachable = house.on_local("none").env("MLFLOW_TRACKING_URI", "http://127.0.0.1:9");
     get(unreachable).failed(7, &["cannot reach", "127.0.0.1:9"]);
     let hub = house.on_local("none").env("MLFLOW_TRACKING_URI", house.hub.url());
-    get(hub).failed(7, &["404", "does `mlflow server` answer there?"]);
+    get(hub).failed(7, &["404", "is the address of an `mlflow server`"]);
 }
 
 /// A server that keeps its models in a bucket and does not proxy them.

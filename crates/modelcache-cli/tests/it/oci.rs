@@ -205,7 +205,7 @@ fn a_token_server_without_tls_on_another_host_gets_no_password() {
     gate.demand(Demand::Token(None));
     gate.realm(&format!("http://localhost:{}/token", thief.addr().port()));
     let run = house.on_local("a").env("DOCKER_CONFIG", login(&house, gate.addr()));
-    run.run(["get", &reference(gate.addr(), "org/model:v1")]).failed(4, &["without TLS", "not requested"]);
+    run.run(["get", &reference(gate.addr(), "org/model:v1")]).failed(4, &["without TLS", "no token was requested"]);
     assert!(thief.requests().is_empty(), "{:?}", thief.requests());
 }
 
@@ -249,7 +249,7 @@ fn a_layer_with_a_path_outside_its_folder_is_refused_before_a_byte_is_written() 
         let layers = [Layer::new(ORAS, TITLE, "good", b"x".as_slice()), Layer::new(ORAS, TITLE, bad, b"y".as_slice())];
         registry.push("org/bad", &at.to_string(), "x/y", &layers).unwrap();
         let got = house.on_local("a").run(["get", &reference(registry.addr(), &format!("org/bad:{at}"))]);
-        got.failed(5, &["names a layer", "refused as a whole"]);
+        got.failed(5, &["names a layer", "rejected as a whole"]);
     }
     house.assert_nothing("a");
 }

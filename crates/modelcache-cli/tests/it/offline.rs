@@ -75,7 +75,7 @@ fn an_artifact_that_is_not_on_disk_is_not_found_and_the_error_names_offline_mode
     house
         .on_local("a")
         .run(["get", &exact, "--offline"])
-        .failed(3, &["is listed, but not held here", "no origin was asked"]);
+        .failed(3, &["is in the manifest, but none of the tiers used has it", "no origin was asked"]);
     house.on_local("a").run(["get", &exact, "--offline", "--include", "config.json"]).path();
     assert_unasked(&house, true);
 }
@@ -140,7 +140,7 @@ fn a_refresh_and_offline_exclude_each_other() {
     let offline = on(&house, "a").env("MODEL_CACHE_OFFLINE", "1");
     offline
         .run(["get", "hf://org/model", "--refresh"])
-        .failed(2, &["a refresh asks the origin", "MODEL_CACHE_OFFLINE"]);
+        .failed(2, &["a refresh needs the origin", "MODEL_CACHE_OFFLINE"]);
 }
 
 #[test]

@@ -134,7 +134,7 @@ fn a_small_file_that_changes_between_hashing_and_upload_is_refused() {
     let mut content = content.to_vec().unwrap();
     content[5] ^= 1;
     fs::write(&file, content).unwrap();
-    putting.wait().failed(5, &["changed before it was sent", "put it again when nothing writes to it"]);
+    putting.wait().failed(5, &["changed before it was sent", "put it again when no process writes to it"]);
     assert!(!house.s3.keys(BUCKET).iter().any(|key| key.ends_with("manifest.json") || key.ends_with("small.bin")));
 }
 
@@ -234,7 +234,7 @@ fn a_file_of_another_format_than_expected_is_refused_and_its_format_named() {
     refused(&house.write("empty.onnx", ""), "onnx", &["is empty"]);
     refused(&house.path("wrong"), "safetensors", &["model.safetensors", "a Git LFS pointer", "git lfs pull"]);
     refused(&house.path("right"), "gguf", &["no file in the folder is gguf"]);
-    house.on("b").run(["put", "no@1", "weights", "--expect", "toast"]).said(&["toast", "known are tar.gz"]);
+    house.on("b").run(["put", "no@1", "weights", "--expect", "toast"]).said(&["toast", "known formats: tar.gz"]);
     house.assert_nothing("b");
     assert!(!house.s3.keys(BUCKET).iter().any(|key| key.contains("/no/")));
 }

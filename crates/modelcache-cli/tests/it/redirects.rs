@@ -202,7 +202,7 @@ fn an_expired_signed_url_is_renewed_and_never_printed() {
     store.put("/three.bin", Page::status(403));
     home.put("/n.bin", Page::redirect(302, format!("{}/three.bin?sig=canary-signature", store.url())));
     let refused = house.on_local("c").run(["get", &format!("{}/n.bin", home.url())]);
-    refused.failed(4, &["403", "redirects there"]);
+    refused.failed(4, &["403", "redirected the request"]);
 }
 
 /// Asserts that no file of the cache directory contains a secret.

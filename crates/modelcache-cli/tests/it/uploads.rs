@@ -271,7 +271,7 @@ fn a_failing_upload_does_not_fail_the_get_and_is_completed_later() {
     let house = house();
     house.s3.faults().add(S3Fault::internal_error().method("PUT").on("partNumber=2"));
     let run = || house.on("a").env("MODEL_CACHE_RETRY_DEADLINE", "300ms");
-    let path = run().run(["get", REF]).path_saying(&["WARN", "could not be written to the remote"]);
+    let path = run().run(["get", REF]).path_saying(&["WARN", "the upload to the remote failed"]);
     assert_same(&path.join("large.bin"), &large());
     assert_eq!((house.pending("a").0, manifests(&house), house.s3.uploads(BUCKET).len()), (1, 0, 0));
     house.s3.faults().clear();

@@ -100,7 +100,9 @@ fn a_lasting_failure_of_s3_is_reported_and_the_origin_serves() {
 
         // The Hub serves the artifact, with a warning that contains the remedy.
         let served = run().run(["get", "hf://org/model"]);
-        assert_model(&served.path_saying(&[&says[..], &["WARN", "the remote is left out", "from origin"]].concat()));
+        assert_model(
+            &served.path_saying(&[&says[..], &["WARN", "the remote failed and is skipped", "from origin"]].concat()),
+        );
         let refuses = run().env("MODEL_CACHE_ON_REMOTE_DOWN", "fail");
         fs::remove_dir_all(house.path("a")).unwrap();
         refuses.run(["get", "hf://org/model"]).failed(code, &[&says[..], &["hf://org/model"]].concat());
@@ -327,7 +329,7 @@ fn a_long_wait_is_reported() {
     let house = house();
     house.hub.faults().add(HubFault::rate_limit(3).once());
     let got = house.on_local("a").env("MODEL_CACHE_RETRY_DEADLINE", "30s").run(["get", "hf://org/model"]);
-    assert_model(&got.said(&["waiting before another try", "throttled", "wait_s"]).path());
+    assert_model(&got.said(&["waiting before the next attempt", "throttled", "wait_s"]).path());
 }
 
 #[test]
@@ -340,13 +342,13 @@ fn a_lasting_failure_of_the_hub_is_reported() {
         (HubFault::status(500).on(body), 7, &["500"]),
         (HubFault::hang_up(), 7, &[&hub, "broke"]),
         (HubFault::hang_up().on(body), 7, &["broke"]),
-        (HubFault::delay(FOR_EVER), 7, &[&hub, "fell silent"]),
+        (HubFault::delay(FOR_EVER), 7, &[&hub, "timed out waiting for"]),
         (HubFault::throttle(3600), 7, &[&hub, "throttled", "asks to wait 3600 s", "HF_TOKEN"]),
         (HubFault::rate_limit(3600), 7, &[&hub, "throttled", "asks to wait 3600 s", "HF_TOKEN"]),
         (HubFault::throttle(3600).on(body), 7, &["throttled", "asks to wait 3600 s"]),
         (HubFault::redirect_loop(), 7, &[&hub, "still redirects after 10 redirects", "HF_ENDPOINT for the Hub"]),
         (HubFault::redirect_loop().on(body), 7, &["still redirects after 10 redirects", "HF_ENDPOINT for the Hub"]),
-        (HubFault::stall(0, FOR_EVER).on(body), 7, &[&house.hub.cdn_url(), "fell silent"]),
+        (HubFault::stall(0, FOR_EVER).on(body), 7, &[&house.hub.cdn_url(), "timed out waiting for"]),
         (HubFault::cut(0).on(body), 7, &[&house.hub.cdn_url(), "broke"]),
         (HubFault::short(5).on(body), 7, &[body, "bytes early"]),
         (HubFault::flip(MIB + 7).on(body), 5, &["sha256 mismatch", body, "discarded"]),

@@ -238,7 +238,7 @@ fn retry_after_is_respected_within_the_deadline() {
     let busy = |wait: &str| Page::status(429).header("retry-after", wait);
     web.put("/m.bin", busy("1").then(1, Page::of(big()).etag("\"x\"")));
     let outcome = house.on_local("c").run(["get", &format!("{}/m.bin", web.url())]);
-    outcome.path_saying(&["asks to wait 1 s", "waiting before another try"]);
+    outcome.path_saying(&["asks to wait 1 s", "waiting before the next attempt"]);
     web.put("/n.bin", busy("3600"));
     house.on_local("c").run(["get", &format!("{}/n.bin", web.url())]).failed(7, &["asks to wait 3600 s"]);
     assert_eq!(web.requests().iter().filter(|seen| seen.path == "/n.bin").count(), 1);

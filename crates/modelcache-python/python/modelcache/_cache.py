@@ -58,8 +58,8 @@ class Lease:
     def report(self) -> dict[str, Any]:
         """The report of the get.
 
-        Its keys are those of ``modelcache get --json``, see docs/json.md. They include ``from`` (farthest tier that bytes
-        came from: ``disk``, ``remote``, ``origin``), ``bytes`` by tier and ``seconds`` by phase.
+        Its keys are those of ``modelcache get --json``, see docs/json.md. They include ``from`` (farthest tier that
+        bytes came from: ``disk``, ``remote``, ``origin``), ``bytes`` by tier and ``seconds`` by phase.
         """
         report: dict[str, Any] = json.loads(self._native.report)
         return report
@@ -140,24 +140,28 @@ class ModelCache:
         token: str | bool | None = None,
         config: _StrPath | None = None,
     ) -> None:
-        # First statement: `locals()` holds the arguments only.
-        given: dict[str, Any] = {
+        # This must be the first statement, so that `locals()` contains only the arguments.
+        arguments: dict[str, Any] = {
             name: value for name, value in locals().items() if name != "self" and not name.startswith("__")
         }
-        self._given = given
-        arguments = dict(given)
-        config, token = arguments.pop("config"), _token(arguments.pop("token"))
-        options = arguments.pop("remote_options")
+        self._arguments = arguments
+        settings = dict(arguments)
+        config, token = settings.pop("config"), _native_token(settings.pop("token"))
+        options = settings.pop("remote_options")
         keys = {"cache_dir": "dir"}
         self._native = _native.Cache(
-            {keys.get(name, name): (_text(value), name) for name, value in arguments.items() if value is not None},
+            {
+                keys.get(name, name): (_setting_text(value), name)
+                for name, value in settings.items()
+                if value is not None
+            },
             list(os.environb.items()),
             None if config is None else os.fsdecode(config),
-            None if options is None else {name: _text(value) for name, value in options.items()},
+            None if options is None else {name: _setting_text(value) for name, value in options.items()},
             token,
         )
         # Opening may have logged warnings about settings.
-        _logging.hand_over()
+        _logging.forward_records()
         self._metrics = Metrics(self._native)
         self._files: weakref.WeakSet[CachedFile] = weakref.WeakSet()
         _OPEN[id(self)] = self
@@ -234,7 +238,7 @@ class ModelCache:
             reference, version, revision, allow_patterns, ignore_patterns, local_dir, token, local_files_only,
             force_refresh, verify, timeout, True,
         )  # fmt: skip
-        return Path(_calls.wait(call, progress, _label(reference, version)))
+        return Path(_calls.wait(call, progress, _reference_text(reference, version)))
 
     async def aget(
         self,
@@ -260,7 +264,7 @@ class ModelCache:
             reference, version, revision, allow_patterns, ignore_patterns, local_dir, token, local_files_only,
             force_refresh, verify, timeout, True,
         )  # fmt: skip
-        return Path(await _calls.awaited(call, progress, _label(reference, version)))
+        return Path(await _calls.awaited(call, progress, _reference_text(reference, version)))
 
     def lease(
         self,
@@ -285,7 +289,7 @@ class ModelCache:
             reference, version, revision, allow_patterns, ignore_patterns, None, token, local_files_only,
             False, False, timeout, False,
         )  # fmt: skip
-        return Lease(_calls.wait(call, progress, _label(reference, version)))
+        return Lease(_calls.wait(call, progress, _reference_text(reference, version)))
 
     async def alease(
         self,
@@ -305,7 +309,7 @@ class ModelCache:
             reference, version, revision, allow_patterns, ignore_patterns, None, token, local_files_only,
             False, False, timeout, False,
         )  # fmt: skip
-        return Lease(await _calls.awaited(call, progress, _label(reference, version)))
+        return Lease(await _calls.awaited(call, progress, _reference_text(reference, version)))
 
     def _get(
         self,
@@ -320,7 +324,7 @@ class ModelCache:
         refresh: bool,
         verify: bool,
         timeout: float | None,
-        hold: bool,
+        keep_lease: bool,
     ) -> _native.Call:
         return self._native.get(
             {
@@ -330,12 +334,12 @@ class ModelCache:
                 "include": _patterns(allow_patterns),
                 "exclude": _patterns(ignore_patterns),
                 "into": None if local_dir is None else os.fsdecode(local_dir),
-                "token": _token(token),
+                "token": _native_token(token),
                 "local_files_only": local_files_only,
                 "refresh": refresh,
                 "verify": verify,
                 "timeout_seconds": timeout,
-                "hold": hold,
+                "keep_lease": keep_lease,
             }
         )
 
@@ -357,15 +361,16 @@ class ModelCache:
     ) -> CachedFile:
         """Open one file of an artifact for reading, without waiting for its download.
 
-        A read waits only for the bytes that it needs. These are requested first; the rest of the file is downloaded in
+        A read waits only for the bytes that it needs. They are requested first; the rest of the file is downloaded in
         the background. Concurrent calls to get or open the artifact share one download. A complete file is leased until
         it is closed. Closing an incomplete file cancels the download unless other callers wait for it. The bytes
         received are kept for the next download.
 
-        Bytes of an incomplete file are returned only if its parts can be verified one by one. This takes a checkpoint
-        ladder (SHA-256 midstates at part boundaries) that was verified on this disk, or one from the remote's manifest
-        if the download follows that manifest. Otherwise, such as in the first download from an origin, a read waits
-        until the complete file is verified. While another process downloads the artifact, this call waits for it.
+        Bytes of an incomplete file are returned only if its parts can be verified one by one. This requires a ladder
+        (SHA-256 checkpoints at the part boundaries): one that was verified on this disk, or that of the manifest on the
+        remote if the download follows this manifest. Otherwise, for instance in the first download from an origin, a
+        read waits until the complete file is verified. While another process downloads the artifact, this call waits
+        for it.
 
         :param reference: as for :meth:`get`.
         :param path: the file within the artifact. Optional if the artifact has one file or the reference names a file.
@@ -386,7 +391,7 @@ class ModelCache:
         call = self._open_file(
             reference, path, version, revision, unchecked, token, local_files_only, force_refresh, timeout
         )
-        return self._opened(_calls.wait(call, progress, _label(reference, version)))
+        return self._opened(_calls.wait(call, progress, _reference_text(reference, version)))
 
     async def aopen(
         self,
@@ -406,7 +411,7 @@ class ModelCache:
         call = self._open_file(
             reference, path, version, revision, unchecked, token, local_files_only, force_refresh, timeout
         )
-        return self._opened(await _calls.awaited(call, progress, _label(reference, version)))
+        return self._opened(await _calls.awaited(call, progress, _reference_text(reference, version)))
 
     def _open_file(
         self,
@@ -427,7 +432,7 @@ class ModelCache:
                 "version": version,
                 "revision": revision,
                 "unchecked": unchecked,
-                "token": _token(token),
+                "token": _native_token(token),
                 "local_files_only": local_files_only,
                 "refresh": refresh,
                 "timeout_seconds": timeout,
@@ -454,14 +459,14 @@ class ModelCache:
         :raises ModelCacheError: some artifacts failed; the others were downloaded. This is the error of the first one.
             Its attribute ``failures`` has all errors by reference.
         """
-        wanted = _pairs(references)
+        wanted = _reference_pairs(references)
         return _prewarmed(wanted, _calls.wait(self._native.prewarm(wanted, jobs), progress, "prewarm"))
 
     async def aprewarm(
         self, references: Iterable[Reference], *, jobs: int = 4, progress: ProgressArgument | None = None
     ) -> list[Path]:
         """Asynchronous version of :meth:`prewarm`."""
-        wanted = _pairs(references)
+        wanted = _reference_pairs(references)
         return _prewarmed(wanted, await _calls.awaited(self._native.prewarm(wanted, jobs), progress, "prewarm"))
 
     # -- put, evict, tag -----------------------------------------------------------------------------------------------
@@ -497,7 +502,7 @@ class ModelCache:
         call = self._native.put(
             name, version, os.fsdecode(path), tag=tag, tier=tier, expect=expect, sidecar=sidecar, force=force
         )
-        return PutReport._parse(_calls.wait(call, progress, _label(name, version)))
+        return PutReport._parse(_calls.wait(call, progress, _reference_text(name, version)))
 
     async def aput(
         self,
@@ -516,7 +521,7 @@ class ModelCache:
         call = self._native.put(
             name, version, os.fsdecode(path), tag=tag, tier=tier, expect=expect, sidecar=sidecar, force=force
         )
-        return PutReport._parse(await _calls.awaited(call, progress, _label(name, version)))
+        return PutReport._parse(await _calls.awaited(call, progress, _reference_text(name, version)))
 
     def evict(
         self,
@@ -718,7 +723,7 @@ class ModelCache:
         await _calls.awaited(self._native.close(timeout))
 
     def _close_files(self) -> None:
-        # From now on the exit handler does not close this cache again.
+        # The exit handler does not have to close this cache any more.
         _OPEN.pop(id(self), None)
         for file in list(self._files):
             file.close()
@@ -741,7 +746,7 @@ class ModelCache:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the arguments only. The other process opens the cache with them and with its own environment."""
-        return _again, (self._given,)
+        return _reopen, (self._arguments,)
 
     def __repr__(self) -> str:
         state = "closed " if self.closed else ""
@@ -756,21 +761,21 @@ def _printable(text: str) -> str:
 _OPEN: dict[int, ModelCache] = {}
 """The open caches by ``id``.
 
-The reference keeps a cache alive although the program dropped it: the paths that it returned remain leased.
+This reference keeps a cache alive that the program no longer references, so that the paths it returned remain leased.
 """
 
 
 def _close_all() -> None:
     """Close all caches at the end of the interpreter, then stop the threads of the native module."""
-    # Other threads are kept out of the native module from here on.
-    _native.begin_end()
+    # From here on, no other thread can use the native module.
+    _native.begin_shutdown()
     try:
         for cache in list(_OPEN.values()):
             with contextlib.suppress(ModelCacheError):
                 cache.close()
     finally:
         _native.shut_down()
-        _logging.hand_over()
+        _logging.forward_records()
 
 
 atexit.register(_close_all)
@@ -786,12 +791,12 @@ def _forked() -> None:
 os.register_at_fork(after_in_child=_forked)
 
 
-def _again(given: dict[str, Any]) -> ModelCache:
-    """Open the cache of a pickle."""
-    return ModelCache(**given)
+def _reopen(arguments: dict[str, Any]) -> ModelCache:
+    """Open a cache that was pickled."""
+    return ModelCache(**arguments)
 
 
-def _text(value: object) -> str:
+def _setting_text(value: object) -> str:
     """Convert an argument to the text form of its setting."""
     if isinstance(value, bool):
         return "1" if value else "0"
@@ -800,11 +805,11 @@ def _text(value: object) -> str:
     if isinstance(value, (str, int, float)):
         return str(value)
     if isinstance(value, (list, tuple)):
-        return ",".join(_text(each) for each in value)
+        return ",".join(_setting_text(each) for each in value)
     raise TypeError(f"a setting must be a string, a number, a path or a list of them, not {type(value).__name__}")
 
 
-def _token(token: str | bool | None) -> str | None:
+def _native_token(token: str | bool | None) -> str | None:
     """Convert a token for the native module: ``""`` to send none, ``None`` for the configured one."""
     if token is False:
         return ""
@@ -821,20 +826,20 @@ def _references(references: Iterable[str] | str) -> list[str]:
     return [references] if isinstance(references, str) else list(references)
 
 
-def _pairs(references: Iterable[Reference]) -> list[tuple[str, str | None]]:
+def _reference_pairs(references: Iterable[Reference]) -> list[tuple[str, str | None]]:
     """Convert references to pairs of text and version."""
     references = [references] if isinstance(references, str) else references
     return [(each, None) if isinstance(each, str) else each for each in references]
 
 
-def _label(reference: str, version: str | None) -> str:
-    """Return the description of a progress bar, or the key in ``failures``."""
+def _reference_text(reference: str, version: str | None) -> str:
+    """Return ``reference``, or ``reference@version`` if there is a version."""
     return reference if version is None else f"{reference}@{version}"
 
 
-def _prewarmed(wanted: list[tuple[str, str | None]], answer: str) -> list[Path]:
-    """Return the paths in the answer of a prewarm, or raise its first error with all errors attached."""
-    rows = json.loads(answer)
+def _prewarmed(wanted: list[tuple[str, str | None]], output: str) -> list[Path]:
+    """Return the paths in the output of a prewarm, or raise its first error with all errors attached."""
+    rows = json.loads(output)
     failures = dict(_failures(wanted, rows))
     if failures:
         first = next(iter(failures.values()))
@@ -846,16 +851,16 @@ def _prewarmed(wanted: list[tuple[str, str | None]], answer: str) -> list[Path]:
 def _failures(
     wanted: list[tuple[str, str | None]], rows: list[dict[str, Any]]
 ) -> Iterator[tuple[str, ModelCacheError]]:
-    """Yield reference and exception of each artifact that failed."""
+    """Yield the reference and the exception of each artifact that failed."""
     for (reference, version), row in zip(wanted, rows, strict=True):
         # Only the row of an error has a kind.
         if "kind" in row:
-            about = (row["hint"], row["artifact"], row["tier"], row["retry_after"], row["transient"])
-            yield _label(reference, version), from_native(row["kind"], row["message"], about)
+            details = (row["hint"], row["artifact"], row["tier"], row["retry_after"], row["transient"])
+            yield _reference_text(reference, version), from_native(row["kind"], row["message"], details)
 
 
-def _pin_record(answer: str) -> PinRecord:
-    return PinRecord._from(json.loads(answer)["pin"])
+def _pin_record(output: str) -> PinRecord:
+    return PinRecord._from(json.loads(output)["pin"])
 
 
 def _caller() -> str | None:

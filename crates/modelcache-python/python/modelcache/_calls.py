@@ -1,4 +1,4 @@
-"""Waiting for calls of the native module: on a thread or in an event loop. No wait holds the interpreter's lock."""
+"""Waits for calls of the native module, on a thread or in an event loop, without holding the interpreter's lock."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ class _Reporter:
             self._bar.total, self._bar.n = total, min(done, total)
             self._bar.refresh()
 
-    def end(self, call: Call) -> None:
+    def finish(self, call: Call) -> None:
         """Report the final progress of a successful call."""
         if self._function is not None:
             self(*call.snapshot())
         elif self._bar is not None and self._bar.total:
-            # The last phase may count other bytes. The bar ends full in any case.
+            # The bar ends full, although the bytes of the last phase may differ from those of the download.
             self._bar.n = self._bar.total
             self._bar.refresh()
 
@@ -70,60 +70,60 @@ class _Reporter:
 
 
 def wait(call: Call, progress: ProgressArgument | None = None, label: str = "") -> Any:
-    """Wait for a call on the current thread and return its answer.
+    """Wait for a call on the current thread and return its output.
 
-    The callbacks, that is ``progress`` and logging handlers, may use the cache. The call continues meanwhile.
+    The callbacks, that is ``progress`` and logging handlers, may use the cache. The call continues while they run.
 
     :raises ModelCacheError: the call failed.
     :raises KeyboardInterrupt: Ctrl-C was pressed. The call is cancelled.
     """
     if progress is None:
-        return _answer(call, None)
+        return _wait_for_output(call, None)
     reporter = _Reporter(progress, label)
     try:
-        answer = _answer(call, reporter)
-        reporter.end(call)
-        return answer
+        output = _wait_for_output(call, reporter)
+        reporter.finish(call)
+        return output
     finally:
         reporter.close()
 
 
-def _answer(call: Call, reporter: _Reporter | None) -> Any:
+def _wait_for_output(call: Call, reporter: _Reporter | None) -> Any:
     try:
-        # `wait` returns to Python ten times a second. Signal handlers run then.
-        while (answer := call.wait()) is None:
-            _logging.hand_over()
+        # `wait` returns to Python ten times a second, so that signal handlers can run.
+        while (output := call.wait()) is None:
+            _logging.forward_records()
             if reporter is not None:
                 reporter(*call.snapshot())
-        return answer
+        return output
     except BaseException:
         # Ctrl-C, or an exception raised by a signal handler or by `progress`.
         call.cancel()
         raise
     finally:
-        _logging.hand_over()
+        _logging.forward_records()
 
 
 async def awaited(call: Call, progress: ProgressArgument | None = None, label: str = "") -> Any:
-    """Wait for a call in the running event loop and return its answer.
+    """Wait for a call in the running event loop and return its output.
 
     Cancelling the task cancels the call. A download that other callers wait for continues.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Any] = loop.create_future()
 
-    def settle(answer: Any, error: BaseException | None) -> None:
+    def settle(output: Any, error: BaseException | None) -> None:
         # The task may have been cancelled in the meantime.
         if not future.done():
             if error is not None:
                 future.set_exception(error)
             else:
-                future.set_result(answer)
+                future.set_result(output)
 
-    def done(answer: Any, error: BaseException | None) -> None:
+    def done(output: Any, error: BaseException | None) -> None:
         # Runs on a dispatcher thread of the native module.
-        with contextlib.suppress(RuntimeError):  # The loop is closed, so no task waits for the answer.
-            loop.call_soon_threadsafe(settle, answer, error)
+        with contextlib.suppress(RuntimeError):  # The loop is closed, so no task waits for the output.
+            loop.call_soon_threadsafe(settle, output, error)
 
     call.start(done)
     try:
@@ -133,9 +133,9 @@ async def awaited(call: Call, progress: ProgressArgument | None = None, label: s
         try:
             while not (await asyncio.wait({future}, timeout=_PROGRESS_SECONDS))[0]:
                 reporter(*call.snapshot())
-            answer = future.result()
-            reporter.end(call)
-            return answer
+            output = future.result()
+            reporter.finish(call)
+            return output
         finally:
             reporter.close()
     finally:

@@ -38,7 +38,7 @@ class ModelCacheError(Exception):
         return self.message if self.hint is None else f"{self.message}\nhint: {self.hint}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _again, (type(self), self.message, dict(self.__dict__))
+        return _rebuild, (type(self), self.message, dict(self.__dict__))
 
 
 class NotFoundError(ModelCacheError, FileNotFoundError):
@@ -107,10 +107,10 @@ _CLASSES: dict[str, type[ModelCacheError]] = {
 def from_native(
     kind: str,
     message: str,
-    about: tuple[str | None, str | None, str | None, float | None, bool],
+    details: tuple[str | None, str | None, str | None, float | None, bool],
 ) -> ModelCacheError:
     """Build the exception for an error of the native module. Called by the native module."""
-    hint, artifact, tier, retry_after, transient = about
+    hint, artifact, tier, retry_after, transient = details
     error = _CLASSES.get(kind, ModelCacheError)(message, hint=hint)
     error.code = kind
     error.artifact, error.tier = artifact, tier
@@ -118,7 +118,7 @@ def from_native(
     return error
 
 
-def _again(kind: type[ModelCacheError], message: str, fields: dict[str, Any]) -> ModelCacheError:
+def _rebuild(kind: type[ModelCacheError], message: str, fields: dict[str, Any]) -> ModelCacheError:
     """Rebuild a pickled error."""
     error = kind(message)
     error.__dict__.update(fields)

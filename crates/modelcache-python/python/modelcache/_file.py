@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
 _WAIT_MAX_BYTES = 32 << 20
-"""Bytes that ``readinto`` waits for at a time. It copies them while the next ones are downloaded."""
+"""Bytes that ``readinto`` waits for at a time. It copies them while the next bytes are downloaded."""
 _READ_MAX_BYTES = 1 << 30
 """Bytes of one system call. Linux transfers less than 2 GiB per call."""
 
@@ -28,15 +28,15 @@ class CachedFile(io.RawIOBase):
     at the end of the file. The file is unbuffered: each read costs a system call. For many small reads wrap it in
     ``io.BufferedReader(file)``.
 
-    Functions that use a descriptor or a path, such as ``mmap``, ``numpy.fromfile`` and ``safetensors.safe_open``, work
-    on the complete file: :meth:`fileno` and :attr:`path` wait until it is downloaded and verified.
+    Functions that use a descriptor or a path, such as ``mmap``, ``numpy.fromfile`` and ``safetensors.safe_open``, need
+    the complete file: :meth:`fileno` and :attr:`path` wait until it is downloaded and verified.
 
     Threads may share the file: :meth:`pread` neither uses nor changes the position, which :meth:`read` and :meth:`seek`
     move. The file cannot be pickled. In a forked child it remains usable if it was complete at the fork. Otherwise
-    every read there raises :class:`ModelCacheError`.
+    every read in the child raises :class:`ModelCacheError`.
 
-    Reads raise the error of the download if it failed. They raise :class:`IntegrityError` if bytes returned by earlier
-    reads have failed verification, or may have.
+    If the download failed, reads raise its error. They raise :class:`IntegrityError` if bytes that earlier reads
+    returned failed verification, or may have failed it.
     """
 
     def __init__(self, native: _native.File) -> None:
@@ -179,7 +179,7 @@ class CachedFile(io.RawIOBase):
         return data
 
     async def apread(self, size: int, offset: int) -> bytes:
-        """Asynchronous version of :meth:`pread`. Cancelling ends the wait; the download continues."""
+        """Asynchronous version of :meth:`pread`. Cancelling the task ends the wait; the download continues."""
         native, stop = self._open_native(), self._end_offset(size, offset)
         if offset >= stop:
             return b""
@@ -237,7 +237,7 @@ class CachedFile(io.RawIOBase):
 def _ready(native: _native.File, start: int, stop: int) -> int:
     """Wait until the bytes ``start:stop`` can be read and return the descriptor to read them from."""
     descriptor = native.ready(start, stop)
-    # A wait returns no descriptor, so ask again after it.
+    # `wait` returns no descriptor, so call `ready` again after it.
     while descriptor is None:
         _calls.wait(native.wait(start, stop))
         descriptor = native.ready(start, stop)

@@ -15,10 +15,10 @@ def level() -> int:
     return min(_LOGGER.getEffectiveLevel(), 255)
 
 
-def hand_over() -> None:
+def forward_records() -> None:
     """Pass the queued records to their loggers.
 
-    An exception in a handler is printed. It does not make the call fail during which the records are passed on.
+    If a handler raises an exception, it is printed. The call that passes the records does not fail.
     """
     for level, logger, text in _native.take_records():
         try:

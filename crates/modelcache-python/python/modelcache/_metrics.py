@@ -57,7 +57,7 @@ class Metrics:
         return page
 
     def describe(self) -> list[Metric]:
-        """Return an empty list, so that ``prometheus_client`` does not collect when the collector is registered."""
+        """Return an empty list, so that ``prometheus_client`` does not call :meth:`collect` at registration."""
         return []
 
     def collect(self) -> Iterator[Metric]:
@@ -68,7 +68,7 @@ class Metrics:
             kind = CounterMetricFamily if family["is_counter"] else GaugeMetricFamily
             samples = family["samples"]
             labels = [samples[0]["label"][0]] if samples and samples[0]["label"] else []
-            # The full stop makes the help text equal to that of `text`.
+            # The help text ends with a full stop, as in the page of `text`.
             metric = kind(family["name"], family["help"] + ".", labels=labels)
             for sample in samples:
                 metric.add_metric([sample["label"][1]] if labels else [], sample["value"])

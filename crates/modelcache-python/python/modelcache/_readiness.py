@@ -1,4 +1,4 @@
-"""Download of a list of artifacts in the background, with its progress. Independent of web frameworks."""
+"""Downloads a list of artifacts in the background and reports the progress. Independent of web frameworks."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ._cache import ModelCache, Reference
+from ._cache import ModelCache, Reference, _reference_pairs, _reference_text
 from ._errors import ModelCacheError
 from ._reports import Progress
 
 _LOGGER = logging.getLogger("modelcache.readiness")
 
 _BACKOFF_FIRST_SECONDS = 1.0
+"""Pause before the second attempt. It doubles with each further attempt."""
 _BACKOFF_MAX_SECONDS = 60.0
+"""Upper bound on the pause between two attempts."""
 _RETRY_AFTER_MAX = 60
 """Upper bound on the seconds in a ``Retry-After`` header."""
 
@@ -43,7 +45,7 @@ class Artifact:
     @property
     def reference(self) -> str:
         """The reference: ``name@version`` or the URI."""
-        return self.name if self.version is None else f"{self.name}@{self.version}"
+        return _reference_text(self.name, self.version)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that a readiness probe reports."""
@@ -74,9 +76,8 @@ class Readiness:
     def __init__(
         self, cache: ModelCache, references: Iterable[Reference], *, jobs: int = 4, on_ready: OnReady | None = None
     ) -> None:
-        pairs = [(each, None) if isinstance(each, str) else each for each in references]
         self.cache = cache
-        self.artifacts = [Artifact(name, version) for name, version in pairs]
+        self.artifacts = [Artifact(name, version) for name, version in _reference_pairs(references)]
         self._by_reference = {artifact.reference: artifact for artifact in self.artifacts}
         self._on_ready = on_ready
         self._jobs = asyncio.Semaphore(jobs)
@@ -93,8 +94,7 @@ class Readiness:
 
         :raises KeyError: the artifact is not on the list.
         """
-        reference = name if version is None else f"{name}@{version}"
-        return self._by_reference[reference]
+        return self._by_reference[_reference_text(name, version)]
 
     def start(self) -> None:
         """Start the downloads in the background and return at once."""
@@ -108,7 +108,7 @@ class Readiness:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the readiness, the bytes done and in total, and the seconds left, with one row for each artifact."""
-        # The total is unknown as long as the size of any unfinished artifact is.
+        # The total is unknown as long as the size of an unfinished artifact is unknown.
         totals = [artifact.total_bytes for artifact in self.artifacts if artifact.state != "ready"]
         done = sum(artifact.done_bytes for artifact in self.artifacts)
         known = all(total is not None for total in totals)
@@ -134,7 +134,7 @@ class Readiness:
     def retry_after(self) -> int:
         """Return the whole seconds that a client should wait before the next request: from 1 to 60."""
         left = self.seconds_left()
-        # 5 seconds without an estimate, for instance while `on_ready` runs.
+        # 5 seconds if there is no estimate, for instance while `on_ready` runs.
         return 5 if left is None else max(1, min(_RETRY_AFTER_MAX, round(left)))
 
     async def _make_ready(self, artifact: Artifact) -> None:
@@ -149,27 +149,27 @@ class Readiness:
                 # Retry every kind of error: a missing artifact may be published, and a service may recover. The
                 # orchestrator does not restart the process in these cases.
                 artifact.state, artifact.error = "failed", str(error)
-                where = error.artifact if isinstance(error, ModelCacheError) else None
+                artifact_name = error.artifact if isinstance(error, ModelCacheError) else None
                 _LOGGER.error(
-                    "%s is not ready, next try in %.0f s: %s", where or artifact.reference, pause, error,
+                    "%s is not ready, next try in %.0f s: %s", artifact_name or artifact.reference, pause, error,
                     exc_info=not isinstance(error, ModelCacheError),
                 )  # fmt: skip
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _BACKOFF_MAX_SECONDS)
 
     async def _fill_and_load(self, artifact: Artifact) -> None:
-        # After a failure of `on_ready` the artifact is on disk already.
+        # If a previous attempt failed in `on_ready`, the artifact is already on disk.
         if artifact.path is None:
             artifact.state = "filling"
 
             def record(progress: Progress) -> None:
-                # During `join` the bytes are those of the process that downloads.
+                # In the phase `join` the bytes are those of the other caller's download.
                 if progress.phase in ("download", "join") and progress.total_bytes:
                     self._rate.add(progress.done_bytes - artifact.done_bytes)
                     artifact.done_bytes, artifact.total_bytes = progress.done_bytes, progress.total_bytes
 
             artifact.path = await self.cache.aget(artifact.name, artifact.version, progress=record)
-            # Count the files on disk: reused bytes are part of the artifact, too.
+            # Use the size of the files on disk, because the progress does not include bytes that were reused.
             artifact.done_bytes = artifact.total_bytes = await asyncio.to_thread(_size, artifact.path)
         if self._on_ready is not None:
             artifact.state = "loading"
@@ -186,7 +186,7 @@ class _Rate:
 
     def add(self, count: int) -> None:
         if self._started is None:
-            self._started = time.monotonic()  # The time taken by these bytes is unknown, so they do not count.
+            self._started = time.monotonic()  # These bytes do not count, because the time they took is unknown.
         else:
             self._bytes += max(count, 0)
 

@@ -1,6 +1,7 @@
 """The results of calls: immutable data classes. Sizes are in bytes, times in seconds.
 
-The native module sends the objects that ``modelcache --json`` prints (docs/json.md). The ``_from`` methods convert them.
+The native module sends the objects that ``modelcache --json`` prints (docs/json.md). The ``_from`` methods convert
+them.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class CachedArtifact(_Report):
     pin: PinRecord | None
     """The pin, if there is one. Known on disk only."""
     formats: list[str] = field(default_factory=list)
-    """Formats of its files, as far as they were recognized."""
+    """The formats of its files that were recognized."""
     tags: list[str] = field(default_factory=list)
     """Tags that point to it. Known on the remote only."""
 
@@ -163,9 +164,9 @@ class PutReport(_Report):
     size: int
     """Bytes of all files."""
     uploaded_bytes: int
-    """Bytes sent to the remote; 0 if the remote had them or if there is none."""
+    """Bytes sent to the remote; 0 if the remote already had them or if there is no remote."""
     copied_bytes: int
-    """Bytes that the remote copied on the server side from other versions, instead of an upload."""
+    """Bytes that were not uploaded because the remote copied them from other versions."""
     on_remote: bool
     """True if there is a remote and it has the artifact."""
     sha256: str
@@ -184,9 +185,9 @@ class EvictReport(_Report):
     name: str
     version: str
     disk_bytes: int | None
-    """Bytes freed on disk; ``None`` if the artifact was not there or the tier was not selected."""
+    """Bytes freed on disk; ``None`` if the artifact was not on disk or the tier was not selected."""
     remote_bytes: int | None
-    """Bytes removed from the remote; ``None`` if the artifact was not there or the tier was not selected."""
+    """Bytes removed from the remote; ``None`` if the artifact was not on the remote or the tier was not selected."""
     origin_can_give_back: bool
     """True if the artifact can be downloaded again from an origin."""
     tags: list[str]
@@ -264,7 +265,7 @@ class Verified(_Report):
     """Result of verifying one artifact in one tier."""
 
     reference: str
-    """The reference of the artifact, or the place of data that belongs to no known artifact."""
+    """The reference of the artifact, or the path of data that belongs to no known artifact."""
     tier: str
     ok: bool
     """True if no problem was found or all problems were repaired."""

@@ -30,7 +30,7 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route, Router
 
-from ._cache import ModelCache, Reference
+from ._cache import ModelCache, Reference, _reference_text
 from ._readiness import Artifact, OnReady, Readiness
 
 try:
@@ -41,7 +41,9 @@ except ImportError:
 __all__ = ["Artifact", "ModelCacheLifespan", "cache", "probes", "readiness", "ready", "router", "routes", "value"]
 
 _STATE = "modelcache"
+"""Name of the :class:`Readiness` in the state of the application."""
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
+"""Content type of the Prometheus text format."""
 
 _Lifespan = Callable[[Any], AbstractAsyncContextManager[Mapping[str, Any] | None]]
 
@@ -73,7 +75,7 @@ class ModelCacheLifespan:
         **settings: Any,
     ) -> None:
         if cache is not None and settings:
-            raise TypeError("give either cache or settings, not both: settings are for a cache that is opened here")
+            raise TypeError("pass either cache or settings: the settings are for a cache that ModelCacheLifespan opens")
         self._artifacts = [artifacts] if isinstance(artifacts, str) else list(artifacts)
         self._cache, self._settings = cache, settings
         self._on_ready, self._lifespan, self._jobs = on_ready, lifespan, jobs
@@ -104,11 +106,11 @@ def readiness(connection: HTTPConnection) -> Readiness:
 
     :raises RuntimeError: the application does not run with a :class:`ModelCacheLifespan`.
     """
-    # The lifespan state also reaches mounted applications. `app.state` belongs to a single one.
+    # The state of the lifespan is also available in mounted applications, `app.state` only in the application itself.
     state = connection.scope.get("state", {}).get(_STATE)
     state = state if state is not None else getattr(connection.app.state, _STATE, None)
     if not isinstance(state, Readiness):
-        raise RuntimeError("no cache in this application: give it lifespan=ModelCacheLifespan(...)")
+        raise RuntimeError("this application has no cache: create it with lifespan=ModelCacheLifespan(...)")
     return state
 
 
@@ -145,13 +147,13 @@ def value(name: str, version: str | None = None) -> Callable[[HTTPConnection], A
 
 
 def _ready_artifact(connection: HTTPConnection, name: str, version: str | None) -> Artifact:
-    """Return an artifact of the list, or raise 503 while it is not ready."""
+    """Return an artifact of the list. Raises an HTTP 503 while it is not ready."""
     state = readiness(connection)
     try:
         artifact = state.artifact(name, version)
     except KeyError:
         known = ", ".join(each.reference for each in state.artifacts)
-        wanted = name if version is None else f"{name}@{version}"
+        wanted = _reference_text(name, version)
         raise RuntimeError(f"{wanted} is not on the list of ModelCacheLifespan, which has: {known}") from None
     if artifact.state != "ready":
         raise HTTPException(
@@ -177,10 +179,10 @@ async def readyz(request: Request) -> Response:
 
 async def cache_stats(request: Request) -> Response:
     """Report the cached artifacts, the usage of the directory, and the result of the last request to each tier."""
-    used = cache(request)
-    stats, artifacts = await used.astats(), await used.alist_artifacts()
+    model_cache = cache(request)
+    stats, artifacts = await model_cache.astats(), await model_cache.alist_artifacts()
     items = [artifact.to_dict() for artifact in artifacts]
-    return JSONResponse({**stats.to_dict(), "tiers": used.metrics.to_dict()["tiers"], "items": items})
+    return JSONResponse({**stats.to_dict(), "tiers": model_cache.metrics.to_dict()["tiers"], "items": items})
 
 
 async def cache_metrics(request: Request) -> Response:
@@ -200,13 +202,14 @@ routes: list[Route] = [Route(path, endpoint) for path, endpoint in _PROBES + _ST
 """All routes, for the argument ``routes`` of a plain Starlette application."""
 
 
-def _router(which: Sequence[tuple[str, Callable[[Request], Any]]]) -> Any:
+def _router(endpoints: Sequence[tuple[str, Callable[[Request], Any]]]) -> Any:
+    """Return a router for ``FastAPI.include_router``, or a Starlette router if FastAPI is not installed."""
     if APIRouter is None:
-        return Router([Route(path, endpoint) for path, endpoint in which])
-    made = APIRouter(tags=["modelcache"])
-    for path, endpoint in which:
-        made.add_api_route(path, endpoint, response_class=Response, response_model=None)
-    return made
+        return Router([Route(path, endpoint) for path, endpoint in endpoints])
+    fastapi_router = APIRouter(tags=["modelcache"])
+    for path, endpoint in endpoints:
+        fastapi_router.add_api_route(path, endpoint, response_class=Response, response_model=None)
+    return fastapi_router
 
 
 router: Any = _router(_PROBES + _STATISTICS)

@@ -1,4 +1,4 @@
-//! Backfill: the upload of files that came from an origin to the remote, at once, in the background, or by a later run.
+//! Backfill: uploading files that came from an origin to the remote, at once, in the background, or by a later run.
 //!
 //! In every mode a pending upload is recorded durably before the artifact is published on disk, and removed once the
 //! remote has the files. A crash or an unreachable remote therefore delays the upload, but does not lose it. Pending
@@ -13,13 +13,13 @@ use super::tasks::Tasks;
 use super::{BackfillReport, Cache, PendingBackfill};
 use crate::config::Backfill;
 use crate::disk::{
-    AcquireOutcome, Disk, FileLock, Leadership, LeasedArtifact, LocalFile, Missing, PendingUpload, Watch,
+    AcquireOutcome, Disk, FileLock, HeartbeatWatch, Leadership, LeasedArtifact, LocalFile, MissingFiles, PendingUpload,
 };
 use crate::error::{Context, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::Manifest;
 use crate::progress::{Phase, Progress};
-use crate::remote::{PendingPublish, Proven, PublishOptions, Published, Remote, StreamingUpload};
+use crate::remote::{PendingPublish, PublishOptions, Published, Remote, StreamingUpload, VerifiedFiles};
 use crate::selection::Selection;
 use crate::transfer::DownloadFile;
 use std::collections::{BTreeMap, BTreeSet};
@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 
 /// Longest wait for the backfill lock or the lease of an artifact. After that the upload stays pending.
 const WAIT_MAX: Duration = Duration::from_secs(60);
-/// Time between two attempts.
+/// Time between two attempts to get the backfill lock or the lease.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The state of the backfills of this process.
@@ -37,26 +37,30 @@ const POLL_INTERVAL: Duration = Duration::from_millis(100);
 pub(super) struct Backfills {
     /// Background uploads.
     tasks: Tasks,
-    /// True if the remote answered the last request, so that pending uploads of earlier runs can be completed.
-    remote_answers: AtomicBool,
+    /// True if the last use of the remote succeeded, so that pending uploads of earlier runs can be completed.
+    remote_usable: AtomicBool,
     /// Held while pending uploads are completed, so that only one task does it.
     completing: tokio::sync::Mutex<()>,
 }
 
 /// The upload that follows a fill.
 #[derive(Debug)]
-pub(super) struct ToBackfill {
-    missing: Missing,
-    /// True if the remote is unreachable, so that a later run has to upload.
+pub(super) struct BackfillJob {
+    missing: MissingFiles,
+    /// True if the remote is unreachable, so that a later run has to upload the files.
     remote_down: bool,
     /// True if the pending upload is recorded in the local directory.
     is_recorded: bool,
     /// The upload that ran during the download, and the verified files.
-    streaming: Option<(StreamingUpload, Proven)>,
+    streaming: Option<(StreamingUpload, VerifiedFiles)>,
 }
 
-impl ToBackfill {
-    pub(super) fn new(missing: Missing, remote_down: bool, streaming: Option<(StreamingUpload, Proven)>) -> Self {
+impl BackfillJob {
+    pub(super) fn new(
+        missing: MissingFiles,
+        remote_down: bool,
+        streaming: Option<(StreamingUpload, VerifiedFiles)>,
+    ) -> Self {
         Self { missing, remote_down, is_recorded: false, streaming }
     }
 }
@@ -67,7 +71,7 @@ impl Cache {
         self.0.config.backfill.unwrap_or_default()
     }
 
-    /// Returns true if downloaded files are to be uploaded to the remote, now or later.
+    /// Returns true if downloaded files may be uploaded to the remote, now or later.
     pub(super) fn may_backfill(&self) -> bool {
         let remote = self.0.remote.as_ref().filter(|remote| !remote.is_read_only());
         remote.is_some() && self.backfill_mode() != Backfill::Never
@@ -80,9 +84,9 @@ impl Cache {
         plan: &FillPlan,
         to_download: &mut BTreeMap<String, DownloadFile>,
     ) -> Option<StreamingUpload> {
-        let is_now = matches!(self.backfill_mode(), Backfill::Wait | Backfill::Background) && self.may_backfill();
+        let is_immediate = matches!(self.backfill_mode(), Backfill::Wait | Backfill::Background) && self.may_backfill();
         let is_new = plan.remote.is_none() && !plan.remote_unusable && !plan.remote_unmanaged;
-        let remote = self.0.remote.as_ref().filter(|_| is_now && is_new && !to_download.is_empty())?;
+        let remote = self.0.remote.as_ref().filter(|_| is_immediate && is_new && !to_download.is_empty())?;
         let files = to_download.values().map(|file| (file.path.clone(), file.partial_file.clone())).collect();
         let (streaming_upload, sink) = StreamingUpload::start(remote, plan.listing.clone(), files);
         to_download.values_mut().for_each(|file| file.on_part = Some(sink.clone()));
@@ -90,23 +94,34 @@ impl Cache {
     }
 
     /// Records the pending upload durably. If that fails, the upload is still attempted after the fill.
-    pub(super) async fn record_pending_upload(&self, key: &ArtifactKey, to: Option<ToBackfill>) -> Option<ToBackfill> {
-        let (Some(to), Some(remote)) = (to, &self.0.remote) else { return None };
-        let (of, url, missing) = (key.clone(), remote.url().to_owned(), to.missing.clone());
-        let recorded = self.on_disk(move |disk| disk.record_pending_upload(&of, &url, &missing)).await;
+    pub(super) async fn record_pending_upload(
+        &self,
+        key: &ArtifactKey,
+        job: Option<BackfillJob>,
+    ) -> Option<BackfillJob> {
+        let (Some(job), Some(remote)) = (job, &self.0.remote) else { return None };
+        let (owned_key, url, missing) = (key.clone(), remote.url().to_owned(), job.missing.clone());
+        let recorded = self.on_disk(move |disk| disk.record_pending_upload(&owned_key, &url, &missing)).await;
         if let Err(error) = &recorded {
-            tracing::warn!(%key, %error, "cannot record the pending upload; if it fails, no later run tries again");
+            tracing::warn!(
+                %key, %error,
+                "cannot record the pending upload; if the upload fails, no later run retries it"
+            );
         }
-        Some(ToBackfill { is_recorded: recorded.is_ok(), ..to })
+        Some(BackfillJob { is_recorded: recorded.is_ok(), ..job })
     }
 
-    /// Records the pending upload again if it was removed: an eviction of other files of the artifact, before this fill
-    /// published and leased it, removes the record.
-    pub(super) async fn restore_pending_upload(&self, key: &ArtifactKey, to: Option<ToBackfill>) -> Option<ToBackfill> {
-        let (Some(to), Some(remote)) = (to, &self.0.remote) else { return None };
+    /// Records the pending upload again if the record was removed. An eviction of other files of the artifact removes
+    /// the record if it happens before this fill publishes and leases the artifact.
+    pub(super) async fn restore_pending_upload(
+        &self,
+        key: &ArtifactKey,
+        job: Option<BackfillJob>,
+    ) -> Option<BackfillJob> {
+        let (Some(job), Some(remote)) = (job, &self.0.remote) else { return None };
         match self.pending_upload(remote, key).await {
-            Ok(Some(_)) => Some(to),
-            _ => self.record_pending_upload(key, Some(to)).await,
+            Ok(Some(_)) => Some(job),
+            _ => self.record_pending_upload(key, Some(job)).await,
         }
     }
 
@@ -115,23 +130,23 @@ impl Cache {
     pub(super) async fn backfill(
         &self,
         leased: &Arc<LeasedArtifact>,
-        to: Option<ToBackfill>,
+        job: Option<BackfillJob>,
         progress: &Progress,
     ) -> Published {
-        let Some(to) = to else { return Published::default() };
-        if to.remote_down {
+        let Some(job) = job else { return Published::default() };
+        if job.remote_down {
             let artifact = &leased.manifest.key;
-            tracing::info!(%artifact, "the remote does not answer; a later run uploads this artifact");
+            tracing::info!(%artifact, "the remote is unreachable; a later run uploads this artifact");
             return Published::default();
         }
         match self.backfill_mode() {
-            Backfill::Wait => self.upload(leased, to, progress).await,
+            Backfill::Wait => self.upload(leased, job, progress).await,
             Backfill::Background => {
                 // The task holds the lease until the upload ends.
                 let (cache, leased) = (self.clone(), leased.clone());
-                self.0.backfills.tasks.keep(tokio::spawn(async move {
-                    let published = cache.upload(&leased, to, &Progress::new()).await;
-                    cache.metrics().uploaded(published.uploaded_bytes, published.copied_bytes);
+                self.0.backfills.tasks.add(tokio::spawn(async move {
+                    let published = cache.upload(&leased, job, &Progress::new()).await;
+                    cache.metrics().record_background_upload(published.uploaded_bytes, published.copied_bytes);
                     cache.complete(&Progress::new()).await;
                 }));
                 Published::default()
@@ -141,18 +156,18 @@ impl Cache {
     }
 
     /// Uploads the files that this process has just downloaded. Logs a failure.
-    async fn upload(&self, leased: &Arc<LeasedArtifact>, to: ToBackfill, progress: &Progress) -> Published {
+    async fn upload(&self, leased: &Arc<LeasedArtifact>, job: BackfillJob, progress: &Progress) -> Published {
         let Some(remote) = &self.0.remote else { return Published::default() };
-        let (key, files) = (&leased.manifest.key, to.missing.files.clone());
-        let uploaded = self.upload_under_lock(remote, leased, to, progress).await;
-        self.metrics().asked(Tier::Remote, &uploaded);
+        let (key, files) = (&leased.manifest.key, job.missing.files.clone());
+        let uploaded = self.upload_under_lock(remote, leased, job, progress).await;
+        self.metrics().record_health(Tier::Remote, &uploaded);
         match uploaded {
             Ok(published) => {
-                self.note_remote(true);
+                self.set_remote_usable(true);
                 published
             }
             Err(error) => {
-                self.note_remote(false);
+                self.set_remote_usable(false);
                 let dropped = self.drop_if_permanent(remote, key, &files, &error).await;
                 log_failure(remote, &error, dropped);
                 Published::default()
@@ -165,7 +180,7 @@ impl Cache {
         &self,
         remote: &Remote,
         leased: &Arc<LeasedArtifact>,
-        mut to: ToBackfill,
+        mut job: BackfillJob,
         progress: &Progress,
     ) -> Result<Published> {
         let key = &leased.manifest.key;
@@ -184,30 +199,30 @@ impl Cache {
                 }
                 None => {
                     // Release the claim of the streaming upload: the process that holds the lock needs it.
-                    drop(to.streaming.take());
+                    drop(job.streaming.take());
                     tokio::time::sleep(POLL_INTERVAL).await;
                 }
             }
         };
         // Step 2: check the record. The process that held the lock before may have uploaded the files.
-        if to.is_recorded && self.pending_upload(remote, key).await?.is_none() {
+        if job.is_recorded && self.pending_upload(remote, key).await?.is_none() {
             return Ok(Published::default());
         }
         // Step 3: complete the streaming upload, upload the other files and publish them.
-        let pending = match to.streaming {
+        let pending = match job.streaming {
             Some((streaming_upload, proven)) => streaming_upload.finish(proven).await,
             None => None,
         };
-        self.send(remote, leased, &to.missing, pending, progress).await
+        self.upload_and_publish(remote, leased, &job.missing, pending, progress).await
     }
 
     /// Uploads leased files and publishes them on the remote. Then removes them from the pending upload. The caller
     /// holds the backfill lock.
-    async fn send(
+    async fn upload_and_publish(
         &self,
         remote: &Remote,
         leased: &LeasedArtifact,
-        missing: &Missing,
+        missing: &MissingFiles,
         pending: Option<PendingPublish>,
         progress: &Progress,
     ) -> Result<Published> {
@@ -220,7 +235,7 @@ impl Cache {
         let published =
             remote.publish_pending(&listing, &files, options, pending, progress).await.context(key, Tier::Remote)?;
         // Only after the publish: a crash before it leaves the upload pending.
-        self.settle(remote, key, &missing.files).await?;
+        self.remove_pending_files(remote, key, &missing.files).await?;
         Ok(published)
     }
 
@@ -235,7 +250,7 @@ impl Cache {
         if !is_permanent(error) {
             return false;
         }
-        if let Err(error) = self.settle(remote, key, files).await {
+        if let Err(error) = self.remove_pending_files(remote, key, files).await {
             tracing::debug!(%error, "cannot remove a pending upload that cannot succeed");
         }
         true
@@ -256,39 +271,39 @@ impl Cache {
             return Err(Error::invalid("no remote is configured")
                 .hint("set MODEL_CACHE_REMOTE, for instance s3://bucket/prefix"));
         };
-        remote.ensure_read_write("leave it to a machine that may write there")?;
-        let _alone = self.0.backfills.completing.lock().await;
+        remote.ensure_read_write("run it on a machine that may write to the remote")?;
+        let _guard = self.0.backfills.completing.lock().await;
         self.complete_all(remote, progress).await
     }
 
     /// Waits for background uploads at the end of a run. If this process reached the remote, also completes the pending
-    /// uploads of earlier runs. Failures are logged, because the requested work is already done.
+    /// uploads of earlier runs. Failures are only logged, because the requested work is already done.
     pub async fn finish_backfills(&self, progress: &Progress) -> BackfillReport {
-        self.0.backfills.tasks.finish().await;
+        self.0.backfills.tasks.wait().await;
         match self.backfill_mode() {
             Backfill::Wait | Backfill::Background => self.complete(progress).await,
             Backfill::Later | Backfill::Never => BackfillReport::default(),
         }
     }
 
-    /// Records whether the remote answered the last request.
-    pub(super) fn note_remote(&self, answers: bool) {
-        self.0.backfills.remote_answers.store(answers, Ordering::Relaxed);
+    /// Records whether the last use of the remote succeeded.
+    pub(super) fn set_remote_usable(&self, is_usable: bool) {
+        self.0.backfills.remote_usable.store(is_usable, Ordering::Relaxed);
     }
 
-    /// Completes the pending uploads if the remote is writable and has answered. Does nothing if another task does so
-    /// already. Failures are logged.
+    /// Completes the pending uploads if the remote is writable and its last use succeeded. Does nothing if another task
+    /// is completing them. Failures are logged.
     async fn complete(&self, progress: &Progress) -> BackfillReport {
-        let answers = self.0.backfills.remote_answers.load(Ordering::Relaxed);
-        let (Some(remote), true) = (self.0.remote.as_ref().filter(|remote| remote.is_writable()), answers) else {
+        let is_usable = self.0.backfills.remote_usable.load(Ordering::Relaxed);
+        let (Some(remote), true) = (self.0.remote.as_ref().filter(|remote| remote.is_writable()), is_usable) else {
             return BackfillReport::default();
         };
-        let Ok(_alone) = self.0.backfills.completing.try_lock() else { return BackfillReport::default() };
+        let Ok(_guard) = self.0.backfills.completing.try_lock() else { return BackfillReport::default() };
         let report = self.complete_all(remote, progress).await.unwrap_or_else(|error| {
             tracing::debug!(%error, "cannot complete the pending uploads of earlier runs");
             BackfillReport::default()
         });
-        self.metrics().uploaded(report.uploaded_bytes, report.copied_bytes);
+        self.metrics().record_background_upload(report.uploaded_bytes, report.copied_bytes);
         report.failed.iter().for_each(|(_, error)| log_failure(remote, error, false));
         report.dropped.iter().for_each(|(_, error)| log_failure(remote, error, true));
         report
@@ -312,10 +327,10 @@ impl Cache {
                 Err(error) => {
                     let dropped = self.drop_if_permanent(remote, &key, &missing.files, &error).await;
                     // These errors concern the remote or its configuration, so all further uploads would fail as well.
-                    let stop =
+                    let concerns_remote =
                         matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Unauthorized | ErrorKind::Invalid);
                     if dropped { &mut report.dropped } else { &mut report.failed }.push((key, error));
-                    if stop {
+                    if concerns_remote {
                         break;
                     }
                 }
@@ -338,9 +353,8 @@ impl Cache {
         };
         // Step 3: upload them.
         let rewrite = missing.rewrite.intersection(&held).cloned().collect();
-        let published = self
-            .send(remote, &leased, &Missing { files: held.clone(), rewrite, ..Missing::default() }, None, progress)
-            .await?;
+        let to_upload = MissingFiles { files: held.clone(), rewrite, ..MissingFiles::default() };
+        let published = self.upload_and_publish(remote, &leased, &to_upload, None, progress).await?;
         // Step 4: drop the files that are no longer on disk from the pending upload.
         let absent: BTreeSet<_> = missing.files.difference(&held).cloned().collect();
         if !absent.is_empty()
@@ -356,19 +370,19 @@ impl Cache {
     async fn acquire_held(
         &self,
         key: &ArtifactKey,
-        missing: &Missing,
+        missing: &MissingFiles,
     ) -> Result<Option<(LeasedArtifact, BTreeSet<FilePath>)>> {
         let started = Instant::now();
         loop {
-            let (of, missing) = (key.clone(), missing.clone());
+            let (wanted, missing) = (key.clone(), missing.clone());
             let leased = self.on_disk(move |disk| {
-                let Some(manifest) = disk.manifest(&of)? else { return Ok(None) };
+                let Some(manifest) = disk.manifest(&wanted)? else { return Ok(None) };
                 let held = missing.held_by(&manifest);
                 if held.is_empty() {
                     return Ok(None);
                 }
-                let outcome = disk.acquire(&of, &Selection::files(held.iter().cloned()))?;
-                // The manifest may have been replaced since it was read. The one under the lease counts.
+                let outcome = disk.acquire(&wanted, &Selection::files(held.iter().cloned()))?;
+                // The manifest may have been replaced since it was read. Retry if the leased one holds other files.
                 let is_same = |leased: &LeasedArtifact| missing.held_by(&leased.manifest) == held;
                 Ok(match outcome {
                     AcquireOutcome::Leased(leased) if !is_same(&leased) => Some((AcquireOutcome::Absent, held)),
@@ -378,29 +392,29 @@ impl Cache {
             match leased.await? {
                 None => return Ok(None),
                 Some((AcquireOutcome::Leased(leased), held)) => return Ok(Some((*leased, held))),
-                // An eviction is running, or a damaged file was found, which the manifest then no longer holds.
+                // An eviction is running, the manifest was replaced, or a damaged file was found and withdrawn.
                 Some(_) if started.elapsed() < WAIT_MAX => tokio::time::sleep(POLL_INTERVAL).await,
                 Some(_) => {
-                    let error = Error::unavailable("the lease on its files cannot be acquired");
+                    let error = Error::unavailable("cannot acquire a lease on the files to upload");
                     return Err(error.artifact(key).tier(Tier::Disk));
                 }
             }
         }
     }
 
-    /// Removes files that are not on disk from the pending upload, and returns the error that reports this. If a fill
-    /// may be about to publish them, keeps them and returns `None`.
-    async fn drop_absent(&self, remote: &Remote, key: &ArtifactKey, missing: &Missing) -> Result<Option<Error>> {
+    /// Removes files that are not on disk from the pending upload, and returns the error that reports this. Keeps the
+    /// files and returns `None` if a fill may be about to publish them.
+    async fn drop_absent(&self, remote: &Remote, key: &ArtifactKey, missing: &MissingFiles) -> Result<Option<Error>> {
         // While another process fills the artifact, or has just published it, the files are not lost.
-        let of = key.clone();
-        let leadership = self.on_disk(move |disk| disk.try_lead(&of, &mut Watch::default())).await?;
-        let Leadership::Ours(_lead) = leadership else { return Ok(None) };
+        let owned_key = key.clone();
+        let leadership = self.on_disk(move |disk| disk.try_lead(&owned_key, &mut HeartbeatWatch::default())).await?;
+        let Leadership::Ours(_leader) = leadership else { return Ok(None) };
         if self.acquire_held(key, missing).await?.is_some() {
             return Ok(None); // A fill has just published them. The next run uploads them.
         }
-        self.settle(remote, key, &missing.files).await?;
-        let error = Error::not_found("it left this disk before the remote had it").artifact(key).tier(Tier::Disk);
-        Ok(Some(error.hint("the next get of the artifact uploads it to the remote")))
+        self.remove_pending_files(remote, key, &missing.files).await?;
+        let error = Error::not_found("the files left this disk before they were uploaded").artifact(key);
+        Ok(Some(error.tier(Tier::Disk).hint("the next get of the artifact uploads it to the remote")))
     }
 
     /// Tries to take the backfill lock of `key`.
@@ -410,15 +424,15 @@ impl Cache {
     }
 
     /// Returns the files of `key` in the pending upload to `remote`.
-    async fn pending_upload(&self, remote: &Remote, key: &ArtifactKey) -> Result<Option<Missing>> {
+    async fn pending_upload(&self, remote: &Remote, key: &ArtifactKey) -> Result<Option<MissingFiles>> {
         let (key, url) = (key.clone(), remote.url().to_owned());
         self.on_disk(move |disk| disk.pending_upload(&key, &url)).await
     }
 
     /// Removes `files` from the pending upload of `key` to `remote`.
-    async fn settle(&self, remote: &Remote, key: &ArtifactKey, files: &BTreeSet<FilePath>) -> Result<()> {
+    async fn remove_pending_files(&self, remote: &Remote, key: &ArtifactKey, files: &BTreeSet<FilePath>) -> Result<()> {
         let (key, url, files) = (key.clone(), remote.url().to_owned(), files.clone());
-        self.on_disk(move |disk| disk.settle(&key, &url, &files)).await
+        self.on_disk(move |disk| disk.remove_from_pending_upload(&key, &url, &files)).await
     }
 }
 
@@ -426,7 +440,7 @@ impl Cache {
 enum Completed {
     /// The files were uploaded.
     Done(Published),
-    /// Another process uploads or fills the artifact.
+    /// Another process is uploading or filling the artifact, or has just uploaded it.
     Busy,
     /// The files are no longer on this disk, and the pending upload was removed.
     Gone(Error),
@@ -436,7 +450,7 @@ enum Completed {
 fn log_failure(remote: &Remote, error: &Error, dropped: bool) {
     let hint = error.hint_text();
     if remote.refuses_writes() {
-        if remote.is_first_refusal() {
+        if remote.mark_refusal_reported() {
             tracing::warn!(
                 %error, hint,
                 "the remote refuses writes; the artifact is available locally, and this process only reads the remote \
@@ -444,28 +458,28 @@ fn log_failure(remote: &Remote, error: &Error, dropped: bool) {
             );
         }
     } else if dropped {
-        tracing::warn!(%error, hint, "could not be written to the remote; the upload is not tried again");
+        tracing::warn!(%error, hint, "the upload to the remote failed and cannot succeed; it is not retried");
     } else {
         tracing::warn!(
             %error, hint,
-            "could not be written to the remote; the artifact is available locally, and a later run tries again"
+            "the upload to the remote failed; the artifact is available locally, and a later run retries the upload"
         );
     }
 }
 
-/// Returns true if every further attempt of this upload would fail, independent of the configuration of the remote.
+/// Returns true if every further attempt of this upload would fail, however the remote is configured.
 fn is_permanent(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::Conflict | ErrorKind::Corrupt)
 }
 
 /// Returns the pending uploads to any remote. Blocks.
 pub(super) fn pending(disk: &Disk) -> Result<Vec<PendingBackfill>> {
-    let one = |PendingUpload { key, remote, missing }: PendingUpload| {
+    let report = |PendingUpload { key, remote, missing }: PendingUpload| {
         let manifest = disk.manifest(&key).ok().flatten();
         let entries = manifest.iter().flat_map(|manifest| &manifest.files);
         let held = entries.filter(|(path, entry)| missing.files.contains(*path) && entry.held.is_some());
         let bytes = held.map(|(_, entry)| entry.size).sum();
         PendingBackfill { reference: key.to_string(), key, remote, files: missing.files.len(), bytes }
     };
-    Ok(disk.pending_uploads()?.into_iter().map(one).collect())
+    Ok(disk.pending_uploads()?.into_iter().map(report).collect())
 }

@@ -26,20 +26,20 @@ impl Cache {
         CacheBuilder {
             config: Config::new(dir),
             remote: None,
-            options: BTreeMap::new(),
+            store_options: BTreeMap::new(),
             environment: Environment::default(),
             origins: Vec::new(),
         }
     }
 }
 
-/// Settings of a cache that is not open yet. [`CacheBuilder::config`] reaches all settings.
+/// Settings of a cache that is not open yet. [`CacheBuilder::config`] can change all settings.
 #[derive(Debug, Clone)]
 #[must_use = "a builder does nothing until `open` is called"]
 pub struct CacheBuilder {
     config: Config,
     remote: Option<String>,
-    options: BTreeMap<String, String>,
+    store_options: BTreeMap<String, String>,
     environment: Environment,
     origins: Vec<String>,
 }
@@ -52,26 +52,27 @@ impl CacheBuilder {
         self
     }
 
-    /// Sets an option of the object store, for example `endpoint`, `region` or `sse`. It holds for the remote and for
+    /// Sets an option of the object store, for example `endpoint`, `region` or `sse`. It applies to the remote and to
     /// `s3://` references.
     pub fn store_option(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
-        self.options.insert(name.into(), value.into());
+        self.store_options.insert(name.into(), value.into());
         self
     }
 
-    /// Passes environment variables, for AWS credentials and settings. The library reads none by itself.
+    /// Sets the environment variables from which AWS credentials and settings are read. The library does not read the
+    /// environment of the process.
     pub fn environment(mut self, variables: impl IntoIterator<Item = (String, String)>) -> Self {
         self.environment = Environment(variables.into_iter().collect::<HashMap<_, _>>());
         self
     }
 
-    /// Sets the budget: the local directory takes at most this many bytes.
+    /// Sets the budget: the maximum size of the local directory.
     pub fn budget(mut self, bound: ByteBound) -> Self {
         self.config.max_bytes = bound;
         self
     }
 
-    /// Sets the space that is left free on the filesystem.
+    /// Sets the space that the cache leaves free on the filesystem.
     pub fn min_free(mut self, bound: ByteBound) -> Self {
         self.config.min_free_bytes = bound;
         self
@@ -83,13 +84,13 @@ impl CacheBuilder {
         self
     }
 
-    /// Adds an origin of bare names: a reference with the placeholders `{name}` and `{version}`.
+    /// Adds an origin for bare names: a reference with the placeholders `{name}` and `{version}`.
     pub fn origin(mut self, template: impl Into<String>) -> Self {
         self.origins.push(template.into());
         self
     }
 
-    /// Adds an origin of the application. [`Cache::reference`] parses references to it.
+    /// Adds an origin that the application implements. [`Cache::reference`] parses references to it.
     pub fn own_origin(mut self, origin: Arc<dyn Origin>) -> Self {
         self.config.own_origins.push(origin);
         self
@@ -118,7 +119,7 @@ impl CacheBuilder {
     /// # Errors
     /// Those of [`Cache::open`]; [`Invalid`](crate::ErrorKind::Invalid) if an origin template is wrong.
     pub fn open(self) -> Result<Cache> {
-        let Self { mut config, remote, options, environment, origins } = self;
+        let Self { mut config, remote, store_options: options, environment, origins } = self;
         for template in origins {
             config.origins.push(OriginTemplate::new(&template)?);
         }

@@ -2,7 +2,7 @@
 
 use super::{Artifact, Cache, PutReport, Stats};
 use crate::error::Result;
-use crate::metrics::{ByTier, Family, Got, Metrics};
+use crate::metrics::{ByTier, Family, GetCounts, Metrics};
 
 impl Cache {
     /// Returns the counters since the cache was opened. All clones of the cache share them.
@@ -10,11 +10,12 @@ impl Cache {
         self.0.disk.metrics()
     }
 
+    /// Adds the outcome of a get to the metrics.
     pub(super) fn count_get(&self, outcome: &Result<Artifact>) {
         match outcome {
             Ok(Artifact { report, .. }) => {
                 let bytes = report.bytes;
-                self.metrics().got(&Got {
+                self.metrics().record_get(&GetCounts {
                     from: report.from,
                     bytes: ByTier { disk: bytes.disk, remote: bytes.remote, origin: bytes.origin },
                     uploaded_bytes: report.backfilled_bytes,
@@ -22,14 +23,15 @@ impl Cache {
                     phases: &report.phases,
                 });
             }
-            Err(error) => self.metrics().failed(error.kind()),
+            Err(error) => self.metrics().record_failure(error.kind()),
         }
     }
 
+    /// Adds the outcome of a put to the metrics.
     pub(super) fn count_put(&self, outcome: &Result<PutReport>) {
         match outcome {
-            Ok(report) => self.metrics().put(report.uploaded_bytes, report.copied_bytes, &report.phases),
-            Err(error) => self.metrics().failed(error.kind()),
+            Ok(report) => self.metrics().record_put(report.uploaded_bytes, report.copied_bytes, &report.phases),
+            Err(error) => self.metrics().record_failure(error.kind()),
         }
     }
 }

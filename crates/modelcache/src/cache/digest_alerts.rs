@@ -8,9 +8,9 @@ use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Tier};
 use crate::key::{ArtifactKey, Version};
 
-/// Reports that a version has other content than when it was tagged. The content on the remote takes precedence, so
-/// the get continues with it.
-pub(super) fn retagged(key: &ArtifactKey, tag: &Version, tagged: Digest, found: Digest) {
+/// Logs that a version has other content than when it was tagged. The content on the remote takes precedence, so the
+/// get continues with it.
+pub(super) fn changed_after_tagging(key: &ArtifactKey, tag: &Version, tagged: Digest, found: Digest) {
     tracing::error!(
         %key, %tag, %tagged, %found,
         "the content of a version changed after it was tagged: it was replaced (put --force) or tampered with; \
@@ -18,21 +18,20 @@ pub(super) fn retagged(key: &ArtifactKey, tag: &Version, tagged: Digest, found: 
     );
 }
 
-/// Reports that the disk has other content under the key than the tag records and the remote has. Returns the error of
-/// the get.
-pub(super) fn outdated_here(key: &ArtifactKey, tag: &Version, tagged: Digest, found: Digest) -> Error {
+/// Logs that the content of a version on disk differs from the content that was tagged, and from the content on the
+/// remote. Returns the error of the get.
+pub(super) fn outdated_on_disk(key: &ArtifactKey, tag: &Version, tagged: Digest, found: Digest) -> Error {
     let hint = format!("`modelcache evict {key} --tier disk` removes this disk's copy; then get it again");
     tracing::error!(
         %key, %tag, %tagged, %found, hint,
-        "this disk has other content under a version than the tag means: the version was replaced, or tampered with"
+        "the content of a version on this disk is not the content that was tagged: it was replaced or tampered with"
     );
-    Error::corrupt(format!("this disk has sha256 {found}, but the tag {tag} means {tagged}"))
+    Error::corrupt(format!("this disk has sha256 {found}, but the tag {tag} was set on sha256 {tagged}"))
         .tier(Tier::Disk)
         .hint(hint)
 }
 
-/// Reports that the disk contradicts the origin. `contradiction` describes the difference. Returns the error of the
-/// get.
+/// Logs that the disk contradicts the origin. `contradiction` describes the difference. Returns the error of the get.
 pub(super) fn disk_contradicts_origin(key: &ArtifactKey, contradiction: &Error) -> Error {
     let hint = format!(
         "`modelcache verify {key}` checks the local files; `modelcache evict {key} --tier disk` removes them, then get \
@@ -45,7 +44,7 @@ pub(super) fn disk_contradicts_origin(key: &ArtifactKey, contradiction: &Error) 
         .hint(hint)
 }
 
-/// Reports that the remote contradicts the origin, or files on this disk that came from the origin. The get continues
+/// Logs that the remote contradicts the origin, or files on this disk that came from the origin. The get continues
 /// without the remote.
 pub(super) fn remote_contradicts(key: &ArtifactKey, contradiction: &Error) {
     let hint = format!(

@@ -107,5 +107,5 @@ impl Cache {
 /// `Directory` if the directory or the list of pending syncs no longer exists; otherwise as for
 /// [`Cache::make_durable`].
 pub fn make_durable_for(dir: &Path, writer: &str, lock: File) -> Result<()> {
-    Disk::open_present(dir)?.sync_for(writer, lock)
+    Disk::open_existing(dir)?.sync_for(writer, lock)
 }

@@ -20,18 +20,18 @@ impl Cache {
     /// `Conflict` while the artifact is leased, or while another writer publishes it on the remote; `Invalid` for a
     /// tag.
     pub async fn evict(&self, reference: &Reference, tier: EvictTier, dry_run: bool) -> Result<EvictReport> {
-        // A tag is not resolved: it may point to another version than this machine remembers. Only the version with
+        // A tag is not resolved, because it may have moved since this machine resolved it last. Only the version with
         // exactly this name is evicted.
         let (key, origin) = match &reference.target {
             Target::Bare(key) => (key.clone(), self.template_origin(key, self.policy(&GetOptions::default()))),
-            _ => self.key_without_network(reference).await?,
+            _ => self.last_resolved_key(reference).await?,
         };
         if let Some(remote) = self.0.remote.as_ref().filter(|_| tier != EvictTier::Disk) {
             remote
                 .ensure_read_write("remove it from this disk only: --tier disk")
                 .map_err(|error| error.artifact(&key))?;
         }
-        // Listed before the version is removed, so that its refs can be removed with it.
+        // List the refs before the version is removed, so that they can be removed with it.
         let refs = if tier == EvictTier::Disk { Vec::new() } else { self.refs_to(&key).await? };
         // Step 1: evict from disk. This fails if the artifact is leased or pinned.
         let disk_bytes = match tier {
@@ -49,7 +49,7 @@ impl Cache {
                         && remote.has_unmanaged(&key).await? =>
                 {
                     if !dry_run {
-                        tracing::warn!(%error, "the remote keeps it");
+                        tracing::warn!(%error, "the unmanaged objects on the remote are not removed");
                     }
                     remote_stays = true;
                     None
@@ -58,11 +58,11 @@ impl Cache {
             },
             _ => None,
         };
-        // Nothing was found under this name: it may be a tag.
+        // Neither tier has a version of this name, so the name may be a tag.
         if disk_bytes.is_none() && remote_bytes.is_none() {
             self.refuse_tag(&key).await?;
         }
-        // Step 3: remove the refs, even if the version was gone already: a killed process may have left them.
+        // Step 3: remove the refs, even if there was no version any more, because a killed process may have left them.
         if !dry_run && tier != EvictTier::Disk && !remote_stays {
             self.remove_refs(&key, &refs).await?;
         }
@@ -73,11 +73,12 @@ impl Cache {
             Some(origin) if dry_run && tier != EvictTier::Disk => matches!(origin.manifest().await, Ok(Some(_))),
             _ => false,
         };
-        let tags = refs.into_iter().filter(|found| found.kind == RefKind::Tag).map(|tag| tag.revision).collect();
+        let tags =
+            refs.into_iter().filter(|remote_ref| remote_ref.kind == RefKind::Tag).map(|tag| tag.revision).collect();
         Ok(EvictReport { key, dry_run, disk_bytes, remote_bytes, origin_can_give_back, tags })
     }
 
-    /// Evicts `key` from disk and returns the bytes; `None` if it is not there.
+    /// Evicts `key` from disk. Returns the bytes that were removed, or `None` if the artifact is not on disk.
     async fn evict_disk(&self, key: &ArtifactKey, dry_run: bool) -> Result<Option<u64>> {
         let key = key.clone();
         self.on_disk(move |disk| {
@@ -86,20 +87,20 @@ impl Cache {
         .await
     }
 
-    /// Returns the key of a reference and its origin. Prefers the version that this machine remembers; the network is
-    /// used only if it remembers none.
-    pub(super) async fn key_without_network(
+    /// Returns the key that a reference last resolved to on this machine, and its origin. If no version is cached, the
+    /// reference is resolved, which may use the network.
+    pub(super) async fn last_resolved_key(
         &self,
         reference: &Reference,
     ) -> Result<(ArtifactKey, Option<Arc<dyn Source>>)> {
         let reference = &self.0.origins.placed(reference);
-        // A call that fetches nothing does not write the origin's answer to the remote.
-        let policy = LookupPolicy { share_answers: false, ..self.policy(&GetOptions::default()) };
+        // A call that downloads nothing does not write to the remote.
+        let policy = LookupPolicy { share_versions: false, ..self.policy(&GetOptions::default()) };
         let pointer = reference.pointer().or_else(|| self.possible_tag(reference));
         if let Some(Pointer { name, revision }) = pointer
-            && let Some(remembered) = self.remembered_ref(&name, &revision)?
+            && let Some(cached) = self.remembered_ref(&name, &revision)?
         {
-            let key = ArtifactKey::new(name, remembered.version);
+            let key = ArtifactKey::new(name, cached.version);
             let origin = self.0.origins.source(reference, &key).filter(|_| policy.max_tier == Tier::Origin);
             return Ok((key, origin));
         }
@@ -108,7 +109,9 @@ impl Cache {
         }
         let resolution = self.resolution(reference, policy).await;
         resolution.map(|resolution| (resolution.key, resolution.origin)).map_err(|error| match error.kind() {
-            ErrorKind::Unavailable => error.hint("name the commit instead of the revision: then no origin is asked"),
+            ErrorKind::Unavailable => {
+                error.hint("name the commit instead of the revision: then the origin is not contacted")
+            }
             _ => error,
         })
     }

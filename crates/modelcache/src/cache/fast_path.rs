@@ -10,15 +10,15 @@ use crate::reference::Reference;
 use crate::selection::Selection;
 
 impl Cache {
-    /// Returns the leased artifact if the reference or a remembered answer determines the key, and all selected files
-    /// are on disk. Takes a few microseconds. `None` means that the ordinary path has to decide.
+    /// Returns the leased artifact if the reference or a cached resolution determines the key, and all selected files
+    /// are on disk. Takes a few microseconds. Returns `None` if the caller has to continue with the slow path.
     pub(super) fn try_fast_hit(
         &self,
         reference: &Reference,
         options: &GetOptions,
         progress: &Progress,
     ) -> Option<Result<Artifact>> {
-        // The ordinary path reports the conflict between a file in the reference and a selection.
+        // The slow path reports the conflict between a file in the reference and a selection.
         let selection = match &reference.file {
             Some(_) if !options.selection.is_all() => return None,
             Some(file) => Selection::file(file.clone()),
@@ -35,7 +35,7 @@ impl Cache {
         let durable = options.durable;
         let request = FetchRequest { key, selection, digest, origin, max_tier, purpose, durable, tag_record, remote };
         let checked = self.require_checksums(&request, &leased.manifest);
-        let got = checked.and_then(|()| artifact(&request, FillOutcome::local(leased), progress));
-        Some(got.map_err(|error| error.artifact(&request.key)))
+        let artifact = checked.and_then(|()| artifact(&request, FillOutcome::local(leased), progress));
+        Some(artifact.map_err(|error| error.artifact(&request.key)))
     }
 }

@@ -3,14 +3,14 @@
 //! Within a process, an in-flight fill is a task. Callers with the same [`FillKey`] wait for it and see its progress.
 //! The task is aborted when the last caller is dropped, unless all bytes are downloaded and verified: then it is still
 //! published. A caller that opens one file may also join a fill of more files. Requests for other files of the same
-//! artifact are serialized by the fill lock, and so are other processes, which read the progress from the heartbeat of
-//! the leader.
+//! artifact are serialized by the fill lock. So are the requests of other processes, which read the progress from the
+//! heartbeat of the leader.
 
 use super::Cache;
 use super::resolve::FetchRequest;
 use super::tasks::Tasks;
 use crate::digest::Digest;
-use crate::disk::{HEARTBEAT_INTERVAL, Leader, Leadership, LeasedArtifact, Watch};
+use crate::disk::{HEARTBEAT_INTERVAL, HeartbeatWatch, Leader, Leadership, LeasedArtifact};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::progress::{Phase, PhaseGuard, Progress};
@@ -28,7 +28,7 @@ use tokio::time;
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 /// Longest time between two attempts to take the fill lock.
 const POLL_INTERVAL_MAX: Duration = Duration::from_millis(200);
-/// Number of attempts to start a fill, if its task ends without a result each time.
+/// Maximum number of attempts to start a fill whose task ends without a result each time.
 const STARTS_MAX: usize = 3;
 
 /// The in-flight fills of this process.
@@ -46,7 +46,7 @@ type FillKey = (ArtifactKey, String, Option<Digest>, Tier);
 /// An in-flight fill. Callers share it in an `Arc`; when the last one drops it, the task is aborted.
 #[derive(Debug)]
 pub(super) struct InFlightFill {
-    id: FillKey,
+    fill_key: FillKey,
     selection: Selection,
     progress: Progress,
     state: watch::Receiver<FillState>,
@@ -98,8 +98,9 @@ pub(super) struct FillOutcome {
 }
 
 impl FillOutcome {
-    /// Returns the outcome for a caller that joined the fill. The transferred bytes count for the call that started it.
-    pub(super) fn waited(self) -> Self {
+    /// Returns the outcome for a caller that joined the fill. The transferred bytes count only for the call that
+    /// started the fill.
+    pub(super) fn without_transfers(self) -> Self {
         Self { fetched_bytes: 0, backfilled_bytes: 0, copied_bytes: 0, ..self }
     }
 }
@@ -109,7 +110,7 @@ pub(super) enum Joined {
     /// Another fill published the artifact.
     Filled(Box<LeasedArtifact>),
     /// The caller is the leader and has to fill the artifact.
-    Leading(Lead),
+    Leading(LeaderGuard),
 }
 
 impl Cache {
@@ -118,7 +119,8 @@ impl Cache {
         for _ in 0..STARTS_MAX {
             let (fill, started) = self.join_or_start_fill(request, None, progress);
             // The caller that started the fill also waits for the backfill.
-            let outcome = if started { fill.ended().await } else { fill.published(progress).await };
+            let outcome =
+                if started { fill.wait_until_ended().await } else { fill.wait_until_published(progress).await };
             if let Some(outcome) = outcome {
                 return outcome;
             }
@@ -126,15 +128,15 @@ impl Cache {
         Err(task_lost())
     }
 
-    /// Returns the in-flight fill for `request`, and whether this call started it. With `first_read`, a fill that
-    /// includes this file among others is joined as well.
+    /// Returns the in-flight fill for `request`, and true if this call started it. With `first_read`, also joins a fill
+    /// of more files that includes the file to read.
     pub(super) fn join_or_start_fill(
         &self,
         request: &FetchRequest,
         first_read: Option<&FirstRead>,
         progress: &Progress,
     ) -> (Arc<InFlightFill>, bool) {
-        let id = (request.key.clone(), request.selection.identity(), request.digest, request.max_tier);
+        let fill_key = (request.key.clone(), request.selection.identity(), request.digest, request.max_tier);
         let mut in_flight = self.0.in_flight.lock();
         // Remove the fills that no caller holds any more.
         in_flight.retain(|_, fill| fill.strong_count() > 0);
@@ -142,9 +144,9 @@ impl Cache {
         // A demanded digest is that of the selected file or of the file list, so the selections must be equal then.
         let wider = || {
             let first_read = first_read.filter(|_| request.digest.is_none())?;
-            in_flight.values().filter_map(running).find(|fill| fill.includes(&first_read.file, &id))
+            in_flight.values().filter_map(running).find(|fill| fill.includes(&first_read.file, &fill_key))
         };
-        if let Some(fill) = in_flight.get(&id).and_then(running).or_else(wider) {
+        if let Some(fill) = in_flight.get(&fill_key).and_then(running).or_else(wider) {
             return (fill, false);
         }
         // The map stays locked until the new fill is in it, so that no other caller starts the same one.
@@ -160,7 +162,7 @@ impl Cache {
             publisher.state.send_replace(FillState::Ended(ended));
         });
         let fill = Arc::new(InFlightFill {
-            id: id.clone(),
+            fill_key: fill_key.clone(),
             selection,
             progress: progress.clone(),
             state,
@@ -169,15 +171,15 @@ impl Cache {
             task: Some(task),
             finishing: self.0.in_flight.finishing.clone(),
         });
-        // A weak reference, so that only callers keep the fill running.
-        in_flight.insert(id, Arc::downgrade(&fill));
+        // The map holds a weak reference, so that only callers keep the fill running.
+        in_flight.insert(fill_key, Arc::downgrade(&fill));
         (fill, true)
     }
 
-    /// Waits for the fills that continue without a caller, because all their bytes are downloaded and verified. On
-    /// return they are published.
+    /// Waits for the fills that continue without a caller because all their bytes are downloaded and verified. They are
+    /// published when this returns.
     pub async fn wait_for_fills(&self) {
-        self.0.in_flight.finishing.finish().await;
+        self.0.in_flight.finishing.wait().await;
     }
 
     /// Step 3 of the main path between processes: waits until another process has filled the artifact, or until this
@@ -191,18 +193,19 @@ impl Cache {
                 return Ok(Joined::Filled(Box::new(leased)));
             }
             match leadership {
-                Leadership::Ours(leader) => return Ok(Joined::Leading(Lead::start(leader, progress))),
+                Leadership::Ours(leader) => return Ok(Joined::Leading(LeaderGuard::start(leader, progress))),
                 Leadership::Theirs(heartbeat) => waiting.pause(heartbeat.done_bytes, heartbeat.total_bytes).await,
             }
         }
     }
 
-    /// Waits until this process is the leader of the fill of `key`, even if another process has filled it meanwhile.
-    pub(super) async fn lead_alone(&self, key: &ArtifactKey, progress: &Progress) -> Result<Lead> {
+    /// Waits until this process is the leader of the fill of `key`, even if another process has published the artifact
+    /// meanwhile.
+    pub(super) async fn wait_to_lead(&self, key: &ArtifactKey, progress: &Progress) -> Result<LeaderGuard> {
         let mut waiting = Waiting::new(progress);
         loop {
             match self.try_lead(key, &mut waiting).await? {
-                Leadership::Ours(leader) => return Ok(Lead::start(leader, progress)),
+                Leadership::Ours(leader) => return Ok(LeaderGuard::start(leader, progress)),
                 Leadership::Theirs(heartbeat) => waiting.pause(heartbeat.done_bytes, heartbeat.total_bytes).await,
             }
         }
@@ -237,11 +240,11 @@ impl FillPublisher {
     /// Invalidates all partial files, because the download failed or its source changed. Readers must not use bytes
     /// received so far.
     pub(super) fn invalidate_partial_files(&self) {
-        self.partial_files.borrow().iter().flat_map(PartialFiles::values).for_each(|file| file.failed());
+        self.partial_files.borrow().iter().flat_map(PartialFiles::values).for_each(|file| file.mark_failed());
     }
 
-    /// Reports that the artifact is published and leased.
-    pub(super) fn published(&self, outcome: &FillOutcome) {
+    /// Reports to the waiting callers that the artifact is published and leased.
+    pub(super) fn set_published(&self, outcome: &FillOutcome) {
         self.state.send_replace(FillState::Published(outcome.clone()));
     }
 }
@@ -262,9 +265,9 @@ impl InFlightFill {
         self.partial_files.clone()
     }
 
-    /// Returns true if this fill selects `file` and otherwise has the same key as `id`.
-    fn includes(&self, file: &FilePath, id: &FillKey) -> bool {
-        let ((key, _, digest, max_tier), (other_key, _, other_digest, other_max_tier)) = (&self.id, id);
+    /// Returns true if this fill selects `file` and has the same key as `other`, except for the selection.
+    fn includes(&self, file: &FilePath, other: &FillKey) -> bool {
+        let ((key, _, digest, max_tier), (other_key, _, other_digest, other_max_tier)) = (&self.fill_key, other);
         (key, digest, max_tier) == (other_key, other_digest, other_max_tier) && self.selection.matches(file)
     }
 
@@ -279,8 +282,8 @@ impl InFlightFill {
         matches!(*self.state.borrow(), FillState::Running) && self.state.has_changed().is_ok()
     }
 
-    /// Waits for the end of the fill; `None` if its task ended without a result.
-    async fn ended(&self) -> Option<Result<FillOutcome>> {
+    /// Waits for the end of the fill. Returns `None` if its task ended without a result.
+    async fn wait_until_ended(&self) -> Option<Result<FillOutcome>> {
         let mut state = self.state.clone();
         let ended = state.wait_for(|state| matches!(state, FillState::Ended(_))).await.ok()?;
         match &*ended {
@@ -289,24 +292,24 @@ impl InFlightFill {
         }
     }
 
-    /// Waits until the artifact is published, and copies the progress of the fill to `progress`; `None` if the task
-    /// ended without a result.
-    async fn published(&self, progress: &Progress) -> Option<Result<FillOutcome>> {
+    /// Waits until the artifact is published. Meanwhile copies the progress of the fill to `progress`. Returns `None`
+    /// if the task ended without a result.
+    async fn wait_until_published(&self, progress: &Progress) -> Option<Result<FillOutcome>> {
         let _phase = progress.enter(Phase::Join, 0);
         let mut state = self.state.clone();
         loop {
             tokio::select! {
                 outcome = state.wait_for(|state| !matches!(state, FillState::Running)) => {
                     return match &*outcome.ok()? {
-                        FillState::Published(outcome) => Some(Ok(outcome.clone().waited())),
-                        FillState::Ended(outcome) => Some(outcome.clone().map(FillOutcome::waited)),
+                        FillState::Published(outcome) => Some(Ok(outcome.clone().without_transfers())),
+                        FillState::Ended(outcome) => Some(outcome.clone().map(FillOutcome::without_transfers)),
                         FillState::Running => None,
                     };
                 }
-                // Between changes of the state, show the progress of the fill.
+                // While the state does not change, show the progress of the fill.
                 () = time::sleep(POLL_INTERVAL_MAX) => {
                     let (done, total) = self.progress.download_bytes();
-                    progress.watch(done, total);
+                    progress.set_bytes(done, total);
                 }
             }
         }
@@ -317,13 +320,13 @@ impl Drop for InFlightFill {
     fn drop(&mut self) {
         // Dropping a `JoinHandle` does not stop its task, so either keep it or abort it.
         let Some(task) = self.task.take() else { return };
-        // All bytes are verified: publish them. The reader of an open file does not wait for the backfill, so that is
-        // finished as well.
+        // All bytes are verified: publish them. If the fill was started to open a file, also finish its backfill, which
+        // the reader does not wait for.
         if self.is_finishing() && (self.is_running() || self.is_for_reading) {
-            return self.finishing.keep(task);
+            return self.finishing.add(task);
         }
         if self.is_running() {
-            tracing::debug!(key = %self.id.0, "cancelling a fill that no caller waits for any more");
+            tracing::debug!(key = %self.fill_key.0, "cancelling a fill that no caller waits for any more");
         }
         task.abort();
     }
@@ -337,30 +340,32 @@ pub(super) fn task_lost() -> Error {
 /// A wait for the fill of another process.
 struct Waiting<'a> {
     progress: &'a Progress,
-    watch: Watch,
+    watch: HeartbeatWatch,
     pause: Duration,
     phase: Option<PhaseGuard>,
 }
 
 impl<'a> Waiting<'a> {
     fn new(progress: &'a Progress) -> Self {
-        Self { progress, watch: Watch::default(), pause: POLL_INTERVAL, phase: None }
+        Self { progress, watch: HeartbeatWatch::default(), pause: POLL_INTERVAL, phase: None }
     }
 
-    /// Shows the progress of the leader, and sleeps; each time a quarter longer, up to [`POLL_INTERVAL_MAX`].
+    /// Shows the progress of the leader, and sleeps. The sleep grows by a quarter each time, up to
+    /// [`POLL_INTERVAL_MAX`].
     async fn pause(&mut self, done_bytes: u64, total_bytes: u64) {
         self.phase.get_or_insert_with(|| self.progress.enter(Phase::Join, 0));
-        self.progress.watch(done_bytes, total_bytes);
+        self.progress.set_bytes(done_bytes, total_bytes);
         time::sleep(self.pause).await;
         self.pause = (self.pause * 5 / 4).min(POLL_INTERVAL_MAX);
     }
 }
 
-/// The leadership of a fill. A task writes heartbeats until this value is dropped.
+/// Keeps the leadership of a fill: a task holds the fill lock and writes heartbeats until this value is dropped.
 #[derive(Debug)]
-pub(super) struct Lead(AbortHandle);
+pub(super) struct LeaderGuard(AbortHandle);
 
-impl Lead {
+impl LeaderGuard {
+    /// Starts the task that writes heartbeats.
     fn start(leader: Leader, progress: &Progress) -> Self {
         let progress = progress.clone();
         let leader = Arc::new(leader);
@@ -369,7 +374,7 @@ impl Lead {
             loop {
                 interval.tick().await;
                 let ((done, total), leader) = (progress.download_bytes(), leader.clone());
-                // On a blocking thread: a hanging filesystem must not block other tasks.
+                // On a thread for blocking calls, because a hanging filesystem must not block other tasks.
                 let heartbeat = blocking(move || {
                     leader.heartbeat(done, total);
                     Ok(())
@@ -381,7 +386,7 @@ impl Lead {
     }
 }
 
-impl Drop for Lead {
+impl Drop for LeaderGuard {
     fn drop(&mut self) {
         self.0.abort();
     }

@@ -5,20 +5,20 @@
 //! it continues for the other waiting callers if one of them is cancelled. A fill can be aborted at any point: staged
 //! files are invisible until they are published, and the next fill resumes from them.
 
-use super::backfill::ToBackfill;
+use super::backfill::BackfillJob;
 use super::fill::{FillOutcome, FillPublisher, Joined};
 use super::plan::FillPlan;
 use super::resolve::FetchRequest;
 use super::{Artifact, BytesByTier, Cache, GetOptions, GetReport};
 use crate::disk::{
-    AcquireOutcome, LeasedArtifact, Missing, Purpose, RootedPath, StagedFile, Staging, format_named, staged_name,
+    AcquireOutcome, LeasedArtifact, MissingFiles, Purpose, RootedPath, StagedFile, Staging, format_name, staged_name,
 };
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::FilePath;
 use crate::manifest::Manifest;
 use crate::progress::{Phase, Progress};
 use crate::reference::Reference;
-use crate::remote::{Proven, StreamingUpload};
+use crate::remote::{StreamingUpload, VerifiedFiles};
 use crate::runtime::blocking;
 use crate::transfer::{DownloadFile, DownloadedFile, PartialFile, PartialFiles, ReadGate};
 use std::collections::btree_map::Entry;
@@ -57,8 +57,8 @@ impl Cache {
         let started = Instant::now();
         let mut outcome = match self.get_once(reference, options, progress).await {
             Err(error) if error.is_superseded() => {
-                tracing::warn!(%error, "starting over");
-                // Remembered answers point to the replaced version, so ask the authority again.
+                tracing::warn!(%error, "the artifact was replaced at its origin during the download; starting over");
+                // Cached resolutions point to the replaced version, so resolve the reference at its authority again.
                 let options = GetOptions { refresh: true, ..options.clone() };
                 self.get_once(reference, &options, progress).await
             }
@@ -71,6 +71,7 @@ impl Cache {
         outcome
     }
 
+    /// Makes one attempt of [`get_with`](Self::get_with).
     async fn get_once(&self, reference: &Reference, options: &GetOptions, progress: &Progress) -> Result<Artifact> {
         // Steps 1 and 2 in a few microseconds, for an ordinary hit.
         if let Some(hit) = self.try_fast_hit(reference, options, progress) {
@@ -113,25 +114,26 @@ impl Cache {
         };
         // Steps 4 and 5.
         let (plan, mut staged) = self.plan_and_download(request, progress, publisher).await?;
-        let to_backfill = self.missing_on_remote(&plan, &mut staged);
+        let backfill_job = self.backfill_job(&plan, &mut staged);
         let fetched_bytes = staged.fetched_bytes;
         // Record the pending upload before publishing, so that a crash after the publish cannot lose it.
-        let to_backfill = self.record_pending_upload(&request.key, to_backfill).await;
+        let backfill_job = self.record_pending_upload(&request.key, backfill_job).await;
         // Step 6: publish the staged files and lease them. The manifest is the commit point.
         let leased = self.publish(staged, progress).await?;
         self.spawn_background_sync();
         // An eviction just before the publish may have removed the record. The lease now prevents another one.
-        let to_backfill = self.restore_pending_upload(&request.key, to_backfill).await;
+        let backfill_job = self.restore_pending_upload(&request.key, backfill_job).await;
         // Waiting processes and callers continue now. They do not wait for the backfill.
         drop(lead);
         let outcome = FillOutcome { fetched_bytes, ..FillOutcome::local(leased) };
-        publisher.published(&outcome);
+        publisher.set_published(&outcome);
         // Step 7: backfill the remote. A failure is logged, and a later run tries again.
-        let done = self.backfill(&outcome.leased, to_backfill, progress).await;
+        let done = self.backfill(&outcome.leased, backfill_job, progress).await;
         Ok(FillOutcome { backfilled_bytes: done.uploaded_bytes, copied_bytes: done.copied_bytes, ..outcome })
     }
 
-    /// Steps 4 and 5. Repeats them once if another tool replaced unmanaged objects after they were listed.
+    /// Steps 4 and 5 of the main path. Repeats them once if another tool replaced unmanaged objects after they were
+    /// listed.
     async fn plan_and_download(
         &self,
         request: &FetchRequest,
@@ -140,12 +142,12 @@ impl Cache {
     ) -> Result<(FillPlan, StagedFill)> {
         // Step 4: plan which files are missing and which sources have them.
         let plan = self.plan_fill(request, progress).await?;
-        self.note_remote(!plan.remote_unusable);
+        self.set_remote_usable(!plan.remote_unusable);
         // Step 5: download the missing files into staging.
         match self.download(request, &plan, progress, publisher).await {
             Err(error) if plan.remote_unmanaged && error.kind() == ErrorKind::Conflict => {
-                tracing::warn!(%error, "starting over with a new list");
-                // Without the source that has already listed the old objects.
+                tracing::warn!(%error, "objects on the remote were replaced; starting over with a new list");
+                // Drop the source on the remote, because it has already listed the old objects.
                 let relisted = FetchRequest { remote: None, ..request.clone() };
                 let plan = self.plan_fill(&relisted, progress).await?;
                 // Readers must not combine bytes of old and new objects.
@@ -173,7 +175,7 @@ impl Cache {
                 AcquireOutcome::Leased(leased) => return Ok(Some(*leased)),
                 AcquireOutcome::Absent => return self.acquire_lower(request).await,
                 AcquireOutcome::Evicting if started.elapsed() > EVICTION_WAIT_MAX => {
-                    return Err(Error::unavailable("an eviction has been at work on it for too long")
+                    return Err(Error::unavailable("an eviction of the artifact does not finish")
                         .tier(Tier::Disk)
                         .hint("look for a stopped modelcache process; its lock is released when it ends"));
                 }
@@ -205,9 +207,9 @@ impl Cache {
                     publisher.invalidate_partial_files();
                     // The next fill resumes from the downloaded bytes, unless they are needed as room on a full disk.
                     if error.kind() == ErrorKind::Full
-                        && let Err(left) = blocking(move || staging.discard()).await
+                        && let Err(error) = blocking(move || staging.discard()).await
                     {
-                        tracing::warn!(error = %left, "cannot remove the downloaded files; the next fill does");
+                        tracing::warn!(%error, "cannot remove the staged files; the next fill removes them");
                     }
                     return Err(error);
                 }
@@ -215,6 +217,7 @@ impl Cache {
         let fetched_bytes = downloaded.iter().map(|file| file.fetched_bytes).sum();
         let by_target: BTreeMap<RootedPath, _> =
             downloaded.into_iter().map(|file| (file.target.clone(), file)).collect();
+        // Collect the reused and the downloaded files by path.
         let (mut files, mut bad_on_remote) = (BTreeMap::new(), BTreeSet::new());
         for (path, entry) in &plan.selected {
             let name = staged_name(path, entry);
@@ -250,7 +253,7 @@ impl Cache {
         Ok(staged_fill)
     }
 
-    /// Downloads the files, and uploads them to the remote at the same time if it has none of them.
+    /// Downloads the files. If the remote does not have the artifact, also uploads them to it at the same time.
     async fn download_missing(
         &self,
         mut to_download: BTreeMap<String, DownloadFile>,
@@ -272,14 +275,16 @@ impl Cache {
         self.on_disk(move |disk| disk.publish(staged.staging, &staged.listing, &staged.files)).await
     }
 
-    /// Returns the files of this fill that the remote lacks or has with wrong bytes; `None` if there are none, or if
-    /// they must not be uploaded.
-    fn missing_on_remote(&self, plan: &FillPlan, staged: &mut StagedFill) -> Option<ToBackfill> {
+    /// Returns the upload of the files that the remote lacks or has with wrong bytes. Moves the streaming upload out of
+    /// `staged` into it. Returns `None` if there are no such files, or if they must not be uploaded.
+    fn backfill_job(&self, plan: &FillPlan, staged: &mut StagedFill) -> Option<BackfillJob> {
         if !self.may_backfill() || plan.remote_unmanaged {
-            tracing::debug!(key = %plan.listing.key, "no backfill: no writable remote, or unmanaged objects");
+            let key = &plan.listing.key;
+            tracing::debug!(%key, "no backfill: there is no writable remote, or its objects are unmanaged");
             return None;
         }
-        // The remote contradicts the origin or refused a request. If it is only unreachable, a later run can upload.
+        // The remote contradicts the origin or refused a request. If it is only unreachable, a later run can upload the
+        // files.
         if plan.remote_unusable && !plan.remote_down {
             return None;
         }
@@ -289,13 +294,14 @@ impl Cache {
         let missing = |path: &&FilePath| !held(path) || staged.bad_on_remote.contains(*path);
         let paths: BTreeSet<FilePath> = staged.files.keys().filter(missing).cloned().collect();
         let digest_of = |path: &FilePath| Some((path.clone(), staged.files.get(path)?.entry.sha256?));
-        let missing = Missing {
+        let missing = MissingFiles {
             digests: paths.iter().filter_map(digest_of).collect(),
             rewrite: staged.bad_on_remote.clone(),
             files: paths,
         };
-        let sent = staged.streaming_upload.take().map(|streaming_upload| (streaming_upload, staged.proven()));
-        (!missing.files.is_empty()).then(|| ToBackfill::new(missing, plan.remote_down, sent))
+        let streaming =
+            staged.streaming_upload.take().map(|streaming_upload| (streaming_upload, staged.verified_files()));
+        (!missing.files.is_empty()).then(|| BackfillJob::new(missing, plan.remote_down, streaming))
     }
 }
 
@@ -307,8 +313,8 @@ fn files_to_download(staging: &Staging, plan: &FillPlan) -> Result<(PartialFiles
     for (path, entry) in &plan.selected {
         // The strictest gate of all files with equal content applies to each of them.
         let (name, read_gate) = (staged_name(path, entry), plan.read_gate(path));
-        let of_all = read_gates.entry(name).or_insert(read_gate);
-        *of_all = read_gate.max(*of_all);
+        let strictest = read_gates.entry(name).or_insert(read_gate);
+        *strictest = read_gate.max(*strictest);
     }
     for (path, entry) in &plan.selected {
         let name = staged_name(path, entry);
@@ -319,7 +325,7 @@ fn files_to_download(staging: &Staging, plan: &FillPlan) -> Result<(PartialFiles
         partial_files.insert(path.clone(), partial_file.clone());
         // A reused file is complete and verified, so it can be read at once.
         if staging.reused(&name).is_some() {
-            partial_file.proven();
+            partial_file.mark_verified();
         } else if let Entry::Vacant(vacant) = to_download.entry(name) {
             let (owner, partial_file, sources) = (staging.owner(), partial_file.clone(), plan.sources_of(path)?);
             let (path, entry) = (path.clone(), entry.clone());
@@ -329,7 +335,7 @@ fn files_to_download(staging: &Staging, plan: &FillPlan) -> Result<(PartialFiles
     Ok((partial_files, to_download))
 }
 
-/// Detects the missing formats of files from their first bytes.
+/// Detects the format of each file whose format is unknown, from its first bytes.
 async fn detect_formats(
     staging: &Staging,
     mut files: BTreeMap<FilePath, StagedFile>,
@@ -337,7 +343,7 @@ async fn detect_formats(
     let folder = staging.file("");
     blocking(move || {
         for file in files.values_mut().filter(|file| file.entry.format.is_none()) {
-            file.entry.format = format_named(folder.join(&file.name).open(false));
+            file.entry.format = format_name(folder.join(&file.name).open(false));
         }
         Ok(files)
     })
@@ -345,10 +351,11 @@ async fn detect_formats(
 }
 
 impl StagedFill {
-    /// Returns the identity and the digest of each verified file.
-    fn proven(&self) -> Proven {
-        let proven = |(path, file): (&FilePath, &StagedFile)| Some((path.clone(), (file.identity, file.entry.sha256?)));
-        self.files.iter().filter_map(proven).collect()
+    /// Returns the identity and the digest of each verified file, by path.
+    fn verified_files(&self) -> VerifiedFiles {
+        let verified =
+            |(path, file): (&FilePath, &StagedFile)| Some((path.clone(), (file.identity, file.entry.sha256?)));
+        self.files.iter().filter_map(verified).collect()
     }
 
     /// Returns the listing, completed with the digests that this fill computed.
@@ -364,7 +371,7 @@ impl StagedFill {
 }
 
 impl FillOutcome {
-    /// Returns the outcome if all files were on disk, so that no bytes were transferred.
+    /// Returns the outcome for files that were on disk already, so that no bytes were transferred.
     pub(super) fn local(leased: LeasedArtifact) -> Self {
         Self { leased: Arc::new(leased), fetched_bytes: 0, backfilled_bytes: 0, copied_bytes: 0 }
     }
@@ -390,7 +397,7 @@ pub(super) fn artifact(request: &FetchRequest, outcome: FillOutcome, progress: &
         origin: received.origin_bytes,
     };
     let (link, phases) = (leased.link, progress.phases());
-    // `get` measures its duration.
+    // `get_with` sets the duration.
     let took = Duration::ZERO;
     let report = GetReport { from, bytes, backfilled_bytes, copied_bytes, files, selected_bytes, link, phases, took };
     let (path, selection) = (leased.path(&request.selection), request.selection.clone());

@@ -10,7 +10,7 @@ use crate::manifest::Manifest;
 use crate::runtime::blocking;
 
 impl Cache {
-    /// Acquires a lease in the lower directory, if it holds all selected files.
+    /// Acquires a lease in the lower directory if it holds all selected files; otherwise returns `None`.
     pub(super) async fn acquire_lower(&self, request: &FetchRequest) -> Result<Option<LeasedArtifact>> {
         let Some(lower) = self.0.lower.clone() else { return Ok(None) };
         let (key, selection) = (request.key.clone(), request.selection.clone());
@@ -24,11 +24,11 @@ impl Cache {
         blocking(move || Ok(lower.manifest(&key))).await
     }
 
-    /// Returns the last known version of a revision or tag, from this directory or else from the lower one. Blocks.
+    /// Returns the cached version of a revision or tag: from the local directory, otherwise from the lower one. Blocks.
     pub(super) fn remembered_ref(&self, name: &ArtifactName, revision: &str) -> Result<Option<RememberedRef>> {
         match (self.0.disk.remembered_ref(name, revision)?, &self.0.lower) {
             (None, Some(lower)) => lower.remembered_ref(name, revision),
-            (remembered, _) => Ok(remembered),
+            (cached, _) => Ok(cached),
         }
     }
 }

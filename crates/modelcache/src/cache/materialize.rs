@@ -38,11 +38,11 @@ impl Artifact {
         // Files of the lower directory must not be hard-linked: they are reflinked or copied.
         let may_link = !self.lease.is_lower;
         let tree = Tree { key: self.key.clone(), from: self.lease.dir.clone(), may_link, files };
-        let (destination, progress, leased) = (destination.clone(), progress.clone(), self.lease.clone());
+        let (destination, progress, lease) = (destination.clone(), progress.clone(), self.lease.clone());
         let made = blocking(move || {
             // The closure owns the lease, so that it lasts until the copy ends, even if the caller is cancelled.
             let made = destination.materialize(&tree, mode, &progress);
-            drop(leased);
+            drop(lease);
             made
         });
         let mut made = made.await?;

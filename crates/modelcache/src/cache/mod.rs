@@ -2,7 +2,7 @@
 //! `transfer` do the I/O.
 //!
 //! [`get`](Cache::get) is the main path: `get.rs` shows its seven steps. `plan.rs` decides how a failing tier affects a
-//! get. Opening a cache and a get of a local artifact send no request over the network.
+//! get. Opening a cache sends no request over the network, and neither does a get of a local artifact.
 
 mod backfill;
 mod builder;
@@ -81,7 +81,7 @@ struct Inner {
     origins: Origins,
     downloader: Downloader,
     in_flight: InFlightFills,
-    start: StartJitter,
+    start_jitter: StartJitter,
     backfills: Backfills,
     durability: Durability,
 }
@@ -93,7 +93,7 @@ impl Cache {
     /// `Directory` if the local directory cannot be used; `Invalid` if the configuration of the remote is wrong.
     pub fn open(config: Config) -> Result<Self> {
         let disk = Disk::open(&config.dir, config.max_bytes, config.min_free_bytes, config.shared)?;
-        Self::over(disk, config)
+        Self::with_disk(disk, config)
     }
 
     /// Returns a cache for a caller with another Hub token, or with none. It shares the local directory and the metrics
@@ -102,11 +102,11 @@ impl Cache {
     pub fn with_hub_token(&self, token: Option<Secret>) -> Result<Self> {
         let mut config = self.0.config.clone();
         config.hub.token = token;
-        Self::over(self.0.disk.clone(), config)
+        Self::with_disk(self.0.disk.clone(), config)
     }
 
-    /// Creates a cache over an opened directory.
-    fn over(disk: Disk, config: Config) -> Result<Self> {
+    /// Creates a cache that uses the open local directory `disk`.
+    fn with_disk(disk: Disk, config: Config) -> Result<Self> {
         let retry = Retry::new(config.retry);
         let downloader = Downloader::new(retry.clone(), config.write_mode);
         let lower = config.lower_dir.as_ref().and_then(|root| Lower::open(root, &disk));
@@ -124,20 +124,19 @@ impl Cache {
             origins,
             downloader,
             in_flight: InFlightFills::default(),
-            start: StartJitter::default(),
+            start_jitter: StartJitter::default(),
             backfills: Backfills::default(),
             durability: Durability::default(),
         })))
     }
 
-    /// Runs `work` on the local directory, in a thread for blocking calls.
+    /// Runs `work` with the local directory on a thread for blocking calls.
     async fn on_disk<T: Send + 'static>(&self, work: impl FnOnce(&Disk) -> Result<T> + Send + 'static) -> Result<T> {
         let disk = self.0.disk.clone();
         blocking(move || work(&disk)).await
     }
 
-    /// Parses a reference, which may be one to the application's own origins. For all others it does what
-    /// [`Reference::parse`] does.
+    /// Parses a reference, as [`Reference::parse`] does. Also accepts references to the application's own origins.
     pub fn reference(&self, text: &str) -> Result<Reference> {
         self.0.origins.parse(text)
     }

@@ -54,7 +54,7 @@ impl Default for OpenOptions {
 /// Dropping it earlier has the effect of cancelling a [`get`](Cache::get): downloaded bytes are kept for the next fill,
 /// and a fill whose bytes are all downloaded is still published.
 #[derive(Debug)]
-#[must_use = "the fill of the file goes on only while this value lives"]
+#[must_use = "the download continues only while this value exists"]
 pub struct OpenFile {
     /// The key of the artifact.
     pub key: ArtifactKey,
@@ -78,11 +78,11 @@ struct Filling {
 /// State shared by an open file and its [`Follower`].
 #[derive(Debug, Default)]
 struct Shared {
-    /// The file that bytes are read from. Set at the first read, and never changed.
+    /// The file that bytes are read from. It is set before the first read and never changes.
     bound: OnceLock<BoundFile>,
     /// The result of the fill; `None` while it is running.
     end: watch::Sender<Option<Result<Arc<LeasedArtifact>>>>,
-    /// The path of the complete file. Separate from `end`, because it can be read without a lock.
+    /// The path of the complete file. It is separate from `end` so that it can be read without a lock.
     whole: OnceLock<PathBuf>,
 }
 
@@ -116,14 +116,15 @@ impl Cache {
     ) -> Result<OpenFile> {
         let opened = match self.open_once(reference, options, progress).await {
             Err(error) if error.is_superseded() => {
-                tracing::warn!(%error, "starting over");
+                tracing::warn!(%error, "the artifact was replaced at its origin during the download; starting over");
                 self.open_once(reference, &OpenOptions { refresh: true, ..options.clone() }, progress).await
             }
             opened => opened,
         };
-        opened.inspect_err(|error| self.metrics().failed(error.kind()))
+        opened.inspect_err(|error| self.metrics().record_failure(error.kind()))
     }
 
+    /// Makes one attempt of [`open_file`](Self::open_file).
     async fn open_once(&self, reference: &Reference, options: &OpenOptions, progress: &Progress) -> Result<OpenFile> {
         let get = options.as_get(reference)?;
         if let Some(hit) = self.try_fast_hit(reference, &get, progress) {
@@ -133,6 +134,7 @@ impl Cache {
         self.open_resolved(request, options.unchecked, progress).await.map_err(|error| error.artifact(reference))
     }
 
+    /// Opens the file of a resolved reference.
     async fn open_resolved(&self, mut request: FetchRequest, unchecked: bool, progress: &Progress) -> Result<OpenFile> {
         // The file is on disk: lease it, as step 2 of the main path does.
         if let Some(leased) = self.try_acquire(&request).await? {
@@ -198,7 +200,7 @@ impl Cache {
         self.plan_fill(request, progress).await?.only_file()
     }
 
-    /// Opens the file after its fill has ended.
+    /// Opens the file after the artifact is published.
     async fn open_filled(&self, request: &FetchRequest, outcome: FillOutcome, progress: &Progress) -> Result<OpenFile> {
         self.require_checksums(request, &outcome.leased.manifest)?;
         self.wait_until_durable(request, &outcome.leased).await?;
@@ -219,8 +221,8 @@ impl Cache {
     }
 }
 
-/// The task that waits for the end of the fill on behalf of an open file, and counts the open as a get. It does not
-/// keep the fill running.
+/// The task that waits for the publish on behalf of an open file, completes the open file, and counts the open as a
+/// get. It does not keep the fill running.
 struct Follower {
     cache: Cache,
     request: FetchRequest,
@@ -233,13 +235,14 @@ struct Follower {
 }
 
 impl Follower {
+    /// Runs the task.
     async fn follow(self, mut states: watch::Receiver<FillState>) {
         // Step 1: wait for the publish.
         let phase = (!self.started).then(|| self.progress.enter(Phase::Join, 0));
         let outcome = match states.wait_for(|state| !matches!(state, FillState::Running)).await.as_deref() {
             Ok(FillState::Published(outcome)) => Ok(outcome.clone()),
             Ok(FillState::Ended(outcome)) => {
-                outcome.clone().inspect_err(|error| self.cache.metrics().failed(error.kind()))
+                outcome.clone().inspect_err(|error| self.cache.metrics().record_failure(error.kind()))
             }
             Ok(FillState::Running) | Err(_) => Err(task_lost()),
         };
@@ -255,11 +258,11 @@ impl Follower {
         // Step 3: count the get. The transferred bytes count for the call that started the fill.
         let Ok(outcome) = outcome else { return };
         let (cache, leased) = (&self.cache, outcome.leased.clone());
-        let outcome = if self.started { outcome } else { outcome.waited() };
+        let outcome = if self.started { outcome } else { outcome.without_transfers() };
         cache.count_get(&artifact(&self.request, outcome, &self.progress));
         // Step 4: sync, if the configuration requires it. Readers do not wait for this.
         if let Err(error) = cache.wait_until_durable(&self.request, &leased).await {
-            tracing::warn!(artifact = %self.request.key, %error, "an opened file could not be synced to disk");
+            tracing::warn!(artifact = %self.request.key, %error, "cannot sync an opened file to stable storage");
         }
     }
 
@@ -268,10 +271,10 @@ impl Follower {
     async fn finish(&self, outcome: &FillOutcome) -> Result<()> {
         self.shared.bind_published(&self.path, &outcome.leased).await?;
         let bound = self.shared.bound.get();
-        let fits = bound
-            .is_some_and(|bound| bound.generation.is_none_or(|generation| self.partial_file.is_proven(generation)));
+        let is_verified = bound
+            .is_some_and(|bound| bound.generation.is_none_or(|generation| self.partial_file.is_verified(generation)));
         let size = outcome.leased.manifest.files.get(&self.path).map(|entry| entry.size);
-        if !fits || size != Some(self.partial_file.size()) {
+        if !is_verified || size != Some(self.partial_file.size()) {
             return Err(replaced(&self.path));
         }
         self.shared.finish(&self.path, outcome.leased.clone());
@@ -326,7 +329,7 @@ impl OpenFile {
     /// # Errors
     /// As for [`wait`](Self::wait), if the error is known already.
     pub fn try_wait(&self, range: Range<u64>) -> Result<Option<&Arc<File>>> {
-        self.check(&range)?;
+        self.check_range(&range)?;
         let Some(bound) = self.shared.bound.get() else { return Ok(None) };
         match &self.filling {
             Some(filling) if !self.is_whole() => match filling.reader.may_read(&range) {
@@ -350,8 +353,8 @@ impl OpenFile {
         }
         let Some(filling) = &self.filling else { return Err(task_lost()) };
         filling.reader.demand(&range);
-        let waited = filling.wait(&self.shared, &self.path, &range).await;
-        waited.map_err(|error| error.artifact(&self.key))
+        let file = filling.wait(&self.shared, &self.path, &range).await;
+        file.map_err(|error| error.artifact(&self.key))
     }
 
     /// Waits until the whole file is on disk, verified and leased, and returns its path. The path is valid until this
@@ -369,22 +372,25 @@ impl OpenFile {
         Ok(leased.dir.view(&self.path).full())
     }
 
-    fn check(&self, range: &Range<u64>) -> Result<()> {
+    /// Fails with `Invalid` if `range` is not in the file.
+    fn check_range(&self, range: &Range<u64>) -> Result<()> {
         if range.start > range.end || range.end > self.size {
-            let has = format!("{} has {} bytes, and no {}..{}", self.path, self.size, range.start, range.end);
-            return Err(Error::invalid(has).artifact(&self.key));
+            let Range { start, end } = range;
+            let message = format!("the range {start}..{end} is not in {}, which has {} bytes", self.path, self.size);
+            return Err(Error::invalid(message).artifact(&self.key));
         }
         Ok(())
     }
 }
 
 impl Filling {
+    /// Waits until `range` can be read from the staged file, or until the fill ends.
     async fn wait<'a>(&self, shared: &'a Shared, path: &FilePath, range: &Range<u64>) -> Result<&'a Arc<File>> {
         let (mut ends, mut received) = (shared.end.subscribe(), self.reader.watch());
         loop {
             // Mark the present state as seen before it is evaluated, so that no later change is missed.
             let end = ends.borrow_and_update().clone();
-            received.look();
+            received.mark_seen();
             let bound = shared.bound.get();
             // The fill has succeeded: every range can be read.
             if let (Some(Ok(_)), Some(bound)) = (&end, bound) {
@@ -397,7 +403,7 @@ impl Filling {
                     let partial_file = self.reader.partial_file();
                     let staged = partial_file.staged().clone();
                     let file = blocking(move || disk::open_staged(&staged)).await?;
-                    // If the file was removed or replaced before it was opened, a change is reported soon. Wait for it.
+                    // If the file was removed or replaced before it was opened, wait for the change that reports this.
                     if let Some(file) = file.filter(|_| partial_file.is_current(generation)) {
                         let bound = shared
                             .bound
@@ -442,13 +448,17 @@ impl Shared {
     fn finish(&self, path: &FilePath, leased: Arc<LeasedArtifact>) {
         // Readahead was disabled while the file could still be written with O_DIRECT.
         if let Some(bound) = self.bound.get() {
-            disk::read_ahead_again(&bound.file);
+            disk::restore_readahead(&bound.file);
         }
         let _ = self.whole.set(leased.dir.view(path).full());
         self.end.send_replace(Some(Ok(leased)));
     }
 }
 
+/// Returns the partial file of `file`.
+///
+/// # Errors
+/// `NotFound` if the artifact does not have the file.
 fn partial_file_of(files: &PartialFiles, file: &FilePath) -> Result<Arc<PartialFile>> {
     files.get(file).cloned().ok_or_else(|| Error::not_found(format!("it has no file {file}")))
 }

@@ -12,36 +12,38 @@ impl Cache {
     /// Resolves a reference to the version that it points to now. Ignores the selection in `options`.
     ///
     /// # Errors
-    /// `NotFound` if the revision or tag does not exist, or if no tier has a bare key. A commit is not looked up at its
-    /// origin. Otherwise as for [`get`](Self::get).
+    /// `NotFound` if the revision or tag does not exist, or if no tier has the artifact of a bare key; otherwise as for
+    /// [`get`](Self::get). Does not check that a commit exists at its origin.
     pub async fn pinned(&self, reference: &Reference, options: &GetOptions) -> Result<Pinned> {
-        self.pinned_unnamed(reference, options).await.map_err(|error| error.artifact(reference))
+        self.pinned_inner(reference, options).await.map_err(|error| error.artifact(reference))
     }
 
-    async fn pinned_unnamed(&self, reference: &Reference, options: &GetOptions) -> Result<Pinned> {
+    /// Does the work of [`pinned`](Self::pinned). Its errors do not name the artifact.
+    async fn pinned_inner(&self, reference: &Reference, options: &GetOptions) -> Result<Pinned> {
         let reference = &self.0.origins.placed(reference);
         let policy = self.policy(options);
         let resolution = self.resolution(reference, policy).await?;
         if let Some(tag_record) = &resolution.tag_record {
             self.check_tagged(&resolution.key, tag_record).await?;
         }
-        // The revision or tag that was resolved. Without an answer, the reference already named a version.
-        let revision = match (&reference.target, &resolution.answer) {
+        // The revision or tag that was resolved. If nothing was resolved, the reference names a version.
+        let revision = match (&reference.target, &resolution.resolved_version) {
             (_, None) => None,
             (Target::Bare(key), _) => Some(key.version.to_string()),
             (_, Some(_)) => reference.pointer().map(|pointer| pointer.revision),
         };
-        let (from, age) =
-            resolution.answer.as_ref().map_or((None, None), |answer| (Some(answer.from), Some(answer.age)));
+        let (from, age) = resolution
+            .resolved_version
+            .as_ref()
+            .map_or((None, None), |version| (Some(version.from), Some(version.age)));
         let Resolution { key, origin, tag_record, remote, .. } = resolution;
         let selection = reference.file.clone().map_or_else(Selection::all, Selection::file);
         let max_tier = policy.max_tier;
-        let (demanded, purpose, durable) = (reference.digest, options.purpose, false);
-        let request =
-            FetchRequest { key, selection, digest: demanded, origin, max_tier, purpose, durable, tag_record, remote };
-        let (known_by, manifest) = match (self.known_list(&request).await, &reference.target) {
+        let (digest, purpose, durable) = (reference.digest, options.purpose, false);
+        let request = FetchRequest { key, selection, digest, origin, max_tier, purpose, durable, tag_record, remote };
+        let (manifest_tier, manifest) = match (self.known_manifest(&request).await, &reference.target) {
             (Some((tier, manifest)), _) => (Some(tier), Some(manifest)),
-            // A bare key is no proof that the version exists. Ask all tiers for its manifest.
+            // A bare key does not prove that the version exists. Request its manifest from all tiers.
             (None, Target::Bare(_)) => {
                 let mut tier_manifests = self.tier_manifests(&request).await?;
                 (Some(Tier::Origin), Some(self.merge(&request, &mut tier_manifests)?))
@@ -49,15 +51,15 @@ impl Cache {
             (None, _) => (None, None),
         };
         let is_bare = matches!(reference.target, Target::Bare(_));
-        let sha256 = manifest.as_ref().and_then(|manifest| digest(&request, manifest));
+        let sha256 = manifest.as_ref().and_then(|manifest| request.known_digest(manifest));
         let pinned = Reference { digest: None, ..reference.pinned(&request.key) };
         // A bare version is confirmed by the tier that has its manifest.
-        let from = from.or(known_by.filter(|_| is_bare));
+        let from = from.or(manifest_tier.filter(|_| is_bare));
         Ok(Pinned { reference: pinned, key: request.key, revision, sha256, from, age })
     }
 
     /// Returns the first manifest found on disk, in the lower directory or on the remote, with its tier.
-    async fn known_list(&self, request: &FetchRequest) -> Option<(Tier, Manifest)> {
+    async fn known_manifest(&self, request: &FetchRequest) -> Option<(Tier, Manifest)> {
         let key = request.key.clone();
         if let Ok(Some(manifest)) = self.on_disk(move |disk| disk.manifest(&key)).await {
             return Some((Tier::Disk, manifest));
@@ -66,26 +68,18 @@ impl Cache {
             return Some((Tier::Disk, manifest));
         }
         let remote = self.remote_within(request.max_tier)?;
-        self.before_first_call().await;
-        let asked = match &request.remote {
+        self.wait_for_start_jitter().await;
+        let manifest = match &request.remote {
             Some(Ok(source)) => source.manifest().await,
             Some(Err(_)) => return None,
             None => remote.source(&request.key).manifest().await,
         };
-        match asked {
+        match manifest {
             Ok(manifest) => manifest.map(|manifest| (Tier::Remote, manifest)),
             Err(error) => {
                 tracing::debug!(%error, "cannot read the manifest from the remote");
                 None
             }
         }
-    }
-}
-
-/// Returns the digest that `#sha256=` in a reference is compared with.
-fn digest(request: &FetchRequest, manifest: &Manifest) -> Option<crate::digest::Digest> {
-    match request.single_file(manifest) {
-        Some(path) => manifest.files.get(path).and_then(|entry| entry.sha256),
-        None => manifest.list_digest(),
     }
 }

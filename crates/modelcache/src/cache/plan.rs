@@ -2,7 +2,7 @@
 //!
 //! This module decides how a failing tier affects the get. If a tier does not have the artifact, the next one is used.
 //! If a tier is unavailable after its retries, the next one is used as well, unless `on_remote_down` requires the get
-//! to fail; the error is kept, and reported if no other tier has the artifact. If the remote contradicts the origin,
+//! to fail. The error is kept, and returned if no other tier has the artifact. If the remote contradicts the origin,
 //! the origin takes precedence, and the remote is neither read nor written.
 //!
 //! It also decides which ladders are trusted before the whole file is verified ([`read_gate`]).
@@ -26,8 +26,8 @@ use crate::transfer::ReadGate;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// Number of file names in a message.
-const NAMES_SHOWN: usize = 8;
+/// Maximum number of file names in a message.
+const NAMES_SHOWN_MAX: usize = 8;
 
 /// The plan of a fill: which files it has to provide, and from which sources.
 #[derive(Debug)]
@@ -44,8 +44,8 @@ pub(super) struct FillPlan {
     policy: LookupPolicy,
     /// True if the remote is unreachable at present. A later run can upload the files that it lacks.
     pub(super) remote_down: bool,
-    /// True if the files on the remote are unmanaged objects. They are read if they are still those that were listed,
-    /// and never written.
+    /// True if the files on the remote are unmanaged objects. They are read only while they are unchanged since they
+    /// were listed, and never written.
     pub(super) remote_unmanaged: bool,
     sources: BTreeMap<FilePath, Vec<Arc<dyn Source>>>,
     read_gates: BTreeMap<FilePath, ReadGate>,
@@ -60,7 +60,7 @@ pub(super) struct TierManifests {
     remote_unmanaged: bool,
     origin: Option<Manifest>,
     /// True if the origin was contacted, even if it failed or does not have the artifact.
-    origin_asked: bool,
+    origin_contacted: bool,
     remote_failure: Option<Error>,
     origin_failure: Option<Error>,
 }
@@ -73,18 +73,22 @@ impl FillPlan {
     pub(super) fn sources_of(&self, path: &FilePath) -> Result<Vec<Arc<dyn Source>>> {
         let sources = self.sources.get(path).cloned().unwrap_or_default();
         if sources.is_empty() {
-            let listed = format!("{path} is listed, but");
             return Err(match self.policy.max_tier {
-                Tier::Origin => Error::not_found(format!("{listed} neither the remote nor an origin holds it"))
+                Tier::Origin => Error::not_found(format!("{path} is in the manifest, but no tier has its bytes"))
                     .hint("put the artifact again, or configure MODEL_CACHE_ORIGIN"),
-                _ => Error::not_found(format!("{listed} not held here; {}", self.policy.tiers_not_consulted()))
-                    .hint(LookupPolicy::HINT_ONLINE),
+                _ => {
+                    let excluded = self.policy.tiers_not_consulted();
+                    Error::not_found(format!(
+                        "{path} is in the manifest, but none of the tiers used has it; {excluded}"
+                    ))
+                    .hint(LookupPolicy::HINT_ONLINE)
+                }
             });
         }
         Ok(sources)
     }
 
-    /// Returns when the bytes of one file may be read during the fill.
+    /// Returns the point of the fill from which the bytes of one file may be read.
     pub(super) fn read_gate(&self, path: &FilePath) -> ReadGate {
         self.read_gates.get(path).copied().unwrap_or(ReadGate::Published)
     }
@@ -106,18 +110,18 @@ impl Cache {
     /// As for [`get`](Self::get), if the error occurs before the download starts.
     pub async fn plan(&self, reference: &Reference, options: &GetOptions) -> Result<GetPlan> {
         let progress = Progress::new();
-        // A call that fetches nothing does not write the origin's answer to the remote.
-        let policy = LookupPolicy { share_answers: false, ..self.policy(options) };
+        // A call that downloads nothing does not write to the remote.
+        let policy = LookupPolicy { share_versions: false, ..self.policy(options) };
         let request = self
             .resolve_with(reference, options, policy, &progress)
             .await
             .map_err(|error| error.artifact(reference))?;
         let plan = self.plan_fill(&request, &progress).await.map_err(|error| error.artifact(&request.key))?;
         let disk = self.0.disk.manifest(&request.key)?;
-        let on_disk =
+        let is_on_disk =
             |path: &FilePath| disk.as_ref().and_then(|m| m.files.get(path)).is_some_and(|entry| entry.held.is_some());
         let from = |path: &FilePath| match plan.sources.get(path).and_then(|sources| sources.first()) {
-            _ if on_disk(path) => Tier::Disk,
+            _ if is_on_disk(path) => Tier::Disk,
             Some(source) => source.tier(),
             None => Tier::Disk,
         };
@@ -157,7 +161,7 @@ impl Cache {
         let read_gates = selected.iter().map(read_gate).collect();
         // After `selected` was copied: this fill may use ladders of other tiers, but only ladders from this disk are
         // recorded in its manifest.
-        keep_own_ladders(&mut listing, tier_manifests.disk.as_ref());
+        keep_ladders_from_disk(&mut listing, tier_manifests.disk.as_ref());
         let remote_unusable = tier_manifests.remote_failure.is_some() || self.remote_within(request.max_tier).is_none();
         let is_down = |error: &Error| error.kind() == ErrorKind::Unavailable;
         let remote_down = tier_manifests.remote_failure.as_ref().is_some_and(is_down);
@@ -182,11 +186,11 @@ impl Cache {
             TierManifests { disk: blocking(move || disk.manifest(&key)).await?, ..TierManifests::default() };
         tier_manifests.lower = self.lower_manifest(&request.key).await?;
         if let Some(remote) = self.remote_within(request.max_tier) {
-            self.before_first_call().await;
-            let asked = request.remote.clone().unwrap_or_else(|| Ok(Arc::new(remote.source(&request.key))));
-            let asked = manifest_of(asked).await;
-            self.metrics().asked(Tier::Remote, &asked);
-            match asked {
+            self.wait_for_start_jitter().await;
+            let source = request.remote.clone().unwrap_or_else(|| Ok(Arc::new(remote.source(&request.key))));
+            let result = manifest_of(source).await;
+            self.metrics().record_health(Tier::Remote, &result);
+            match result {
                 Ok((source, manifest)) => {
                     tier_manifests.remote_unmanaged = source.is_unmanaged();
                     tier_manifests.remote = manifest.map(|manifest| (source as Arc<dyn Source>, manifest));
@@ -195,11 +199,11 @@ impl Cache {
             }
         }
         if let Some(origin) = request.origin.as_ref().filter(|_| !tier_manifests.satisfies(request)) {
-            self.before_first_call().await;
-            tier_manifests.origin_asked = true;
-            let asked = origin.manifest().await;
-            self.metrics().asked(Tier::Origin, &asked);
-            match asked {
+            self.wait_for_start_jitter().await;
+            tier_manifests.origin_contacted = true;
+            let result = origin.manifest().await;
+            self.metrics().record_health(Tier::Origin, &result);
+            match result {
                 Ok(manifest) => tier_manifests.origin = manifest,
                 Err(error) => tier_manifests.origin_failure = Some(error.tier(Tier::Origin)),
             }
@@ -216,14 +220,16 @@ impl Cache {
         if !self.0.config.require_checksum || request.digest.is_some() {
             return Ok(());
         }
-        let unstated: Vec<_> =
-            remote::unstated(listing).into_iter().filter(|path| request.selection.matches(path)).collect();
-        if unstated.is_empty() {
+        let without_checksum: Vec<_> =
+            remote::without_checksum(listing).into_iter().filter(|path| request.selection.matches(path)).collect();
+        if without_checksum.is_empty() {
             return Ok(());
         }
-        let (files, names) = (unstated.len(), remote::some(&unstated));
-        Err(Error::corrupt(format!("no checksum available for {files} of its files ({names}), and one is required"))
-            .hint(format!("{}; MODEL_CACHE_REQUIRE_CHECKSUM=0 accepts files without one", remote::REMEDY)))
+        let (files, names) = (without_checksum.len(), remote::quoted_names(&without_checksum));
+        Err(Error::corrupt(format!(
+            "no checksum available for {files} of its files ({names}), but checksums are required"
+        ))
+        .hint(format!("{}; MODEL_CACHE_REQUIRE_CHECKSUM=0 accepts files without one", remote::ADD_CHECKSUMS_HINT)))
     }
 
     /// Returns the error if the get can continue without the remote. Fails with it if the remote is misconfigured, or
@@ -251,7 +257,7 @@ impl Cache {
             }
             (disk, origin) => disk.or_else(|| origin.cloned()),
         };
-        // The lower directory only adds to that. If it contradicts, this is logged, and it is ignored.
+        // The lower directory only adds details. If it contradicts the others, it is ignored, with a warning.
         let local = match (local, &tier_manifests.lower) {
             (Some(mut listing), Some(lower)) => {
                 if let Err(error) = listing.learn(lower) {
@@ -265,12 +271,12 @@ impl Cache {
             (local, lower) => local.or_else(|| lower.clone()),
         };
         let remote = tier_manifests.remote.as_ref().map(|(_, manifest)| manifest.clone().without_holdings());
-        // The version must have the content that was tagged. Otherwise report it, and use the present content.
-        if let (Some(tag_record), Some(there)) =
+        // If the content of the version changed after it was tagged, log it, and use the present content.
+        if let (Some(tag_record), Some(on_remote)) =
             (&request.tag_record, remote.as_ref().and_then(Manifest::content_digest))
-            && let Some(sha256) = tag_record.sha256.filter(|sha256| *sha256 != there)
+            && let Some(sha256) = tag_record.sha256.filter(|sha256| *sha256 != on_remote)
         {
-            digest_alerts::retagged(&request.key, &tag_record.tag, sha256, there);
+            digest_alerts::changed_after_tagging(&request.key, &tag_record.tag, sha256, on_remote);
         }
         // The remote must agree with the disk and the origin. Otherwise it is not used.
         match (local, remote) {
@@ -288,7 +294,7 @@ impl Cache {
             }
             (Some(listing), None) | (None, Some(listing)) => {
                 if let Some(error) = &tier_manifests.remote_failure {
-                    tracing::warn!(%error, hint = error.hint_text(), "the remote is left out");
+                    tracing::warn!(%error, hint = error.hint_text(), "the remote failed and is skipped");
                 }
                 Ok(listing.without_holdings())
             }
@@ -296,8 +302,8 @@ impl Cache {
         }
     }
 
-    /// Returns the error if no tier has the artifact: the failure of a tier if there was one, otherwise `NotFound` with
-    /// the tiers that were consulted.
+    /// Returns the error for an artifact that no tier has: the failure of a tier if there was one, otherwise `NotFound`
+    /// with the tiers that were contacted.
     fn not_found_error(&self, request: &FetchRequest, tier_manifests: &mut TierManifests) -> Error {
         // A tier that failed may have the artifact, so its error explains more than the absence elsewhere.
         let failures = [tier_manifests.origin_failure.take(), tier_manifests.remote_failure.take()];
@@ -306,11 +312,11 @@ impl Cache {
         if let Some(error) = failed.into_iter().chain(absent).next() {
             return error;
         }
-        let mut asked = vec!["this disk".to_owned()];
-        asked.extend(self.remote_within(request.max_tier).map(|remote| format!("the remote ({})", remote.url())));
-        let bare = request.key.name.scheme().is_none();
-        asked.extend(match &request.origin {
-            Some(_) if bare => self.0.config.origins.iter().map(|origin| format!("the origin {origin}")).collect(),
+        let mut tiers = vec!["this disk".to_owned()];
+        tiers.extend(self.remote_within(request.max_tier).map(|remote| format!("the remote ({})", remote.url())));
+        let is_bare = request.key.name.scheme().is_none();
+        tiers.extend(match &request.origin {
+            Some(_) if is_bare => self.0.config.origins.iter().map(|origin| format!("the origin {origin}")).collect(),
             Some(_) => vec!["the origin".to_owned()],
             None => Vec::new(),
         });
@@ -322,7 +328,7 @@ impl Cache {
             (_, Some(_)) if request.key.name.scheme() == Some("hf") => {
                 "check the commit; hf://org/model without @revision is main"
             }
-            (_, Some(_)) if !bare => "check the reference",
+            (_, Some(_)) if !is_bare => "check the reference",
             (None, Some(_)) => "check name and version, and the URI that MODEL_CACHE_ORIGIN builds from them",
             (Some(_), Some(_)) => {
                 "check name and version, and the URI that MODEL_CACHE_ORIGIN builds from them; \
@@ -333,10 +339,10 @@ impl Cache {
                  configures an origin for bare names"
             }
         };
-        let asked = asked.join(", nor on ");
+        let tiers = tiers.join(", nor on ");
         let not_found = match &request.tag_record {
-            Some(TagRecord { tag, .. }) => format!("the tag {tag} points to {}, which is not on {asked}", request.key),
-            None => format!("not found on {asked}"),
+            Some(TagRecord { tag, .. }) => format!("the tag {tag} points to {}, which is not on {tiers}", request.key),
+            None => format!("not found on {tiers}"),
         };
         match (request.max_tier, &request.tag_record) {
             (Tier::Origin, None) => Error::not_found(not_found).hint(hint),
@@ -400,11 +406,11 @@ impl TierManifests {
         let lower = self.lower.as_ref();
         // Every manifest lists all files of the artifact, whether or not its tier holds them.
         let Some(listing) = self.disk.as_ref().or(lower).or(remote) else { return false };
-        let held = |manifest: Option<&Manifest>, path: &FilePath| {
+        let holds = |manifest: Option<&Manifest>, path: &FilePath| {
             manifest.and_then(|manifest| manifest.files.get(path)).is_some_and(|entry| entry.held.is_some())
         };
-        let places = [self.disk.as_ref(), lower, remote];
-        listing.selected(&request.selection).all(|(path, _)| places.iter().any(|manifest| held(*manifest, path)))
+        let manifests = [self.disk.as_ref(), lower, remote];
+        listing.selected(&request.selection).all(|(path, _)| manifests.iter().any(|manifest| holds(*manifest, path)))
     }
 }
 
@@ -418,10 +424,10 @@ fn sources(
     request: &FetchRequest,
 ) -> Vec<Arc<dyn Source>> {
     let local = local.iter().filter(|source| source.holds(path)).map(|source| source.clone() as Arc<dyn Source>);
-    let held = |manifest: &Manifest| manifest.files.get(path).is_some_and(|entry| entry.held.is_some());
+    let holds = |manifest: &Manifest| manifest.files.get(path).is_some_and(|entry| entry.held.is_some());
     let remote =
-        tier_manifests.remote.as_ref().filter(|(_, manifest)| held(manifest)).map(|(source, _)| source.clone());
-    // Without a digest, a mixture of bytes from two sources could not be detected: use only one source.
+        tier_manifests.remote.as_ref().filter(|(_, manifest)| holds(manifest)).map(|(source, _)| source.clone());
+    // Without a digest, a mixture of bytes from two sources could not be detected, so use only one source.
     let sources_max = if entry.sha256.is_none() && entry.git_oid.is_none() { 1 } else { usize::MAX };
     local
         .chain(remote.map(|source| source as Arc<dyn Source>))
@@ -446,29 +452,31 @@ fn read_gate(
         // The demanded digest is that of the file list. It can be compared only when all files are downloaded.
         return ReadGate::Published;
     }
-    // A digest that a local directory knows already may come from an origin, which the remote's ladder need not match.
-    let stated = |manifest: &Option<Manifest>| {
+    // A digest that a local directory knows may come from an origin, and the remote's ladder need not match it.
+    let has_digest = |manifest: &Option<Manifest>| {
         let entry = manifest.as_ref().and_then(|manifest| manifest.files.get(path));
         entry.is_some_and(|entry| entry.sha256.is_some() || entry.git_oid.is_some())
     };
-    let is_known = stated(&tier_manifests.disk) || stated(&tier_manifests.lower);
-    let remote_is_authority = !tier_manifests.origin_asked && request.digest.is_none() && !is_known;
+    let is_known = has_digest(&tier_manifests.disk) || has_digest(&tier_manifests.lower);
+    let remote_is_authority = !tier_manifests.origin_contacted && request.digest.is_none() && !is_known;
     match &entry.ladder {
-        Some(ladder) if is_own(ladder, path, tier_manifests.disk.as_ref()) || remote_is_authority => ReadGate::ByPart,
-        _ => ReadGate::Proven,
+        Some(ladder) if is_from_disk(ladder, path, tier_manifests.disk.as_ref()) || remote_is_authority => {
+            ReadGate::ByPart
+        }
+        _ => ReadGate::Verified,
     }
 }
 
 /// Removes the ladders that do not come from the disk. A ladder in the manifest on disk is trusted later, so it must
 /// have been verified there.
-fn keep_own_ladders(listing: &mut Manifest, disk: Option<&Manifest>) {
+fn keep_ladders_from_disk(listing: &mut Manifest, disk: Option<&Manifest>) {
     for (path, entry) in listing.files.iter_mut().filter(|(_, entry)| entry.ladder.is_some()) {
-        entry.ladder = entry.ladder.take().filter(|ladder| is_own(ladder, path, disk));
+        entry.ladder = entry.ladder.take().filter(|ladder| is_from_disk(ladder, path, disk));
     }
 }
 
 /// Returns true if the manifest on disk has this ladder of the file, which was then computed or verified there.
-fn is_own(ladder: &Ladder, path: &FilePath, disk: Option<&Manifest>) -> bool {
+fn is_from_disk(ladder: &Ladder, path: &FilePath, disk: Option<&Manifest>) -> bool {
     disk.and_then(|disk| disk.files.get(path)).is_some_and(|here| here.ladder.as_ref() == Some(ladder))
 }
 
@@ -481,14 +489,14 @@ pub(super) fn only_file<'a>(paths: impl Iterator<Item = &'a FilePath>) -> Result
     match paths.as_slice() {
         [path] => Ok(FilePath::clone(path)),
         [] => Err(Error::not_found("it has no file")),
-        many => Err(Error::invalid(format!("it has {} files, and one is to be opened", many.len()))
+        many => Err(Error::invalid(format!("it has {} files, but only one can be opened", many.len()))
             .hint(format!("name one of them: {}", first_names(many.iter().copied())))),
     }
 }
 
-/// Returns a source together with its manifest, which is requested unless the source has it already.
-pub(super) async fn manifest_of(asked: Result<Arc<RemoteSource>>) -> Result<(Arc<RemoteSource>, Option<Manifest>)> {
-    let source = asked?;
+/// Returns `source` with its manifest. Requests the manifest, unless the source has it already.
+pub(super) async fn manifest_of(source: Result<Arc<RemoteSource>>) -> Result<(Arc<RemoteSource>, Option<Manifest>)> {
+    let source = source?;
     let manifest = source.manifest().await?;
     Ok((source, manifest))
 }
@@ -496,12 +504,13 @@ pub(super) async fn manifest_of(asked: Result<Arc<RemoteSource>>) -> Result<(Arc
 /// Returns the error for unmanaged objects that changed after some of them were downloaded to this disk. There is no
 /// authority that decides which content is right.
 fn unmanaged_objects_changed(request: &FetchRequest, error: &Error) -> Error {
-    let what = format!("the files on the remote are no longer those that this disk knows: {}", error.message());
+    let message =
+        format!("the objects on the remote changed after this disk downloaded some of them: {}", error.message());
     let hint = format!(
-        "put changed files under another version; `modelcache evict --tier disk {}` removes the old ones here",
+        "put changed files under another version; `modelcache evict --tier disk {}` removes the local ones",
         request.key
     );
-    Error::new(ErrorKind::Conflict, what).tier(Tier::Remote).hint(hint)
+    Error::new(ErrorKind::Conflict, message).tier(Tier::Remote).hint(hint)
 }
 
 /// Returns the error for a selection that matches no file of the artifact.
@@ -514,9 +523,9 @@ fn nothing_selected(request: &FetchRequest, listing: &Manifest) -> Error {
     Error::not_found(message).hint(format!("it has {} files: {names}", listing.files.len()))
 }
 
-/// Returns the first names, joined for a message. A `…` stands for the others.
+/// Returns the first [`NAMES_SHOWN_MAX`] names, joined for a message. A `…` stands for the others.
 fn first_names<'a>(mut paths: impl Iterator<Item = &'a FilePath>) -> String {
-    let mut names: Vec<&str> = paths.by_ref().take(NAMES_SHOWN).map(FilePath::as_str).collect();
+    let mut names: Vec<&str> = paths.by_ref().take(NAMES_SHOWN_MAX).map(FilePath::as_str).collect();
     names.extend(paths.next().map(|_| "…"));
     names.join(", ")
 }

@@ -15,7 +15,7 @@ use futures::{Stream, StreamExt, stream};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Number of artifacts that are planned concurrently.
-const PLANS_AT_ONCE: usize = 8;
+const CONCURRENT_PLANS: usize = 8;
 
 /// One artifact of the list, with its selected files.
 struct Planned {
@@ -32,20 +32,21 @@ impl Cache {
     /// `Full`, with both sizes, if the artifacts of the list do not fit on disk together.
     pub async fn plan_prewarm(&self, references: &[Reference], options: &GetOptions) -> Result<PrewarmPlan> {
         let plans: Vec<_> = references.iter().map(|reference| self.plan_one(reference, options)).collect();
-        let mut planned: Vec<Result<Planned>> = stream::iter(plans).buffered(PLANS_AT_ONCE).collect().await;
+        let mut planned: Vec<Result<Planned>> = stream::iter(plans).buffered(CONCURRENT_PLANS).collect().await;
         mark_shared(&mut planned);
-        let found = || planned.iter().flatten();
-        let keys: BTreeSet<_> = found().map(|planned| planned.artifact.key.clone()).collect();
+        let planned_ok = || planned.iter().flatten();
+        let keys: BTreeSet<_> = planned_ok().map(|planned| planned.artifact.key.clone()).collect();
         // Keyed by content name, so that equal files count once.
-        let files: BTreeMap<_, _> = found().flat_map(|planned| planned.files.iter().cloned()).collect();
-        let fit = self.on_disk(move |disk| disk.fit(&keys, &files)).await?;
+        let files: BTreeMap<_, _> = planned_ok().flat_map(|planned| planned.files.iter().cloned()).collect();
+        let needed = self.on_disk(move |disk| disk.check_capacity(&keys, &files)).await?;
         Ok(PrewarmPlan {
             artifacts: planned.into_iter().map(|planned| Ok(planned?.artifact)).collect(),
-            list_bytes: fit.list_bytes,
-            missing_bytes: fit.missing_bytes,
+            list_bytes: needed.list_bytes,
+            missing_bytes: needed.missing_bytes,
         })
     }
 
+    /// Plans the fill of one reference. Returns its selected files, whether or not they are on disk.
     async fn plan_one(&self, reference: &Reference, options: &GetOptions) -> Result<Planned> {
         let progress = Progress::new();
         let resolved = self.resolve(reference, options, &progress).await;
@@ -73,10 +74,10 @@ impl PrewarmPlan {
         // Wave 0: artifacts on disk. Their leases keep the later waves from evicting them. Wave 1: downloads. Wave 2:
         // artifacts that share files with earlier ones, one at a time, so that each finds the shared files on disk.
         let mut waves = [(Vec::new(), jobs), (Vec::new(), jobs), (Vec::new(), 1)];
-        for (at, planned) in self.artifacts.iter().enumerate() {
+        for (index, planned) in self.artifacts.iter().enumerate() {
             if let Ok(planned) = planned {
                 let wave = if planned.is_local { 0 } else { 1 + usize::from(planned.shares) };
-                waves[wave].0.push(get(at));
+                waves[wave].0.push(get(index));
             }
         }
         stream::iter(waves).flat_map(|(gets, jobs)| stream::iter(gets).buffer_unordered(jobs))

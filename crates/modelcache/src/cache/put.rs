@@ -1,16 +1,16 @@
 //! Publishing a file or folder as an artifact, on the remote and on disk.
 //!
-//! Each input file is read once: it is copied into staging and hashed, and, if it is large and new on the remote,
+//! Each input file is read once: it is copied into staging and hashed. A large file that is new on the remote is
 //! uploaded in the same pass. The uploads become visible when all files are hashed and no other content exists under
-//! the key. The remote is published first and the disk last, so that an artifact published on disk is on the remote
-//! too.
+//! the key. The artifact is published on the remote first and on disk last, so that an artifact on disk is on the
+//! remote too.
 //!
 //! With [`PutTier::Remote`] nothing is copied. Files that are not uploaded in the first pass are read again, and the
 //! put fails if a file has changed since.
 
 use super::{Cache, PutOptions, PutReport, PutTier};
 use crate::disk::{
-    Copying, InputFile, LocalFile, RootedPath, StagedFile, Staging, copy_input, format_of, hash_input, list_input,
+    InputFile, InputReader, LocalFile, RootedPath, StagedFile, Staging, copy_input, format_of, hash_input, list_input,
     staged_name,
 };
 use crate::error::{Context, Error, ErrorKind, Result, Tier};
@@ -26,10 +26,10 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 /// Number of files that are copied and hashed concurrently.
-const COPIES_AT_ONCE: usize = 4;
+const CONCURRENT_COPIES: usize = 4;
 
 impl Cache {
-    /// Publishes a file or folder under `key`, on disk and, if one is configured, on the remote; or on the remote only.
+    /// Publishes a file or folder under `key`: on disk and on the remote, if one is configured, or on the remote only.
     /// Then sets the tag of `options`, if there is one.
     ///
     /// # Errors
@@ -47,7 +47,7 @@ impl Cache {
         if let Some(tag) = &options.tag {
             self.check_tag(key, tag).await.map_err(|error| error.artifact(key))?;
         }
-        let outcome = self.put_unnamed(key, path, options, progress).await.map_err(|error| error.artifact(key));
+        let outcome = self.put_inner(key, path, options, progress).await.map_err(|error| error.artifact(key));
         self.count_put(&outcome);
         let mut report = outcome?;
         if let Some(tag) = &options.tag {
@@ -56,7 +56,8 @@ impl Cache {
         Ok(report)
     }
 
-    async fn put_unnamed(
+    /// Does the work of [`put_with`](Self::put_with), except for the tag. Its errors do not name the artifact.
+    async fn put_inner(
         &self,
         key: &ArtifactKey,
         path: &Path,
@@ -65,21 +66,17 @@ impl Cache {
     ) -> Result<PutReport> {
         let started = Instant::now();
         // Checks that do not read whole files come first.
-        let remote = self.remote_to_put(options)?;
+        let remote = self.remote_for_put(options)?;
         let (source, expected) = (path.to_owned(), options.expect);
         let (shape, inputs) = blocking(move || {
             let (shape, inputs) = list_input(&source)?;
-            expected.map_or(Ok(()), |expected| expect(expected, shape, &inputs)).map(|()| (shape, inputs))
+            expected.map_or(Ok(()), |expected| check_formats(expected, shape, &inputs)).map(|()| (shape, inputs))
         })
         .await?;
         self.refuse_tag(key).await?;
         let (manifest, published, path) = match options.tier {
             PutTier::All => self.put_everywhere(key, shape, &inputs, options, progress).await?,
             PutTier::Remote => self.put_remotely(key, shape, inputs, options, progress).await?,
-        };
-        let sha256 = match shape {
-            Shape::File => manifest.files.values().next().and_then(|entry| entry.sha256),
-            Shape::Tree => manifest.list_digest(),
         };
         Ok(PutReport {
             key: key.clone(),
@@ -89,22 +86,25 @@ impl Cache {
             uploaded_bytes: published.uploaded_bytes,
             copied_bytes: published.copied_bytes,
             on_remote: remote.is_some(),
-            sha256: sha256.ok_or_else(|| Error::new(ErrorKind::Other, "a digest is missing after hashing"))?,
+            sha256: manifest
+                .content_digest()
+                .ok_or_else(|| Error::new(ErrorKind::Other, "a digest is missing after hashing"))?,
             phases: progress.phases(),
             took: started.elapsed(),
             tag: None,
         })
     }
 
-    /// Returns the remote, if one is configured.
+    /// Returns the remote to publish on, if one is configured.
     ///
     /// # Errors
     /// `Invalid` if the options require a remote and there is none, or if the remote is read-only.
-    fn remote_to_put(&self, options: &PutOptions) -> Result<Option<&Remote>> {
+    fn remote_for_put(&self, options: &PutOptions) -> Result<Option<&Remote>> {
         let remote = self.0.remote.as_ref();
         if remote.is_none() && (options.tier == PutTier::Remote || options.sidecars) {
-            let what = if options.sidecars { "sidecars go to the remote" } else { "this put is for the remote only" };
-            return Err(Error::invalid(format!("{what}, and no remote is configured"))
+            let what =
+                if options.sidecars { "sidecars are written on the remote" } else { "this put is for the remote only" };
+            return Err(Error::invalid(format!("{what}, but no remote is configured"))
                 .hint("set MODEL_CACHE_REMOTE, for instance s3://bucket/prefix"));
         }
         remote.map_or(Ok(()), |remote| remote.ensure_read_write("put it on this disk only: --remote none"))?;
@@ -121,7 +121,7 @@ impl Cache {
         progress: &Progress,
     ) -> Result<(Manifest, Published, Option<PathBuf>)> {
         // No fill of the same key may run at the same time.
-        let lead = self.lead_alone(key, progress).await?;
+        let leader = self.wait_to_lead(key, progress).await?;
         // Step 1: read the inputs. Copy them into staging, hash them, and upload the large ones.
         let mut pending = self.begin_put_upload(key, shape, inputs, options).await;
         let (staging, manifest, files) = self.copy_and_hash(key, shape, inputs, &mut pending, progress).await?;
@@ -142,7 +142,7 @@ impl Cache {
             self.sync(key, &crate::Selection::all()).await?;
             leased
         };
-        drop(lead);
+        drop(leader);
         Ok((manifest, published, Some(leased.path(&crate::Selection::all()))))
     }
 
@@ -158,7 +158,8 @@ impl Cache {
         // Step 1: read the inputs. Hash them, and upload the large ones.
         let mut pending = self.begin_put_upload(key, shape, &inputs, options).await;
         let hash = |input: InputFile| {
-            let (upload, progress) = (pending.as_mut().and_then(|pending| pending.take(&input.path)), progress.clone());
+            let (upload, progress) =
+                (pending.as_mut().and_then(|pending| pending.take_upload(&input.path)), progress.clone());
             async move {
                 match upload {
                     Some(upload) => read_and_upload(input, None, upload, &progress).await,
@@ -173,18 +174,19 @@ impl Cache {
         let read: Vec<InputRead> = {
             let _phase = progress.enter(Phase::Read, inputs.iter().map(|input| input.size).sum());
             let hashes: Vec<_> = inputs.iter().cloned().map(hash).collect();
-            stream::iter(hashes).buffer_unordered(COPIES_AT_ONCE).try_collect().await?
+            stream::iter(hashes).buffer_unordered(CONCURRENT_COPIES).try_collect().await?
         };
         manifest.files =
             read.into_iter().map(|read| read.attach_upload(&mut pending)).map(|read| (read.path, read.entry)).collect();
         manifest.check().map_err(|error| Error::invalid(error.message().to_owned()))?;
         // Step 2: check for other content under the key on disk.
         let replaces = self.refuse_other_content(&manifest, options).await?;
-        // Step 3: publish on the remote. This reads the small files again, and fails if one has changed.
+        // Step 3: publish on the remote. This reads the files that are not uploaded yet a second time, and fails if one
+        // has changed.
         let files = inputs.into_iter().map(|input| (input.path, LocalFile::from(input.from))).collect();
         let published = self.put_on_remote(&manifest, &files, options, pending, progress).await;
         let published = published.map_err(|error| match error.kind() {
-            ErrorKind::Corrupt => error.hint("put it again when nothing writes to it"),
+            ErrorKind::Corrupt => error.hint("put it again when no process writes to it"),
             _ => error,
         });
         let published = published?;
@@ -194,7 +196,7 @@ impl Cache {
         Ok((manifest, published, None))
     }
 
-    /// Starts the publish on the remote, so that large files can be uploaded while they are read for the first time.
+    /// Starts the publish on the remote, so that large files are uploaded while they are read for the first time.
     async fn begin_put_upload(
         &self,
         key: &ArtifactKey,
@@ -229,7 +231,7 @@ impl Cache {
         let _phase = progress.enter(Phase::Read, inputs.iter().map(|input| input.size).sum());
         let copies = inputs.iter().cloned().map(|input| {
             let (name, progress) = (staged_name(&input.path, &entry(&input)), progress.clone());
-            let upload = pending.as_mut().and_then(|pending| pending.take(&input.path));
+            let upload = pending.as_mut().and_then(|pending| pending.take_upload(&input.path));
             let target = staging.file(&name);
             async move {
                 let read = match upload {
@@ -245,7 +247,7 @@ impl Cache {
             }
         });
         let copies: Vec<(String, InputRead)> =
-            stream::iter(copies.collect::<Vec<_>>()).buffer_unordered(COPIES_AT_ONCE).try_collect().await?;
+            stream::iter(copies.collect::<Vec<_>>()).buffer_unordered(CONCURRENT_COPIES).try_collect().await?;
         let staged = |(name, read): (String, InputRead)| {
             let InputRead { path, entry, copy, .. } = read.attach_upload(pending);
             copy.map(|identity| (path, StagedFile { name, entry, identity }))
@@ -265,7 +267,7 @@ impl Cache {
         let (manifest, force) = (manifest.clone(), options.force);
         self.on_disk(move |disk| match disk.manifest(&manifest.key)?.map(|present| present.agrees_with(&manifest)) {
             // Checked before the remote is changed: if the local content cannot be replaced, nothing is.
-            Some(Err(_)) if force => disk.refuse_kept(&manifest.key).map(|()| true),
+            Some(Err(_)) if force => disk.ensure_evictable(&manifest.key).map(|()| true),
             Some(agreed) => agreed.context(&manifest.key, Tier::Disk).map(|()| false),
             None => Ok(false),
         })
@@ -297,9 +299,9 @@ impl Cache {
             .publish_pending(manifest, files, options, pending, progress)
             .await
             .context(&manifest.key, Tier::Remote);
-        self.metrics().asked(Tier::Remote, &published);
+        self.metrics().record_health(Tier::Remote, &published);
         let published = published?;
-        self.note_remote(true);
+        self.set_remote_usable(true);
         Ok(published)
     }
 }
@@ -318,7 +320,7 @@ impl InputRead {
     /// Attaches the upload and the digest of the file to the pending publish, which completes the upload later.
     fn attach_upload(mut self, pending: &mut Option<PendingPublish>) -> Self {
         if let (Some(upload), Some(pending), Some(sha256)) = (self.upload.take(), pending, self.entry.sha256) {
-            pending.put_back(self.path.clone(), upload, sha256);
+            pending.add_sent(self.path.clone(), upload, sha256);
         }
         self
     }
@@ -332,12 +334,12 @@ async fn read_and_upload(
     progress: &Progress,
 ) -> Result<InputRead> {
     let path = input.path.clone();
-    let mut copying = blocking(move || Copying::open(&input, target.as_ref())).await?;
-    for index in 0..upload.parts() {
-        // Waits for memory of the upload budget.
-        let mut part = upload.room(index).await?;
+    let mut copying = blocking(move || InputReader::open(&input, target.as_ref())).await?;
+    for index in 0..upload.part_count() {
+        // Waits until the memory budget for uploads has room for the part.
+        let mut part = upload.reserve_part(index).await?;
         (copying, part) = blocking(move || {
-            part.fill(|buffer, beside| copying.fill(buffer, beside))?;
+            part.fill(|buffer, beside| copying.read_exact(buffer, beside))?;
             Ok((copying, part))
         })
         .await?;
@@ -350,7 +352,7 @@ async fn read_and_upload(
 }
 
 /// Fails if the files do not have the expected format.
-fn expect(expected: Format, shape: Shape, inputs: &[InputFile]) -> Result<()> {
+fn check_formats(expected: Format, shape: Shape, inputs: &[InputFile]) -> Result<()> {
     let formats: Vec<_> = inputs.iter().map(|input| format_of(&input.from)).collect::<Result<_>>()?;
     format::expect(expected, shape == Shape::Tree, inputs.iter().map(|input| &input.path).zip(formats))
 }

@@ -17,10 +17,10 @@ impl Cache {
     /// Lists the artifacts in the local directory, sorted by key.
     pub async fn list(&self) -> Result<Vec<Listed>> {
         self.on_disk(move |disk| {
-            let row = |artifact: ScannedArtifact| {
+            let row = |artifact: ScannedArtifact| -> Option<Result<Listed>> {
                 let (leased, pin) = (disk.is_leased(&artifact.dir), disk.pin_in(&artifact.dir));
-                let listed = |manifest| Ok(Listed { leased, pin: pin?, ..listed(&manifest, artifact.last_used) });
-                artifact.manifest.map(listed)
+                let manifest = artifact.manifest?;
+                Some(pin.map(|pin| Listed { leased, pin, ..list_entry(&manifest, artifact.last_used) }))
             };
             let mut rows: Vec<Listed> = disk.scan()?.into_iter().filter_map(row).collect::<Result<_>>()?;
             rows.sort_by(|a, b| a.key.cmp(&b.key));
@@ -40,44 +40,47 @@ impl Cache {
         };
         let (manifests, tags) = remote.list_with_tags().await?;
         let tags_of = |key: &ArtifactKey| {
-            let theirs = tags.iter().filter(|(name, tag)| *name == key.name && tag.version == key.version);
-            theirs.map(|(_, tag)| tag.revision.clone()).collect()
+            let tags = tags.iter().filter(|(name, tag)| *name == key.name && tag.version == key.version);
+            tags.map(|(_, tag)| tag.revision.clone()).collect()
         };
-        let row = |manifest: &Manifest| Listed { tags: tags_of(&manifest.key), ..listed(manifest, None) };
+        let row = |manifest: &Manifest| Listed { tags: tags_of(&manifest.key), ..list_entry(manifest, None) };
         let mut rows: Vec<Listed> = manifests.iter().map(row).collect();
         rows.sort_by(|a, b| a.key.cmp(&b.key));
         Ok(rows)
     }
 
-    /// Returns the records of one artifact on disk, in the lower directory and on the remote. An error of the remote is
-    /// in the result, unless no other tier has the artifact.
+    /// Returns what the manifests on disk, in the lower directory and on the remote record about one artifact. An error
+    /// of the remote is part of the result, unless no other tier has the artifact.
     ///
     /// # Errors
     /// `NotFound` if no tier has a manifest of the artifact.
     pub async fn inspect(&self, reference: &Reference) -> Result<Inspection> {
-        let (key, asked) = match &reference.target {
+        let (key, remote_source) = match &reference.target {
             Target::Bare(_) => {
                 let resolution = self.resolution(reference, self.policy(&GetOptions::default())).await;
                 resolution.map(|resolution| (resolution.key, resolution.remote))
             }
-            _ => self.key_without_network(reference).await.map(|(key, _)| (key, None)),
+            _ => self.last_resolved_key(reference).await.map(|(key, _)| (key, None)),
         }
         .map_err(|error| error.artifact(reference))?;
         let dir = self.0.disk.layout().artifact(&key);
         let disk = self.0.disk.manifest(&key)?;
         let (remote, remote_error) = match &self.0.remote {
-            Some(remote) => match manifest_of(asked.unwrap_or_else(|| Ok(Arc::new(remote.source(&key))))).await {
-                Ok((_, manifest)) => (manifest, None),
-                Err(error) => (None, Some(error)),
-            },
+            Some(remote) => {
+                let source = remote_source.unwrap_or_else(|| Ok(Arc::new(remote.source(&key))));
+                match manifest_of(source).await {
+                    Ok((_, manifest)) => (manifest, None),
+                    Err(error) => (None, Some(error)),
+                }
+            }
             None => (None, None),
         };
         let lower = self.lower_manifest(&key).await?;
         let Some(known) = disk.as_ref().or(lower.as_ref()).or(remote.as_ref()) else {
             return Err(remote_error
                 .unwrap_or_else(|| {
-                    Error::not_found("neither this disk nor the remote knows it")
-                        .hint("`modelcache ls` and `modelcache ls --remote` list what is there")
+                    Error::not_found("neither this disk nor the remote has the artifact")
+                        .hint("`modelcache ls` and `modelcache ls --remote` list the artifacts")
                 })
                 .artifact(&key));
         };
@@ -104,7 +107,7 @@ impl Cache {
             leased: self.0.disk.is_leased(&dir),
             holders: self.0.disk.lease_holders(&dir),
             pin: self.0.disk.pin_in(&dir)?,
-            files: inspected([disk.as_ref(), lower.as_ref(), remote.as_ref()]),
+            files: inspected_files([disk.as_ref(), lower.as_ref(), remote.as_ref()]),
             remote_error: remote_error.map(|error| error.to_string()),
             key,
         })
@@ -121,13 +124,14 @@ impl Cache {
                 artifacts.iter().filter_map(|artifact| artifact.manifest.as_ref()).collect();
             let pinned = |artifact: &&ScannedArtifact| matches!(disk.pin_in(&artifact.dir), Ok(Some(_)));
             let pending = pending(disk)?;
-            let held = |manifest: &&Manifest| manifest.files.values().filter(|entry| entry.held.is_some()).count();
+            let held_files =
+                |manifest: &&Manifest| manifest.files.values().filter(|entry| entry.held.is_some()).count();
             Ok(Stats {
                 dir: disk.layout().root().full(),
                 lower_dir: lower.as_ref().map(|lower| lower.root().full()),
                 lower_artifacts: lower.as_ref().map_or(Ok(0), Lower::artifacts)?,
                 artifacts: manifests.len(),
-                files: manifests.iter().map(held).sum(),
+                files: manifests.iter().map(held_files).sum(),
                 leases: artifacts.iter().filter(|artifact| disk.is_leased(&artifact.dir)).count(),
                 pins: artifacts.iter().filter(pinned).count(),
                 budget_bytes: space.budget,
@@ -147,7 +151,7 @@ impl Cache {
 }
 
 /// Merges the files of the manifests on disk, in the lower directory and on the remote by path.
-fn inspected(manifests: [Option<&Manifest>; 3]) -> Vec<InspectedFile> {
+fn inspected_files(manifests: [Option<&Manifest>; 3]) -> Vec<InspectedFile> {
     let mut files: BTreeMap<&FilePath, [Option<&FileEntry>; 3]> = BTreeMap::new();
     for (tier, manifest) in manifests.into_iter().enumerate() {
         for (path, entry) in manifest.into_iter().flat_map(|manifest| &manifest.files) {
@@ -173,7 +177,7 @@ fn inspected(manifests: [Option<&Manifest>; 3]) -> Vec<InspectedFile> {
 }
 
 /// Returns the list entry of an artifact, without lease, pin and tags.
-fn listed(manifest: &Manifest, last_used: Option<SystemTime>) -> Listed {
+fn list_entry(manifest: &Manifest, last_used: Option<SystemTime>) -> Listed {
     Listed {
         key: manifest.key.clone(),
         reference: manifest.key.to_string(),

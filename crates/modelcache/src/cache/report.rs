@@ -4,8 +4,7 @@
 //! and what the Python package parses. `docs/json.md` is generated from the field names, types and comments here.
 
 use crate::digest::{Digest, GitOid, Provenance};
-use crate::disk::Materialized;
-use crate::disk::{Holder, LeasedArtifact, Link, Pin, Purpose};
+use crate::disk::{Holder, LeasedArtifact, Link, Materialized, Pin, Purpose};
 use crate::error::Tier;
 use crate::format::Format;
 use crate::json;
@@ -25,7 +24,7 @@ use std::time::{Duration, SystemTime};
 pub struct GetOptions {
     /// The files to get. If the reference names one file, this must select all files.
     pub selection: Selection,
-    /// Resolve a revision or tag again, even if the last answer is still fresh. If its authority (the origin of a
+    /// Resolve a revision or tag again, even if the cached version is still fresh. If the authority (the origin of a
     /// revision, the remote for a tag) cannot be reached, the get fails.
     pub refresh: bool,
     /// The farthest tier that may be contacted. [`Tier::Remote`] excludes origins, and [`Tier::Disk`] excludes the
@@ -33,8 +32,8 @@ pub struct GetOptions {
     pub max_tier: Tier,
     /// Read files that are on disk already in full, and compare them with their digests, before they are leased.
     pub verify: bool,
-    /// The intended use of downloaded files: read on this machine right after the get, or only kept. Determines whether
-    /// they are written through the page cache.
+    /// The intended use of downloaded files: to be read on this machine right after the get, or only to be kept.
+    /// Determines whether they are written through the page cache.
     pub purpose: Purpose,
     /// Wait until the files are on stable storage, so that they survive a power cut.
     pub durable: bool,
@@ -42,21 +41,20 @@ pub struct GetOptions {
 
 impl Default for GetOptions {
     fn default() -> Self {
-        let (purpose, durable) = (Purpose::default(), false);
         Self {
             selection: Selection::default(),
             refresh: false,
             max_tier: Tier::Origin,
             verify: false,
-            purpose,
-            durable,
+            purpose: Purpose::default(),
+            durable: false,
         }
     }
 }
 
 /// A leased artifact. Its files are not evicted, and `path` stays valid, until this value is dropped.
 #[derive(Debug)]
-#[must_use = "the artifact is leased only while this value lives"]
+#[must_use = "the artifact is leased only while this value exists"]
 pub struct Artifact {
     /// The key of the artifact.
     pub key: ArtifactKey,
@@ -189,8 +187,8 @@ pub struct PlannedPrewarm {
     pub key: ArtifactKey,
     /// True if all selected files are on disk.
     pub is_local: bool,
-    /// True if an artifact earlier in the list has some of the same missing files. Fill this one after it: the shared
-    /// files are then downloaded once.
+    /// True if an artifact earlier in the list has some of the same missing files. If this one is filled after it, the
+    /// shared files are downloaded once.
     pub shares: bool,
 }
 
@@ -215,8 +213,8 @@ pub struct PutOptions {
     pub expect: Option<Format>,
     /// Write `<file>.sha256` beside every object on the remote.
     pub sidecars: bool,
-    /// Then point this tag to the version, as [`Cache::tag`](super::Cache::tag) does. A tag that cannot be set is
-    /// refused before anything is published.
+    /// Point this tag to the version after it is published, as [`Cache::tag`](super::Cache::tag) does. A tag that
+    /// cannot be set is refused before anything is published.
     pub tag: Option<Version>,
 }
 
@@ -306,7 +304,7 @@ pub struct EvictReport {
     /// The key of the artifact.
     #[serde(flatten)]
     pub key: ArtifactKey,
-    /// True if nothing was removed: the report states what would be.
+    /// True if nothing was removed, and the report states what would be removed.
     pub dry_run: bool,
     /// Bytes removed from the disk; `None` if the artifact was not there or the disk was not selected.
     pub disk_bytes: Option<u64>,
@@ -333,7 +331,7 @@ pub struct Pinned {
     pub sha256: Option<Digest>,
     /// The tier that resolved the reference; `None` if no tier had to be consulted.
     pub from: Option<Tier>,
-    /// The age of the answer; `None` if it cannot become outdated.
+    /// The time since the revision or tag was resolved; `None` if the reference names a version.
     pub age: Option<Duration>,
 }
 
@@ -362,7 +360,8 @@ struct PinnedForm {
     sha256: Option<Digest>,
     /// The tier that resolved the reference; `None` if no tier had to be consulted.
     from: Option<Tier>,
-    /// The age of the answer in whole seconds; `None` if it is unknown or cannot become outdated.
+    /// The time since the revision or tag was resolved, in whole seconds; `None` if it is unknown or the reference
+    /// names a version.
     age_seconds: Option<u64>,
 }
 
@@ -375,7 +374,7 @@ impl From<Pinned> for PinnedForm {
             revision: pinned.revision,
             sha256: pinned.sha256,
             from: pinned.from,
-            // `Duration::MAX` stands for an answer of unknown age.
+            // `Duration::MAX` stands for an unknown time.
             age_seconds: pinned.age.filter(|age| *age < Duration::MAX).map(|age| age.as_secs()),
             artifact: pinned.key,
         }

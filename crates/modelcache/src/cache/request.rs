@@ -102,13 +102,13 @@ impl GetRequest {
         self
     }
 
-    /// Resolves a revision or tag again, even if the last answer is still fresh.
+    /// Resolves a revision or tag again, even if the cached version is still fresh.
     pub fn refresh(mut self) -> Self {
         self.options.refresh = true;
         self
     }
 
-    /// Reads files that are on disk already in full and compares them with their digests.
+    /// Reads the files that are on disk already in full, and compares them with their digests.
     pub fn verify(mut self) -> Self {
         self.options.verify = true;
         self

@@ -21,15 +21,15 @@ use std::ops::Range;
 use std::sync::Arc;
 use tokio::sync::OnceCell;
 
-/// Which tiers may be contacted, and how remembered answers are used.
+/// Which tiers may be contacted to resolve a reference, and how cached resolutions are used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct LookupPolicy {
-    /// Ask the authority, even if a remembered answer is fresh.
+    /// Resolve at the authority, even if a cached resolution is fresh.
     pub(super) refresh: bool,
     /// The farthest tier that may be contacted.
     pub(super) max_tier: Tier,
-    /// Store the answers of origins on the remote, for other machines.
-    pub(super) share_answers: bool,
+    /// Store the versions that origins resolve on the remote, for other machines.
+    pub(super) share_versions: bool,
 }
 
 /// The version that a reference points to, and its sources.
@@ -38,8 +38,8 @@ pub(super) struct Resolution {
     pub(super) key: ArtifactKey,
     /// The source at the origin, used if neither disk nor remote has the artifact. It has not been contacted yet.
     pub(super) origin: Option<Arc<dyn Source>>,
-    /// The answer that resolved the reference; `None` if the reference names a version.
-    pub(super) answer: Option<ResolvedVersion>,
+    /// The version that a revision or tag was resolved to; `None` if the reference names a version.
+    pub(super) resolved_version: Option<ResolvedVersion>,
     /// The tag that was resolved.
     pub(super) tag_record: Option<TagRecord>,
     /// If the remote was contacted for the resolution, the source there, or the reason why there is none.
@@ -69,10 +69,11 @@ pub(super) struct FetchRequest {
 
 impl LookupPolicy {
     /// Hint for an artifact that was not found because a tier was excluded (offline mode or `--local-files-only`).
-    pub(super) const HINT_ONLINE: &str = "run it once with network access, without --offline and --local-files-only, \
-         and with MODEL_CACHE_OFFLINE and HF_HUB_OFFLINE unset; or put the artifact on a remote that can be reached";
+    pub(super) const HINT_ONLINE: &str = "get the artifact once with network access, without --offline and \
+         --local-files-only, and with MODEL_CACHE_OFFLINE and HF_HUB_OFFLINE unset; or put it on a remote that can be \
+         reached";
 
-    /// Returns which tiers were excluded, for a message.
+    /// Returns the part of a message that names the excluded tiers.
     pub(super) fn tiers_not_consulted(self) -> &'static str {
         match self.max_tier {
             Tier::Disk => "neither remote nor origin was asked (local files only)",
@@ -125,7 +126,7 @@ impl Cache {
     /// Returns the lookup policy of a call, limited by the configuration.
     pub(super) fn policy(&self, options: &GetOptions) -> LookupPolicy {
         let allowed = if self.0.config.offline { Tier::Remote } else { Tier::Origin };
-        LookupPolicy { refresh: options.refresh, max_tier: options.max_tier.min(allowed), share_answers: true }
+        LookupPolicy { refresh: options.refresh, max_tier: options.max_tier.min(allowed), share_versions: true }
     }
 
     /// Resolves a reference to the version that it points to now.
@@ -134,31 +135,31 @@ impl Cache {
         if let Target::Bare(key) = &reference.target {
             return self.resolve_bare(reference, key, policy).await;
         }
-        let (key, answer) = match (reference.exact_key(), reference.pointer()) {
+        let (key, resolved_version) = match (reference.exact_key(), reference.pointer()) {
             (Some(key), _) => (key, None),
             (None, Some(pointer)) => {
-                let answer = self.resolve_pointer(reference, &pointer, policy).await?;
-                (ArtifactKey::new(pointer.name, answer.version.clone()), Some(answer))
+                let resolved = self.resolve_pointer(reference, &pointer, policy).await?;
+                (ArtifactKey::new(pointer.name, resolved.version.clone()), Some(resolved))
             }
-            // A local folder or a web page, for instance: the version depends on the present content.
+            // For instance a local folder, whose version depends on its present content.
             (None, None) => return self.resolve_at_origin(reference, policy).await,
         };
         let origin = self.0.origins.source(reference, &key).filter(|_| policy.max_tier == Tier::Origin);
-        Ok(Resolution { key, origin, answer, tag_record: None, remote: None })
+        Ok(Resolution { key, origin, resolved_version, tag_record: None, remote: None })
     }
 
     /// Resolves a bare `name@version` or `name@tag`.
     async fn resolve_bare(&self, reference: &Reference, key: &ArtifactKey, policy: LookupPolicy) -> Result<Resolution> {
-        let (key, answer, tag_record, remote) = match self.resolve_version_or_tag(key, policy).await? {
+        let (key, resolved_version, tag_record, remote) = match self.resolve_version_or_tag(key, policy).await? {
             VersionOrTag::Version(remote) => (key.clone(), None, None, remote),
-            VersionOrTag::Tag(answer, tag_record) => {
-                (ArtifactKey::new(key.name.clone(), answer.version.clone()), Some(answer), Some(tag_record), None)
+            VersionOrTag::Tag(resolved, tag_record) => {
+                (ArtifactKey::new(key.name.clone(), resolved.version.clone()), Some(resolved), Some(tag_record), None)
             }
         };
-        // `ls` prints keys of registries in this form, so that they are accepted like the URI.
-        let listed = || self.0.origins.source(reference, &key).filter(|_| policy.max_tier == Tier::Origin);
-        let origin = self.template_origin(&key, policy).or_else(listed);
-        Ok(Resolution { key, origin, answer, tag_record, remote })
+        // `ls` prints the key of an artifact from an origin in this form. It is accepted like the URI of that origin.
+        let origin_of_key = || self.0.origins.source(reference, &key).filter(|_| policy.max_tier == Tier::Origin);
+        let origin = self.template_origin(&key, policy).or_else(origin_of_key);
+        Ok(Resolution { key, origin, resolved_version, tag_record, remote })
     }
 
     /// Resolves a reference whose version only the origin can determine. Local folders are read even if origins are
@@ -170,16 +171,16 @@ impl Cache {
                 return Err(Error::not_found(format!("only the origin knows the current version; {reason}"))
                     .hint(LookupPolicy::HINT_ONLINE));
             }
-            self.before_first_call().await;
+            self.wait_for_start_jitter().await;
         }
         let absent = || Error::not_found("there is no such file or folder").tier(Tier::Origin).hint("check the path");
         let resolved = self.0.origins.resolve(reference).await;
-        self.metrics().asked(Tier::Origin, &resolved);
+        self.metrics().record_health(Tier::Origin, &resolved);
         let resolved = resolved?.ok_or_else(absent)?;
         Ok(Resolution {
             key: resolved.key,
             origin: Some(resolved.source),
-            answer: None,
+            resolved_version: None,
             tag_record: None,
             remote: None,
         })
@@ -198,7 +199,7 @@ impl Cache {
                 key: key.clone(),
                 templates,
                 origins: self.0.origins.clone(),
-                found: OnceCell::new(),
+                located: OnceCell::new(),
             }) as Arc<dyn Source>
         })
     }
@@ -207,7 +208,7 @@ impl Cache {
 impl FetchRequest {
     /// Returns the lookup policy of the fill. The reference is resolved already, so nothing is refreshed or shared.
     pub(super) fn policy(&self) -> LookupPolicy {
-        LookupPolicy { refresh: false, max_tier: self.max_tier, share_answers: false }
+        LookupPolicy { refresh: false, max_tier: self.max_tier, share_versions: false }
     }
 
     /// Compares the demanded digest, if there is one, with `manifest`. A digest that is still unknown is not an error:
@@ -217,16 +218,20 @@ impl FetchRequest {
     /// `Corrupt` if the digests differ.
     pub(super) fn check_demanded_digest(&self, manifest: &Manifest) -> Result<()> {
         let Some(demanded) = self.digest else { return Ok(()) };
-        let known = match self.single_file(manifest) {
-            Some(path) => manifest.files.get(path).and_then(|entry| entry.sha256),
-            None => manifest.list_digest(),
-        };
-        match known {
+        match self.known_digest(manifest) {
             Some(known) if known != demanded => {
                 Err(Error::corrupt(format!("sha256 {demanded} is demanded, but the artifact has {known}"))
                     .hint("the reference pins other content than this version has; check where the digest came from"))
             }
             _ => Ok(()),
+        }
+    }
+
+    /// Returns the digest that a demanded digest is compared with; `None` until it is known.
+    pub(super) fn known_digest(&self, manifest: &Manifest) -> Option<Digest> {
+        match self.single_file(manifest) {
+            Some(path) => manifest.files.get(path).and_then(|entry| entry.sha256),
+            None => manifest.list_digest(),
         }
     }
 
@@ -246,36 +251,36 @@ struct TemplateOrigin {
     key: ArtifactKey,
     templates: Vec<OriginTemplate>,
     origins: Origins,
-    found: OnceCell<Option<(Arc<dyn Source>, Manifest)>>,
+    located: OnceCell<Option<(Arc<dyn Source>, Manifest)>>,
 }
 
 impl TemplateOrigin {
     /// Returns the first source that has the artifact, and its manifest.
-    async fn found(&self) -> Result<Option<&(Arc<dyn Source>, Manifest)>> {
-        let found = self.found.get_or_try_init(|| async {
+    async fn locate(&self) -> Result<Option<&(Arc<dyn Source>, Manifest)>> {
+        let located = self.located.get_or_try_init(|| async {
             for template in &self.templates {
-                if let Some(found) = self.ask(template).await? {
-                    return Ok::<_, Error>(Some(found));
+                if let Some(located) = self.try_template(template).await? {
+                    return Ok::<_, Error>(Some(located));
                 }
             }
             Ok(None)
         });
-        Ok(found.await?.as_ref())
+        Ok(located.await?.as_ref())
     }
 
-    /// Looks for the artifact at the location of one template.
-    async fn ask(&self, template: &OriginTemplate) -> Result<Option<(Arc<dyn Source>, Manifest)>> {
+    /// Returns the source at the location of `template` and its manifest; `None` if the artifact is not there.
+    async fn try_template(&self, template: &OriginTemplate) -> Result<Option<(Arc<dyn Source>, Manifest)>> {
         // A template need not fit every name. If it yields no valid reference, its location does not have the artifact.
         let Ok(reference) = template.apply(&self.key) else { return Ok(None) };
-        let asked = async {
+        let located = async {
             let Some(resolved) = self.origins.resolve(&reference).await? else { return Ok::<_, Error>(None) };
             let manifest = resolved.source.manifest().await?;
             Ok(manifest.map(|manifest| (resolved.source, Manifest { key: self.key.clone(), ..manifest })))
         };
-        match asked.await {
-            // The next template is tried. Any other error ends the search: this location may have the artifact.
+        match located.await {
+            // Continue with the next template. Any other error ends the search: this location may have the artifact.
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-            answer => answer,
+            result => result,
         }
     }
 }
@@ -287,18 +292,18 @@ impl Source for TemplateOrigin {
     }
 
     async fn manifest(&self) -> Result<Option<Manifest>> {
-        Ok(self.found().await?.map(|(_, manifest)| manifest.clone()))
+        Ok(self.locate().await?.map(|(_, manifest)| manifest.clone()))
     }
 
     async fn read(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
-        match self.found().await? {
+        match self.locate().await? {
             Some((source, _)) => source.read(path, range).await,
-            None => Err(Error::not_found("no configured origin has it").tier(Tier::Origin)),
+            None => Err(Error::not_found("no configured origin has the artifact").tier(Tier::Origin)),
         }
     }
 
     fn stated_by(&self, path: &FilePath) -> Option<String> {
-        let (source, _) = self.found.get()?.as_ref()?;
+        let (source, _) = self.located.get()?.as_ref()?;
         source.stated_by(path)
     }
 }

@@ -7,24 +7,24 @@ use super::Cache;
 use std::time::Duration;
 use tokio::sync::OnceCell;
 
-/// Initialized once the delay of this process is over.
+/// The cell is set once the delay of this process is over.
 #[derive(Debug, Default)]
 pub(super) struct StartJitter(OnceCell<()>);
 
 impl Cache {
     /// Waits for the end of the delay. Must be called before a get contacts the remote or an origin.
-    pub(super) async fn before_first_call(&self) {
+    pub(super) async fn wait_for_start_jitter(&self) {
         let jitter = self.0.config.start_jitter;
-        let wait = || async move {
+        let sleep = || async move {
             let wait = jitter.mul_f64(rand::random_range(0.0..=1.0));
             if wait > Duration::ZERO {
                 tracing::info!(
                     wait_ms = wait.as_millis() as u64,
-                    "waiting a random time before the first call (MODEL_CACHE_START_JITTER)"
+                    "waiting a random time before the first request (MODEL_CACHE_START_JITTER)"
                 );
                 tokio::time::sleep(wait).await;
             }
         };
-        self.0.start.0.get_or_init(wait).await;
+        self.0.start_jitter.0.get_or_init(sleep).await;
     }
 }

@@ -18,19 +18,20 @@ impl Cache {
     /// `Invalid` if no remote is configured, if the name comes from a URI, or if `tag` is the name of a version;
     /// `NotFound` if the remote does not have the version of `key`.
     pub async fn tag(&self, key: &ArtifactKey, tag: &Version) -> Result<TagReport> {
-        self.tag_unnamed(key, tag).await.map_err(|error| error.artifact(key))
+        self.tag_inner(key, tag).await.map_err(|error| error.artifact(key))
     }
 
-    async fn tag_unnamed(&self, key: &ArtifactKey, tag: &Version) -> Result<TagReport> {
+    /// Does the work of [`tag`](Self::tag). Its errors do not name the artifact.
+    async fn tag_inner(&self, key: &ArtifactKey, tag: &Version) -> Result<TagReport> {
         let remote = self.remote_for_tags(&key.name)?;
         let Some(manifest) = remote.source(key).manifest().await? else {
-            return Err(self.nothing_to_tag(remote, key, tag).await);
+            return Err(self.no_version_to_tag(remote, key, tag).await);
         };
         self.check_tag(key, tag).await?;
         let record = RemoteRef::now(tag.as_str(), &key.version, RefKind::Tag, manifest.content_digest());
         let before = remote.set_tag(&key.name, &record).await?;
-        // Drop the remembered version, so that this machine follows at once and not only after `ref_ttl`.
-        self.forget(&ArtifactKey::new(key.name.clone(), tag.clone())).await;
+        // Drop the cached version, so that this machine follows the move at once and not only after `ref_ttl`.
+        self.forget_tag(&ArtifactKey::new(key.name.clone(), tag.clone())).await;
         Ok(TagReport {
             name: key.name.clone(),
             tag: tag.clone(),
@@ -40,8 +41,7 @@ impl Cache {
         })
     }
 
-    /// Checks that `tag` can be set for versions of the name of `key`. Call this before a put that is followed by a
-    /// tag.
+    /// Checks that `tag` can be set on the version of `key`. Call this before a put whose version is then tagged.
     ///
     /// # Errors
     /// As for [`tag`](Self::tag).
@@ -53,7 +53,7 @@ impl Cache {
             || remote.source(&as_version).manifest().await?.is_some();
         if is_version {
             return Err(Error::invalid(format!("{tag} is a version of {}, and a version never moves", key.name))
-                .hint("choose another word for the tag, for instance prod"));
+                .hint("choose another name for the tag, for instance prod"));
         }
         Ok(())
     }
@@ -63,14 +63,15 @@ impl Cache {
     /// # Errors
     /// `NotFound` if there is no such tag; `Invalid` if no remote is configured, or if the name comes from a URI.
     pub async fn untag(&self, key: &ArtifactKey) -> Result<TagReport> {
-        self.untag_unnamed(key).await.map_err(|error| error.artifact(key))
+        self.untag_inner(key).await.map_err(|error| error.artifact(key))
     }
 
-    async fn untag_unnamed(&self, key: &ArtifactKey) -> Result<TagReport> {
+    /// Does the work of [`untag`](Self::untag). Its errors do not name the artifact.
+    async fn untag_inner(&self, key: &ArtifactKey) -> Result<TagReport> {
         let ArtifactKey { name, version: tag } = key;
         let remote = self.remote_for_tags(name)?;
         let removed = remote.remove_tag(name, tag.as_str(), None).await?;
-        self.forget(key).await;
+        self.forget_tag(key).await;
         let Some(before) = removed else {
             return Err(Error::not_found(format!("{name} has no tag {tag}"))
                 .tier(Tier::Remote)
@@ -79,19 +80,19 @@ impl Cache {
         Ok(TagReport { name: name.clone(), tag: tag.clone(), from: Some(before.version), to: None, sha256: None })
     }
 
-    /// Returns the refs on the remote that point to the version of `key`: tags, and shared answers of an origin.
+    /// Returns the refs on the remote that point to the version of `key`: tags, and revisions that an origin resolved.
     pub(super) async fn refs_to(&self, key: &ArtifactKey) -> Result<Vec<RemoteRef>> {
         let Some(remote) = &self.0.remote else { return Ok(Vec::new()) };
         let Some(refs) = remote.refs_of(&key.name).await? else {
             if key.name.scheme().is_none() {
                 tracing::warn!(
                     %key,
-                    "cannot find the tags that point to it: listing the remote is not permitted (s3:ListBucket)"
+                    "cannot find the tags of this version: listing the remote is not permitted (s3:ListBucket)"
                 );
             }
             return Ok(Vec::new());
         };
-        Ok(refs.into_iter().filter(|found| found.version == key.version).collect())
+        Ok(refs.into_iter().filter(|remote_ref| remote_ref.version == key.version).collect())
     }
 
     /// Removes those of `refs` that still point to the version of `key`.
@@ -100,13 +101,13 @@ impl Cache {
         for RemoteRef { revision, kind, .. } in refs {
             remote.remove_tag(&key.name, revision, Some(&key.version)).await?;
             if *kind == RefKind::Tag {
-                self.forget(&ArtifactKey::new(key.name.clone(), Version::new(revision)?)).await;
+                self.forget_tag(&ArtifactKey::new(key.name.clone(), Version::new(revision)?)).await;
             }
         }
         Ok(())
     }
 
-    /// Fails if `key` is a tag, for operations that need a version. If the remote cannot be reached, returns `Ok`.
+    /// Fails if `key` is a tag, for operations that need a version. Returns `Ok` if the remote cannot be reached.
     ///
     /// # Errors
     /// `Invalid` if `key` is a tag.
@@ -133,15 +134,15 @@ impl Cache {
                 .hint("its revisions are resolved by the origin; tags are for NAME@VERSION"));
         }
         let remote = self.0.remote.as_ref().ok_or_else(|| {
-            Error::invalid("tags are kept on the remote, and none is configured")
+            Error::invalid("tags are stored on the remote, but no remote is configured")
                 .hint("set MODEL_CACHE_REMOTE, for instance s3://bucket/prefix")
         })?;
-        remote.ensure_read_write("move the tag from where the remote is written")?;
+        remote.ensure_read_write("move the tag on a machine that may write to the remote")?;
         Ok(remote)
     }
 
     /// Returns the error for a version that cannot be tagged because the remote does not have it.
-    async fn nothing_to_tag(&self, remote: &Remote, key: &ArtifactKey, tag: &Version) -> Error {
+    async fn no_version_to_tag(&self, remote: &Remote, key: &ArtifactKey, tag: &Version) -> Error {
         let ArtifactKey { name, version } = key;
         if let Ok(Some(other)) = remote.tag(name, version.as_str()).await {
             let to = other.version;
@@ -152,7 +153,7 @@ impl Cache {
             Ok(Some(_)) => {
                 format!("it is on this disk only: `modelcache put {key} \"$(modelcache get {key})\"` publishes it")
             }
-            _ => "publish it first with `modelcache put`; `modelcache ls --remote` lists what is there".to_owned(),
+            _ => "publish it first with `modelcache put`; `modelcache ls --remote` lists what is published".to_owned(),
         };
         Error::not_found("the remote does not have this version, so a tag cannot point to it")
             .tier(Tier::Remote)

@@ -8,15 +8,16 @@ use tokio::task::JoinHandle;
 pub(super) struct Tasks(Mutex<Vec<JoinHandle<()>>>);
 
 impl Tasks {
-    /// Adds a task that [`finish`](Self::finish) waits for.
-    pub(super) fn keep(&self, task: JoinHandle<()>) {
+    /// Adds a task that [`wait`](Self::wait) waits for.
+    pub(super) fn add(&self, task: JoinHandle<()>) {
         let mut tasks = self.lock();
+        // Drop the handles of finished tasks, so that the list stays short.
         tasks.retain(|task| !task.is_finished());
         tasks.push(task);
     }
 
     /// Waits for all tasks added so far.
-    pub(super) async fn finish(&self) {
+    pub(super) async fn wait(&self) {
         let tasks = std::mem::take(&mut *self.lock());
         for task in tasks {
             if let Err(error) = task.await {

@@ -71,12 +71,12 @@ enum Subject {
 pub struct Verification {
     cache: Cache,
     options: VerifyOptions,
-    reader: Arc<VerifyRun>,
+    run: Arc<VerifyRun>,
 }
 
 impl Drop for Verification {
     fn drop(&mut self) {
-        self.reader.stop();
+        self.run.stop();
     }
 }
 
@@ -92,7 +92,7 @@ impl Drop for StopOnDrop {
 impl Cache {
     /// Starts a verification. Nothing is read until [`Verification::verify`] is called.
     pub fn verification(&self, options: VerifyOptions) -> Verification {
-        Verification { cache: self.clone(), options, reader: Arc::new(VerifyRun::new(options.bytes_per_second, true)) }
+        Verification { cache: self.clone(), options, run: Arc::new(VerifyRun::new(options.bytes_per_second, true)) }
     }
 
     /// Verifies everything on disk once, at most at `bytes_per_second`, and calls `report` with the result of each
@@ -103,7 +103,7 @@ impl Cache {
         for target in verification.targets(&[]).await? {
             match verification.verify(&target, &Progress::new()).await? {
                 Some(verified) => report(verified),
-                None => tracing::debug!(target = target.reference, "gone before it was verified"),
+                None => tracing::debug!(target = target.reference, "removed before it was verified"),
             }
         }
         Ok(())
@@ -115,49 +115,50 @@ impl Cache {
     /// # Errors
     /// `Corrupt` if a bad file cannot be withdrawn, because the directory is read-only.
     pub(super) async fn verify_hit(&self, request: &FetchRequest, progress: &Progress) -> Result<()> {
-        let reader = Arc::new(VerifyRun::new(None, false));
-        let _stop = StopOnDrop(reader.clone());
-        let found = self.verify_disk(&request.key, &request.selection, &reader, progress).await?;
+        let run = Arc::new(VerifyRun::new(None, false));
+        let _stop = StopOnDrop(run.clone());
+        let verified = self.verify_disk(&request.key, &request.selection, &run, progress).await?;
         // The get may also lease from the lower directory.
         if let Some(lower) = self.0.lower.clone() {
-            let (key, selection, reader) = (request.key.clone(), request.selection.clone(), reader.clone());
-            blocking(move || lower.verify(&key, &selection, &reader)).await?;
+            let (key, selection, run) = (request.key.clone(), request.selection.clone(), run.clone());
+            blocking(move || lower.verify(&key, &selection, &run)).await?;
         }
         // Withdrawn files are downloaded again. A bad file that could not be withdrawn must not be leased.
-        let bad = found.iter().flat_map(|verified| &verified.findings).find(|finding| !finding.withdrawn);
+        let bad = verified.iter().flat_map(|verified| &verified.findings).find(|finding| !finding.withdrawn);
         match bad {
             None => Ok(()),
-            Some(finding) => Err(Error::corrupt(format!("{}: {}", subject(finding), finding.problem))
+            Some(finding) => Err(Error::corrupt(format!("{}: {}", file_of(finding), finding.problem))
                 .tier(Tier::Disk)
                 .hint("this directory is read-only: mount it writable, or point MODEL_CACHE_DIR to another directory")),
         }
     }
 
-    /// Verifies the selected files of `key` on disk; `None` if the artifact is not there.
+    /// Verifies the selected files of `key` on disk. Returns `None` if the artifact is not on disk.
     async fn verify_disk(
         &self,
         key: &ArtifactKey,
         selection: &Selection,
-        reader: &Arc<VerifyRun>,
+        run: &Arc<VerifyRun>,
         progress: &Progress,
     ) -> Result<Option<Verified>> {
         let (disk, key, selection) = (self.0.disk.clone(), key.clone(), selection.clone());
         let (bytes, disk, key, selection) =
             blocking(move || Ok((disk.bytes_to_verify(&key, &selection)?, disk, key, selection))).await?;
         let _phase = progress.enter(Phase::Verify, bytes);
-        let (reader, progress) = (reader.clone(), progress.clone());
-        blocking(move || disk.verify(&key, &selection, &reader, &progress)).await
+        let (run, progress) = (run.clone(), progress.clone());
+        blocking(move || disk.verify(&key, &selection, &run, &progress)).await
     }
 
     /// Returns an origin for exactly this `key`, if there is one.
     async fn origin_of(&self, key: &ArtifactKey, reference: Option<&Reference>) -> Option<Arc<dyn Source>> {
-        // The caller's reference first, because it may contain a URI; then the key as text.
+        // Try the caller's reference first, because it may contain a URI, and then the key as text.
         let parsed = Reference::parse(&key.to_string()).ok();
         for reference in reference.into_iter().chain(&parsed) {
-            let policy = LookupPolicy { share_answers: false, ..self.policy(&GetOptions::default()) };
-            if let Ok(Resolution { key: found, origin: Some(origin), .. }) = self.resolution(reference, policy).await
-                // A revision may have moved since: only an origin of this version can repair it.
-                && found == *key
+            let policy = LookupPolicy { share_versions: false, ..self.policy(&GetOptions::default()) };
+            if let Ok(Resolution { key: resolved_key, origin: Some(origin), .. }) =
+                self.resolution(reference, policy).await
+                // A revision may have moved since. Only an origin of this version can repair it.
+                && resolved_key == *key
             {
                 return Some(origin);
             }
@@ -185,19 +186,19 @@ impl Verification {
         if references.is_empty() {
             let mut targets = if on_disk { self.all_on_disk().await? } else { Vec::new() };
             if let Some(remote) = remote {
-                targets.extend(remote.keys().await?.into_iter().map(|key| artifact(key, None, Tier::Remote)));
+                targets.extend(remote.keys().await?.into_iter().map(|key| artifact_target(key, None, Tier::Remote)));
             }
             return Ok(targets);
         }
         let mut targets = Vec::new();
         for reference in references {
-            let resolved = self.cache.key_without_network(reference).await;
+            let resolved = self.cache.last_resolved_key(reference).await;
             let (key, _) = resolved.map_err(|error| error.artifact(reference))?;
             if on_disk {
-                targets.push(artifact(key.clone(), Some(reference), Tier::Disk));
+                targets.push(artifact_target(key.clone(), Some(reference), Tier::Disk));
             }
             if remote.is_some() {
-                targets.push(artifact(key, Some(reference), Tier::Remote));
+                targets.push(artifact_target(key, Some(reference), Tier::Remote));
             }
         }
         Ok(targets)
@@ -206,9 +207,9 @@ impl Verification {
     /// Returns one target for each artifact on disk, and one for the remaining blobs.
     async fn all_on_disk(&self) -> Result<Vec<VerifyTarget>> {
         let disk = self.cache.0.disk.clone();
-        let stored = blocking(move || disk.stored()).await?;
+        let stored = blocking(move || disk.verify_items()).await?;
         let target = |stored| match stored {
-            VerifyItem::Artifact(key) => artifact(key, None, Tier::Disk),
+            VerifyItem::Artifact(key) => artifact_target(key, None, Tier::Disk),
             VerifyItem::Nameless(dir) => {
                 VerifyTarget { reference: dir.to_string(), tier: Tier::Disk, subject: Subject::Nameless(dir) }
             }
@@ -225,10 +226,10 @@ impl Verification {
         match &target.subject {
             Subject::Nameless(dir) => Ok(Some(disk.verify_nameless(dir))),
             Subject::Blobs => {
-                let (reader, progress) = (self.reader.clone(), progress.clone());
-                let verified = blocking(move || disk.verify_blobs(&reader, &progress)).await?;
-                let is_news = verified.files > 0 || !verified.findings.is_empty();
-                Ok(is_news.then_some(verified))
+                let (run, progress) = (self.run.clone(), progress.clone());
+                let verified = blocking(move || disk.verify_blobs(&run, &progress)).await?;
+                let has_result = verified.files > 0 || !verified.findings.is_empty();
+                Ok(has_result.then_some(verified))
             }
             Subject::Artifact { key, reference } => match target.tier {
                 Tier::Remote => self.verify_on_remote(key, reference.as_ref(), progress).await,
@@ -243,17 +244,17 @@ impl Verification {
         })
     }
 
-    /// Verifies an artifact on disk. Repair gets the withdrawn files again.
+    /// Verifies an artifact on disk. Repair downloads the withdrawn files again.
     async fn verify_on_disk(
         &self,
         key: &ArtifactKey,
         reference: Option<&Reference>,
         progress: &Progress,
     ) -> Result<Option<Verified>> {
-        let verified = self.cache.verify_disk(key, &Selection::all(), &self.reader, progress).await?;
+        let verified = self.cache.verify_disk(key, &Selection::all(), &self.run, progress).await?;
         let Some(mut verified) = verified else { return Ok(None) };
         if self.options.repair && !verified.is_right() {
-            let outcome = self.fetch(key, reference, &verified.findings).await;
+            let outcome = self.download(key, reference, &verified.findings).await;
             record_repair(&mut verified.findings, |_| true, outcome);
         } else {
             verified.findings.iter_mut().for_each(|finding| {
@@ -273,7 +274,7 @@ impl Verification {
         progress: &Progress,
     ) -> Result<Option<Verified>> {
         let remote = self.remote()?;
-        let found = remote.verify(key, &|_| true, self.reader.rate_limiter(), progress).await?;
+        let found = remote.verify(key, &|_| true, self.run.rate_limiter(), progress).await?;
         let Some(mut verified) = found else { return Ok(None) };
         if verified.is_right() {
             return Ok(Some(verified));
@@ -287,15 +288,15 @@ impl Verification {
             return Ok(Some(verified));
         }
         // A damaged manifest affects all files, otherwise only those with a finding.
-        let whole = verified.findings.iter().any(|finding| finding.problem == Problem::DamagedManifest);
+        let all_files = verified.findings.iter().any(|finding| finding.problem == Problem::DamagedManifest);
         let bad: BTreeSet<FilePath> = verified.findings.iter().filter_map(|finding| finding.path.clone()).collect();
-        let is_affected = |path: &FilePath| whole || bad.contains(path);
+        let is_affected = |path: &FilePath| all_files || bad.contains(path);
         // Step 1: verify the local copies, and download those that the disk does not have with the right bytes.
-        self.cache.verify_disk(key, &selection(&verified.findings), &self.reader, progress).await?;
+        self.cache.verify_disk(key, &selection(&verified.findings), &self.run, progress).await?;
         let mut from = Tier::Disk;
         let mut failure = None;
-        if !self.disk_has(key, &bad, whole).await? {
-            match self.fetch(key, reference, &verified.findings).await {
+        if !self.disk_has(key, &bad, all_files).await? {
+            match self.download(key, reference, &verified.findings).await {
                 Ok(tier) => from = tier,
                 Err(error) => failure = Some(error),
             }
@@ -321,12 +322,12 @@ impl Verification {
         Ok(Some(verified))
     }
 
-    /// Returns true if the disk holds all files in `bad`, or all files of the artifact if `whole` is set.
-    async fn disk_has(&self, key: &ArtifactKey, bad: &BTreeSet<FilePath>, whole: bool) -> Result<bool> {
+    /// Returns true if the disk holds all files in `bad`, or all files of the artifact if `all_files` is set.
+    async fn disk_has(&self, key: &ArtifactKey, bad: &BTreeSet<FilePath>, all_files: bool) -> Result<bool> {
         let (disk, key) = (self.cache.0.disk.clone(), key.clone());
         let manifest = blocking(move || disk.manifest(&key)).await?;
         let holds = |manifest: &Manifest| {
-            let mut affected = manifest.files.iter().filter(|(path, _)| whole || bad.contains(*path));
+            let mut affected = manifest.files.iter().filter(|(path, _)| all_files || bad.contains(*path));
             let lists_all = bad.iter().all(|path| manifest.files.contains_key(path));
             lists_all && affected.all(|(_, entry)| entry.held.is_some())
         };
@@ -334,7 +335,7 @@ impl Verification {
     }
 
     /// Downloads the files of `findings` to disk. Returns the farthest tier that supplied bytes.
-    async fn fetch(&self, key: &ArtifactKey, reference: Option<&Reference>, findings: &[Finding]) -> Result<Tier> {
+    async fn download(&self, key: &ArtifactKey, reference: Option<&Reference>, findings: &[Finding]) -> Result<Tier> {
         self.cache.0.disk.ensure_writable()?;
         let origin = self.cache.origin_of(key, reference).await;
         let selection = selection(findings);
@@ -344,8 +345,8 @@ impl Verification {
         let request =
             FetchRequest { key, selection, digest: None, origin, max_tier, purpose, durable, tag_record, remote };
         // Not the caller's progress: the report derives the tier from the bytes that its progress has received.
-        let fresh = Progress::new();
-        let artifact = self.cache.get_resolved(&request, &fresh).await?;
+        let progress = Progress::new();
+        let artifact = self.cache.get_resolved(&request, &progress).await?;
         Ok(artifact.report.from)
     }
 
@@ -357,9 +358,9 @@ impl Verification {
         is_affected: &(dyn Fn(&FilePath) -> bool + Sync),
         progress: &Progress,
     ) -> Result<BTreeSet<FilePath>> {
-        let (disk, of) = (self.cache.0.disk.clone(), key.clone());
-        let held = blocking(move || disk.hold(&of)).await?;
-        let Some((manifest, dir, _lease)) = held else { return Err(no_right_copy()) };
+        let (disk, owned_key) = (self.cache.0.disk.clone(), key.clone());
+        let leased = blocking(move || disk.lease_with_manifest(&owned_key)).await?;
+        let Some((manifest, dir, _lease)) = leased else { return Err(no_right_copy()) };
         let entries = manifest.files.iter().filter(|(path, entry)| entry.held.is_some() && is_affected(path));
         let files: BTreeMap<_, _> = entries.map(|(path, _)| (path.clone(), LocalFile::from(dir.view(path)))).collect();
         if files.is_empty() {
@@ -374,17 +375,18 @@ impl Verification {
     }
 }
 
-fn artifact(key: ArtifactKey, reference: Option<&Reference>, tier: Tier) -> VerifyTarget {
+/// Returns the target for an artifact in one tier.
+fn artifact_target(key: ArtifactKey, reference: Option<&Reference>, tier: Tier) -> VerifyTarget {
     let reference = reference.cloned();
     VerifyTarget { reference: key.to_string(), tier, subject: Subject::Artifact { key, reference } }
 }
 
-/// Returns the file of a finding, for a message.
-fn subject(finding: &Finding) -> String {
+/// Returns the path of the file that a finding concerns, or `the artifact`, for a message.
+fn file_of(finding: &Finding) -> String {
     finding.path.as_ref().map_or_else(|| "the artifact".into(), ToString::to_string)
 }
 
-/// Returns the error for files of which no tier has the right bytes.
+/// Returns the error for files that no tier has with the right bytes.
 fn no_right_copy() -> Error {
     Error::not_found("neither this disk nor an origin has the right bytes")
         .hint("put the artifact again: modelcache put NAME@VERSION PATH")
@@ -396,11 +398,12 @@ fn selection(findings: &[Finding]) -> Selection {
     paths.map_or_else(Selection::all, Selection::files)
 }
 
-/// Records the outcome of a repair in the findings. `concerns` selects the findings that a success has repaired.
-fn record_repair(findings: &mut [Finding], concerns: impl Fn(&Finding) -> bool, outcome: Result<Tier>) {
+/// Records the outcome of a repair in the findings. After a success, `is_repaired` returns true for the findings that
+/// are repaired.
+fn record_repair(findings: &mut [Finding], is_repaired: impl Fn(&Finding) -> bool, outcome: Result<Tier>) {
     for finding in findings.iter_mut().filter(|finding| finding.remains()) {
         match &outcome {
-            Ok(tier) if concerns(finding) => {
+            Ok(tier) if is_repaired(finding) => {
                 finding.repaired_from = Some(*tier);
                 finding.remedy = None;
             }

@@ -1,15 +1,16 @@
 //! Compares the local clock with the `Date` header of servers.
 //!
-//! S3 refuses signatures that are more than 15 minutes off. Claims on the remote expire by the clocks of the writers.
+//! S3 refuses signatures that are more than 15 minutes off. A claim on the remote carries the time at which it expires,
+//! by the clock of its writer, and other writers compare that time with their own clocks.
 
 use super::{Area, Check};
 use crate::error::{Error, ErrorKind};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
-/// A larger difference is a warning.
+/// A difference above this is a warning. It is half of the lifetime of a claim.
 const WARN_ABOVE: Duration = Duration::from_secs(30);
-/// A larger difference is a problem: signatures are refused, and claims expire too early.
+/// A difference above this is a problem: claims expire far too early or too late, and S3 will soon refuse signatures.
 const PROBLEM_ABOVE: Duration = Duration::from_secs(300);
 
 /// The servers that sent a date, and the number of seconds that the local clock is ahead of each.
@@ -29,19 +30,19 @@ impl Clock {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push((server.to_owned(), ahead));
     }
 
-    /// Returns the check of the largest difference, or `None` if no server sent a date.
+    /// Returns the result for the largest difference, or `None` if no server sent a date.
     pub(crate) fn check(&self) -> Option<Check> {
         let differences = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (server, ahead) = differences.iter().max_by_key(|(_, ahead)| ahead.unsigned_abs())?;
-        let off = Duration::from_secs(ahead.unsigned_abs());
-        let way = if *ahead < 0 { "behind" } else { "ahead of" };
-        let says = format!("this machine's clock is {} s {way} that of {server}", off.as_secs());
+        let difference = Duration::from_secs(ahead.unsigned_abs());
+        let direction = if *ahead < 0 { "behind" } else { "ahead of" };
+        let says = format!("this machine's clock is {} s {direction} that of {server}", difference.as_secs());
         let fix = "set the clock (NTP); requests to S3 are signed with the time";
-        Some(match off {
-            off if off > PROBLEM_ABOVE => {
+        Some(match difference {
+            _ if difference > PROBLEM_ABOVE => {
                 Check::problem(Area::Clock, &Error::new(ErrorKind::Unauthorized, says).hint(fix))
             }
-            off if off > WARN_ABOVE => Check::warning(Area::Clock, says, fix),
+            _ if difference > WARN_ABOVE => Check::warning(Area::Clock, says, fix),
             _ => Check::ok(Area::Clock, format!("agrees with {server}")),
         })
     }
@@ -72,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn the_largest_difference_counts() {
+    fn the_largest_difference_determines_the_gravity() {
         let gravity = |rows: &[i64]| {
             let clock = Clock::default();
             rows.iter().for_each(|ahead| clock.0.lock().expect("lock").push(("s".into(), *ahead)));

@@ -1,4 +1,4 @@
-//! The result of a doctor check, and the tools that the checks of each tier share.
+//! The result of a doctor check, and helpers that the checks of all tiers share.
 
 mod clock;
 
@@ -10,8 +10,8 @@ use serde::Serialize;
 use std::fmt;
 use std::time::Duration;
 
-/// Timeout of a single network request.
-pub(crate) const QUESTION_MAX: Duration = Duration::from_secs(10);
+/// Timeout of a single network request of the doctor.
+pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The subject of a check, in the order of the report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -56,9 +56,9 @@ impl fmt::Display for Area {
 pub enum Gravity {
     /// The check passed.
     Ok,
-    /// It works, but could be better, or may fail soon.
+    /// The cache works, but is badly configured or may fail soon.
     Warning,
-    /// Something will fail.
+    /// A command will fail.
     Problem,
 }
 
@@ -73,7 +73,7 @@ pub struct Check {
     pub says: String,
     /// The fix, unless the check passed.
     pub fix: Option<String>,
-    /// The kind of error that a problem causes. It determines the exit code.
+    /// The kind of error that a problem causes; `None` unless this is a problem. It determines the exit code.
     #[serde(skip)]
     pub kind: Option<ErrorKind>,
 }
@@ -112,11 +112,6 @@ impl Check {
         self.says.push_str(&format!(" ({})", printable::line(detail)));
         self
     }
-
-    /// Returns the kind of error, if this is a problem.
-    pub(crate) fn error_kind(&self) -> Option<ErrorKind> {
-        self.kind
-    }
 }
 
 /// Options of the doctor.
@@ -126,8 +121,8 @@ pub struct DoctorOptions {
     pub read_only: bool,
 }
 
-/// Runs a network request. Fails if it takes longer than [`QUESTION_MAX`].
-pub(crate) async fn in_time<T>(question: impl Future<Output = crate::Result<T>>) -> crate::Result<T> {
-    let too_late = || Error::unavailable(format!("no answer within {} s", QUESTION_MAX.as_secs()));
-    tokio::time::timeout(QUESTION_MAX, question).await.unwrap_or_else(|_| Err(too_late()))
+/// Runs a network request. Fails if it takes longer than [`REQUEST_TIMEOUT`].
+pub(crate) async fn with_timeout<T>(request: impl Future<Output = crate::Result<T>>) -> crate::Result<T> {
+    let timed_out = || Error::unavailable(format!("no answer within {} s", REQUEST_TIMEOUT.as_secs()));
+    tokio::time::timeout(REQUEST_TIMEOUT, request).await.unwrap_or_else(|_| Err(timed_out()))
 }

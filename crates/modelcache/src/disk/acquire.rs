@@ -1,11 +1,11 @@
-//! Acquiring a lease on a local artifact: shared lock, manifest, one `stat` per selected file, last use.
+//! Acquiring a lease on a local artifact: shared lock, manifest, one `stat` per selected file, time of last use.
 //!
 //! A file is hashed only if its identity is not the one that the manifest records. If its bytes are right, the new
 //! identity is recorded. If they are wrong, the file is quarantined, and `held` is cleared in every manifest that
 //! records it.
 //!
-//! A read-only directory is still served: without updating the last use, and without a lease if it has no lock file.
-//! The numbered steps are those of `docs/disk-format.md`.
+//! A read-only directory is still served: the time of last use is not updated, and without a lock file there is no
+//! lease. The numbered steps are those of `docs/disk-format.md`.
 
 use super::Disk;
 use super::files;
@@ -28,12 +28,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// The mtime set on a file with wrong bytes. No manifest records it, so the file differs from every recorded identity.
+/// Returns the mtime that is set on a file with wrong bytes. No manifest records this time, so the file differs from
+/// every recorded identity.
 fn withdrawn_mtime() -> SystemTime {
     UNIX_EPOCH + Duration::from_secs(1)
 }
 
-/// Maximum number of corrections in one [`Disk::acquire`].
+/// Maximum number of corrections of manifests in one [`Disk::acquire`].
 const ROUNDS_MAX: usize = 1000;
 
 /// An artifact on this disk, protected from eviction while this value exists.
@@ -45,8 +46,8 @@ pub(crate) struct LeasedArtifact {
     pub(crate) link: Option<Link>,
     /// True if the artifact is in the lower directory, which is only read.
     pub(crate) is_lower: bool,
-    /// `None` in the lower directory, and in a read-only directory without a lock file.
-    pub(crate) _lease: Option<Arc<FileLock>>,
+    /// The shared lock; `None` in the lower directory, and in a read-only directory without a lock file.
+    pub(crate) lease: Option<Arc<FileLock>>,
 }
 
 /// Returns true if a file could not be opened because descriptors or memory ran out. The file itself may be intact.
@@ -67,16 +68,16 @@ pub(crate) enum AcquireOutcome {
 
 /// Result of hashing a view that has another identity than the recorded one.
 pub(super) enum Mismatch {
-    /// There is no regular file at its path.
+    /// There is no regular file at the path.
     Missing,
-    /// The bytes are right; the present identity.
+    /// The bytes are right. Carries the present identity.
     Right(FileIdentity),
-    /// The bytes are wrong; the descriptor that was hashed.
+    /// The bytes are wrong. Carries the descriptor that was hashed.
     Wrong(File),
 }
 
 impl LeasedArtifact {
-    /// Returns the path of the file if the selection or the artifact is a single file, otherwise of `files/`.
+    /// Returns the path of the file if the selection or the artifact is a single file, otherwise the path of `files/`.
     pub(crate) fn path(&self, selection: &Selection) -> PathBuf {
         match (selection.one_file(), self.manifest.shape, self.manifest.files.keys().next()) {
             (Some(file), _, _) | (None, Shape::File, Some(file)) => self.dir.view(file),
@@ -90,19 +91,19 @@ impl Disk {
     /// Acquires a lease on the selected files of `key`, if all of them are on this disk with the right bytes.
     pub(crate) fn acquire(&self, key: &ArtifactKey, selection: &Selection) -> Result<AcquireOutcome> {
         let dir = self.layout().artifact(key);
-        // Checked first, so that a miss creates no lock file.
+        // Check for a manifest before locking, so that a miss creates no lock file.
         if files::stat(&dir.manifest())?.is_none() {
             return Ok(AcquireOutcome::Absent);
         }
         // Step 1: take the shared lease.
-        let lease = match FileLock::try_shared(&self.layout().lease(&dir)) {
+        let lease = match FileLock::try_shared(&self.layout().lease_lock(&dir)) {
             Ok(Some(lease)) => Some(lease),
             Ok(None) => return Ok(AcquireOutcome::Evicting),
-            // There is no lock file that can be opened. Serve the files without a lease.
+            // No lock file can be opened. Serve the files without a lease.
             Err(_) if self.is_read_only() => None,
             Err(error) => return Err(error),
         };
-        // Each correction below changes a manifest, so start again at step 2 after it.
+        // Each correction below changes a manifest. After it, start again at step 2.
         for _ in 0..ROUNDS_MAX {
             // Step 2: read the manifest.
             let Some(manifest) = self.shared_manifest(&dir)? else { return Ok(AcquireOutcome::Absent) };
@@ -117,18 +118,18 @@ impl Disk {
             // Step 3: compare the identities.
             match self.first_mismatch(&dir, &manifest, selection)? {
                 None => {
-                    // Step 4: touch `last-used`. If that fails, only the order of evictions suffers.
+                    // Step 4: touch `last-used`. If this fails, the artifact may be evicted too early.
                     let _ = self.touch_last_used(&dir, false);
                     return Ok(AcquireOutcome::Leased(Box::new(LeasedArtifact {
                         manifest,
                         dir,
                         link: None,
                         is_lower: false,
-                        _lease: lease.map(Arc::new),
+                        lease: lease.map(Arc::new),
                     })));
                 }
                 Some((path, _, _)) if self.is_read_only() => {
-                    tracing::warn!(artifact = %key, file = %path, "a cached file is missing or was changed, and cannot be repaired in a read-only directory");
+                    tracing::warn!(artifact = %key, file = %path, "a cached file is missing or was changed; it cannot be repaired, because the directory is read-only");
                     return Ok(AcquireOutcome::Absent);
                 }
                 Some((path, entry, mismatch)) => drop(self.record_mismatch(&dir, &path, &entry, mismatch)?),
@@ -167,7 +168,7 @@ impl Disk {
     pub(super) fn check_file(&self, view: &RootedPath, entry: &FileEntry) -> Result<Mismatch> {
         let file = match view.open(false) {
             Ok(file) => file,
-            // The file may be intact, so report the error instead of a missing file.
+            // The file may be intact, so return the error instead of `Missing`.
             Err(error) if is_shortage(&error) || error.kind() == io::ErrorKind::PermissionDenied => {
                 return Err(error).at("open", view);
             }
@@ -178,12 +179,13 @@ impl Disk {
             return Ok(Mismatch::Missing);
         }
         let is_right = match entry.sha256 {
-            // Withdrawn before, perhaps after a failed sync: the page cache may have bytes that the disk does not have.
+            // The file was withdrawn before, perhaps after a failed sync. The page cache may have bytes that the disk
+            // does not have, so do not trust a read.
             _ if before.modified() == withdrawn_mtime() => false,
             Some(digest) => hashing::has_digest(&file, digest, entry.ladder.as_ref()).at("read", view)?,
             None => false,
         };
-        // A hash is of no use if the file changed meanwhile.
+        // If the file changed meanwhile, the hash proves nothing.
         let after = Metadata::of(&file).at("examine", view)?.identity();
         if is_right && after == before.identity() { Ok(Mismatch::Right(after)) } else { Ok(Mismatch::Wrong(file)) }
     }
@@ -197,24 +199,24 @@ impl Disk {
         mismatch: Mismatch,
     ) -> Result<Vec<(ArtifactKey, FilePath)>> {
         let present = files::stat(&dir.view(path))?;
-        let was_resized = present.as_ref().is_some_and(|metadata| metadata.len() != entry.size);
+        let size_differs = present.as_ref().is_some_and(|metadata| metadata.len() != entry.size);
         let inode = present.map(|metadata| metadata.ino()).or(entry.recorded_on_disk().map(|held| held.inode));
         let blob = entry.sha256.map(|digest| files::stat(&self.layout().blob(&digest))).transpose()?.flatten();
-        if was_resized || inode != blob.map(|metadata| metadata.ino()) {
-            // The view was not a link to its blob, and counted by itself; or its size changed. Either way the recorded
-            // total may be wrong. Leave the record dirty, so that the next holder counts again.
-            let mut hold = self.hold_budget()?;
-            hold.distrust()?;
-            hold.release()?;
+        if size_differs || inode != blob.map(|metadata| metadata.ino()) {
+            // The view was not a link to its blob, so its bytes counted separately, or its size changed. Either way the
+            // recorded total may be wrong. Leave the record dirty, so that the next holder of the lock counts again.
+            let mut guard = self.lock_budget()?;
+            guard.mark_total_unknown()?;
+            guard.release()?;
         }
         match mismatch {
             Mismatch::Missing => self.edit_manifest(dir, |manifest| {
-                // Look again under the budget lock: a fill may have published the view meanwhile.
+                // Check again under the budget lock: a fill may have published the view meanwhile.
                 let missing = files::stat(&dir.view(path)).is_ok_and(|metadata| !metadata.is_some_and(|m| m.is_file()));
                 manifest.files.get_mut(path).filter(|_| missing).map(|entry| entry.held = None).is_some()
             })?,
-            // An identity is recorded after the file is synced. If the sync fails, `make_durable` logs the error and
-            // withdraws the file; the caller then finds it not held.
+            // Sync the file, then record its identity. If the sync fails, `make_durable` logs the error and withdraws
+            // the file, so the caller no longer finds it held.
             Mismatch::Right(identity) => drop(self.make_durable(dir, &[(path.clone(), entry.clone(), identity)])?),
             Mismatch::Wrong(file) => return self.withdraw(dir, path, entry, &file),
         }
@@ -254,7 +256,7 @@ impl Disk {
                 })?;
             }
         }
-        // If the manifest of `dir` recorded another inode than the one that was hashed, its entry is wrong, too.
+        // The manifest of `dir` may record another inode than the one that was hashed. Clear that entry as well.
         self.edit_manifest(dir, |manifest| {
             let present = files::stat(&dir.view(path)).ok().flatten().map(|metadata| metadata.identity());
             let entry = manifest.files.get_mut(path).filter(|e| e.held.is_some() && e.recorded_on_disk() != present);
@@ -266,30 +268,30 @@ impl Disk {
     /// Moves the blob of `digest` to quarantine if it is `inode`.
     pub(super) fn quarantine_inode(&self, digest: &Digest, inode: u64) -> Result<()> {
         let blob = self.layout().blob(digest);
-        let mut hold = self.hold_budget()?;
+        let mut guard = self.lock_budget()?;
         if files::stat(&blob)?.is_some_and(|metadata| metadata.ino() == inode) {
-            hold.begin_change()?;
-            hold.quarantine(&blob, digest)?;
+            guard.begin_change()?;
+            guard.quarantine(&blob, digest)?;
         }
-        hold.release()
+        guard.release()
     }
 
     /// Changes the manifest of `dir` in one critical section. `edit` returns true if it changed anything.
     pub(super) fn edit_manifest(&self, dir: &ArtifactDir, edit: impl FnOnce(&mut Manifest) -> bool) -> Result<()> {
-        let mut hold = self.hold_budget()?;
+        let mut guard = self.lock_budget()?;
         if let Some(mut manifest) = self.read_manifest(dir)?
             && edit(&mut manifest)
         {
-            // The change log first, so that other processes read this manifest again.
-            hold.begin_change_of(dir)?;
+            // Write the change log first, so that other processes read this manifest again.
+            guard.begin_change_of(dir)?;
             files::replace(&dir.manifest(), &manifest.to_bytes()?, &self.layout().stagings())?;
         }
-        hold.release()
+        guard.release()
     }
 
     /// Sets the mtime of `last-used` to now. With `create`, creates the file if it is missing.
     ///
-    /// Setting the time to "now" needs write access only. Any other time would need ownership of the file.
+    /// Setting the time to "now" needs write access only. Setting any other time needs ownership of the file.
     pub(crate) fn touch_last_used(&self, dir: &ArtifactDir, create: bool) -> Result<()> {
         let path = dir.last_used();
         // The usual case takes one system call. A symbolic link is touched itself, not its target.

@@ -1,12 +1,13 @@
-//! The byte budget: a short lock, a record of the counted bytes, and making room before anything is written.
+//! The byte budget: the budget lock, a record of the counted bytes, and making room before anything is written.
 //!
-//! - Counted are the allocated bytes of blobs, quarantine, staging, temporary files and views without a blob, plus the
-//!   bytes that running fills have reserved beyond those they have written.
-//! - The record is marked dirty before a change and written after it. A record that is dirty or of another boot is not
-//!   used: the holder of the lock counts again.
-//! - The holder of the budget lock waits for nothing. It tries other locks once.
-//! - A manifest changes only under the budget lock, after a line in the change log. A process that read the directory
-//!   once learns of later changes from the log, so making room reads the evicted artifacts and not the whole directory.
+//! - These bytes count: the allocated bytes of blobs, quarantine, staging, temporary files and views without a blob,
+//!   and the bytes that running fills have reserved and not yet written.
+//! - The record is marked dirty before a change and written after it. A record that is dirty or from another boot is
+//!   not used: the process that takes the lock counts again.
+//! - A process that holds the budget lock does not wait. It tries each other lock once.
+//! - A manifest is changed only under the budget lock, after a line was written to the change log. A process that has
+//!   read the directory once learns of later changes from the log. Making room therefore reads only the evicted
+//!   artifacts.
 
 use super::change_log::Position;
 use super::files;
@@ -30,71 +31,73 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-/// How long to wait for the budget lock. It is normally held for milliseconds.
+/// Maximum wait for the budget lock, which is normally held for milliseconds.
 const LOCK_WAIT_MAX: Duration = Duration::from_secs(30);
-/// Bytes of the record. It is padded to this size, so that a shorter one overwrites a longer one completely.
+/// Size of the budget record in bytes. A record is padded to it, so that a shorter one overwrites a longer one
+/// completely.
 const RECORD_BYTES: usize = 256;
-/// Minimum time without a change before an artifact or a leftover may be removed where locks do not exclude.
+/// Minimum time without a change before an artifact or a leftover is removed, if locks do not exclude other processes.
 const IDLE_MIN: Duration = Duration::from_secs(3600);
-/// Interval at which a process that is short of room sweeps the whole directory for leftovers.
+/// Minimum time between two sweeps of the whole directory by a process that makes room.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(6 * 3600);
-/// Assumed size of a filesystem block; the allocated bytes of a file are a multiple of it.
+/// Assumed size of a filesystem block in bytes. The allocated bytes of a file are a multiple of it.
 const BLOCK_BYTES: u64 = 4096;
 
 /// The budget record. It is stored in the lock file as JSON.
 #[derive(Debug, Serialize, Deserialize)]
-struct Record {
+struct BudgetRecord {
     /// Allocated bytes of blobs, quarantine, and views without a blob.
     total: u64,
-    /// True while a change is under way, and until a holder counts again if the total is not known.
+    /// True while a change is in progress. Also true if the total is unknown, until a holder of the lock counts again.
     dirty: bool,
     boot_id: String,
-    /// The last holder of the lock, for messages.
+    /// The last process that held the lock, for messages.
     pid: u32,
-    /// End of the change log.
+    /// The end of the change log.
     changes: Position,
 }
 
-/// State of the sweeps by this process.
+/// What this process knows about leftovers.
 #[derive(Debug, Default)]
 pub(super) struct Maintenance {
-    /// Time of the last sweep of the whole directory; `None` if the next one is due at once.
+    /// Time of the last sweep of the whole directory; `None` if a sweep is due now.
     swept: Option<Instant>,
-    /// Blobs that may have lost their last link from outside `blobs/` since then.
+    /// Blobs that may have lost their last link from outside `blobs/` since that sweep.
     orphans: BTreeSet<Digest>,
 }
 
-/// The budget lock, held. After a change, call [`release`](Self::release); otherwise the next holder counts again.
+/// Holds the budget lock. After a change, call [`release`](Self::release). If it is dropped instead, the record stays
+/// dirty, and the next holder of the lock counts again.
 #[derive(Debug)]
-pub(crate) struct BudgetHold<'disk> {
+pub(crate) struct BudgetGuard<'disk> {
     disk: &'disk Disk,
     lock: FileLock,
     /// Allocated bytes of blobs, quarantine, and views without a blob.
     total: u64,
     /// True if the record on disk is marked dirty.
     dirty: bool,
-    /// True if the total is not known. The next sweep of this hold counts again; else the next holder does.
-    distrusted: bool,
-    /// End of the change log when the hold began.
-    began_at: Position,
-    /// End of the change log now.
-    at: Position,
-    /// True if the index includes all changes up to `began_at`.
+    /// True if the total is unknown. The next sweep under this lock counts again; without one, the next holder does.
+    total_is_unknown: bool,
+    /// The end of the change log when the lock was taken.
+    log_end_at_start: Position,
+    /// The end of the change log now.
+    log_end: Position,
+    /// True if the index includes all changes before the lock was taken.
     index_is_current: bool,
-    /// Artifacts that this hold is changing. The index reads their manifests again at each use.
-    announced: Vec<ArtifactDir>,
-    /// Number of links from staging and quarantine by inode; counted at the first use.
+    /// Artifacts that are being changed under this lock. The index reads their manifests again at each use.
+    changing: Vec<ArtifactDir>,
+    /// Number of links from staging and quarantine, by inode; `None` until they are counted at the first use.
     private_links: Option<HashMap<u64, u64>>,
-    /// Files that were hashed before this hold began, and have the bytes of the digest under this identity.
-    pub(super) found_right: Vec<(Digest, FileIdentity)>,
+    /// Blobs that were hashed before the lock was taken and had the right bytes, with their identity at that time.
+    pub(super) verified_before: Vec<(Digest, FileIdentity)>,
 }
 
-/// Bytes that count against the budget, by kind.
+/// The bytes that count against the budget, by kind.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Usage {
     /// Blobs, quarantine, and views without a blob.
     pub(crate) published: u64,
-    /// Staging folders.
+    /// Files in staging folders.
     pub(crate) staging: u64,
     /// Bytes that running fills have reserved and not yet written.
     pub(crate) reserved: u64,
@@ -109,7 +112,7 @@ impl Usage {
     }
 }
 
-/// Returns the bytes that a file of `size` bytes is expected to take on disk.
+/// Returns the number of bytes that a file of `size` bytes is expected to take on disk.
 pub(crate) fn allocated_for(size: u64) -> u64 {
     size.next_multiple_of(BLOCK_BYTES)
 }
@@ -118,8 +121,8 @@ impl Disk {
     /// Takes the budget lock.
     ///
     /// # Errors
-    /// [`ErrorKind::Unavailable`] if another process holds it for longer than [`LOCK_WAIT_MAX`].
-    pub(crate) fn hold_budget(&self) -> Result<BudgetHold<'_>> {
+    /// [`ErrorKind::Unavailable`] if another process holds the lock for longer than [`LOCK_WAIT_MAX`].
+    pub(crate) fn lock_budget(&self) -> Result<BudgetGuard<'_>> {
         let path = self.layout().budget_lock();
         let started = Instant::now();
         let lock = loop {
@@ -130,33 +133,31 @@ impl Disk {
             }
         };
         let record = read_record(lock.file());
-        // Without a record, changes may have been missed: start a new log.
-        let at = record.as_ref().map_or_else(Position::fresh, |record| record.changes);
-        let mut hold = BudgetHold {
+        // Without a record, the end of the log is unknown: start a new log.
+        let log_end = record.as_ref().map_or_else(Position::fresh, |record| record.changes);
+        let mut guard = BudgetGuard {
             disk: self,
             lock,
             total: 0,
             dirty: false,
-            distrusted: false,
-            began_at: at,
-            at,
+            total_is_unknown: false,
+            log_end_at_start: log_end,
+            log_end,
             index_is_current: false,
-            announced: Vec::new(),
+            changing: Vec::new(),
             private_links: None,
-            found_right: Vec::new(),
+            verified_before: Vec::new(),
         };
         match record {
-            // Two processes may hold the lock at once and overwrite each other's total, so count.
-            Some(_) if !self.locks_are_honest() => hold.total = self.published_bytes()?,
-            Some(record) if !record.dirty && record.boot_id == boot_id() => hold.total = record.total,
+            // Two processes may hold the lock at the same time and overwrite each other's total, so count.
+            Some(_) if !self.locks_are_honest() => guard.total = self.published_bytes()?,
+            Some(record) if !record.dirty && record.boot_id == boot_id() => guard.total = record.total,
             // The record is new, damaged, dirty, or from before a reboot that may have lost changes.
-            _ => hold.recount()?,
+            _ => guard.rebuild_record()?,
         }
-        Ok(hold)
+        Ok(guard)
     }
-}
 
-impl Disk {
     /// Counts the allocated bytes of blobs, quarantine, views without a blob, and temporary files beside manifests.
     pub(crate) fn published_bytes(&self) -> Result<u64> {
         let (mut total, mut counted) = (0, HashSet::new());
@@ -169,25 +170,25 @@ impl Disk {
             })?;
         }
         for name_dir in files::entries(&layout.artifacts())? {
-            for version_dir in files::entries_below(&name_dir)? {
+            for version_dir in files::entries_if_accessible(&name_dir)? {
                 total += self.temporaries(&version_dir)?.iter().map(|file| file.allocated()).sum::<u64>();
-                // A view that is a link to a blob was counted with the blob.
+                // A view that is a link to a blob was already counted as the blob.
                 let views = ArtifactDir(version_dir).files();
-                let counted = files::walk(&views, &mut |_, metadata| {
+                let walked = files::walk(&views, &mut |_, metadata| {
                     if counted.insert(metadata.ino()) {
                         total += metadata.allocated();
                     }
                     Ok(())
                 });
-                files::unless_barred(counted, &views)?;
+                files::unless_inaccessible(walked, &views)?;
             }
         }
         Ok(total)
     }
 
-    /// Returns true if the artifact or staging folder `dir` was not changed for [`IDLE_MIN`].
+    /// Returns true if the artifact folder or staging folder `dir` was not changed for [`IDLE_MIN`].
     ///
-    /// Always returns true where locks exclude: there, a lock shows whether `dir` is in use.
+    /// Always returns true if locks exclude other processes: then a lock shows whether `dir` is in use.
     pub(crate) fn is_idle(&self, dir: &RootedPath) -> Result<bool> {
         if self.locks_are_honest() {
             return Ok(true);
@@ -200,13 +201,13 @@ impl Disk {
     }
 }
 
-impl BudgetHold<'_> {
+impl BudgetGuard<'_> {
     /// Returns the directory that this budget lock belongs to.
     pub(crate) fn disk(&self) -> Disk {
         self.disk.clone()
     }
 
-    /// Marks the record dirty. Call this before each change of counted files.
+    /// Marks the record dirty. Call this before files that count are changed.
     pub(crate) fn begin_change(&mut self) -> Result<()> {
         if !self.dirty {
             self.dirty = true;
@@ -218,32 +219,34 @@ impl BudgetHold<'_> {
     /// Adds the artifact in `dir` to the change log, and marks the record dirty. Call this before its manifest is
     /// changed or removed.
     pub(crate) fn begin_change_of(&mut self, dir: &ArtifactDir) -> Result<()> {
-        // First the line, then the record with the new length. A line that the record does not cover is overwritten.
+        // First write the line, then the record with the new length. A line beyond that length is overwritten later.
         let folder = below_artifacts(self.disk, dir);
-        self.at = folder.map_or_else(Position::fresh, |folder| self.at.append(&self.disk.layout().changes(), &folder));
-        self.announced.push(dir.clone());
+        self.log_end =
+            folder.map_or_else(Position::fresh, |folder| self.log_end.append(&self.disk.layout().changes(), &folder));
+        self.changing.push(dir.clone());
         self.dirty = true;
         self.write_record()
     }
 
     /// Updates the index after a change of the artifact in `dir`.
     fn end_change_of(&mut self, dir: &ArtifactDir) -> Result<()> {
-        self.announced.retain(|announced| announced != dir);
-        if self.index_is_current { lock(&self.disk.0.index).refresh(self.disk, dir) } else { Ok(()) }
+        self.changing.retain(|changing| changing != dir);
+        if self.index_is_current { lock_mutex(&self.disk.0.index).refresh(self.disk, dir) } else { Ok(()) }
     }
 
-    /// Returns the index as of now. Drop the guard before the next call of this hold, which may lock the index again.
+    /// Returns the index as of now. Drop the returned guard before the next call of a method, which may lock the index.
     pub(super) fn index(&mut self) -> Result<MutexGuard<'_, Index>> {
-        let mut index = lock(&self.disk.0.index);
-        // The log is incomplete where two processes may hold the lock at once.
-        let is_current =
-            self.index_is_current || self.disk.locks_are_honest() && index.catch_up(self.disk, self.began_at)?;
+        let mut index = lock_mutex(&self.disk.0.index);
+        // If two processes may hold the lock at the same time, the log is incomplete.
+        let is_current = self.index_is_current
+            || self.disk.locks_are_honest() && index.catch_up(self.disk, self.log_end_at_start)?;
         if !is_current {
-            *index = Index::read(self.disk, self.began_at)?;
+            *index = Index::read(self.disk, self.log_end_at_start)?;
         }
         self.index_is_current = true;
-        // The lines of this hold come before its changes, so the index may not have their outcome yet.
-        for dir in &self.announced {
+        // A line is written to the log before the change that it names, so the index may lack the outcome of the
+        // change.
+        for dir in &self.changing {
             index.refresh(self.disk, dir)?;
         }
         Ok(index)
@@ -251,55 +254,61 @@ impl BudgetHold<'_> {
 
     /// Adds the bytes of a new blob, or of a new view without a blob.
     pub(crate) fn add(&mut self, bytes: u64) {
-        debug_assert!(self.dirty, "a change is announced before it is made");
+        debug_assert!(self.dirty, "`begin_change` must be called before counted files are changed");
         self.total += bytes;
     }
 
-    /// Subtracts the bytes of a file that is removed.
+    /// Subtracts the bytes of a removed file.
     pub(crate) fn subtract(&mut self, bytes: u64) {
-        debug_assert!(self.dirty, "a change is announced before it is made");
+        debug_assert!(self.dirty, "`begin_change` must be called before counted files are changed");
         self.total = self.total.saturating_sub(bytes);
     }
 
-    /// Marks the total as not known. The next sweep of this hold counts again. Without one, the record stays dirty, and
-    /// the next holder counts.
-    pub(crate) fn distrust(&mut self) -> Result<()> {
-        self.distrusted = true;
+    /// Marks the total as unknown. The next sweep under this lock counts again. Without a sweep, the record stays
+    /// dirty, and the next holder of the lock counts.
+    pub(crate) fn mark_total_unknown(&mut self) -> Result<()> {
+        self.total_is_unknown = true;
         self.begin_change()
     }
 
     /// Writes the record and releases the lock.
     pub(crate) fn release(mut self) -> Result<()> {
-        if self.dirty && !self.distrusted {
+        if self.dirty && !self.total_is_unknown {
             self.dirty = false;
             self.write_record()?;
         }
         Ok(())
     }
 
-    /// Writes the record, padded to [`RECORD_BYTES`]. It is not synced: after a reboot the next holder counts again.
+    /// Writes the record, padded to [`RECORD_BYTES`]. It is not synced: after a reboot the bytes are counted again.
     fn write_record(&self) -> Result<()> {
-        // Where two processes may hold the lock at once, the total is not reliable: the next holder counts.
+        // If two processes may hold the lock at the same time, the total is not reliable: the next holder counts.
         let dirty = self.dirty || !self.disk.locks_are_honest();
-        let record = Record { total: self.total, dirty, boot_id: boot_id(), pid: std::process::id(), changes: self.at };
+        let record = BudgetRecord {
+            total: self.total,
+            dirty,
+            boot_id: boot_id(),
+            pid: std::process::id(),
+            changes: self.log_end,
+        };
         let mut bytes = with_checksum(&serde_json::to_string(&record).unwrap_or_default()).into_bytes();
         bytes.resize(RECORD_BYTES, b' ');
         self.lock.file().write_all_at(&bytes, 0).at("write", &self.disk.layout().budget_lock())
     }
 
-    /// Sweeps the directory, counts the published bytes again, and writes a clean record.
-    fn recount(&mut self) -> Result<()> {
-        self.distrust()?;
+    /// Sweeps the directory, counts the published bytes, and writes a clean record.
+    fn rebuild_record(&mut self) -> Result<()> {
+        self.mark_total_unknown()?;
         self.sweep()?;
         self.dirty = false;
         self.write_record()
     }
 
-    /// Counts the published bytes again.
-    pub(super) fn count(&mut self) -> Result<()> {
+    /// Counts the published bytes by a scan of all files, and sets the total.
+    pub(super) fn recount(&mut self) -> Result<()> {
         self.begin_change()?;
         self.total = self.disk.published_bytes()?;
-        self.distrusted = false;
+        self.total_is_unknown = false;
         Ok(())
     }
 
@@ -315,45 +324,46 @@ impl BudgetHold<'_> {
         Ok(usage)
     }
 
-    /// Returns the bytes that must be freed before `extra` more bytes fit into the budget and leave the minimum free
-    /// space of the filesystem; 0 if they fit.
+    /// Returns the bytes to free before `extra` more bytes fit into the budget and leave the minimum of free space on
+    /// the filesystem; 0 if they fit.
     fn shortfall(&self, extra: u64) -> Result<u64> {
         let (usage, space) = (self.usage()?, self.disk.space()?);
         let over_budget = (usage.counted() + extra).saturating_sub(space.budget);
-        // Reserved bytes are not written yet, so the filesystem still reports them as free.
+        // Reserved bytes are not written yet. The filesystem still reports them as free.
         let below_min_free = (space.min_free + usage.reserved + extra).saturating_sub(space.free);
         Ok(over_budget.max(below_min_free))
     }
 
     /// Makes room for `extra` bytes that a fill of `key` will write.
     ///
-    /// The artifact of `key` is not a candidate for eviction. If evicting all candidates would not make enough room,
-    /// none is evicted.
+    /// The artifact `key` is not evicted. If evicting all other candidates would not make enough room, none is evicted.
     ///
     /// # Errors
-    /// [`ErrorKind::Full`], which names the obstacles. Transient if an obstacle may go away by itself.
+    /// [`ErrorKind::Full`], with the names of the obstacles. The error is transient if an obstacle may go away by
+    /// itself.
     pub(crate) fn make_space(&mut self, extra: u64, key: &ArtifactKey) -> Result<()> {
         if self.shortfall(extra)? == 0 {
             return Ok(());
         }
-        // Step 1: leftovers of dead fills and dead writers.
-        self.drop_dead_stagings(|_| true)?;
-        self.drop_dead_temporaries(&self.disk.layout().stagings())?;
-        // Step 2: views that no manifest lists as held, and blobs without a further link. Finding all of them reads the
-        // whole directory, so between two sweeps only known orphans are removed.
-        let is_due = lock(&self.disk.0.maintenance).swept.is_none_or(|swept| swept.elapsed() > SWEEP_INTERVAL);
-        if is_due { self.sweep() } else { self.drop_orphans() }?;
-        // Step 3: quarantined files.
+        // Step 1: remove leftovers of dead fills and dead writers.
+        self.remove_dead_stagings(|_| true)?;
+        self.remove_dead_temporaries(&self.disk.layout().stagings())?;
+        // Step 2: remove views that no manifest lists as held, and blobs without a further link. Finding all of them
+        // reads the whole directory, so between two sweeps remove only the recorded orphans.
+        let is_sweep_due =
+            lock_mutex(&self.disk.0.maintenance).swept.is_none_or(|swept| swept.elapsed() > SWEEP_INTERVAL);
+        if is_sweep_due { self.sweep() } else { self.remove_orphans() }?;
+        // Step 3: remove quarantined files.
         if self.shortfall(extra)? > 0 {
-            self.drop_quarantine()?;
+            self.remove_quarantined()?;
         }
-        // Step 4: artifacts, least recently used first.
+        // Step 4: evict artifacts, least recently used first.
         match self.evict_for(extra, key)? {
-            Some(_) if !is_due => {
-                // Sweep before refusing: another process may have left something, or changed a manifest without a line
-                // in the change log.
+            Some(_) if !is_sweep_due => {
+                // Sweep and try again before refusing: another process may have left files behind, or may have changed
+                // a manifest without a line in the change log.
                 self.sweep()?;
-                self.drop_quarantine()?;
+                self.remove_quarantined()?;
                 self.evict_for(extra, key)?.map_or(Ok(()), Err)
             }
             refusal => refusal.map_or(Ok(()), Err),
@@ -364,27 +374,27 @@ impl BudgetHold<'_> {
     /// there cannot be enough room.
     fn evict_for(&mut self, extra: u64, key: &ArtifactKey) -> Result<Option<Error>> {
         let own = self.disk.layout().artifact(key);
-        let mut search = Search { own, cursor: None, obstacles: Obstacles::default() };
-        // The bytes of another running fill cannot be freed before it ends. It is an obstacle, but not a lasting one.
+        let mut search = VictimSearch { own, cursor: None, obstacles: Obstacles::default() };
+        // The bytes of another running fill cannot be freed before the fill ends. It is a transient obstacle.
         let fills = self.disk.stagings()?;
         let others = fills.iter().filter(|staging| staging.live && !staging.is_of(key));
-        others.for_each(|staging| search.obstacles.add(staging.described(), true));
+        others.for_each(|staging| search.obstacles.add(staging.description(), true));
         loop {
-            let short = self.shortfall(extra)?;
-            if short == 0 {
+            let shortfall = self.shortfall(extra)?;
+            if shortfall == 0 {
                 return Ok(None);
             }
-            let Some(victims) = self.victims(short, &mut search)? else {
-                return Ok(Some(self.no_space(extra, short, &search.obstacles)));
+            let Some(victims) = self.victims(shortfall, &mut search)? else {
+                return Ok(Some(self.no_space_error(extra, shortfall, &search.obstacles)));
             };
             for victim in &victims {
-                // An eviction may free more than was expected of it.
+                // The previous eviction may have freed more than expected.
                 if self.shortfall(extra)? == 0 {
                     return Ok(None);
                 }
-                // Acquired or pinned since it was chosen. The outer loop then chooses further victims.
-                if let Evicted::Kept(why) = self.evict(victim)? {
-                    search.obstacles.add(format!("{} is {why}", victim.name()), why.is_for_now());
+                // The artifact may have been leased or pinned since it was chosen. Then the outer loop chooses others.
+                if let Evicted::Kept(reason) = self.evict(victim)? {
+                    search.obstacles.add(format!("{} is {reason}", victim.name()), reason.is_transient());
                 }
             }
         }
@@ -392,21 +402,21 @@ impl BudgetHold<'_> {
 
     /// Returns the next candidates for eviction, least recently used first, as many as are needed to free `bytes`.
     /// Returns `None` if all remaining candidates would free less.
-    fn victims(&mut self, bytes: u64, search: &mut Search) -> Result<Option<Vec<ScannedArtifact>>> {
-        let (mut victims, mut gone, mut freed) = (Vec::new(), HashMap::new(), 0);
+    fn victims(&mut self, bytes: u64, search: &mut VictimSearch) -> Result<Option<Vec<ScannedArtifact>>> {
+        let (mut victims, mut removed_links, mut freed) = (Vec::new(), HashMap::new(), 0);
         while freed < bytes {
             let Some(artifact) = self.next_by_use(search)? else { return Ok(None) };
             if artifact.dir == search.own {
                 continue;
             }
-            let kept = match self.disk.keeps(&artifact.dir)? {
-                Some(why) => Some(why),
-                None => self.pointless_victim(&artifact)?,
+            let obstacle = match self.disk.lease_or_pin(&artifact.dir)? {
+                Some(reason) => Some(reason),
+                None => self.reason_to_spare(&artifact)?,
             };
-            match kept {
-                Some(why) => search.obstacles.add(format!("{} is {why}", artifact.name()), why.is_for_now()),
+            match obstacle {
+                Some(reason) => search.obstacles.add(format!("{} is {reason}", artifact.name()), reason.is_transient()),
                 None => {
-                    freed += self.freed_with(&artifact, &mut gone)?;
+                    freed += self.bytes_freed_by(&artifact, &mut removed_links)?;
                     victims.push(artifact);
                 }
             }
@@ -414,35 +424,36 @@ impl BudgetHold<'_> {
         Ok(Some(victims))
     }
 
-    /// Returns the next artifact in the order of last use. An artifact that was used since it was indexed comes later.
-    fn next_by_use(&mut self, search: &mut Search) -> Result<Option<ScannedArtifact>> {
+    /// Returns the next artifact in the order of last use. An artifact that was used since it was indexed is returned
+    /// later.
+    fn next_by_use(&mut self, search: &mut VictimSearch) -> Result<Option<ScannedArtifact>> {
         loop {
             let Some(cursor) = self.index()?.next(search.cursor.as_ref()) else { return Ok(None) };
             let dir = ArtifactDir(self.disk.layout().artifacts().join(&cursor.1));
-            // `last-used` is touched without a line in the change log, so look at the file.
+            // `last-used` is touched without a line in the change log, so examine the file.
             let last_used = self.disk.last_used(&dir)?;
             if last_used != cursor.0 {
                 self.index()?.set_last_used(&cursor.1, last_used);
             }
             let was_used = last_used > cursor.0;
             search.cursor = Some(cursor);
-            // Not `was_used`: otherwise the search meets the artifact again at its new place in the order.
+            // An artifact that was used is skipped: the search finds it again at its new place in the order.
             if !was_used && let Some(artifact) = self.disk.scan_one(&dir)? {
                 return Ok(Some(artifact));
             }
         }
     }
 
-    /// Returns the bytes that removing an artifact frees after the links in `gone` (number by inode) were removed. Adds
-    /// the artifact's own links to `gone`.
-    fn freed_with(&self, artifact: &ScannedArtifact, gone: &mut HashMap<u64, u64>) -> Result<u64> {
+    /// Returns the bytes that removing an artifact would free, if the links counted in `removed_links` (number by
+    /// inode) were removed before. Adds the artifact's own links to `removed_links`.
+    fn bytes_freed_by(&self, artifact: &ScannedArtifact, removed_links: &mut HashMap<u64, u64>) -> Result<u64> {
         let mut freed = 0;
         files::walk(&artifact.dir.files(), &mut |view, metadata| {
-            let links = gone.entry(metadata.ino()).or_default();
+            let links = removed_links.entry(metadata.ino()).or_default();
             *links += 1;
-            // The blob is removed with its last view, so its link does not keep the bytes.
-            let blob = self.is_blob(metadata.ino(), artifact.entry_of(view).and_then(|entry| entry.sha256))?;
-            if *links + u64::from(blob) == metadata.nlink() {
+            // The blob is removed with its last view, so the link in `blobs/` does not keep the bytes allocated.
+            let is_blob = self.is_blob(metadata.ino(), artifact.entry_of(view).and_then(|entry| entry.sha256))?;
+            if *links + u64::from(is_blob) == metadata.nlink() {
                 freed += metadata.allocated();
             }
             Ok(())
@@ -456,10 +467,10 @@ impl BudgetHold<'_> {
         Ok(blob.is_some_and(|blob| blob.ino() == inode))
     }
 
-    /// Returns the error for a fill that does not fit: bytes needed, bounds and obstacles.
-    fn no_space(&self, extra: u64, short: u64, obstacles: &Obstacles) -> Error {
+    /// Returns the error for a fill that does not fit. It states the bytes needed, the bounds and the obstacles.
+    fn no_space_error(&self, extra: u64, shortfall: u64, obstacles: &Obstacles) -> Error {
         let counted = self.usage().map(|usage| usage.counted()).unwrap_or(self.total);
-        let mut message = format!("no room for {} more: {} must be freed", bytes(extra), bytes(short));
+        let mut message = format!("no room for {} more: {} must be freed", bytes(extra), bytes(shortfall));
         if let Ok(space) = self.disk.space() {
             message.push_str(&format!(
                 " (budget {} with {} in use; filesystem {} free, of which {} must stay free)",
@@ -469,8 +480,8 @@ impl BudgetHold<'_> {
                 bytes(space.min_free)
             ));
         }
-        if !obstacles.names.is_empty() {
-            message.push_str(&format!("; in the way: {}", obstacles.names.join("; ")));
+        if !obstacles.descriptions.is_empty() {
+            message.push_str(&format!("; in the way: {}", obstacles.descriptions.join("; ")));
         }
         let over_budget = self.disk.space().is_ok_and(|space| counted + extra > space.budget);
         let hint = match over_budget {
@@ -479,16 +490,16 @@ impl BudgetHold<'_> {
                 "free space on this filesystem, lower MODEL_CACHE_MIN_FREE_BYTES, or point MODEL_CACHE_DIR to a larger one"
             }
         };
-        Error::new(ErrorKind::Full, message).tier(Tier::Disk).transient(obstacles.for_now).hint(hint)
+        Error::new(ErrorKind::Full, message).tier(Tier::Disk).transient(obstacles.transient).hint(hint)
     }
 
     /// Evicts one artifact, unless it is leased or pinned, or was used since it was scanned.
     pub(crate) fn evict(&mut self, artifact: &ScannedArtifact) -> Result<Evicted> {
-        // One try: the holder of the budget lock waits for nothing.
-        let Some(_lease) = FileLock::try_exclusive(&self.disk.layout().lease(&artifact.dir))? else {
+        // Try once: a process that holds the budget lock does not wait.
+        let Some(_lease) = FileLock::try_exclusive(&self.disk.layout().lease_lock(&artifact.dir))? else {
             return Ok(Evicted::Kept(InTheWay::Leased(self.disk.lease_holders(&artifact.dir))));
         };
-        // Look again under the lease: pins and last use change under the shared lease.
+        // Check again under the exclusive lease: pins and the time of last use change only under the shared lease.
         if let Some(pin) = self.disk.pin_in(&artifact.dir)? {
             return Ok(Evicted::Kept(InTheWay::Pinned(pin)));
         }
@@ -497,21 +508,21 @@ impl BudgetHold<'_> {
         }
         tracing::debug!(artifact = artifact.name(), "evicting");
         let removed = self.remove_artifact(&artifact.dir);
-        let Some(freed) = files::unless_barred(removed, artifact.dir.path())? else {
-            // A part of it may be gone.
-            self.distrust()?;
+        let Some(freed) = files::unless_inaccessible(removed, artifact.dir.path())? else {
+            // A part of the artifact may have been removed.
+            self.mark_total_unknown()?;
             return Ok(Evicted::Kept(InTheWay::NotRemovable));
         };
         tracing::info!(artifact = artifact.name(), freed_bytes = freed, "evicted");
-        self.disk.metrics().evicted(freed);
+        self.disk.metrics().record_eviction(freed);
         Ok(Evicted::Freed(freed))
     }
 
-    /// Returns the reason not to evict this artifact to make room, if there is one.
+    /// Returns the reason not to evict this artifact when room is made; `None` if it may be evicted.
     ///
-    /// Either it was changed lately and locks do not exclude, so it may be in use. Or each of its files has a link
-    /// outside the cache, so evicting it would free no byte.
-    pub(super) fn pointless_victim(&mut self, artifact: &ScannedArtifact) -> Result<Option<InTheWay>> {
+    /// There are two reasons. The artifact was changed lately and locks do not exclude other processes, so it may be in
+    /// use. Or each of its files has a link outside the cache, so evicting it would free no bytes.
+    pub(super) fn reason_to_spare(&mut self, artifact: &ScannedArtifact) -> Result<Option<InTheWay>> {
         let Some(manifest) = &artifact.manifest else { return Ok(None) };
         if !self.disk.is_idle(artifact.dir.path())? {
             return Ok(Some(InTheWay::UsedLately));
@@ -519,8 +530,8 @@ impl BudgetHold<'_> {
         let mut held = false;
         for (path, entry) in manifest.files.iter().filter(|(_, entry)| entry.held.is_some()) {
             let Some(view) = files::stat(&artifact.dir.view(path))? else { return Ok(None) };
-            // All links of this file belong to the cache, so its bytes can be freed.
-            if view.nlink() <= self.own_links(view.ino(), entry.sha256)? {
+            // All links to this file are inside the cache, so its bytes can be freed.
+            if view.nlink() <= self.links_inside(view.ino(), entry.sha256)? {
                 return Ok(None);
             }
             held = true;
@@ -530,7 +541,7 @@ impl BudgetHold<'_> {
 
     /// Returns the number of links to `inode` inside the cache: the blob of `digest`, staged and quarantined files, and
     /// the views that manifests record.
-    fn own_links(&mut self, inode: u64, digest: Option<Digest>) -> Result<u64> {
+    fn links_inside(&mut self, inode: u64, digest: Option<Digest>) -> Result<u64> {
         if self.private_links.is_none() {
             let mut links: HashMap<u64, u64> = HashMap::new();
             for dir in [self.disk.layout().quarantine(), self.disk.layout().stagings()] {
@@ -550,31 +561,31 @@ impl BudgetHold<'_> {
     /// The caller holds the exclusive lease.
     pub(crate) fn remove_artifact(&mut self, dir: &ArtifactDir) -> Result<u64> {
         self.begin_change_of(dir)?;
-        // Something else is in the place of the folder, for instance a symbolic link. Remove nothing through it.
-        if !dir.is_ours()? {
+        // If a symbolic link is in the place of a folder, remove nothing through it.
+        if !dir.is_real_folder()? {
             return Ok(0);
         }
         let manifest = self.disk.read_manifest(dir).unwrap_or(None);
         let mut freed = self.subtract_copies(dir, manifest.as_ref())?;
-        // The manifest first: after a crash, the rest is a leftover that a sweep removes.
+        // Remove the manifest first: after a crash, a sweep removes the rest as a leftover.
         files::remove_file(&dir.manifest())?;
         self.disk.remove_pending_upload(&dir.hash())?;
         files::remove(&dir.files())?;
         files::remove(dir.path())?;
-        // Fails while the folder holds another version.
+        // This fails while the folder contains another version.
         if let Some(name_dir) = dir.path().parent() {
             let _ = name_dir.remove_dir();
         }
         self.end_change_of(dir)?;
-        // The blobs last, when the views no longer link to them.
+        // Remove the blobs last, when the views no longer link to them.
         for digest in manifest.iter().flat_map(|manifest| manifest.files.values()).filter_map(|entry| entry.sha256) {
-            freed += self.drop_if_unlinked(&self.disk.layout().blob(&digest))?;
+            freed += self.remove_if_last_link(&self.disk.layout().blob(&digest))?;
         }
         Ok(freed)
     }
 
-    /// Subtracts from the total the views of `dir` without a blob, which the caller removes next. Returns the bytes
-    /// that this frees.
+    /// Subtracts from the total the bytes of the views of `dir` that have no blob, because the caller removes them
+    /// next. Returns the bytes that their removal frees.
     fn subtract_copies(&mut self, dir: &ArtifactDir, manifest: Option<&Manifest>) -> Result<u64> {
         let entries = || manifest.iter().flat_map(|manifest| manifest.files.values());
         let recorded: HashSet<FileIdentity> = entries().filter_map(FileEntry::recorded_on_disk).collect();
@@ -582,7 +593,7 @@ impl BudgetHold<'_> {
         for digest in entries().filter_map(|entry| entry.sha256) {
             blobs.extend(files::stat(&self.disk.layout().blob(&digest))?.map(|metadata| metadata.ino()));
         }
-        // By inode: the number of views, and the metadata.
+        // The number of views and the metadata, by inode.
         let mut copies: HashMap<u64, (u64, Metadata)> = HashMap::new();
         files::walk(&dir.files(), &mut |_, metadata| {
             if !blobs.contains(&metadata.ino()) {
@@ -595,8 +606,9 @@ impl BudgetHold<'_> {
             if recorded.contains(&metadata.identity()) {
                 self.subtract(metadata.allocated());
             } else {
-                // The file was changed, or appeared after the last count: it may or may not be in the total.
-                self.distrust()?;
+                // The file was changed, or was created after the last count. It is unknown whether the total includes
+                // it.
+                self.mark_total_unknown()?;
             }
             if metadata.nlink() == links {
                 freed += metadata.allocated();
@@ -605,12 +617,12 @@ impl BudgetHold<'_> {
         Ok(freed)
     }
 
-    /// Removes the blob or quarantined file at `path` if this is its last link. Returns the bytes freed.
-    pub(super) fn drop_if_unlinked(&mut self, path: &RootedPath) -> Result<u64> {
+    /// Removes the blob or quarantined file at `path` if no other link to it exists. Returns the bytes freed.
+    pub(super) fn remove_if_last_link(&mut self, path: &RootedPath) -> Result<u64> {
         match files::stat(path)? {
             Some(metadata) if metadata.is_file() && metadata.nlink() == 1 => {
                 self.begin_change()?;
-                if files::unless_barred(files::remove_file(path), path)?.is_none() {
+                if files::unless_inaccessible(files::remove_file(path), path)?.is_none() {
                     return Ok(0);
                 }
                 self.subtract(metadata.allocated());
@@ -625,29 +637,33 @@ impl BudgetHold<'_> {
     /// Leftovers are staging folders that cannot be resumed, temporary files, files in `unsynced/`, views that no
     /// manifest lists as held, and blobs without a further link.
     pub(crate) fn sweep(&mut self) -> Result<()> {
-        self.drop_dead_stagings(|staging| !staging.may_be_resumed())?;
+        // Step 1: remove staging folders that cannot be resumed.
+        self.remove_dead_stagings(|staging| !staging.may_be_resumed())?;
+        // Step 2: remove temporary files of dead writers, and files in `unsynced/`.
         for folder in [self.disk.layout().stagings(), self.disk.layout().locks(), self.disk.layout().blobs()] {
-            self.drop_dead_temporaries(&folder)?;
+            self.remove_dead_temporaries(&folder)?;
         }
         self.disk.drop_dead_writers()?;
-        let (disk, mut index) = (self.disk, Index::as_of(self.began_at));
+        // Step 3: in each artifact, remove temporary files and the views that are not held. Build the index in the same
+        // pass.
+        let (disk, mut index) = (self.disk, Index::as_of(self.log_end_at_start));
         disk.scan_each(&mut |artifact| {
-            if self.drop_dead_temporaries(artifact.dir.path())? > 0 {
-                // The last count may have included them.
-                self.distrust()?;
+            if self.remove_dead_temporaries(artifact.dir.path())? > 0 {
+                // The last count may have included these files.
+                self.mark_total_unknown()?;
             }
             let swept = self.sweep_views(&artifact);
-            if files::unless_barred(swept, artifact.dir.path())?.is_none() {
-                self.distrust()?;
+            if files::unless_inaccessible(swept, artifact.dir.path())?.is_none() {
+                self.mark_total_unknown()?;
             }
             if artifact.manifest.is_some() || files::stat(artifact.dir.path())?.is_some() {
                 index.insert(disk, &artifact);
             }
             Ok(())
         })?;
-        *lock(&disk.0.index) = index;
+        *lock_mutex(&disk.0.index) = index;
         self.index_is_current = true;
-        // Blobs come last: with a view, a blob may have lost its last further link.
+        // Step 4: remove the blobs without a further link. This comes after the views, which are links to blobs.
         let mut unlinked = Vec::new();
         files::walk(&self.disk.layout().blobs(), &mut |path, metadata| {
             if metadata.nlink() == 1 {
@@ -656,26 +672,27 @@ impl BudgetHold<'_> {
             Ok(())
         })?;
         for blob in unlinked {
-            self.drop_if_unlinked(&blob)?;
+            self.remove_if_last_link(&blob)?;
         }
-        *lock(&self.disk.0.maintenance) = Maintenance { swept: Some(Instant::now()), orphans: BTreeSet::new() };
-        if self.distrusted {
+        // Step 5: record the time of the sweep, and count again if the total is unknown.
+        *lock_mutex(&self.disk.0.maintenance) = Maintenance { swept: Some(Instant::now()), orphans: BTreeSet::new() };
+        if self.total_is_unknown {
             self.total = self.disk.published_bytes()?;
-            self.distrusted = false;
+            self.total_is_unknown = false;
         }
         Ok(())
     }
 
-    /// Removes the staging folders of dead fills for which `unwanted` returns true.
-    pub(crate) fn drop_dead_stagings(&mut self, unwanted: impl Fn(&StagingUse) -> bool) -> Result<()> {
+    /// Removes those staging folders of dead fills for which `unwanted` returns true.
+    pub(crate) fn remove_dead_stagings(&mut self, unwanted: impl Fn(&StagingUse) -> bool) -> Result<()> {
         for staging in self.disk.stagings()?.into_iter().filter(|staging| !staging.live && unwanted(staging)) {
-            // Hold the owner lock during the removal, so that no fill adopts the folder.
+            // Hold the owner lock during the removal, so that no other fill adopts the folder.
             let owner = FileLock::try_existing(&staging.journal())?;
             if matches!(owner, Some(None)) {
                 continue;
             }
             tracing::debug!(staging = %staging.dir, bytes = staging.allocated, "removing the staging folder of a dead fill");
-            self.note_orphans(&staging.dir)?;
+            self.record_orphans(&staging.dir)?;
             if let Err(error) = staging.remove() {
                 tracing::warn!(%error, "the staging folder of a dead fill cannot be removed");
             }
@@ -687,12 +704,12 @@ impl BudgetHold<'_> {
     ///
     /// A writer holds the lock of its temporary file from before the first byte until the rename, or writes the file
     /// under the budget lock.
-    fn drop_dead_temporaries(&mut self, folder: &RootedPath) -> Result<u64> {
+    fn remove_dead_temporaries(&mut self, folder: &RootedPath) -> Result<u64> {
         let mut freed = 0;
         for file in self.disk.temporaries(folder)? {
             if !self.disk.is_dead_temporary(&file) {
-                // The writer of an empty file may be about to lock it. Where locks do not exclude, no lock shows that a
-                // writer is alive. Both kinds are removed by age.
+                // The writer may be alive: it may be about to lock an empty file, or locks may not exclude other
+                // processes. Remove such a file only if it is old.
                 file.remove_if_old();
                 continue;
             }
@@ -704,14 +721,14 @@ impl BudgetHold<'_> {
         Ok(freed)
     }
 
-    /// Records the blobs that lose a link when the folder `staging` is removed. If the name of a staged file does not
-    /// contain its digest, only a sweep can find the blob, so a sweep becomes due.
-    fn note_orphans(&self, staging: &RootedPath) -> Result<()> {
-        for path in files::entries_below(staging)? {
+    /// Records the blobs that lose a link when the staging folder `staging` is removed. If the name of a staged file
+    /// does not contain its digest, only a sweep can find the blob. Then a sweep becomes due.
+    fn record_orphans(&self, staging: &RootedPath) -> Result<()> {
+        for path in files::entries_if_accessible(staging)? {
             if files::stat(&path)?.is_some_and(|metadata| metadata.is_file() && metadata.nlink() > 1) {
                 let name = path.name().split_once('.').map_or(path.name(), |(stem, _)| stem);
                 let digest = name.strip_prefix("sha256-").and_then(|digest| digest.parse().ok());
-                let mut maintenance = lock(&self.disk.0.maintenance);
+                let mut maintenance = lock_mutex(&self.disk.0.maintenance);
                 match digest {
                     Some(digest) => drop(maintenance.orphans.insert(digest)),
                     None => maintenance.swept = None,
@@ -722,37 +739,37 @@ impl BudgetHold<'_> {
     }
 
     /// Removes the recorded blobs that have no further link.
-    fn drop_orphans(&mut self) -> Result<()> {
-        let orphans = std::mem::take(&mut lock(&self.disk.0.maintenance).orphans);
-        orphans.iter().try_for_each(|digest| self.drop_if_unlinked(&self.disk.layout().blob(digest)).map(drop))
+    fn remove_orphans(&mut self) -> Result<()> {
+        let orphans = std::mem::take(&mut lock_mutex(&self.disk.0.maintenance).orphans);
+        orphans.iter().try_for_each(|digest| self.remove_if_last_link(&self.disk.layout().blob(digest)).map(drop))
     }
 
     /// Removes the views that the manifest of `artifact` does not list as held, or the whole artifact if it has no
     /// readable manifest. Does nothing if the artifact is in use.
     fn sweep_views(&mut self, artifact: &ScannedArtifact) -> Result<()> {
-        let (dir, loose) = (&artifact.dir, artifact.loose_views()?);
-        if loose.is_empty() && artifact.manifest.is_some() {
+        let (dir, unheld) = (&artifact.dir, artifact.unheld_views()?);
+        if unheld.is_empty() && artifact.manifest.is_some() {
             return Ok(());
         }
-        if !dir.is_ours()? || !self.disk.is_idle(dir.path())? {
+        if !dir.is_real_folder()? || !self.disk.is_idle(dir.path())? {
             return Ok(());
         }
-        let Some(_lease) = FileLock::try_exclusive(&self.disk.layout().lease(dir))? else { return Ok(()) };
+        let Some(_lease) = FileLock::try_exclusive(&self.disk.layout().lease_lock(dir))? else { return Ok(()) };
         self.begin_change()?;
-        // A view without a blob may or may not have been counted.
-        if loose.iter().any(|path| files::stat(path).is_ok_and(|found| found.is_some_and(|m| m.nlink() == 1))) {
-            self.distrust()?;
+        // It is unknown whether the total includes a view without a blob.
+        if unheld.iter().any(|path| files::stat(path).is_ok_and(|found| found.is_some_and(|m| m.nlink() == 1))) {
+            self.mark_total_unknown()?;
         }
         if artifact.manifest.is_none() {
             self.remove_artifact(dir)?;
         }
-        loose.iter().try_for_each(files::remove_file)
+        unheld.iter().try_for_each(files::remove_file)
     }
 
     /// Removes the quarantined files that have no other link.
-    pub(super) fn drop_quarantine(&mut self) -> Result<()> {
+    pub(super) fn remove_quarantined(&mut self) -> Result<()> {
         for path in files::entries(&self.disk.layout().quarantine())? {
-            self.drop_if_unlinked(&path)?;
+            self.remove_if_last_link(&path)?;
         }
         Ok(())
     }
@@ -766,67 +783,68 @@ impl ScannedArtifact {
     }
 
     /// Returns the views that the manifest does not list as held.
-    pub(super) fn loose_views(&self) -> Result<Vec<RootedPath>> {
-        let held = |path: &RootedPath| self.entry_of(path).is_some_and(|entry| entry.held.is_some());
-        let mut loose = Vec::new();
+    pub(super) fn unheld_views(&self) -> Result<Vec<RootedPath>> {
+        let is_held = |path: &RootedPath| self.entry_of(path).is_some_and(|entry| entry.held.is_some());
+        let mut unheld = Vec::new();
         files::walk(&self.dir.files(), &mut |path, _| {
-            if !held(path) {
-                loose.push(path.to_owned());
+            if !is_held(path) {
+                unheld.push(path.to_owned());
             }
             Ok(())
         })?;
-        Ok(loose)
+        Ok(unheld)
     }
 }
 
 /// Outcome of an eviction.
 #[derive(Debug)]
 pub(crate) enum Evicted {
-    /// The artifact was removed. The bytes freed.
+    /// The artifact was removed. Carries the number of bytes freed.
     Freed(u64),
-    /// The artifact was kept, for this reason.
+    /// The artifact was not removed. Carries the reason.
     Kept(InTheWay),
 }
 
-/// Artifacts and fills that keep room from being made, for the error.
+/// The artifacts and fills that prevent making room, for the error message.
 #[derive(Debug, Default)]
 struct Obstacles {
-    names: Vec<String>,
+    descriptions: Vec<String>,
     /// True if at least one of them may go away by itself.
-    for_now: bool,
+    transient: bool,
 }
 
 impl Obstacles {
-    fn add(&mut self, name: String, for_now: bool) {
-        self.names.push(name);
-        self.for_now |= for_now;
+    fn add(&mut self, description: String, transient: bool) {
+        self.descriptions.push(description);
+        self.transient |= transient;
     }
 }
 
 /// State of a search for candidates for eviction.
 #[derive(Debug)]
-struct Search {
-    /// The artifact that room is made for.
+struct VictimSearch {
+    /// The artifact for which room is made. It is not evicted.
     own: ArtifactDir,
     /// The last artifact that was examined.
     cursor: Option<LastUseOrder>,
     obstacles: Obstacles,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+/// Locks `mutex`, also if a thread has panicked while it held the lock.
+pub(super) fn lock_mutex<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Returns the record in `file`, or `None` if it cannot be read or its checksum is wrong.
-fn read_record(file: &std::fs::File) -> Option<Record> {
+fn read_record(file: &std::fs::File) -> Option<BudgetRecord> {
     let mut bytes = [0; RECORD_BYTES];
     let read = file.read_at(&mut bytes, 0).ok()?;
     let text = std::str::from_utf8(&bytes[..read]).ok()?.trim_end_matches(' ');
-    let is_right = text.rsplit_once(CHECKSUM).is_some_and(|(record, _)| with_checksum(&format!("{record}}}")) == text);
-    if is_right { serde_json::from_str(text).ok() } else { None }
+    let is_intact = text.rsplit_once(CHECKSUM).is_some_and(|(record, _)| with_checksum(&format!("{record}}}")) == text);
+    if is_intact { serde_json::from_str(text).ok() } else { None }
 }
 
-/// Text before the checksum, which is the last field of the record.
+/// The text before the checksum. The checksum is the last field of the record.
 const CHECKSUM: &str = r#","check":""#;
 
 /// Returns the record with its checksum: the first eight hex digits of the SHA-256 of the text before it.
@@ -836,13 +854,13 @@ fn with_checksum(record: &str) -> String {
     format!("{fields}{CHECKSUM}{}\"}}", &digest[..8])
 }
 
-/// Returns the recorded total of a directory that is not open, if the record is clean and from this boot.
+/// Reads the recorded total without taking the lock; `None` if the record is dirty or from another boot.
 pub(super) fn recorded_total(layout: &super::Layout) -> Option<u64> {
     let file = layout.budget_lock().open(false).ok()?;
     read_record(&file).filter(|record| !record.dirty && record.boot_id == boot_id()).map(|record| record.total)
 }
 
-/// Returns the error for a budget lock that another process holds for too long.
+/// Returns the error for a budget lock that another process has held for [`LOCK_WAIT_MAX`].
 fn held_too_long(path: &RootedPath) -> Error {
     let holder = path.open(false).ok().and_then(|file| read_record(&file)).map(|record| record.pid);
     let holder = holder.map_or_else(|| "another process".into(), |pid| format!("process {pid}"));

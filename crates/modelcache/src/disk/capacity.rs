@@ -1,7 +1,7 @@
-//! Capacity check: does a whole list of artifacts fit on disk? It runs before the first download.
+//! Capacity check of a prewarm: refuses a list of artifacts that does not fit on disk, before the first download.
 //!
-//! Files with equal content count once. Files of the list that are already on disk are kept. All other artifacts count
-//! as free space unless they are leased or pinned.
+//! Files with equal content count once. Files of the list that are already on disk stay. The bytes of all other
+//! artifacts count as free space, unless the artifact is leased or pinned.
 
 use super::Disk;
 use super::budget::allocated_for;
@@ -13,17 +13,17 @@ use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::FileEntry;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Space that a list of artifacts needs, in bytes on disk.
+/// The space that a list of artifacts needs, in bytes on disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct SpaceNeeded {
-    /// All files of the list.
+    /// Bytes of all files of the list.
     pub(crate) list_bytes: u64,
-    /// The files that are not on disk yet.
+    /// Bytes of the files that are not on disk yet.
     pub(crate) missing_bytes: u64,
 }
 
-/// Returns a name that files with equal content share across artifacts. Without a digest or Git object id, the name is
-/// unique to the file.
+/// Returns a name that is equal for files with equal content, also of different artifacts. Without a digest or Git
+/// object id, the name is unique to the file.
 pub(crate) fn content_name(key: &ArtifactKey, path: &FilePath, entry: &FileEntry) -> String {
     match (entry.sha256, entry.git_oid) {
         (None, None) => format!("{key} {path}"),
@@ -32,11 +32,11 @@ pub(crate) fn content_name(key: &ArtifactKey, path: &FilePath, entry: &FileEntry
 }
 
 impl Disk {
-    /// Returns the space that the artifacts `keys` need. `wanted` has their files by [`content_name`].
+    /// Returns the space that the artifacts `keys` need. `wanted` contains their files, keyed by [`content_name`].
     ///
     /// # Errors
-    /// [`ErrorKind::Full`] if they do not fit on disk all at once.
-    pub(crate) fn fit(
+    /// [`ErrorKind::Full`] if the artifacts do not fit on disk all at the same time.
+    pub(crate) fn check_capacity(
         &self,
         keys: &BTreeSet<ArtifactKey>,
         wanted: &BTreeMap<String, FileEntry>,
@@ -50,8 +50,8 @@ impl Disk {
                 None => needed.missing_bytes += allocated_for(entry.size),
             }
         }
-        let room = self.space_besides(keys, &present)?;
-        if needed.missing_bytes <= room {
+        let available = self.reclaimable_space(keys, &present)?;
+        if needed.missing_bytes <= available {
             return Ok(needed);
         }
         let SpaceNeeded { list_bytes, missing_bytes } = needed;
@@ -62,7 +62,7 @@ impl Disk {
                 "the list does not fit: it needs {} more on disk ({} in all), and at most {} can be made free (budget {})",
                 bytes(missing_bytes),
                 bytes(list_bytes),
-                bytes(room),
+                bytes(available),
                 bytes(budget)
             ),
         )
@@ -70,13 +70,13 @@ impl Disk {
         .hint("shorten the list, raise MODEL_CACHE_MAX_BYTES, or release or unpin other artifacts (`modelcache ls`)"))
     }
 
-    /// Returns the bytes that would be free if all evictable artifacts were evicted, except `keys` and the blobs with
-    /// the inodes `present`.
-    fn space_besides(&self, keys: &BTreeSet<ArtifactKey>, present: &[u64]) -> Result<u64> {
+    /// Returns the bytes that would be free if all evictable artifacts were evicted except `keys`. The blobs with the
+    /// inodes `present` stay, too.
+    fn reclaimable_space(&self, keys: &BTreeSet<ArtifactKey>, present: &[u64]) -> Result<u64> {
         let (usage, space, evictable) = (self.usage()?.0, self.space()?, self.evictable_bytes(keys, present)?);
-        // Both bounds apply: the budget of the cache, and the minimum free space of the filesystem.
-        let of_budget = (space.budget + evictable).saturating_sub(usage.counted());
-        let of_filesystem = (space.free + evictable).saturating_sub(space.min_free + usage.reserved);
-        Ok(of_budget.min(of_filesystem))
+        // Two bounds apply: the budget of the cache, and the minimum of free space on the filesystem.
+        let within_budget = (space.budget + evictable).saturating_sub(usage.counted());
+        let within_filesystem = (space.free + evictable).saturating_sub(space.min_free + usage.reserved);
+        Ok(within_budget.min(within_filesystem))
     }
 }

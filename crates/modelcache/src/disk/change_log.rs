@@ -1,10 +1,11 @@
-//! The change log: an ordered list of the artifacts with changed manifests, written by all processes.
+//! The change log: an ordered list of the artifacts whose manifests were changed, written by all processes.
 //!
-//! The budget record names the current log and its length. Before a manifest is changed, a line is written, and then
-//! the record with the new length. A process that holds the budget lock and reads on from its last position therefore
-//! learns of every change since, and possibly of changes that did not happen.
+//! The budget record names the current log and its length. Before a manifest is changed, a line is appended to the log,
+//! and then the record is written with the new length. A process that holds the budget lock reads the lines after the
+//! position up to which it has read before. It learns of every change since, and possibly of changes that did not
+//! happen.
 //!
-//! The log may be lost: reading one that is torn, truncated or replaced returns `None`, and the caller reads the whole
+//! The log may be lost. If it is torn, truncated or replaced, reading returns `None`, and the caller reads the whole
 //! directory again.
 
 use super::modes;
@@ -15,10 +16,10 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-/// Bytes after which a new log is started. Every other process then reads the directory again, which happens once in
-/// tens of thousands of changes.
+/// Size in bytes at which a new log is started. Every other process then reads the directory again, once in tens of
+/// thousands of changes.
 const LOG_BYTES_MAX: u64 = 4 << 20;
-/// Digits of the checksum at the start of each line.
+/// Number of hexadecimal digits of the checksum at the start of each line.
 const CHECK_DIGITS: usize = 8;
 
 /// A position in a change log.
@@ -36,12 +37,12 @@ impl Position {
         Self { log: rand::random(), bytes: 0 }
     }
 
-    /// Appends a line: the manifest of `artifact` (its folder below `artifacts/`) is about to be changed. Returns the
-    /// position after it.
+    /// Appends the line of an artifact whose manifest is about to be changed, and returns the position after the line.
+    /// `artifact` is its folder below `artifacts/`.
     ///
     /// If the line cannot be written, for instance on a full disk, returns the start of a new log instead of an error.
     pub(super) fn append(self, path: &RootedPath, artifact: &Path) -> Self {
-        // A name that does not fit into a line ends the log, too.
+        // A name that cannot be written as one line starts a new log as well.
         let Some(name) = artifact.to_str().filter(|name| !name.contains('\n')) else { return Self::fresh() };
         let at = if self.bytes < LOG_BYTES_MAX { self } else { Self::fresh() };
         let line = at.line(name);
@@ -54,7 +55,8 @@ impl Position {
         }
     }
 
-    /// Returns the artifacts logged between this position and `end`, or `None` if the log is damaged or another one.
+    /// Returns the artifacts logged between this position and `end`, or `None` if the log is damaged or has been
+    /// replaced.
     pub(super) fn read_until(self, path: &RootedPath, end: Self) -> Option<Vec<PathBuf>> {
         // The bound limits memory if the record has a wrong length.
         let bytes =
@@ -65,19 +67,21 @@ impl Position {
         }
         let text = String::from_utf8(text).ok()?;
         // Each line must be complete and have its checksum, otherwise the log is torn.
-        let whole = text.is_empty() || text.ends_with('\n');
-        let is_ours = |line: &str, name: &str| self.line(name).strip_suffix('\n') == Some(line);
-        let named = |line: &str| line.get(CHECK_DIGITS + 1..).filter(|name| is_ours(line, name)).map(PathBuf::from);
-        // Accept only two plain path components: another user of a shared directory may have written `..` into the log.
-        let is_artifact = |path: &PathBuf| {
+        let is_complete = text.is_empty() || text.ends_with('\n');
+        let is_intact = |line: &str, name: &str| self.line(name).strip_suffix('\n') == Some(line);
+        let path_in = |line: &str| line.get(CHECK_DIGITS + 1..).filter(|name| is_intact(line, name)).map(PathBuf::from);
+        // Accept only two normal path components: another user of a shared directory may have written `..` into the
+        // log.
+        let is_artifact_folder = |path: &PathBuf| {
             let mut names = path.components().map(|component| matches!(component, std::path::Component::Normal(_)));
             (names.next(), names.next(), names.next()) == (Some(true), Some(true), None)
         };
-        let named = |line: &str| named(line).filter(is_artifact);
-        text.lines().map(named).collect::<Option<Vec<_>>>().filter(|_| whole)
+        let artifact_in = |line: &str| path_in(line).filter(is_artifact_folder);
+        text.lines().map(artifact_in).collect::<Option<Vec<_>>>().filter(|_| is_complete)
     }
 
-    /// Returns a line of this log. Its checksum covers the log's number, so lines of an older log are not accepted.
+    /// Returns the line for `name`. The checksum covers the number of the log, so lines of an older log are not
+    /// accepted.
     fn line(self, name: &str) -> String {
         let check = Digest::of(format!("{}/{name}", self.log).as_bytes()).to_string();
         format!("{} {name}\n", &check[..CHECK_DIGITS])
@@ -98,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn reading_on_returns_the_artifacts_logged_since() {
+    fn reading_from_a_position_returns_the_artifacts_logged_since() {
         let folder = tempfile::tempdir().expect("folder");
         let path = RootedPath::root(folder.path()).join("changes");
         let start = Position::fresh();
@@ -109,7 +113,7 @@ mod tests {
         assert_eq!(one.read_until(&path, two), names(&["b b/2"]));
         assert_eq!(two.read_until(&path, one), None, "the end is before the start");
         assert_eq!(Position::fresh().read_until(&path, two), None, "another log");
-        // The line of a process that died before it wrote the record is overwritten.
+        // A process died after it appended the line of `b b/2` and before it wrote the record. The line is overwritten.
         let other = one.append(&path, Path::new("c/3"));
         assert_eq!(start.read_until(&path, other), names(&["a/1", "c/3"]));
     }

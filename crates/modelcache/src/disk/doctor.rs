@@ -1,10 +1,10 @@
 //! Doctor checks of the local directory: permissions, filesystem, free space, locks, links, and misplaced entries.
 //!
-//! Most checks also run if the directory cannot be opened. If it does not exist, it is not created, and the nearest
-//! existing parent folder is checked instead. Locks and links are tried in a temporary folder below the directory,
-//! which is removed afterwards. If the process is killed, a sweep removes it from `staging/`.
+//! Most checks also run if the directory cannot be opened. If the directory does not exist, it is not created, and the
+//! nearest existing folder above it is checked instead. Locks and links are tried in a temporary folder in `staging/`,
+//! which is removed afterwards. If the process is killed, a sweep removes that folder.
 
-use super::files::{self, TEMPORARY, random_name};
+use super::files::{self, TEMPORARY_PREFIX, random_name};
 use super::io_error::IoContext;
 use super::layout::Layout;
 use super::rooted::RootedPath;
@@ -22,7 +22,7 @@ const SPACE_WARNING_BYTES: u64 = 1 << 30;
 /// The doctor warns if fewer inodes than this are free.
 const INODES_WARNING: u64 = 1000;
 
-/// Runs all checks of the directory and the lower directory of `config`. Blocks.
+/// Runs all checks of the directory and of the lower directory in `config`. Blocks.
 pub(crate) fn examine(config: &Config) -> Vec<Check> {
     let mut checks = Vec::new();
     match std::path::absolute(&config.dir) {
@@ -32,7 +32,7 @@ pub(crate) fn examine(config: &Config) -> Vec<Check> {
             checks.push(Check::problem(Area::Directory, &error));
         }
     }
-    checks.extend(config.lower_dir.as_deref().map(examine_lower));
+    checks.extend(config.lower_dir.as_deref().map(lower_check));
     checks
 }
 
@@ -44,44 +44,44 @@ fn examine_root(root: &Path, config: &Config, checks: &mut Vec<Check>) {
         checks.push(Check::problem(Area::Directory, &error));
         return;
     }
-    let Some(there) = nearest_folder(root) else {
+    let Some(folder) = nearest_existing(root) else {
         let error = Error::new(ErrorKind::Directory, format!("no folder above {} exists", root.display()));
         checks.push(Check::problem(Area::Directory, &error.hint("point MODEL_CACHE_DIR to another directory")));
         return;
     };
-    let is_there = there == root;
+    let root_exists = folder == root;
     // outside the root
-    match fs::metadata(&there) {
+    match fs::metadata(&folder) {
         Ok(metadata) if !metadata.is_dir() => {
-            let error = Error::new(ErrorKind::Directory, format!("{} is not a folder", there.display()));
+            let error = Error::new(ErrorKind::Directory, format!("{} is not a folder", folder.display()));
             let hint = "move it away, or point MODEL_CACHE_DIR elsewhere";
             checks.push(Check::problem(Area::Directory, &error.hint(hint)));
             return;
         }
-        Ok(metadata) => checks.push(root_check(root, is_there, &metadata)),
+        Ok(metadata) => checks.push(root_check(root, root_exists, &metadata)),
         Err(cause) => {
-            checks.push(Check::problem(Area::Directory, &super::fault("examine", &there, cause)));
+            checks.push(Check::problem(Area::Directory, &super::fault("examine", &folder, cause)));
             return;
         }
     }
-    checks.push(access_check(&there, is_there));
-    checks.extend(filesystem_checks(&there, config, &layout, is_there));
-    if is_there && checks.iter().all(|check| check.error_kind() != Some(ErrorKind::Directory)) {
+    checks.push(access_check(&folder, root_exists));
+    checks.extend(filesystem_checks(&folder, config, &layout, root_exists));
+    if root_exists && checks.iter().all(|check| check.kind != Some(ErrorKind::Directory)) {
         checks.extend(trial_checks(&layout));
     }
-    if is_there {
+    if root_exists {
         checks.extend(misplaced_checks(&layout));
     }
 }
 
-/// Returns the first path that exists among `root` and its parents. It may be something else than a folder.
-fn nearest_folder(root: &Path) -> Option<PathBuf> {
+/// Returns the first of `root` and the paths above it that exists. It may not be a folder.
+fn nearest_existing(root: &Path) -> Option<PathBuf> {
     root.ancestors().find(|path| fs::symlink_metadata(path).is_ok()).map(Path::to_owned) // outside the root
 }
 
 /// Reports owner, group and mode of the root.
-fn root_check(root: &Path, is_there: bool, metadata: &fs::Metadata) -> Check {
-    let summary = match is_there {
+fn root_check(root: &Path, root_exists: bool, metadata: &fs::Metadata) -> Check {
+    let summary = match root_exists {
         true => format!(
             "{} (owner {}, group {}, mode {:04o})",
             root.display(),
@@ -94,13 +94,13 @@ fn root_check(root: &Path, is_there: bool, metadata: &fs::Metadata) -> Check {
     Check::ok(Area::Directory, summary)
 }
 
-/// Reports whether the folder can be written. A read-only directory that holds artifacts is still served.
-fn access_check(there: &Path, is_there: bool) -> Check {
+/// Reports whether `folder` can be written. A read-only cache directory with artifacts is still served.
+fn access_check(folder: &Path, root_exists: bool) -> Check {
     let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
     // outside the root
-    match rustix::fs::access(there, access).at("write to", there) {
-        Ok(()) => Check::ok(Area::Directory, format!("{} can be written", there.display())),
-        Err(error) if is_there && holds_artifacts(there) => {
+    match rustix::fs::access(folder, access).at("write to", folder) {
+        Ok(()) => Check::ok(Area::Directory, format!("{} can be written", folder.display())),
+        Err(error) if root_exists && has_artifacts(folder) => {
             let detail = "its artifacts are still served; nothing can be downloaded into it";
             Check::problem(Area::Directory, &error).with_detail(detail)
         }
@@ -109,28 +109,28 @@ fn access_check(there: &Path, is_there: bool) -> Check {
 }
 
 /// Returns true if the directory has entries in `artifacts/`.
-fn holds_artifacts(root: &Path) -> bool {
+fn has_artifacts(root: &Path) -> bool {
     files::entries(&Layout::new(root).artifacts()).is_ok_and(|entries| !entries.is_empty())
 }
 
 /// Reports type, free space and free inodes of the filesystem.
-fn filesystem_checks(there: &Path, config: &Config, layout: &Layout, is_there: bool) -> Vec<Check> {
+fn filesystem_checks(folder: &Path, config: &Config, layout: &Layout, root_exists: bool) -> Vec<Check> {
     // outside the root
-    let stat = match rustix::fs::statvfs(there).at("examine the filesystem of", there) {
+    let stat = match rustix::fs::statvfs(folder).at("examine the filesystem of", folder) {
         Ok(stat) => stat,
         Err(error) => return vec![Check::problem(Area::Directory, &error)],
     };
-    let mut checks = vec![kind_check(there)];
-    let all = stat.f_blocks * stat.f_frsize;
-    let (budget, min_free) = (config.max_bytes.bytes(all), config.min_free_bytes.bytes(all));
+    let mut checks = vec![filesystem_type_check(folder)];
+    let filesystem_bytes = stat.f_blocks * stat.f_frsize;
+    let (budget, min_free) = (config.max_bytes.bytes(filesystem_bytes), config.min_free_bytes.bytes(filesystem_bytes));
     let free = stat.f_bavail * stat.f_frsize;
-    let used = if is_there { super::budget::recorded_total(layout) } else { Some(0) };
+    let used = if root_exists { super::budget::recorded_total(layout) } else { Some(0) };
     let room = free.saturating_sub(min_free).min(budget.saturating_sub(used.unwrap_or(0)));
     let summary = format!(
         "room for {} more: budget {} ({}), {} used; {} free on the filesystem, of which {} must stay free",
         gigabytes(room),
         gigabytes(budget),
-        bound(config.max_bytes),
+        bound_text(config.max_bytes),
         used.map_or_else(|| "an unknown amount".into(), gigabytes),
         gigabytes(free),
         gigabytes(min_free)
@@ -154,7 +154,7 @@ fn filesystem_checks(there: &Path, config: &Config, layout: &Layout, is_there: b
     checks
 }
 
-fn bound(bound: ByteBound) -> String {
+fn bound_text(bound: ByteBound) -> String {
     match bound {
         ByteBound::Bytes(bytes) => format!("{bytes} bytes"),
         ByteBound::Percent(percent) => format!("{percent}% of the filesystem"),
@@ -169,14 +169,14 @@ fn gigabytes(bytes: u64) -> String {
     }
 }
 
-/// Reports the type of the filesystem, with a warning if the type is a bad choice for a cache.
-fn kind_check(there: &Path) -> Check {
+/// Reports the type of the filesystem, with a warning if a cache should not be on such a filesystem.
+fn filesystem_type_check(folder: &Path) -> Check {
     // outside the root
-    let Ok(stat) = rustix::fs::statfs(there) else {
+    let Ok(stat) = rustix::fs::statfs(folder) else {
         return Check::ok(Area::Directory, "the type of the filesystem is unknown");
     };
     // The magic numbers of linux/magic.h and of the filesystems' own headers.
-    let (name, caution) = match stat.f_type as u32 {
+    let (name, warning) = match stat.f_type as u32 {
         0xef53 => ("ext4", None),
         0x5846_5342 => ("xfs", None),
         0x9123_683e => ("btrfs", None),
@@ -189,18 +189,19 @@ fn kind_check(there: &Path) -> Check {
         0xff53_4d42 | 0xfe53_4d42 => ("smb", Some("a network filesystem: use a local disk")),
         0x0102_1997 => ("9p", Some("a shared folder of a virtual machine: use a disk of its own")),
         0x00c3_6400 => ("ceph", Some("a network filesystem: a local disk serves hits faster")),
-        _ => ("another type", None),
+        _ => ("unrecognized type", None),
     };
-    match caution {
+    match warning {
         None => Check::ok(Area::Directory, format!("filesystem: {name}")),
-        Some(caution) => Check::warning(Area::Directory, format!("filesystem: {name}"), caution),
+        Some(warning) => Check::warning(Area::Directory, format!("filesystem: {name}"), warning),
     }
 }
 
-/// Tries in a temporary folder: writing and syncing, locks, hard links, reflinks; then compares the mounts.
+/// Tries writing and syncing, locks, hard links and reflinks in a temporary folder. Then checks that all folders of the
+/// cache are on one filesystem.
 fn trial_checks(layout: &Layout) -> Vec<Check> {
     let (root, stagings) = (layout.root(), layout.stagings());
-    // A sweep removes temporary folders in `staging/`. If that folder does not exist, use the root.
+    // Use `staging/`, because a sweep removes temporary folders there. If it does not exist, use the root.
     let parent = if files::is_folder(&stagings).unwrap_or(false) { &stagings } else { root };
     let folder = match TrialFolder::make(parent) {
         Ok(folder) => folder,
@@ -208,7 +209,7 @@ fn trial_checks(layout: &Layout) -> Vec<Check> {
     };
     let mut checks = Vec::new();
     let file = folder.0.join("file");
-    match write(&file) {
+    match write_and_sync(&file) {
         Ok(()) => checks.push(Check::ok(Area::Directory, "a file can be written and made durable")),
         Err(error) => return vec![Check::problem(Area::Directory, &error)],
     }
@@ -263,12 +264,12 @@ fn misplaced_checks(layout: &Layout) -> Vec<Check> {
     entries.into_iter().map(problem).collect()
 }
 
-/// Warns if folders of the cache are on a different filesystem from the root: no file can be linked between them.
+/// Warns if a folder of the cache is on another filesystem than the root: files cannot be linked between the two.
 fn one_filesystem(layout: &Layout) -> Option<Check> {
     let device = |path: &RootedPath| path.metadata().ok().map(|metadata| metadata.dev());
     let root = device(layout.root());
-    let parts = [layout.stagings(), layout.blobs(), layout.artifacts(), layout.quarantine()];
-    let apart = parts.iter().find(|path| device(path).is_some_and(|device| Some(device) != root))?;
+    let folders = [layout.stagings(), layout.blobs(), layout.artifacts(), layout.quarantine()];
+    let apart = folders.iter().find(|path| device(path).is_some_and(|device| Some(device) != root))?;
     Some(Check::warning(
         Area::Directory,
         format!("{} is on another filesystem than the rest of the cache: files are copied, not linked", apart),
@@ -281,7 +282,7 @@ struct TrialFolder(RootedPath);
 
 impl TrialFolder {
     fn make(parent: &RootedPath) -> Result<Self> {
-        let path = parent.join(format!("{TEMPORARY}{}", random_name()));
+        let path = parent.join(format!("{TEMPORARY_PREFIX}{}", random_name()));
         modes::make_new_dir(&path).at("make a folder in", parent)?;
         Ok(Self(path))
     }
@@ -294,17 +295,18 @@ impl Drop for TrialFolder {
 }
 
 /// Writes and syncs a file of 64 KiB.
-fn write(path: &RootedPath) -> Result<()> {
+fn write_and_sync(path: &RootedPath) -> Result<()> {
     let written = modes::create_readable(path)
         .and_then(|mut file| file.write_all(&[7; 64 * 1024]).and_then(|()| file.sync_all()));
     written.at("write", path)
 }
 
 /// Reports whether the lower directory can be used.
-fn examine_lower(root: &Path) -> Check {
-    match super::Disk::reader(root, "it is only read") {
+fn lower_check(root: &Path) -> Check {
+    match super::Disk::open_read_only(root, "it is only read") {
         Ok(disk) => {
-            let artifacts = disk.scan().map_or(0, |found| found.iter().filter(|one| one.manifest.is_some()).count());
+            let artifacts =
+                disk.scan().map_or(0, |found| found.iter().filter(|artifact| artifact.manifest.is_some()).count());
             Check::ok(Area::Lower, format!("{} holds {artifacts} artifacts, and is only read", root.display()))
         }
         // A warning only: without a lower directory, everything else works.

@@ -1,6 +1,6 @@
 //! File helpers of the disk tier: identities, atomic writes, walking and removing.
 
-use super::io_error::{IoContext, Shown, is_barred};
+use super::io_error::{IoContext, Shown, is_inaccessible};
 use super::lock::FileLock;
 use super::modes;
 pub(crate) use super::rooted::absent;
@@ -17,8 +17,8 @@ use std::io::{self, Read, Write};
 /// Buffer size for hashing, in bytes.
 const READ_BYTES: usize = 1 << 20;
 
-/// Prefix of the names of temporary files and folders. Leftovers with this prefix are counted and swept.
-pub(crate) const TEMPORARY: &str = "new-";
+/// Prefix of the names of temporary files and folders. A sweep finds leftovers by this prefix.
+pub(crate) const TEMPORARY_PREFIX: &str = "new-";
 
 /// Returns the identity of an open file, as manifests record it: inode, size and mtime.
 pub(crate) fn identity(file: &File) -> io::Result<FileIdentity> {
@@ -30,9 +30,9 @@ pub(crate) fn stat(path: &RootedPath) -> Result<Option<Metadata>> {
     absent(path.metadata()).at("examine", path)
 }
 
-/// Removes a file, if it exists.
+/// Removes the file at `path`, if it exists.
 pub(crate) fn remove_file(path: &RootedPath) -> Result<()> {
-    // Look first: even to remove a name that does not exist, the kernel locks the folder against new entries.
+    // Call `stat` first: even to remove a name that does not exist, the kernel locks the folder against new entries.
     match stat(path)? {
         Some(_) => absent(path.unlink()).at("remove", path).map(|_| ()),
         None => Ok(()),
@@ -49,33 +49,38 @@ pub(crate) fn sync_dir(dir: &RootedPath) -> Result<()> {
     dir.open_dir().and_then(|dir| dir.sync_all()).at("make durable", dir)
 }
 
-/// Replaces the content of `target` atomically: a reader sees the old bytes or the new ones. Durable on return.
+/// Replaces the content of `target` atomically: a reader sees the old bytes or the new ones. The new content is durable
+/// on return.
 ///
-/// The temporary file is in `temporary_dir`, or beside the target if that folder is on another mount.
+/// The temporary file is created in `temporary_dir`, or beside the target if that folder is on another mount.
 pub(crate) fn replace(target: &RootedPath, bytes: &[u8], temporary_dir: &RootedPath) -> Result<()> {
     let place = |temporary: &RootedPath| temporary.rename(target);
-    write_then(target, bytes, temporary_dir, Sync::All, place).at("write", target)
+    write_then(target, bytes, temporary_dir, SyncScope::All, place).at("write", target)
 }
 
-/// Replaces the content of `target` atomically, without syncing its folder. After a power cut the old or the new
-/// content is there. A new file is not synced at all: it may be torn after a power cut, which a reader must detect.
+/// Replaces the content of `target` atomically, without syncing its folder. After a power cut, the file has the old or
+/// the new content. A file that did not exist before is not synced at all: after a power cut it may be torn, which a
+/// reader must detect.
 pub(crate) fn replace_unsynced(target: &RootedPath, bytes: &[u8], temporary_dir: &RootedPath) -> Result<()> {
     // If the target exists, sync the new bytes first. Otherwise the rename could reach the disk before them, and a
     // power cut would lose the old and the new content.
-    let sync = if stat(target)?.is_some() { Sync::Content } else { Sync::Nothing };
+    let sync = if stat(target)?.is_some() { SyncScope::Content } else { SyncScope::Nothing };
     let place = |temporary: &RootedPath| temporary.rename(target);
     write_then(target, bytes, temporary_dir, sync, place).at("write", target)
 }
 
-/// Replaces the content of a hint atomically, without syncing. Neither old nor new content need survive a power cut.
+/// Replaces the content of a hint atomically, without syncing. After a power cut, the old and the new content may be
+/// lost.
 pub(crate) fn replace_hint(target: &RootedPath, bytes: &[u8], temporary_dir: &RootedPath) -> Result<()> {
     let place = |temporary: &RootedPath| temporary.rename(target);
-    write_then(target, bytes, temporary_dir, Sync::Nothing, place).at("write", target)
+    write_then(target, bytes, temporary_dir, SyncScope::Nothing, place).at("write", target)
 }
 
-/// Creates `target` with `bytes`, durable on return. Returns false, and changes nothing, if it exists.
+/// Creates the file `target` with `bytes`, durable on return. If it exists, changes nothing and returns false.
 pub(crate) fn create(target: &RootedPath, bytes: &[u8], temporary_dir: &RootedPath) -> Result<bool> {
-    match write_then(target, bytes, temporary_dir, Sync::All, |temporary| modes::appear(temporary, target)) {
+    match write_then(target, bytes, temporary_dir, SyncScope::All, |temporary| {
+        modes::rename_no_replace(temporary, target)
+    }) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
         created => created.at("write", target).map(|()| true),
     }
@@ -83,10 +88,10 @@ pub(crate) fn create(target: &RootedPath, bytes: &[u8], temporary_dir: &RootedPa
 
 /// How much of a new file is synced before the write returns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Sync {
-    /// The bytes, then the folder with the name.
+enum SyncScope {
+    /// The bytes, and then the folder that has the name.
     All,
-    /// The bytes only.
+    /// Only the bytes.
     Content,
     Nothing,
 }
@@ -96,17 +101,16 @@ fn write_then(
     target: &RootedPath,
     bytes: &[u8],
     dir: &RootedPath,
-    sync: Sync,
+    sync: SyncScope,
     place: impl Fn(&RootedPath) -> io::Result<()>,
 ) -> io::Result<()> {
-    let temporary = dir.join(format!("{TEMPORARY}{}", random_name()));
-    let synced = |file: &File| if sync == Sync::Nothing { Ok(()) } else { file.sync_all() };
+    let temporary = dir.join(format!("{TEMPORARY_PREFIX}{}", random_name()));
+    let sync_content = |file: &File| if sync == SyncScope::Nothing { Ok(()) } else { file.sync_all() };
     let written = modes::create_readable(&temporary).and_then(|file| {
-        // Keep the lock from before the first byte until the rename: a sweep removes temporary files that are not
-        // locked.
+        // Lock the file before the first byte and until the rename: a sweep removes temporary files without a lock.
         let lock = FileLock::of_temporary(file)?;
         lock.file().write_all(bytes)?;
-        synced(lock.file())?;
+        sync_content(lock.file())?;
         place(&temporary)
     });
     if written.is_err() {
@@ -114,32 +118,32 @@ fn write_then(
     }
     let folder = target.parent().unwrap_or_else(|| dir.clone());
     match written {
-        // `dir` is on another mount than the target: write the temporary file beside it.
+        // `dir` is on another mount than the target: write the temporary file beside the target.
         Err(error) if error.raw_os_error() == Some(Errno::XDEV.raw_os_error()) && folder != *dir => {
             write_then(target, bytes, &folder, sync, place)
         }
-        Ok(()) if sync == Sync::All => folder.open_dir()?.sync_all(),
+        Ok(()) if sync == SyncScope::All => folder.open_dir()?.sync_all(),
         ended => ended,
     }
 }
 
-/// Returns the first `bytes_max` + 1 bytes of a file, or `None` if it does not exist. A longer result than `bytes_max`
-/// shows the caller that the file is too large.
+/// Returns the content of a small file, or `None` if it does not exist. Of a file with more than `bytes_max` bytes,
+/// returns the first `bytes_max` + 1, so that the caller sees that it is too large.
 pub(crate) fn read_small(path: &RootedPath, bytes_max: u64) -> Result<Option<Vec<u8>>> {
     absent(path.open(false).and_then(|file| read_start(file, bytes_max))).at("read", path)
 }
 
-/// As [`read_small`], but also returns `None` if another user wrote the file.
+/// Like [`read_small`], but also returns `None` if the file may have been written by another user.
 ///
-/// A file that is read-only or has a second name is not accepted either. It may be a blob or a view: this user owns the
-/// file, but its content came from elsewhere.
+/// The owner must be this user. The file must also be writable and have one link. Otherwise it may be a blob or view of
+/// this user that another user has linked to this path, with content that came from elsewhere.
 pub(crate) fn read_own(path: &RootedPath, bytes_max: u64) -> Result<Option<Vec<u8>>> {
     let Some(file) = absent(path.open(false)).at("open", path)? else { return Ok(None) };
     let metadata = Metadata::of(&file).at("examine", path)?;
     let is_own =
         metadata.uid() == rustix::process::geteuid().as_raw() && metadata.nlink() == 1 && metadata.mode() & 0o200 != 0;
     if !is_own {
-        tracing::debug!(%path, owner = metadata.uid(), "a record that is not exclusively this user's is ignored");
+        tracing::debug!(%path, owner = metadata.uid(), "a record that another user may have written is ignored");
         return Ok(None);
     }
     read_start(file, bytes_max).map(Some).at("read", path)
@@ -162,16 +166,16 @@ pub(crate) fn entries(dir: &RootedPath) -> Result<Vec<RootedPath>> {
     Ok(absent(dir.entries()).at("list", dir)?.unwrap_or_default())
 }
 
-/// Returns the paths directly in `dir`, a folder below a top folder. If it [cannot be read](is_barred), returns none.
-pub(crate) fn entries_below(dir: &RootedPath) -> Result<Vec<RootedPath>> {
-    unless_barred(entries(dir), dir).map(Option::unwrap_or_default)
+/// Like [`entries`], but also returns none if this user [cannot read](is_inaccessible) the folder.
+pub(crate) fn entries_if_accessible(dir: &RootedPath) -> Result<Vec<RootedPath>> {
+    unless_inaccessible(entries(dir), dir).map(Option::unwrap_or_default)
 }
 
-/// Returns `None` if `result` failed because the entry at `path` [is barred](is_barred). One user of a shared directory
-/// must not stop the work of the others.
-pub(crate) fn unless_barred<T>(result: Result<T>, path: &RootedPath) -> Result<Option<T>> {
+/// Returns `None` if `result` failed because the entry at `path` [is inaccessible](is_inaccessible) to this user: one
+/// user of a shared directory must not stop the work of the others.
+pub(crate) fn unless_inaccessible<T>(result: Result<T>, path: &RootedPath) -> Result<Option<T>> {
     match result {
-        Err(error) if is_barred(&error) => {
+        Err(error) if is_inaccessible(&error) => {
             tracing::debug!(%path, %error, "an entry that this user cannot read or remove is skipped");
             Ok(None)
         }
@@ -180,27 +184,28 @@ pub(crate) fn unless_barred<T>(result: Result<T>, path: &RootedPath) -> Result<O
 }
 
 /// Calls `visit` for every path below `dir` that is not a folder. Symbolic links are not followed. Folders below `dir`
-/// that [cannot be read](is_barred) are skipped.
+/// that [cannot be read](is_inaccessible) are skipped.
 pub(crate) fn walk(dir: &RootedPath, visit: &mut dyn FnMut(&RootedPath, &Metadata) -> Result<()>) -> Result<()> {
-    walk_down(dir, DEPTH_MAX, &|path, below| unless_barred(below, path).map(drop), visit)
+    walk_down(dir, DEPTH_MAX, &|path, below| unless_inaccessible(below, path).map(drop), visit)
 }
 
-/// As [`walk`], but fails if a folder cannot be read.
+/// Like [`walk`], but fails if a folder cannot be read.
 pub(crate) fn walk_all(dir: &RootedPath, visit: &mut dyn FnMut(&RootedPath, &Metadata) -> Result<()>) -> Result<()> {
     walk_down(dir, DEPTH_MAX, &|_, below| below, visit)
 }
 
+/// `accept` gets the outcome of each folder below `dir`, and returns the error that ends the walk, if any.
 fn walk_down(
     dir: &RootedPath,
-    depth: usize,
+    levels_left: usize,
     accept: &dyn Fn(&RootedPath, Result<()>) -> Result<()>,
     visit: &mut dyn FnMut(&RootedPath, &Metadata) -> Result<()>,
 ) -> Result<()> {
-    let Some(depth) = depth.checked_sub(1) else { return Err(too_deep()).at("walk through", dir) };
-    let mut folder = Folders::default();
+    let Some(levels_left) = levels_left.checked_sub(1) else { return Err(too_deep()).at("walk through", dir) };
+    let mut folders = Folders::default();
     for path in entries(dir)? {
-        match folder.metadata(&path).at("examine", &path)? {
-            Some(metadata) if metadata.is_dir() => accept(&path, walk_down(&path, depth, accept, visit))?,
+        match folders.metadata(&path).at("examine", &path)? {
+            Some(metadata) if metadata.is_dir() => accept(&path, walk_down(&path, levels_left, accept, visit))?,
             Some(metadata) => visit(&path, &metadata)?,
             None => {}
         }
@@ -208,7 +213,7 @@ fn walk_down(
     Ok(())
 }
 
-/// Returns digest and ladder of an open file, which is read from its present position to the end.
+/// Returns the digest and the ladder of an open file, which is read from its present position to the end.
 pub(crate) fn hash(file: &mut File, path: &(impl Shown + ?Sized), part_size: u64) -> Result<(Digest, Ladder)> {
     let mut hasher = LadderHasher::new(part_size);
     let mut buffer = vec![0; READ_BYTES];

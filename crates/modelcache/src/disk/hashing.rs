@@ -1,11 +1,11 @@
-//! Hashing files on disk: two ranges at once per thread, and past the page cache if the medium itself is to be checked.
+//! Hashing files on disk: two ranges at a time on each thread, with direct reads if the device itself is to be checked.
 //!
-//! A [`Stretch`] is a range of bytes that is hashed in order: a part with a checkpoint, or a whole file. A thread reads
-//! a slice of each of two stretches and hashes both together, which is nearly twice as fast as one after the other.
-//! Memory is two slices per thread, whatever the size of the files.
+//! A [`HashTask`] hashes one range of bytes in order: a part with a checkpoint, or a whole file. A thread reads a slice
+//! for each of two tasks and hashes both slices together, which is nearly twice as fast as one after the other. A
+//! thread needs memory for two slices, whatever the size of the files.
 //!
-//! Direct reads leave the page cache as it is: cached files stay cached, and others are not loaded. So checking the
-//! medium does not slow down readers, and finds corruption even of files that are in memory.
+//! Direct reads leave the page cache as it is: cached files stay cached, and others are not loaded. A check of the
+//! device therefore does not slow down readers, and finds corruption even of files that are in the page cache.
 
 use super::ALIGNMENT;
 use super::io_error::errno;
@@ -23,9 +23,9 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
-/// Bytes of a stretch that are read and hashed at a time; a multiple of [`ALIGNMENT`].
+/// Number of bytes that a task reads and hashes at a time; a multiple of [`ALIGNMENT`].
 const SLICE_BYTES: usize = 1 << 20;
-/// Maximum number of threads: a disk does not deliver more, and each thread holds two slices.
+/// Maximum number of threads. More threads do not get more out of a disk, and each needs memory for two slices.
 const THREADS_MAX: usize = 16;
 
 /// Returns the number of threads for hashing files that are in the page cache.
@@ -33,14 +33,14 @@ pub(crate) fn threads() -> usize {
     thread::available_parallelism().map_or(1, usize::from).min(THREADS_MAX)
 }
 
-/// Returns the number of threads for hashing files from the medium: while some wait for the disk, others hash.
-pub(crate) fn threads_from_medium() -> usize {
+/// Returns the number of threads for hashing files with direct reads: while some wait for the device, others hash.
+pub(crate) fn threads_for_device_reads() -> usize {
     (2 * threads()).min(THREADS_MAX)
 }
 
-/// Makes reads of `file` come from the medium instead of the page cache, by `O_DIRECT`. If the filesystem does not
-/// support it, drops the file's pages from the cache.
-pub(crate) fn from_medium(file: &File) {
+/// Sets `O_DIRECT` on `file`, so that reads come from the device and not from the page cache. If the filesystem does
+/// not support it, drops the pages of the file from the cache instead.
+pub(crate) fn bypass_page_cache(file: &File) {
     let direct = rustix::fs::fcntl_getfl(file).and_then(|flags| rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT));
     if direct.is_err() {
         let _ = rustix::fs::fadvise(file, 0, None, Advice::DontNeed);
@@ -57,34 +57,35 @@ fn clear_direct(file: &File) -> bool {
     flags.contains(OFlags::DIRECT) && rustix::fs::fcntl_setfl(file, flags - OFlags::DIRECT).is_ok()
 }
 
-/// A range of an open file that is hashed in order.
-pub(crate) struct Stretch<T> {
-    /// The open file, and the caller's name for the range.
-    of: T,
+/// A range of an open file that is read and hashed in order.
+pub(crate) struct HashTask<T> {
+    /// The open file, with the caller's label for the range.
+    labeled_file: T,
+    /// True while reads bypass the page cache.
     direct: bool,
     /// The bytes that are not read yet.
     range: Range<u64>,
     hasher: PartHasher,
-    /// The read error that ended the stretch, if one did.
+    /// The read error that ended the task, if any.
     error: Option<io::Error>,
 }
 
-impl<T: AsRef<File>> Stretch<T> {
-    /// Returns the stretch of the bytes in `range`. `hasher` has the state at its start.
-    pub(crate) fn new(of: T, range: Range<u64>, hasher: PartHasher) -> Self {
-        Self { direct: is_direct(of.as_ref()), of, range, hasher, error: None }
+impl<T: AsRef<File>> HashTask<T> {
+    /// Creates a task for the bytes in `range`. `hasher` must have the state at the start of the range.
+    pub(crate) fn new(labeled_file: T, range: Range<u64>, hasher: PartHasher) -> Self {
+        Self { direct: is_direct(labeled_file.as_ref()), labeled_file, range, hasher, error: None }
     }
 
-    /// Returns the stretch of a whole file of `size` bytes.
-    pub(crate) fn whole(of: T, size: u64) -> Self {
-        Self::new(of, 0..size, PartHasher::new())
+    /// Creates a task for a whole file of `size` bytes.
+    pub(crate) fn whole(labeled_file: T, size: u64) -> Self {
+        Self::new(labeled_file, 0..size, PartHasher::new())
     }
 
-    /// Reads the next bytes into `slice`, and returns their number. It is 0 at the end of the range or of the file, and
-    /// after an error.
+    /// Reads the next bytes into `slice`, and returns their number. Returns 0 at the end of the range or of the file,
+    /// and after an error.
     fn read(&mut self, slice: &mut [u8]) -> usize {
         let left = usize::try_from(self.range.end - self.range.start).unwrap_or(usize::MAX);
-        // Direct reads need whole blocks. Bytes beyond the end of the stretch are not hashed.
+        // Direct reads need whole blocks. Bytes beyond the end of the range are not hashed.
         let want = left.min(slice.len()).next_multiple_of(ALIGNMENT).min(slice.len());
         let read = match self.read_at(&mut slice[..want]) {
             Ok(read) => read.min(left),
@@ -98,7 +99,7 @@ impl<T: AsRef<File>> Stretch<T> {
     }
 
     fn read_at(&mut self, slice: &mut [u8]) -> io::Result<usize> {
-        let (file, at) = (self.of.as_ref(), self.range.start);
+        let (file, at) = (self.labeled_file.as_ref(), self.range.start);
         if at >= self.range.end {
             return Ok(0);
         }
@@ -124,19 +125,19 @@ impl<T: AsRef<File>> Stretch<T> {
         self.range.is_empty()
     }
 
-    /// Returns the caller's name, and the hasher or the read error.
+    /// Returns the labeled file, and the hasher or the read error.
     fn finish(self) -> (T, io::Result<PartHasher>) {
-        (self.of, self.error.map_or(Ok(self.hasher), Err))
+        (self.labeled_file, self.error.map_or(Ok(self.hasher), Err))
     }
 }
 
-/// One of the two stretches of a thread, with its buffer.
+/// One of the two tasks of a thread, with its buffer.
 struct Slot<T> {
-    stretch: Option<Stretch<T>>,
+    task: Option<HashTask<T>>,
     storage: Vec<u8>,
     /// Offset of the aligned slice in `storage`.
     start: usize,
-    /// Bytes of the slice that were read last.
+    /// Number of bytes in the slice that were read last.
     len: usize,
 }
 
@@ -144,41 +145,41 @@ impl<T: AsRef<File>> Slot<T> {
     fn new() -> Self {
         // Direct reads need an aligned buffer.
         let storage = vec![0; SLICE_BYTES + ALIGNMENT];
-        Self { start: storage.as_ptr().align_offset(ALIGNMENT), storage, stretch: None, len: 0 }
+        Self { start: storage.as_ptr().align_offset(ALIGNMENT), storage, task: None, len: 0 }
     }
 
-    /// Reads the next slice of the stretch. Returns its number of bytes.
+    /// Reads the next slice of the task. Returns the number of bytes read.
     fn read(&mut self) -> u64 {
         let slice = &mut self.storage[self.start..self.start + SLICE_BYTES];
-        self.len = self.stretch.as_mut().map_or(0, |stretch| stretch.read(slice));
+        self.len = self.task.as_mut().map_or(0, |task| task.read(slice));
         self.len as u64
     }
 
-    /// Returns the hasher and the bytes to be hashed, if there is a stretch.
+    /// Returns the hasher and the bytes to hash, if there is a task.
     fn work(&mut self) -> Option<(&mut PartHasher, &[u8])> {
         let slice = &self.storage[self.start..self.start + self.len];
-        self.stretch.as_mut().map(|stretch| (&mut stretch.hasher, slice))
+        self.task.as_mut().map(|task| (&mut task.hasher, slice))
     }
 }
 
-/// Reads and hashes stretches on this thread, two at a time, until `next` returns `None`.
+/// Performs tasks on this thread, two at a time, until `next` returns `None`.
 ///
-/// `on_read` gets the number of bytes after each read, and ends the work by returning false. `on_finished` gets the
-/// name of each finished stretch, with its hasher or read error.
+/// After each read, `on_read` gets the number of bytes; if it returns false, the function returns at once.
+/// `on_finished` gets the labeled file of each finished task, with the hasher or the read error.
 pub(crate) fn in_pairs<T: AsRef<File>, E>(
-    mut next: impl FnMut() -> Result<Option<Stretch<T>>, E>,
+    mut next: impl FnMut() -> Result<Option<HashTask<T>>, E>,
     mut on_read: impl FnMut(u64) -> bool,
     mut on_finished: impl FnMut(T, io::Result<PartHasher>) -> Result<(), E>,
 ) -> Result<(), E> {
     let mut slots = [Slot::new(), Slot::new()];
     loop {
-        // A finished stretch makes room for the next one.
+        // Start the next task in each free slot.
         for slot in &mut slots {
-            if slot.stretch.is_none() {
-                slot.stretch = next()?;
+            if slot.task.is_none() {
+                slot.task = next()?;
             }
         }
-        if slots.iter().all(|slot| slot.stretch.is_none()) || !on_read(slots.iter_mut().map(Slot::read).sum()) {
+        if slots.iter().all(|slot| slot.task.is_none()) || !on_read(slots.iter_mut().map(Slot::read).sum()) {
             return Ok(());
         }
         let [a, b] = &mut slots;
@@ -188,18 +189,18 @@ pub(crate) fn in_pairs<T: AsRef<File>, E>(
             (None, None) => {}
         }
         for slot in &mut slots {
-            if let Some(stretch) = slot.stretch.take_if(|stretch| stretch.is_finished()) {
-                let (of, hashed) = stretch.finish();
-                on_finished(of, hashed)?;
+            if let Some(task) = slot.task.take_if(|task| task.is_finished()) {
+                let (labeled_file, hashed) = task.finish();
+                on_finished(labeled_file, hashed)?;
             }
         }
     }
 }
 
-/// Returns the digest of a file of `size` bytes, read in order. If `on_read` returns false, the result is not the
-/// digest of the file.
+/// Returns the digest of a file of `size` bytes, read in order. If `on_read` returns false, reading stops, and the
+/// result is not the digest of the file.
 pub(crate) fn in_order(file: &File, size: u64, on_read: impl FnMut(u64) -> bool) -> io::Result<Digest> {
-    let mut whole = Some(Stretch::whole(Part { file, index: 0 }, size));
+    let mut whole = Some(HashTask::whole(Part { file, index: 0 }, size));
     let mut outcome = Ok(PartHasher::new());
     let keep = |_: Part<'_>, hashed| {
         outcome = hashed;
@@ -211,24 +212,24 @@ pub(crate) fn in_order(file: &File, size: u64, on_read: impl FnMut(u64) -> bool)
 
 /// Returns those of `parts` of a file of `size` bytes that match `ladder`, which ends at `digest`. Uses all cores.
 ///
-/// If all parts of the file match, the file has this digest. If some do not, it may still have it: the ladder may be
-/// wrong, or a read may have failed.
-pub(crate) fn right_parts(
+/// If all parts of the file match, the file has the digest. If a part does not match, the file may still have the
+/// digest: the ladder may be wrong, or a read may have failed.
+pub(crate) fn matching_parts(
     file: &File,
     size: u64,
     digest: Digest,
     ladder: &Ladder,
     parts: &BTreeSet<u64>,
 ) -> BTreeSet<u64> {
-    let left = Mutex::new(parts.iter());
-    let right = Mutex::new(BTreeSet::new());
+    let remaining = Mutex::new(parts.iter());
+    let matching = Mutex::new(BTreeSet::new());
     let next = || {
-        let index = *left.lock().unwrap_or_else(PoisonError::into_inner).next()?;
-        Some(Stretch::new(Part { file, index }, ladder.range(index, size), ladder.hasher(index)?))
+        let index = *remaining.lock().unwrap_or_else(PoisonError::into_inner).next()?;
+        Some(HashTask::new(Part { file, index }, ladder.range(index, size), ladder.hasher(index)?))
     };
     let on_finished = |part: Part<'_>, hashed: io::Result<PartHasher>| {
         if hashed.is_ok_and(|hasher| ladder.holds(part.index, Some(digest), hasher)) {
-            right.lock().unwrap_or_else(PoisonError::into_inner).insert(part.index);
+            matching.lock().unwrap_or_else(PoisonError::into_inner).insert(part.index);
         }
         Ok(())
     };
@@ -236,13 +237,13 @@ pub(crate) fn right_parts(
         let Ok(()) = in_pairs::<_, Infallible>(|| Ok(next()), |_| true, on_finished);
     };
     thread::scope(|scope| {
-        // This thread works, too, and each thread takes two parts at a time.
+        // This thread works as well, and each thread takes two parts at a time.
         let others = threads().min(parts.len().div_ceil(2)).saturating_sub(1);
         // If a thread cannot be started, the others do its share.
         (0..others).for_each(|_| drop(thread::Builder::new().spawn_scoped(scope, work)));
         work();
     });
-    right.into_inner().unwrap_or_else(PoisonError::into_inner)
+    matching.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Returns true if the file has `digest`. With a ladder, the parts are hashed on all cores. Without one, or if a part
@@ -251,7 +252,7 @@ pub(crate) fn has_digest(file: &File, digest: Digest, ladder: Option<&Ladder>) -
     let size = file.metadata()?.len();
     if let Some(ladder) = ladder.filter(|ladder| size > 0 && ladder.fits(size)) {
         let parts = (0..size.div_ceil(ladder.part_size())).collect();
-        if right_parts(file, size, digest, ladder, &parts) == parts {
+        if matching_parts(file, size, digest, ladder, &parts) == parts {
             return Ok(true);
         }
     }
@@ -296,20 +297,19 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
-        // Parts of whole pages can be read directly, others cannot. Both kinds are read from the cache and from the
-        // medium.
+        // Parts of whole pages can be read with O_DIRECT, others cannot. Both kinds are read with and without it.
         #[test]
         fn exactly_the_parts_with_flipped_bits_do_not_match(
             len in 1usize..40_000, part in prop_oneof![Just(64u64), Just(4096), Just(6400), Just(8192)],
-            flips in proptest::collection::vec(any::<proptest::sample::Index>(), 0..4), medium in any::<bool>(),
+            flips in proptest::collection::vec(any::<proptest::sample::Index>(), 0..4), direct in any::<bool>(),
         ) {
             let good = filled(len, part);
             let (digest, ladder) = (Digest::of(&good), ladder(&good, part));
             let mut bad = good.clone();
             flips.iter().for_each(|at| bad[at.index(len)] ^= 4);
             let file = file(&bad);
-            if medium {
-                from_medium(&file);
+            if direct {
+                bypass_page_cache(&file);
             }
             let parts: BTreeSet<u64> = (0..(len as u64).div_ceil(part)).collect();
             let expected = parts.iter().copied().filter(|index| {
@@ -317,7 +317,8 @@ mod tests {
                 let range = range.start as usize..range.end as usize;
                 good[range.clone()] == bad[range]
             });
-            prop_assert_eq!(right_parts(&file, len as u64, digest, &ladder, &parts), expected.collect::<BTreeSet<_>>());
+            let matching = matching_parts(&file, len as u64, digest, &ladder, &parts);
+            prop_assert_eq!(matching, expected.collect::<BTreeSet<_>>());
             prop_assert_eq!(has_digest(&file, digest, Some(&ladder)).expect("reads"), good == bad);
             prop_assert_eq!(has_digest(&file, Digest::of(&bad), None).expect("reads"), true);
         }
@@ -334,13 +335,13 @@ mod tests {
     }
 
     #[test]
-    fn stretches_longer_than_a_slice_are_hashed_and_a_truncated_file_does_not_match() {
+    fn parts_longer_than_a_slice_are_hashed_and_a_truncated_file_does_not_match() {
         let content = filled(3 * SLICE_BYTES + 70_001, 3);
         let (digest, part) = (Digest::of(&content), SLICE_BYTES as u64 + 64 * 1024);
         let (ladder, whole) = (ladder(&content, part), file(&content));
-        for medium in [false, true] {
-            if medium {
-                from_medium(&whole);
+        for direct in [false, true] {
+            if direct {
+                bypass_page_cache(&whole);
             }
             assert!(has_digest(&whole, digest, Some(&ladder)).expect("reads"));
             let size = content.len() as u64;
@@ -354,8 +355,8 @@ mod tests {
         let size = content.len() as u64;
         whole.set_len(size - 1).expect("shortens");
         let parts = (0..size.div_ceil(part)).collect();
-        let right = right_parts(&whole, size, digest, &ladder, &parts);
-        assert_eq!(right, parts.iter().copied().take(parts.len() - 1).collect());
+        let matching = matching_parts(&whole, size, digest, &ladder, &parts);
+        assert_eq!(matching, parts.iter().copied().take(parts.len() - 1).collect());
         assert!(!has_digest(&whole, digest, Some(&ladder)).expect("reads"));
     }
 }

@@ -14,27 +14,28 @@ pub(super) fn of_flock(path: &RootedPath) -> Vec<Holder> {
         return Vec::new();
     };
     let device = (rustix::fs::major(metadata.dev()), rustix::fs::minor(metadata.dev()));
-    let mut pids = pids(&table, metadata.ino(), Some(device));
+    let mut pids = flock_pids(&table, metadata.ino(), Some(device));
     if pids.is_empty() {
         // On layered filesystems, `stat` reports another device than the lock table. Compare the inode alone.
-        pids = self::pids(&table, metadata.ino(), None);
+        pids = flock_pids(&table, metadata.ino(), None);
     }
     pids.sort_unstable();
     pids.dedup();
     pids.into_iter().filter_map(holder).collect()
 }
 
-/// Returns the process ids in the lock `table` for an inode.
+/// Returns the ids of the processes that hold a `flock` on an inode, according to the lock `table`.
 ///
-/// A line is `1: FLOCK  ADVISORY  READ 1234 fd:01:5678 0 EOF`. Lines with `->` are waiting processes and are left out.
-fn pids(table: &str, inode: u64, device: Option<(u32, u32)>) -> Vec<u32> {
+/// A line is `1: FLOCK  ADVISORY  READ 1234 fd:01:5678 0 EOF`. Lines with `->` are of waiting processes and are left
+/// out.
+fn flock_pids(table: &str, inode: u64, device: Option<(u32, u32)>) -> Vec<u32> {
     let holder = |line: &str| {
         let fields: Vec<&str> = line.split_ascii_whitespace().collect();
         let [_, "FLOCK", _, _, pid, place, ..] = fields[..] else { return None };
         let mut place = place.split(':');
         let number = |text: Option<&str>| u32::from_str_radix(text?, 16).ok();
-        let here = (number(place.next())?, number(place.next())?);
-        let matches = place.next()?.parse() == Ok(inode) && device.is_none_or(|device| device == here);
+        let found = (number(place.next())?, number(place.next())?);
+        let matches = place.next()?.parse() == Ok(inode) && device.is_none_or(|device| device == found);
         matches.then(|| pid.parse().ok()).flatten()
     };
     table.lines().filter_map(holder).collect()
@@ -55,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_holders_of_the_file_are_read_from_the_table() {
+    fn only_holders_of_the_file_are_found_in_the_lock_table() {
         let table = "\
 1: FLOCK  ADVISORY  READ 11 fd:01:5678 0 EOF
 2: FLOCK  ADVISORY  READ 12 fd:02:5678 0 EOF
@@ -63,8 +64,8 @@ mod tests {
 3: POSIX  ADVISORY  WRITE 14 fd:01:5678 0 EOF
 4: FLOCK  ADVISORY  WRITE 15 fd:01:56789 0 EOF
 ";
-        assert_eq!(pids(table, 5678, Some((0xfd, 1))), [11]);
-        assert_eq!(pids(table, 5678, None), [11, 12]);
+        assert_eq!(flock_pids(table, 5678, Some((0xfd, 1))), [11]);
+        assert_eq!(flock_pids(table, 5678, None), [11, 12]);
     }
 
     #[test]

@@ -1,11 +1,11 @@
-//! In-memory index of all artifacts: their last use, and the files that their manifests record. With it, an eviction or
-//! a shared blob does not need to read every manifest.
+//! In-memory index of all artifacts: their time of last use, and the files that their manifests record. With it,
+//! evicting an artifact or checking a blob does not need to read every manifest.
 //!
-//! The index belongs to one process. It is read from the directory when it is first needed, and kept current by the
-//! change log, because manifests change only under the budget lock. `last-used` is touched without an entry in that
-//! log, so the recorded time must be compared with the file.
+//! Each process has its own index. It reads the directory when the index is first needed, and then keeps it current by
+//! the change log. `last-used` is touched without a line in that log, so the time in the index must be compared with
+//! the file.
 //!
-//! The index is only a guide: a candidate for eviction is examined again under its lease, and an identity is always
+//! The index is only a hint: a candidate for eviction is examined again under its lease, and an identity is always
 //! compared with the file itself.
 
 use super::change_log::Position;
@@ -33,21 +33,22 @@ pub(super) struct Index {
     by_use: BTreeSet<LastUseOrder>,
     /// Number of views that manifests record, by inode.
     views: HashMap<u64, u32>,
-    /// Number of manifests that record a durable file under a digest.
-    vouchers: HashMap<(Digest, FileIdentity), u32>,
-    /// Writers of unsynced files. They vouch for a file only while they are alive.
-    promises: HashMap<(Digest, FileIdentity), Vec<Arc<str>>>,
+    /// Number of manifests that record a durable file, by the digest and the identity of the file.
+    durable: HashMap<(Digest, FileIdentity), u32>,
+    /// The writers that manifests record for an unsynced file. The digest is known to be right only while one of them
+    /// is alive.
+    unsynced_writers: HashMap<(Digest, FileIdentity), Vec<Arc<str>>>,
 }
 
 #[derive(Debug)]
 struct IndexedArtifact {
     last_used: Option<SystemTime>,
-    files: Box<[Recorded]>,
+    files: Box<[RecordedFile]>,
 }
 
-/// A file that a manifest records.
+/// A held file, as a manifest records it.
 #[derive(Debug)]
-struct Recorded {
+struct RecordedFile {
     digest: Option<Digest>,
     identity: FileIdentity,
     /// The writer that has still to sync the file, if it is unsynced.
@@ -77,7 +78,7 @@ impl Index {
         let Some(mut changed) = changed else { return Ok(false) };
         changed.sort_unstable();
         changed.dedup();
-        // A logged change may not have happened; reading the manifest again is right in both cases.
+        // A logged change may not have happened. Reading the manifest again is right in both cases.
         for artifact in &changed {
             self.refresh(disk, &ArtifactDir(disk.layout().artifacts().join(artifact)))?;
         }
@@ -100,15 +101,15 @@ impl Index {
     pub(super) fn insert(&mut self, disk: &Disk, artifact: &ScannedArtifact) {
         let Some(folder) = below_artifacts(disk, &artifact.dir) else { return };
         let folder: Arc<Path> = folder.into();
-        let files: Box<[Recorded]> = artifact.manifest.iter().flat_map(recorded).collect();
+        let files: Box<[RecordedFile]> = artifact.manifest.iter().flat_map(recorded).collect();
         for file in &files {
             *self.views.entry(file.identity.inode).or_default() += 1;
-            // A durable file has the bytes of its digest. Of an unsynced one this is known only while its writer
-            // is alive.
+            // A durable file has the bytes of its digest. For an unsynced file, this is known only while its writer is
+            // alive.
             match (file.digest, &file.writer) {
-                (Some(digest), None) => *self.vouchers.entry((digest, file.identity)).or_default() += 1,
+                (Some(digest), None) => *self.durable.entry((digest, file.identity)).or_default() += 1,
                 (Some(digest), Some(writer)) => {
-                    self.promises.entry((digest, file.identity)).or_default().push(writer.clone());
+                    self.unsynced_writers.entry((digest, file.identity)).or_default().push(writer.clone());
                 }
                 (None, _) => {}
             }
@@ -123,26 +124,26 @@ impl Index {
         for file in &known.files {
             decrement(&mut self.views, &file.identity.inode);
             match (file.digest, &file.writer) {
-                (Some(digest), None) => decrement(&mut self.vouchers, &(digest, file.identity)),
-                (Some(digest), Some(writer)) => self.forget_promise((digest, file.identity), writer),
+                (Some(digest), None) => decrement(&mut self.durable, &(digest, file.identity)),
+                (Some(digest), Some(writer)) => self.remove_writer((digest, file.identity), writer),
                 (None, _) => {}
             }
         }
         self.by_use.remove(&(known.last_used, folder));
     }
 
-    /// Removes one entry of `writer` for an unsynced file.
-    fn forget_promise(&mut self, file: (Digest, FileIdentity), writer: &str) {
-        let Some(writers) = self.promises.get_mut(&file) else { return };
+    /// Removes one record of `writer` for an unsynced file.
+    fn remove_writer(&mut self, file: (Digest, FileIdentity), writer: &str) {
+        let Some(writers) = self.unsynced_writers.get_mut(&file) else { return };
         if let Some(at) = writers.iter().position(|known| **known == *writer) {
             writers.swap_remove(at);
         }
         if writers.is_empty() {
-            self.promises.remove(&file);
+            self.unsynced_writers.remove(&file);
         }
     }
 
-    /// Returns the artifact that follows `cursor` in the indexed order of last use, or the first one.
+    /// Returns the artifact that follows `cursor` in the order of last use; without a cursor, the first artifact.
     pub(super) fn next(&self, cursor: Option<&LastUseOrder>) -> Option<LastUseOrder> {
         let after = cursor.map_or(Bound::Unbounded, Bound::Excluded);
         self.by_use.range::<LastUseOrder, _>((after, Bound::Unbounded)).next().cloned()
@@ -162,37 +163,37 @@ impl Index {
         self.views.get(&inode).copied().unwrap_or_default().into()
     }
 
-    /// Asserts that both have the same content, except the times of last use.
+    /// Asserts that both indexes have the same content, except for the times of last use.
     #[cfg(test)]
     pub(super) fn assert_same(&self, other: &Self) {
         let keys = |index: &Self| index.artifacts.keys().cloned().collect::<BTreeSet<_>>();
         assert_eq!(keys(self), keys(other), "artifacts");
         assert_eq!(self.views, other.views, "views");
-        assert_eq!(self.vouchers, other.vouchers, "vouchers");
-        let promises = |index: &Self| {
+        assert_eq!(self.durable, other.durable, "durable files");
+        let unsynced_writers = |index: &Self| {
             let sorted = |writers: &Vec<Arc<str>>| writers.iter().cloned().collect::<BTreeSet<_>>();
-            index.promises.iter().map(|(file, writers)| (*file, sorted(writers))).collect::<HashMap<_, _>>()
+            index.unsynced_writers.iter().map(|(file, writers)| (*file, sorted(writers))).collect::<HashMap<_, _>>()
         };
-        assert_eq!(promises(self), promises(other), "promises");
+        assert_eq!(unsynced_writers(self), unsynced_writers(other), "unsynced writers");
         assert_eq!(self.artifacts.len(), self.by_use.len());
     }
 
-    /// Returns true if a manifest records `identity` for `digest`, and the file is durable.
+    /// Returns true if a manifest records a durable file with `digest` and `identity`.
     pub(super) fn vouches(&self, digest: &Digest, identity: FileIdentity) -> bool {
-        self.vouchers.contains_key(&(*digest, identity))
+        self.durable.contains_key(&(*digest, identity))
     }
 
-    /// Returns the writers that published the file `identity` as `digest` and had not synced it when last seen.
-    pub(super) fn promised(&self, digest: &Digest, identity: FileIdentity) -> Vec<Arc<str>> {
-        self.promises.get(&(*digest, identity)).cloned().unwrap_or_default()
+    /// Returns the writers that manifests record for an unsynced file with `digest` and `identity`.
+    pub(super) fn unsynced_writers(&self, digest: &Digest, identity: FileIdentity) -> Vec<Arc<str>> {
+        self.unsynced_writers.get(&(*digest, identity)).cloned().unwrap_or_default()
     }
 }
 
-/// Returns the files that `manifest` records on this disk.
-fn recorded(manifest: &Manifest) -> impl Iterator<Item = Recorded> {
+/// Returns the held files that `manifest` records.
+fn recorded(manifest: &Manifest) -> impl Iterator<Item = RecordedFile> {
     manifest.files.values().filter_map(|entry| {
         let writer = entry.unsynced().map(|file| file.writer().into());
-        Some(Recorded { digest: entry.sha256, identity: entry.recorded_on_disk()?, writer })
+        Some(RecordedFile { digest: entry.sha256, identity: entry.recorded_on_disk()?, writer })
     })
 }
 
@@ -201,7 +202,7 @@ pub(super) fn below_artifacts(disk: &Disk, dir: &ArtifactDir) -> Option<PathBuf>
     dir.path().below(&disk.layout().artifacts()).map(Path::to_owned)
 }
 
-/// Decrements the count of `key`, and removes it at 0.
+/// Decrements the count of `key`, and removes the key when the count reaches 0.
 fn decrement<K: Hash + Eq>(counts: &mut HashMap<K, u32>, key: &K) {
     match counts.get_mut(key) {
         Some(count) if *count > 1 => *count -= 1,

@@ -1,4 +1,4 @@
-//! The files that a caller puts: they are listed, then copied into staging and hashed in one pass.
+//! The input files of a put: they are listed, and then hashed and copied into staging in one pass.
 //!
 //! The caller's files are read once and never changed. A file that changes while it is read is refused, so that no
 //! mixture of old and new bytes is published.
@@ -19,70 +19,71 @@ use std::path::{Path, PathBuf};
 /// Buffer size for copying, in bytes.
 const COPY_BYTES: usize = 1 << 20;
 
-/// A file that the caller puts.
+/// An input file of a put.
 #[derive(Debug, Clone)]
 pub(crate) struct InputFile {
-    /// Its path in the artifact.
+    /// The path of the file in the artifact.
     pub(crate) path: FilePath,
-    /// Its location on the caller's filesystem.
+    /// The path of the file on the caller's filesystem.
     pub(crate) from: PathBuf,
-    /// Its size in bytes when it was listed.
+    /// The size of the file in bytes when it was listed.
     pub(crate) size: u64,
 }
 
-/// An input file that is read in order, hashed and, if there is a target, copied.
-pub(crate) struct Copying {
+/// Reads an input file in order, hashes it and, if there is a target, copies it.
+pub(crate) struct InputReader {
     input: InputFile,
     source: File,
     /// Identity of the source when it was opened.
     before: FileIdentity,
-    /// Bytes read so far.
+    /// Number of bytes read so far.
     read: u64,
-    into: Target,
+    target: Target,
 }
 
-/// Destination of the bytes.
+/// What happens to the bytes that are read.
 enum Target {
-    /// A staged file.
-    Staging(Box<StagedWriter>, RootedPath),
-    /// None: the bytes are only hashed.
-    Nowhere(LadderHasher),
+    /// They are hashed and written to a staged file.
+    Staged(Box<StagedWriter>, RootedPath),
+    /// They are only hashed.
+    HashOnly(LadderHasher),
 }
 
-impl Copying {
+impl InputReader {
     /// Opens the file. Its bytes are copied to `target`, if there is one.
     pub(crate) fn open(input: &InputFile, target: Option<&RootedPath>) -> Result<Self> {
-        let fault = |cause: std::io::Error| unreadable(&input.from, cause);
-        let source = File::open(&input.from).map_err(fault)?;
-        let before = identity(&source).map_err(fault)?;
+        let read_error = |cause: std::io::Error| unreadable(&input.from, cause);
+        let source = File::open(&input.from).map_err(read_error)?;
+        let before = identity(&source).map_err(read_error)?;
         let part_size = part_size(input.size);
-        let into = match target {
+        let target = match target {
             Some(target) => {
                 let path = target.clone();
-                let draft =
+                let spec =
                     StagedFileSpec { path, size: input.size, part_size, in_order: true, git: false, direct: false };
-                Target::Staging(Box::new(StagedWriter::create(draft, None)?), target.clone())
+                Target::Staged(Box::new(StagedWriter::create(spec, None)?), target.clone())
             }
-            None => Target::Nowhere(LadderHasher::new(part_size)),
+            None => Target::HashOnly(LadderHasher::new(part_size)),
         };
-        Ok(Self { input: input.clone(), source, before, read: 0, into })
+        Ok(Self { input: input.clone(), source, before, read: 0, target })
     }
 
-    /// Reads the next bytes until `buffer` is full. A second hasher, `beside`, gets them in the same pass.
+    /// Fills `buffer` with the next bytes, and hashes them. If there is a second hasher, `beside`, it hashes the same
+    /// bytes in the same pass.
     ///
     /// # Errors
-    /// If the file ends before `buffer` is full: it was truncated since it was listed.
-    pub(crate) fn fill(&mut self, buffer: &mut [u8], mut beside: Option<&mut PartHasher>) -> Result<()> {
+    /// Fails if the file ends before `buffer` is full, because the file was truncated since it was listed.
+    pub(crate) fn read_exact(&mut self, buffer: &mut [u8], mut beside: Option<&mut PartHasher>) -> Result<()> {
         for slice in buffer.chunks_mut(COPY_BYTES) {
             self.source.read_exact(slice).map_err(|cause| match cause.kind() {
                 std::io::ErrorKind::UnexpectedEof => changed(&self.input),
                 _ => unreadable(&self.input.from, cause),
             })?;
-            match (&mut self.into, beside.as_deref_mut()) {
-                (Target::Staging(writer, _), Some(beside)) => writer.append(self.read, slice, beside)?,
-                (Target::Staging(writer, _), None) => writer.write(self.read, slice)?,
-                (Target::Nowhere(hasher), Some(beside)) => hasher.update_beside(slice, beside),
-                (Target::Nowhere(hasher), None) => hasher.update(slice),
+            match (&mut self.target, beside.as_deref_mut()) {
+                (Target::Staged(writer, _), Some(beside)) => writer.append(self.read, slice, beside)?,
+                (Target::Staged(writer, _), None) => writer.write(self.read, slice)?,
+                (Target::HashOnly(hasher), Some(beside)) => hasher.update_both(slice, beside),
+                (Target::HashOnly(hasher), None) => hasher.update(slice),
             }
             self.read += slice.len() as u64;
         }
@@ -92,59 +93,59 @@ impl Copying {
     /// Returns the manifest entry of the file, and the identity of the copy, if there is one.
     ///
     /// # Errors
-    /// If the file has more or fewer bytes than were read, or was changed meanwhile.
+    /// Fails if the file has more or fewer bytes than were read, or was changed meanwhile.
     pub(crate) fn finish(mut self) -> Result<(FileEntry, Option<FileIdentity>)> {
-        let fault = |cause: std::io::Error| unreadable(&self.input.from, cause);
+        let read_error = |cause: std::io::Error| unreadable(&self.input.from, cause);
         // Try to read one more byte: the file may have grown.
-        let ended = self.read == self.input.size && self.source.read(&mut [0]).map_err(fault)? == 0;
-        if !ended || self.before != identity(&self.source).map_err(fault)? {
+        let ended = self.read == self.input.size && self.source.read(&mut [0]).map_err(read_error)? == 0;
+        if !ended || self.before != identity(&self.source).map_err(read_error)? {
             return Err(changed(&self.input));
         }
-        let (sha256, ladder, format, copy) = match self.into {
-            Target::Staging(writer, target) => {
+        let (sha256, ladder, format, copy) = match self.target {
+            Target::Staged(writer, path) => {
                 let hashed = writer.hashed();
-                (hashed.sha256, hashed.ladder, format_named(target.open(false)), Some(writer.seal()?))
+                (hashed.sha256, hashed.ladder, format_name(path.open(false)), Some(writer.seal()?))
             }
-            Target::Nowhere(hasher) => {
+            Target::HashOnly(hasher) => {
                 let (sha256, ladder) = hasher.finish();
-                (sha256, ladder, format_named(File::open(&self.input.from)), None)
+                (sha256, ladder, format_name(File::open(&self.input.from)), None)
             }
         };
         Ok((entry(self.input.size, sha256, ladder, format), copy))
     }
 }
 
-/// Copies one file into staging and hashes it. Fails if it changes meanwhile.
+/// Copies one file into staging and hashes it. Fails if the file changes meanwhile.
 pub(crate) fn copy_input(input: &InputFile, target: &RootedPath, progress: &Progress) -> Result<StagedFile> {
-    let mut copying = Copying::open(input, Some(target))?;
+    let mut reader = InputReader::open(input, Some(target))?;
     let mut buffer = vec![0; COPY_BYTES.min(usize::try_from(input.size).unwrap_or(COPY_BYTES))];
     let mut left = input.size;
     while left > 0 {
         let slice = buffer.len().min(usize::try_from(left).unwrap_or(buffer.len()));
-        copying.fill(&mut buffer[..slice], None)?;
+        reader.read_exact(&mut buffer[..slice], None)?;
         left -= slice as u64;
         progress.done(slice as u64);
     }
-    let (entry, copy) = copying.finish()?;
+    let (entry, copy) = reader.finish()?;
     let identity = copy.ok_or_else(|| Error::new(ErrorKind::Other, "nothing was copied"))?;
     Ok(StagedFile { name: String::new(), entry, identity })
 }
 
-/// Hashes one file without copying it. Fails if it changes meanwhile.
+/// Hashes one file without copying it. Fails if the file changes meanwhile.
 pub(crate) fn hash_input(input: &InputFile, progress: &Progress) -> Result<FileEntry> {
-    let fault = |cause: std::io::Error| unreadable(&input.from, cause);
-    let mut source = File::open(&input.from).map_err(fault)?;
-    let before = identity(&source).map_err(fault)?;
-    let format = format_named(File::open(&input.from));
+    let read_error = |cause: std::io::Error| unreadable(&input.from, cause);
+    let mut source = File::open(&input.from).map_err(read_error)?;
+    let before = identity(&source).map_err(read_error)?;
+    let format = format_name(File::open(&input.from));
     let (sha256, ladder) = files::hash(&mut source, &input.from, part_size(input.size))?;
-    if before.bytes != input.size || before != identity(&source).map_err(fault)? {
+    if before.bytes != input.size || before != identity(&source).map_err(read_error)? {
         return Err(changed(input));
     }
     progress.done(input.size);
     Ok(entry(input.size, sha256, ladder, format))
 }
 
-/// Returns the manifest entry of a file that is put.
+/// Returns the manifest entry of an input file.
 fn entry(size: u64, sha256: Digest, ladder: Ladder, format: Option<String>) -> FileEntry {
     let (sha256, provenance, ladder) = (Some(sha256), Some(Provenance::Put), Some(ladder));
     FileEntry::with(size, FileDetails { sha256, provenance, ladder, format, ..FileDetails::default() })
@@ -163,7 +164,7 @@ fn read_format(file: File) -> std::io::Result<Format> {
 }
 
 /// Returns the name of a file's format for its manifest, or `None` if it is unknown or the file cannot be read.
-pub(crate) fn format_named(opened: std::io::Result<File>) -> Option<String> {
+pub(crate) fn format_name(opened: std::io::Result<File>) -> Option<String> {
     match opened.and_then(read_format) {
         Ok(format) => format.name().map(str::to_owned),
         Err(error) => {
@@ -181,7 +182,7 @@ fn changed(input: &InputFile) -> Error {
 /// Returns the files at `path`, which is a file or a folder. Symbolic links are followed.
 ///
 /// # Errors
-/// If a link leads back to a folder above it or to nothing, or an entry is neither a file nor a folder.
+/// Fails if a link points to a folder above it or to nothing, or if an entry is neither a file nor a folder.
 pub(crate) fn list_input(path: &Path) -> Result<(Shape, Vec<InputFile>)> {
     let metadata = fs::metadata(path).map_err(|cause| unreadable(path, cause))?;
     if metadata.is_file() {
@@ -189,7 +190,11 @@ pub(crate) fn list_input(path: &Path) -> Result<(Shape, Vec<InputFile>)> {
         let name = name.ok_or_else(|| not_utf8(path))?;
         return Ok((
             Shape::File,
-            vec![InputFile { path: FilePath::new(name).map_err(rename)?, from: path.to_owned(), size: metadata.len() }],
+            vec![InputFile {
+                path: FilePath::new(name).map_err(with_rename_hint)?,
+                from: path.to_owned(),
+                size: metadata.len(),
+            }],
         ));
     }
     if !metadata.is_dir() {
@@ -205,8 +210,9 @@ pub(crate) fn list_input(path: &Path) -> Result<(Shape, Vec<InputFile>)> {
     Ok((Shape::Tree, inputs))
 }
 
-/// Adds the files below `folder` to `inputs`, sorted by name. `above` has the real paths of the folders above.
-fn list_folder(folder: &Path, prefix: &str, above: &mut Vec<PathBuf>, inputs: &mut Vec<InputFile>) -> Result<()> {
+/// Adds the files below `folder` to `inputs`, sorted by name. `ancestors` has the real paths of `folder` and of the
+/// folders that lead to it.
+fn list_folder(folder: &Path, prefix: &str, ancestors: &mut Vec<PathBuf>, inputs: &mut Vec<InputFile>) -> Result<()> {
     let mut entries: Vec<_> = fs::read_dir(folder)
         .and_then(|entries| entries.collect::<std::io::Result<_>>())
         .map_err(|cause| unreadable(folder, cause))?;
@@ -217,23 +223,28 @@ fn list_folder(folder: &Path, prefix: &str, above: &mut Vec<PathBuf>, inputs: &m
         let name = name.to_str().ok_or_else(|| not_utf8(&from))?;
         let metadata = fs::metadata(&from).map_err(|cause| match cause.kind() {
             std::io::ErrorKind::NotFound => {
-                Error::invalid(format!("the link {} leads nowhere", from.display())).hint("remove that link")
+                Error::invalid(format!("the symbolic link {} points to nothing", from.display()))
+                    .hint("remove that link")
             }
             _ => unreadable(&from, cause),
         })?;
         let path = format!("{prefix}{name}");
         if metadata.is_dir() {
-            // A link to a folder that is being listed would never end.
+            // If a link points to a folder that is being listed, the listing would never end.
             let real = canonical(&from)?;
-            if above.contains(&real) {
+            if ancestors.contains(&real) {
                 return Err(Error::invalid(format!("{} links back to a folder above it", from.display()))
                     .hint("remove that link"));
             }
-            above.push(real);
-            list_folder(&from, &format!("{path}/"), above, inputs)?;
-            above.pop();
+            ancestors.push(real);
+            list_folder(&from, &format!("{path}/"), ancestors, inputs)?;
+            ancestors.pop();
         } else if metadata.is_file() {
-            inputs.push(InputFile { path: FilePath::new(&path).map_err(rename)?, from, size: metadata.len() });
+            inputs.push(InputFile {
+                path: FilePath::new(&path).map_err(with_rename_hint)?,
+                from,
+                size: metadata.len(),
+            });
             if inputs.len() > limits::FILES_MAX {
                 return Err(Error::invalid(format!("more than {} files", limits::FILES_MAX)));
             }
@@ -244,7 +255,7 @@ fn list_folder(folder: &Path, prefix: &str, above: &mut Vec<PathBuf>, inputs: &m
     Ok(())
 }
 
-fn rename(error: Error) -> Error {
+fn with_rename_hint(error: Error) -> Error {
     error.hint("rename it, or take it out of the folder")
 }
 

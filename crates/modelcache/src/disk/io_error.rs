@@ -11,12 +11,14 @@ pub(super) fn errno(cause: &io::Error) -> Option<Errno> {
     cause.raw_os_error().map(Errno::from_raw_os_error)
 }
 
-/// Hint shown if an entry of another type is in the place of a file of the cache.
+/// Hint shown if an entry of the wrong type is at the path of a file of the cache.
 const MISPLACED: &str =
     "`modelcache doctor` lists entries that do not belong there, and `modelcache prune` moves them to quarantine/";
 
-/// Returns the error for `cause`, an I/O error of `operation` on `path`. Its kind is [`ErrorKind::Full`] if space,
-/// quota or file size is exhausted, [`ErrorKind::Limits`] if the process has too many open files, and `Directory` otherwise.
+/// Returns the error for `cause`, an I/O error of `operation` on `path`.
+///
+/// Its kind is [`ErrorKind::Full`] if space, quota or the maximum file size is exhausted, [`ErrorKind::Limits`] if too
+/// many files are open, and [`ErrorKind::Directory`] otherwise.
 pub(crate) fn fault(operation: &str, path: &(impl Shown + ?Sized), cause: io::Error) -> Error {
     let (kind, hint) = match errno(&cause) {
         Some(Errno::NOSPC) => {
@@ -37,7 +39,8 @@ pub(crate) fn fault(operation: &str, path: &(impl Shown + ?Sized), cause: io::Er
         ),
         Some(Errno::MFILE | Errno::NFILE) => (ErrorKind::Limits, "too many open files: raise the limit (ulimit -n)"),
         Some(Errno::LOOP | Errno::ISDIR) => (ErrorKind::Directory, MISPLACED),
-        // `rooted` refuses an entry that is not a regular file, or has a second name. Such an error has no number.
+        // `RootedPath::open` refuses an entry that is not a regular file or has a second link, by an error without a
+        // number.
         None if cause.kind() == io::ErrorKind::InvalidInput => (ErrorKind::Directory, MISPLACED),
         Some(Errno::IO) => (ErrorKind::Directory, "the disk reported an error: see the kernel log"),
         _ => (ErrorKind::Directory, "check the directory and its filesystem"),
@@ -45,9 +48,9 @@ pub(crate) fn fault(operation: &str, path: &(impl Shown + ?Sized), cause: io::Er
     Error::new(kind, format!("cannot {operation} {}", path.shown())).tier(Tier::Disk).hint(hint).cause(cause)
 }
 
-/// Returns true if an entry cannot be read or removed because of another user's permissions, or because it is nested too
-/// deeply. In a shared directory, any user can make such entries.
-pub(crate) fn is_barred(error: &(dyn std::error::Error + 'static)) -> bool {
+/// Returns true if this user cannot read or remove an entry, because another user set its permissions, or because it is
+/// nested too deeply. In a shared directory, any user can create such entries.
+pub(crate) fn is_inaccessible(error: &(dyn std::error::Error + 'static)) -> bool {
     let mut next = Some(error);
     while let Some(error) = next {
         if let Some(cause) = error.downcast_ref::<io::Error>() {
@@ -58,9 +61,9 @@ pub(crate) fn is_barred(error: &(dyn std::error::Error + 'static)) -> bool {
     false
 }
 
-/// A path that can be printed in a message.
+/// A path that can be shown in a message.
 pub(crate) trait Shown {
-    /// Returns the whole path, which starts as the caller wrote it.
+    /// Returns the whole path. The root is shown as the caller wrote it.
     fn shown(&self) -> String;
 }
 
@@ -88,7 +91,7 @@ impl<T: Shown + ?Sized> Shown for &T {
     }
 }
 
-/// Adds operation and path to the error of an I/O result.
+/// Adds the operation and the path to the error of an I/O result.
 pub(crate) trait IoContext<T> {
     /// Converts the error with [`fault`].
     fn at(self, operation: &str, path: &(impl Shown + ?Sized)) -> crate::Result<T>;

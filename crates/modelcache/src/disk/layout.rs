@@ -1,4 +1,4 @@
-//! Paths in the local directory. Nothing here changes a file.
+//! Paths in the local directory. This module changes no file.
 
 use super::rooted::RootedPath;
 use crate::digest::Digest;
@@ -54,12 +54,12 @@ impl Layout {
         self.root.join("refs")
     }
 
-    /// Digests of files in lower directories.
+    /// Records of the digests of files in lower directories.
     pub(crate) fn lower_records(&self) -> RootedPath {
         self.root.join("lower")
     }
 
-    pub(crate) fn reference(&self, name: &ArtifactName, revision: &str) -> RootedPath {
+    pub(crate) fn ref_file(&self, name: &ArtifactName, revision: &str) -> RootedPath {
         self.refs().join(escape(name.as_str())).join(escape(revision))
     }
 
@@ -71,12 +71,12 @@ impl Layout {
         self.root.join("quarantine")
     }
 
-    /// One locked file per process that has still to sync files.
+    /// The folder with one locked file per process that has not yet synced all its files.
     pub(crate) fn unsynced(&self) -> RootedPath {
         self.root.join("unsynced")
     }
 
-    /// Pending uploads.
+    /// The records of pending uploads.
     pub(crate) fn pending_uploads(&self) -> RootedPath {
         self.root.join("backfill")
     }
@@ -85,7 +85,7 @@ impl Layout {
         self.pending_uploads().join(format!("{key_hash}-{}", rustix::process::geteuid().as_raw()))
     }
 
-    /// Held by the process that uploads `key` to the remote.
+    /// The lock of the process that uploads `key` to the remote.
     pub(crate) fn backfill_lock(&self, key: &ArtifactKey) -> RootedPath {
         self.locks().join(format!("{}.backfill", key.hash()))
     }
@@ -103,30 +103,30 @@ impl Layout {
         self.locks().join("changes")
     }
 
-    /// Locked to find out whether locks exclude.
+    /// A lock that is taken only to find out whether locks exclude other processes.
     pub(crate) fn probe_lock(&self) -> RootedPath {
         self.locks().join("probe")
     }
 
-    /// Held by the leader of the fill of `key`. Generations above 0 are for successors, elected after a heartbeat
+    /// The lock of the leader of the fill of `key`. Generations above 0 are for successors of a leader whose heartbeat
     /// stopped.
     pub(crate) fn fill_lock(&self, key: &ArtifactKey, generation: usize) -> RootedPath {
         let hash = key.hash();
         self.locks().join(if generation == 0 { format!("{hash}.fill") } else { format!("{hash}.fill-{generation}") })
     }
 
-    /// Held by the process that verifies the unsynced files of `artifact` after their writer died.
+    /// The lock of the process that verifies the unsynced files of `artifact` after their writer died.
     pub(crate) fn check_lock(&self, artifact: &ArtifactDir) -> RootedPath {
         self.locks().join(format!("{}.check", artifact.hash()))
     }
 
-    /// Held shared by readers, exclusively by an eviction.
-    pub(crate) fn lease(&self, artifact: &ArtifactDir) -> RootedPath {
-        self.lease_of(&artifact.hash())
+    /// The lease of `artifact`: a lock that readers hold shared, and an eviction holds exclusively.
+    pub(crate) fn lease_lock(&self, artifact: &ArtifactDir) -> RootedPath {
+        self.lease_lock_of(&artifact.hash())
     }
 
-    /// Lease of the artifact with this key hash.
-    pub(crate) fn lease_of(&self, hash: &str) -> RootedPath {
+    /// The lease of the artifact with the key hash `hash`.
+    pub(crate) fn lease_lock_of(&self, hash: &str) -> RootedPath {
         self.locks().join(format!("{hash}.lease"))
     }
 }
@@ -135,8 +135,10 @@ impl Layout {
 pub(super) const FILES: &str = "files";
 /// Name of an artifact's manifest.
 pub(super) const MANIFEST: &str = "manifest.json";
-/// Name of an empty file. Its mtime is the time of last use.
+/// Name of an empty file whose mtime is the time of last use.
 pub(super) const LAST_USED: &str = "last-used";
+/// Name of an artifact's pin.
+pub(super) const PIN: &str = "pin";
 
 /// The folder of one artifact.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -147,17 +149,17 @@ impl ArtifactDir {
         &self.0
     }
 
-    /// Returns true if this folder and the one above it are real folders. Behind a symbolic link, which another user
-    /// may have put there, nothing may be changed.
-    pub(crate) fn is_ours(&self) -> crate::error::Result<bool> {
-        let above = self.0.parent().map_or(Ok(false), |above| super::files::is_folder(&above))?;
-        Ok(above && super::files::is_folder(&self.0)?)
+    /// Returns true if this folder and its parent are folders, not symbolic links. Another user may have created a link
+    /// there, and nothing behind a link may be changed.
+    pub(crate) fn is_real_folder(&self) -> crate::error::Result<bool> {
+        let has_parent = self.0.parent().map_or(Ok(false), |parent| super::files::is_folder(&parent))?;
+        Ok(has_parent && super::files::is_folder(&self.0)?)
     }
 
     /// Returns the hash of the artifact's key, equal to [`ArtifactKey::hash`].
     pub(super) fn hash(&self) -> String {
-        let above = self.0.parent();
-        ArtifactKey::hash_of_folders(above.as_ref().map_or("", RootedPath::name), self.0.name())
+        let parent = self.0.parent();
+        ArtifactKey::hash_of_folders(parent.as_ref().map_or("", RootedPath::name), self.0.name())
     }
 
     pub(crate) fn manifest(&self) -> RootedPath {
@@ -169,7 +171,7 @@ impl ArtifactDir {
     }
 
     pub(crate) fn pin(&self) -> RootedPath {
-        self.0.join("pin")
+        self.0.join(PIN)
     }
 
     pub(crate) fn files(&self) -> RootedPath {
@@ -181,8 +183,8 @@ impl ArtifactDir {
     }
 }
 
-/// Returns the name of a file in staging: its expected digest, so that files with equal content are staged once.
-/// Without one, the Git object id; without that, a hash of the path.
+/// Returns the name of a file in staging. It contains the expected digest, so that files with equal content are staged
+/// once. Without a digest it contains the Git object id, and without both a hash of the path.
 pub(crate) fn staged_name(path: &FilePath, entry: &FileEntry) -> String {
     match (entry.sha256, entry.git_oid) {
         (Some(digest), _) => format!("sha256-{digest}"),

@@ -1,10 +1,10 @@
-//! Giving a file a second name: by hard link, otherwise by reflink, otherwise by copy.
+//! Creates a second name for the bytes of a file: a hard link, otherwise a reflink, otherwise a copy.
 //!
 //! The kernel refuses hard links across mounts (also between bind mounts of one filesystem), to another user's
 //! read-only file (`protected_hardlinks`), and beyond the filesystem's limit on links. A reflink or copy has an inode
-//! of its own, which counts by itself.
+//! of its own, whose bytes count separately against the budget.
 //!
-//! Nothing here checks bytes. A reflink has the bytes of its source, and [`copy`] returns the digest of the copied
+//! This module verifies no bytes. A reflink has the bytes of its source, and [`copy`] returns the digest of the copied
 //! bytes.
 
 use super::files;
@@ -48,7 +48,8 @@ impl std::fmt::Display for Link {
     }
 }
 
-/// Creates the hard link `to`, which must not exist. Returns false if the filesystem or the kernel refuses it.
+/// Creates a hard link to `from` at `to`, which must not exist. Returns false if the filesystem or the kernel refuses
+/// it.
 pub(crate) fn hard_link(from: &RootedPath, to: &RootedPath) -> io::Result<bool> {
     match from.hard_link(to) {
         Ok(()) => Ok(true),
@@ -57,18 +58,18 @@ pub(crate) fn hard_link(from: &RootedPath, to: &RootedPath) -> io::Result<bool> 
     }
 }
 
-/// Returns true if a link or rename failed because it is not possible between these two places: another mount, another
-/// owner, too many links, or not supported. Other errors are real failures.
+/// Returns true if a link or rename is not possible between two paths: they are on different mounts, the file has
+/// another owner or too many links, or the filesystem does not support it. Any other error is a failure.
 pub(crate) fn is_refusal(error: &io::Error) -> bool {
     matches!(errno(error), Some(Errno::PERM | Errno::XDEV | Errno::MLINK | Errno::OPNOTSUPP | Errno::NOSYS))
 }
 
-/// Creates `to` as a reflink of `from`, and returns its identity. Returns `None` if the filesystem cannot, or if `from`
-/// is no longer the file `known`.
+/// Creates `to` as a reflink of `from`, and returns the identity of `to`. Returns `None` if the filesystem has no
+/// reflinks, or if `from` no longer has the identity `known`.
 pub(crate) fn reflink(from: &RootedPath, to: &RootedPath, known: FileIdentity) -> Result<Option<FileIdentity>> {
     let Ok(source) = from.open(false) else { return Ok(None) };
     let target = to.create_new(0o600).at("make", to)?;
-    // Compare after cloning: a change during the call would be in the clone.
+    // Compare the identities after cloning: a change during the call would be in the clone.
     let cloned = rustix::fs::ioctl_ficlone(&target, &source).is_ok()
         && Metadata::of(&source).at("examine", from)?.identity() == known;
     if cloned { seal(target, to).map(Some) } else { files::remove_file(to).map(|()| None) }

@@ -3,8 +3,8 @@
 //! - No process blocks in `flock`. It tries, sleeps and tries again.
 //! - Locks are taken in this order: backfill, fill, owner, shared lease, check, budget, then (one try) exclusive lease
 //!   or owner.
-//! - Some filesystems grant every lock, or refuse all; [`are_honest`] detects both. Where every lock is refused, a try
-//!   counts as successful. Code that depends on exclusion asks `Disk::locks_are_honest`.
+//! - Some filesystems grant every lock, and some support none; [`are_honest`] detects both. If a filesystem supports no
+//!   locks, a lock counts as taken. Code that depends on exclusion calls `Disk::locks_are_honest`.
 
 use super::files;
 use super::io_error::{IoContext, errno};
@@ -15,22 +15,22 @@ use rustix::io::Errno;
 use std::fs::{File, TryLockError};
 use std::io;
 
-/// A held lock, released on drop.
+/// A held file lock, released on drop.
 #[derive(Debug)]
 pub(crate) struct FileLock {
     file: File,
 }
 
 impl FileLock {
-    /// Tries to lock `path` exclusively. `None` if the lock is held by another process.
+    /// Tries to lock `path` exclusively; `None` if another process holds the lock.
     pub(crate) fn try_exclusive(path: &RootedPath) -> Result<Option<Self>> {
         let file = modes::open_shared(path).at("open the lock", path)?;
         Self::locked(file.try_lock(), file).at("lock", path)
     }
 
-    /// Tries to lock `path` shared. `None` if the lock is held exclusively.
+    /// Tries to lock `path` shared; `None` if another process holds the lock exclusively.
     ///
-    /// In a read-only directory, an existing lock file is opened for reading. Without one, returns the error of
+    /// In a read-only directory, an existing lock file is opened for reading. If there is none, returns the error of
     /// creating it.
     pub(crate) fn try_shared(path: &RootedPath) -> Result<Option<Self>> {
         let file = match modes::open_shared(path) {
@@ -40,28 +40,29 @@ impl FileLock {
         Self::try_shared_of(file, path)
     }
 
-    /// Tries to lock the open lock file at `path` shared. `None` if the lock is held exclusively.
+    /// Tries to lock `file`, which is open at `path`, shared; `None` if another process holds the lock exclusively.
     pub(crate) fn try_shared_of(file: File, path: &RootedPath) -> Result<Option<Self>> {
         Self::locked(file.try_lock_shared(), file).at("lock", path)
     }
 
-    /// Tries to lock the existing file at `path` exclusively. The outer `None`: the file does not exist, or was removed
-    /// before the lock was taken. The inner `None`: the lock is held by another process.
+    /// Tries to lock the existing file at `path` exclusively. Returns `None` if the file does not exist or was removed
+    /// before the lock was taken, and `Some(None)` if another process holds the lock.
     ///
-    /// Never creates the file: a journal that its owner is removing must not appear again.
+    /// Never creates the file: a journal that its owner is removing must not be created again.
     pub(crate) fn try_existing(path: &RootedPath) -> Result<Option<Option<Self>>> {
-        // On local filesystems a read-only descriptor can be locked, too. Needed for temporary files of other users.
+        // A temporary file of another user can only be opened read-only. On local filesystems this is enough to lock
+        // it.
         let open = || path.open(true).or_else(|_| path.open(false));
         let opened = files::absent(open()).at("open the lock", path)?;
         let Some(file) = opened else { return Ok(None) };
         let Some(held) = Self::locked(file.try_lock(), file).at("lock", path)? else { return Ok(Some(None)) };
         // The last holder may have removed the file under its lock: check that the path still names the locked file.
         let locked = Metadata::of(&held.file).at("examine", path)?.ino();
-        let is_there = files::stat(path)?.is_some_and(|there| there.ino() == locked);
-        Ok(is_there.then_some(Some(held)))
+        let is_current = files::stat(path)?.is_some_and(|found| found.ino() == locked);
+        Ok(is_current.then_some(Some(held)))
     }
 
-    /// Tries to lock a file that this process has just created. `None` if another process locked it first.
+    /// Tries to lock a file that this process has just created; `None` if another process locked it first.
     pub(crate) fn of_new(file: File, path: &RootedPath) -> Result<Option<Self>> {
         Self::locked(file.try_lock(), file).at("lock", path)
     }
@@ -71,18 +72,18 @@ impl FileLock {
         Self::locked(file.try_lock(), file)?.ok_or_else(|| Errno::WOULDBLOCK.into())
     }
 
-    /// Turns the outcome of a try into a held lock, `None`, or an error.
+    /// Converts the outcome of a try to a held lock, `None`, or an error.
     fn locked(outcome: Result<(), TryLockError>, file: File) -> io::Result<Option<Self>> {
         match outcome {
             Ok(()) => Ok(Some(Self { file })),
             Err(TryLockError::WouldBlock) => Ok(None),
-            // The filesystem has no locks: go on as if this one were held.
+            // The filesystem does not support locks: continue as if this lock were held.
             Err(TryLockError::Error(cause)) if has_no_locks(&cause) => Ok(Some(Self { file })),
             Err(TryLockError::Error(cause)) => Err(cause),
         }
     }
 
-    /// Returns the locked file. Only the holder writes to it.
+    /// Returns the locked file. Only the process that holds the lock writes to it.
     pub(crate) fn file(&self) -> &File {
         &self.file
     }
@@ -90,19 +91,19 @@ impl FileLock {
 
 impl Drop for FileLock {
     fn drop(&mut self) {
-        // Closing is not enough: a forked child may still have the descriptor, and would keep the lock.
+        // Closing the file is not enough: a forked child may still have the descriptor, and would keep the lock.
         let _ = self.file.unlock();
     }
 }
 
-/// Returns true if locks exclude on the filesystem of `path`, a lock file used for this test only: while one open file
-/// description holds the lock, a second one must be refused.
+/// Returns true if locks exclude other processes on the filesystem of `path`, a lock file that is used for this test
+/// only: while one open file description holds the lock, a second one must not get it.
 pub(crate) fn are_honest(path: &RootedPath) -> Result<bool> {
     let [first, second] = [modes::open_shared(path), modes::open_shared(path)];
     let (first, second) = (first.at("open the lock", path)?, second.at("open the lock", path)?);
     match first.try_lock() {
         Ok(()) => {}
-        // Another process runs this test, and its lock excludes us.
+        // Another process runs this test at the same time, and its lock excludes this process.
         Err(TryLockError::WouldBlock) => return Ok(true),
         Err(TryLockError::Error(cause)) if has_no_locks(&cause) => return Ok(false),
         Err(TryLockError::Error(cause)) => return Err(cause).at("lock", path),

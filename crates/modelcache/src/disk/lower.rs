@@ -1,9 +1,9 @@
 //! The lower directory: a second cache, for instance part of a container image, that is only read.
 //!
-//! Its artifacts are served without locks, leases, links or updates of the last use. In an image layer, files have
-//! other inodes and coarser times than recorded when the image was built. Such a file is hashed once. Its digest is
-//! recorded in the upper directory, under lower root, device, inode, size and mtime. If a selected file has wrong
-//! bytes, the artifact counts as absent from the lower directory.
+//! Its artifacts are served without locks, leases, links or updates of the time of last use. In an image layer, a file
+//! has another inode and a coarser mtime than the manifest recorded when the image was built. Such a file is hashed
+//! once. Its digest is recorded in the upper directory, under the lower root and the device, inode, size and mtime of
+//! the file. If a selected file has wrong bytes, the artifact counts as absent from the lower directory.
 
 use super::budget::boot_id;
 use super::files;
@@ -25,13 +25,13 @@ pub(crate) struct Lower {
     disk: Disk,
     /// The directory that records the digests of lower files.
     upper: Disk,
-    /// Digests that this process has read or computed, by record name.
-    seen: Arc<Mutex<HashMap<String, Digest>>>,
+    /// Digests of lower files that this process has read from a record or computed, by record name.
+    digests: Arc<Mutex<HashMap<String, Digest>>>,
 }
 
 /// The digest of a file in the lower directory.
 #[derive(Debug, Clone, Copy)]
-struct LowerFile {
+struct LowerDigest {
     digest: Digest,
     /// True if this process did not know the digest before.
     is_new: bool,
@@ -43,9 +43,9 @@ impl Lower {
     pub(crate) fn open(root: &Path, upper: &Disk) -> Option<Self> {
         let opened = std::path::absolute(root)
             .map_err(|cause| super::fault("resolve", root, cause))
-            .and_then(|root| Disk::reader(&root, "it is a lower directory, which is only read"));
+            .and_then(|root| Disk::open_read_only(&root, "it is a lower directory, which is only read"));
         match opened {
-            Ok(disk) => Some(Self { disk, upper: upper.clone(), seen: Arc::default() }),
+            Ok(disk) => Some(Self { disk, upper: upper.clone(), digests: Arc::default() }),
             Err(error) => {
                 tracing::warn!(%error, hint = error.hint_text(), "the lower directory cannot be used and is ignored");
                 None
@@ -77,12 +77,12 @@ impl Lower {
         self.disk.remembered_ref(name, revision)
     }
 
-    /// Returns a source of those files of `wanted` that the lower directory has. The fill copies and verifies them.
+    /// Returns a source for those files of `wanted` that the lower directory has. The fill copies and verifies them.
     pub(crate) fn source(&self, key: &ArtifactKey, wanted: &[(FilePath, FileEntry)]) -> Result<DiskSource> {
         self.disk.source(key, wanted)
     }
 
-    /// Returns the selected files of `key`, if all of them exist with the right bytes. There is no lease to take.
+    /// Returns the artifact `key`, without a lease, if all selected files exist with the right bytes.
     pub(crate) fn acquire(&self, key: &ArtifactKey, selection: &Selection) -> Result<Option<LeasedArtifact>> {
         let Some(manifest) = self.manifest(key).filter(|manifest| manifest.holds(selection)) else { return Ok(None) };
         let dir = self.disk.layout().artifact(key);
@@ -102,19 +102,19 @@ impl Lower {
                 return Ok(None);
             }
         }
-        Ok(Some(LeasedArtifact { manifest: Arc::new(manifest), dir, link: None, is_lower: true, _lease: None }))
+        Ok(Some(LeasedArtifact { manifest: Arc::new(manifest), dir, link: None, is_lower: true, lease: None }))
     }
 
-    /// Hashes the held files among the selected ones of `key`. This process then no longer serves files with wrong
+    /// Hashes the selected files of `key` that are held. From then on this process does not serve those with wrong
     /// bytes.
-    pub(crate) fn verify(&self, key: &ArtifactKey, selection: &Selection, reading: &VerifyRun) -> Result<()> {
+    pub(crate) fn verify(&self, key: &ArtifactKey, selection: &Selection, run: &VerifyRun) -> Result<()> {
         let Some(manifest) = self.manifest(key) else { return Ok(()) };
         let dir = self.disk.layout().artifact(key);
         for (path, _) in manifest.selected(selection).filter(|(_, entry)| entry.held.is_some()) {
             let view = dir.view(path);
             let Some(metadata) = files::stat(&view)?.filter(Metadata::is_file) else { continue };
-            if let Some(digest) = self.disk.hash_rate_limited(&view, reading)? {
-                self.seen().insert(self.record_name(&metadata), digest);
+            if let Some(digest) = self.disk.hash_rate_limited(&view, run)? {
+                self.digests().insert(self.record_name(&metadata), digest);
             }
         }
         Ok(())
@@ -122,27 +122,28 @@ impl Lower {
 
     /// Returns true if this process has hashed the file and found another digest than that of `entry`.
     fn was_found_wrong(&self, metadata: &Metadata, entry: &FileEntry) -> bool {
-        let seen = self.seen();
-        !seen.is_empty() && seen.get(&self.record_name(metadata)).is_some_and(|found| entry.sha256 != Some(*found))
+        let digests = self.digests();
+        !digests.is_empty()
+            && digests.get(&self.record_name(metadata)).is_some_and(|found| entry.sha256 != Some(*found))
     }
 
     /// Returns the digest of the file at `view`, from a record or by hashing it. `None` if the file is being changed.
-    fn digest_of(&self, view: &RootedPath, metadata: &Metadata, entry: &FileEntry) -> Result<Option<LowerFile>> {
+    fn digest_of(&self, view: &RootedPath, metadata: &Metadata, entry: &FileEntry) -> Result<Option<LowerDigest>> {
         let name = match entry.unsynced() {
             None => self.record_name(metadata),
-            // A power cut may change the bytes of an unsynced file, but not its identity. Record its digest for this
-            // boot.
+            // A power cut may change the bytes of an unsynced file without changing its identity. The name of its
+            // record contains the boot id, so that the record is valid for this boot only.
             Some(_) => Digest::of(format!("{}\0{}", self.record_name(metadata), boot_id()).as_bytes()).to_string(),
         };
-        if let Some(seen) = self.seen().get(&name) {
-            return Ok(Some(LowerFile { digest: *seen, is_new: false }));
+        if let Some(digest) = self.digests().get(&name) {
+            return Ok(Some(LowerDigest { digest: *digest, is_new: false }));
         }
-        // Recorded by another process, or by an earlier one.
+        // Another process may have recorded the digest.
         let path = self.upper.layout().lower_records().join(&name);
         let stored = files::read_small(&path, 128).unwrap_or(None);
         if let Some(digest) = stored.and_then(|text| String::from_utf8_lossy(&text).trim().parse().ok()) {
-            self.seen().insert(name, digest);
-            return Ok(Some(LowerFile { digest, is_new: true }));
+            self.digests().insert(name, digest);
+            return Ok(Some(LowerDigest { digest, is_new: true }));
         }
         // The file must still be the one that the caller examined.
         let Some((digest, _)) =
@@ -155,8 +156,8 @@ impl Lower {
         {
             tracing::debug!(%error, "the digest of a lower file cannot be recorded");
         }
-        self.seen().insert(name, digest);
-        Ok(Some(LowerFile { digest, is_new: true }))
+        self.digests().insert(name, digest);
+        Ok(Some(LowerDigest { digest, is_new: true }))
     }
 
     /// Returns the name of the record of a file with this metadata.
@@ -167,15 +168,15 @@ impl Lower {
         Digest::of(text.as_bytes()).to_string()
     }
 
-    fn seen(&self) -> std::sync::MutexGuard<'_, HashMap<String, Digest>> {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    fn digests(&self) -> std::sync::MutexGuard<'_, HashMap<String, Digest>> {
+        self.digests.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Disk {
-    /// Opens an existing cache directory for reading only. Nothing is created in it. `why` is the reason in error
-    /// messages.
-    pub(super) fn reader(root: &Path, why: &str) -> Result<Self> {
+    /// Opens an existing cache directory for reading only. Nothing is created in it. Errors of later calls that would
+    /// write state `reason`.
+    pub(super) fn open_read_only(root: &Path, reason: &str) -> Result<Self> {
         super::ownership::check(root, Sharing::Off)?;
         let layout = super::Layout::new(root);
         if files::stat(&layout.format())?.is_none() {
@@ -184,14 +185,14 @@ impl Disk {
         }
         check_format(&layout)?;
         let (max_bytes, min_free_bytes) = (ByteBound::Bytes(0), ByteBound::Bytes(0));
-        Ok(Self(Arc::new(super::Inner {
+        Ok(Self(Arc::new(super::DiskState {
             layout,
             max_bytes,
             min_free_bytes,
-            unwritable: Some(Error::new(ErrorKind::Directory, why)),
+            unwritable: Some(Error::new(ErrorKind::Directory, reason)),
             locks_are_honest: true,
             is_local: false,
-            memo: Default::default(),
+            manifests: Default::default(),
             pending_syncs: Default::default(),
             leases: Default::default(),
             index: Default::default(),

@@ -4,7 +4,7 @@
 //! old folder or the new one.
 //!
 //! Only files that an earlier call created are ever removed: a marker file in the folder lists them. A temporary folder
-//! is locked while it is being built, so the next call can recognise and remove the leftovers of a killed one.
+//! is locked while it is being built, so that the next call recognises and removes the leftovers of a killed process.
 
 use super::files::{self, absent};
 use super::io_error::{Shown, errno};
@@ -42,11 +42,11 @@ pub enum LinkMode {
     /// A hard link if possible, otherwise a reflink, otherwise a copy.
     #[default]
     Auto,
-    /// Only this way; an error if it is not possible.
+    /// Only this kind of link; an error if it is not possible.
     Only(Link),
 }
 
-/// A folder that may be replaced: absent, empty, or materialized before.
+/// A folder that may be replaced: it is absent, empty, or was materialized before.
 #[derive(Debug, Clone)]
 pub struct Destination {
     dir: RootedPath,
@@ -63,15 +63,15 @@ pub struct Materialized {
     /// The file, if the artifact or the selection is a single file; otherwise the folder. The report of the get has it.
     #[serde(skip)]
     pub path: PathBuf,
-    /// Number of files by the way they were created.
+    /// Number of files by kind of link.
     pub links: BTreeMap<Link, usize>,
 }
 
-/// The files that the folder shall contain.
+/// The files that the new folder must contain.
 #[derive(Debug, Clone)]
 pub(crate) struct Tree {
     pub(crate) key: ArtifactKey,
-    /// The leased artifact.
+    /// The folder of the leased artifact.
     pub(crate) from: ArtifactDir,
     /// True if hard links are allowed. Files of a lower directory must not be linked.
     pub(crate) may_link: bool,
@@ -90,13 +90,13 @@ struct Marker {
 }
 
 impl Destination {
-    /// Checks that `dir` may be replaced as a whole. It must not contain the cache directory or the current folder, nor
-    /// be in the cache directory.
+    /// Checks that `dir` may be replaced as a whole. It must not contain the cache directory or the working directory,
+    /// and must not be inside the cache directory.
     pub(crate) fn check(dir: &Path, cache_root: &Path) -> Result<Self> {
-        let refuse = |why: &str, hint: &str| Err(Error::invalid(format!("{} {why}", dir.display())).hint(hint));
+        let refuse = |reason: &str, hint: &str| Err(Error::invalid(format!("{} {reason}", dir.display())).hint(hint));
         let real = real_path(dir)?;
         let cache_root = fs::canonicalize(cache_root).unwrap_or_else(|_| cache_root.to_owned()); // outside the root
-        if std::env::current_dir().is_ok_and(|present| present.starts_with(&real)) {
+        if std::env::current_dir().is_ok_and(|current| current.starts_with(&real)) {
             return refuse(
                 "is the folder this command runs in, and would be replaced as a whole",
                 "name a folder in it, or run the command elsewhere",
@@ -112,13 +112,13 @@ impl Destination {
         if real.file_name().is_none() || absent(fs::metadata(&real)).is_ok_and(|m| m.is_some_and(|m| !m.is_dir())) {
             return refuse("is not a folder", "name a folder; it need not exist");
         }
-        let (above, name) = (real.parent().unwrap_or(Path::new("/")), real.file_name().unwrap_or_default());
-        let destination = Self { dir: RootedPath::root(above).join(name), requested: dir.to_owned() };
+        let (parent, name) = (real.parent().unwrap_or(Path::new("/")), real.file_name().unwrap_or_default());
+        let destination = Self { dir: RootedPath::root(parent).join(name), requested: dir.to_owned() };
         destination.refuse_unmanaged_files()?;
         Ok(destination)
     }
 
-    /// Fails if the folder has a file that no earlier call created.
+    /// Fails if the folder contains a file that no earlier call created, or that was changed since.
     fn refuse_unmanaged_files(&self) -> Result<()> {
         let Some(unmanaged) = unmanaged_file(&self.dir)? else { return Ok(()) };
         Err(self.unmanaged_error(&unmanaged))
@@ -142,40 +142,42 @@ impl Destination {
         fs::create_dir_all(parent.full()).map_err(|cause| destination_error("make", &parent, cause))?; // outside the root
         // Step 1: remove the leftovers of killed calls.
         let prefix = format!(".{}.modelcache-", self.dir.name());
-        sweep(&parent, &prefix, &self.dir)?;
+        remove_leftovers(&parent, &prefix, &self.dir)?;
         // Step 2: build the new folder under a temporary name.
-        let site = BuildFolder::create(&parent, &prefix)?;
-        let (mut links, mut folders) = (BTreeMap::new(), BTreeSet::from([site.path.clone()]));
+        let new = BuildFolder::create(&parent, &prefix)?;
+        let (mut links, mut folders) = (BTreeMap::new(), BTreeSet::from([new.path.clone()]));
         for (path, entry) in &tree.files {
-            let target = site.path.join(path.as_str());
-            make_folder(target.parent().as_ref().unwrap_or(&site.path), &mut folders)?;
-            let link = place(&tree.from.view(path), &target, entry, ways(mode, tree.may_link), progress)?;
+            let target = new.path.join(path.as_str());
+            make_folder(target.parent().as_ref().unwrap_or(&new.path), &mut folders)?;
+            let kinds = kinds_to_try(mode, tree.may_link);
+            let link = create_file(&tree.from.view(path), &target, entry, kinds, progress)?;
             *links.entry(link).or_default() += 1;
         }
-        // Step 3: write the marker, and sync all folders. Reflinks and copies were synced before.
-        write_marker(&site.path, tree)?;
+        // Step 3: write the marker, and sync all folders. Reflinks and copies are already synced.
+        write_marker(&new.path, tree)?;
         folders.iter().try_for_each(sync)?;
-        // Step 4: exchange the folders. The user may have added a file to the old one meanwhile, so check again.
+        // Step 4: exchange the folders. Check again first, because the user may have added a file to the old folder.
         self.refuse_unmanaged_files()?;
-        swap(&site.path, &self.dir).map_err(|cause| swap_error(&self.requested, cause))?;
-        // Step 5: check the old folder once more under its temporary name. If a file was added, exchange back.
-        if let Some(unmanaged) = unmanaged_file(&site.path)? {
-            swap(&site.path, &self.dir).map_err(|cause| swap_error(&self.requested, cause))?;
+        exchange(&new.path, &self.dir).map_err(|cause| exchange_error(&self.requested, cause))?;
+        // Step 5: check the old folder again under the temporary name. If a file was added before the exchange, undo
+        // it.
+        if let Some(unmanaged) = unmanaged_file(&new.path)? {
+            exchange(&new.path, &self.dir).map_err(|cause| exchange_error(&self.requested, cause))?;
             return Err(self.unmanaged_error(&unmanaged));
         }
-        // Step 6: sync the parent. Dropping `site` then removes the old folder.
+        // Step 6: sync the parent. Dropping `new` then removes the old folder.
         sync(&parent)?;
         Ok(Materialized { dir: self.dir.full(), path: self.dir.full(), links })
     }
 }
 
-/// Creates `folder` and its missing parents below one of `made`. Adds the new folders to `made`.
+/// Creates `folder`, which is below a folder in `made`, and its missing parents. Adds the new folders to `made`.
 fn make_folder(folder: &RootedPath, made: &mut BTreeSet<RootedPath>) -> Result<()> {
     if made.contains(folder) {
         return Ok(());
     }
-    if let Some(above) = folder.parent() {
-        make_folder(&above, made)?;
+    if let Some(parent) = folder.parent() {
+        make_folder(&parent, made)?;
     }
     folder.create_dir(None).map_err(|cause| destination_error("make", folder, cause))?;
     made.insert(folder.clone());
@@ -185,13 +187,14 @@ fn make_folder(folder: &RootedPath, made: &mut BTreeSet<RootedPath>) -> Result<(
 /// Returns a file in `dir` that no earlier call created, or that was changed since.
 fn unmanaged_file(dir: &RootedPath) -> Result<Option<PathBuf>> {
     let marker = files::read_small(&dir.join(MARKER), MARKER_BYTES_MAX)?;
-    let ours = marker.and_then(|bytes| serde_json::from_slice::<Marker>(&bytes).ok()).map(|marker| marker.files);
+    let recorded = marker.and_then(|bytes| serde_json::from_slice::<Marker>(&bytes).ok()).map(|marker| marker.files);
     let mut unmanaged = None;
     files::walk_all(dir, &mut |path, metadata| {
         let inside = path.below(dir).unwrap_or(Path::new(""));
-        let put_there = ours.as_ref().zip(inside.to_str().and_then(|path| FilePath::new(path).ok()));
-        let known = put_there.and_then(|(ours, path)| ours.get(&path)).is_some_and(|put| is_unchanged(put, metadata));
-        if !known && inside != Path::new(MARKER) && unmanaged.is_none() {
+        let path = inside.to_str().and_then(|path| FilePath::new(path).ok());
+        let identity = recorded.as_ref().zip(path).and_then(|(recorded, path)| recorded.get(&path));
+        let is_managed = identity.is_some_and(|identity| is_unchanged(identity, metadata));
+        if !is_managed && inside != Path::new(MARKER) && unmanaged.is_none() {
             unmanaged = Some(inside.to_owned());
         }
         Ok(())
@@ -199,26 +202,26 @@ fn unmanaged_file(dir: &RootedPath) -> Result<Option<PathBuf>> {
     Ok(unmanaged)
 }
 
-/// Returns true if a file is unchanged since it was created. The mtime of a hard link into the cache is not compared,
-/// because the cache may change it.
-fn is_unchanged(put: &FileIdentity, metadata: &Metadata) -> bool {
+/// Returns true if a file still has the identity that was recorded when it was created. The mtime of a hard link into
+/// the cache is not compared, because the cache may change it.
+fn is_unchanged(recorded: &FileIdentity, metadata: &Metadata) -> bool {
     let now = metadata.identity();
-    now == *put || (metadata.nlink() > 1 && now.inode == put.inode && now.bytes == put.bytes)
+    now == *recorded || (metadata.nlink() > 1 && now.inode == recorded.inode && now.bytes == recorded.bytes)
 }
 
-/// Returns the absolute path of `dir`, with symbolic links resolved in the part that exists.
+/// Returns the absolute path of `dir`. Symbolic links are resolved in the part of the path that exists.
 fn real_path(dir: &Path) -> Result<PathBuf> {
     let absolute = std::path::absolute(dir).map_err(|cause| destination_error("find", dir, cause))?;
     let mut missing = Vec::new();
-    let mut there = absolute.as_path();
+    let mut existing = absolute.as_path();
     loop {
         // outside the root
-        match fs::canonicalize(there) {
+        match fs::canonicalize(existing) {
             Ok(real) => return Ok(missing.iter().rev().fold(real, |path, name| path.join(name))),
-            Err(cause) => match (there.parent(), there.file_name()) {
+            Err(cause) => match (existing.parent(), existing.file_name()) {
                 (Some(parent), Some(name)) if cause.kind() == io::ErrorKind::NotFound => {
                     missing.push(name.to_owned());
-                    there = parent;
+                    existing = parent;
                 }
                 _ => return Err(destination_error("find", dir, cause)),
             },
@@ -226,11 +229,11 @@ fn real_path(dir: &Path) -> Result<PathBuf> {
     }
 }
 
-/// The temporary folder, locked while it exists. On drop, removes the folder that then has the temporary name: this one
-/// if the call failed, the old folder if it succeeded.
+/// The temporary folder, locked while it exists. On drop, removes the folder that then has the temporary name: the new
+/// folder if the call failed, the old folder if the call succeeded.
 struct BuildFolder {
     path: RootedPath,
-    _alive: FileLock,
+    _lock: FileLock,
 }
 
 impl BuildFolder {
@@ -238,12 +241,12 @@ impl BuildFolder {
         loop {
             let path = parent.join(format!("{prefix}{}", files::random_name()));
             path.create_dir(None).map_err(|cause| destination_error("make", &path, cause))?;
-            // Another call may sweep the folder as a leftover before it is locked. Then create another one.
+            // Another call may remove the folder as a leftover before it is locked. Then create another folder.
             if let Ok(dir) = path.open_dir()
-                && let Some(alive) = FileLock::of_new(dir, &path)?
+                && let Some(lock) = FileLock::of_new(dir, &path)?
                 && files::is_folder(&path)?
             {
-                return Ok(Self { path, _alive: alive });
+                return Ok(Self { path, _lock: lock });
             }
         }
     }
@@ -258,20 +261,21 @@ impl Drop for BuildFolder {
 }
 
 /// Removes the temporary folders of killed calls. If a call was killed between the two renames that replace an
-/// exchange, moves the old folder back to `place`.
-fn sweep(parent: &RootedPath, prefix: &str, place: &RootedPath) -> Result<()> {
-    let random = |name: &str| name.len() == files::RANDOM_NAME_CHARS && name.chars().all(|c| c.is_ascii_alphanumeric());
+/// exchange, moves the old folder back to `destination`.
+fn remove_leftovers(parent: &RootedPath, prefix: &str, destination: &RootedPath) -> Result<()> {
+    let is_random =
+        |name: &str| name.len() == files::RANDOM_NAME_CHARS && name.chars().all(|c| c.is_ascii_alphanumeric());
     for path in files::entries(parent)? {
         let Some(rest) = path.name().strip_prefix(prefix) else { continue };
-        let is_old = rest.strip_suffix(OLD).is_some_and(random);
-        if !is_old && !random(rest) {
+        let is_old = rest.strip_suffix(OLD).is_some_and(is_random);
+        if !is_old && !is_random(rest) {
             continue;
         }
         // The folder of a running call is locked.
         let Ok(dir) = path.open_dir() else { continue };
         let Ok(Some(_dead)) = FileLock::of_new(dir, &path) else { continue };
-        if is_old && files::stat(place)?.is_none() {
-            path.rename(place).map_err(|cause| destination_error("put back", place, cause))?;
+        if is_old && files::stat(destination)?.is_none() {
+            path.rename(destination).map_err(|cause| destination_error("put back", destination, cause))?;
         } else {
             files::remove(&path)?;
         }
@@ -279,8 +283,8 @@ fn sweep(parent: &RootedPath, prefix: &str, place: &RootedPath) -> Result<()> {
     Ok(())
 }
 
-/// Returns the ways to try, best first.
-fn ways(mode: LinkMode, may_link: bool) -> &'static [Link] {
+/// Returns the kinds of link to try, best first.
+fn kinds_to_try(mode: LinkMode, may_link: bool) -> &'static [Link] {
     match mode {
         LinkMode::Auto if !may_link => &[Link::Reflink, Link::Copy],
         LinkMode::Only(Link::Hard) if !may_link => &[],
@@ -292,56 +296,56 @@ fn ways(mode: LinkMode, may_link: bool) -> &'static [Link] {
     }
 }
 
-/// Creates the file `target` in the first of `ways` that is possible. Returns that way.
-fn place(
+/// Creates the file `target` by the first of `kinds` that is possible, and returns that kind.
+fn create_file(
     view: &RootedPath,
     target: &RootedPath,
     entry: &FileEntry,
-    ways: &[Link],
+    kinds: &[Link],
     progress: &Progress,
 ) -> Result<Link> {
     let mut refused = io::Error::from(io::ErrorKind::Unsupported);
-    for way in ways {
-        // A refusal leads to the next way. Any other error ends the call.
-        let outcome = match way {
+    for kind in kinds {
+        // After a refusal, try the next kind. Any other error ends the call.
+        let outcome = match kind {
             Link::Hard => hard_link(view, target, entry),
             Link::Reflink => reflink(view, target),
             Link::Symlink => target.symlink_to(&view.full()),
             // A copy reports its progress and its errors itself.
             Link::Copy => {
                 copy(view, target, entry, progress)?;
-                return Ok(*way);
+                return Ok(*kind);
             }
         };
         match outcome {
             Ok(()) => {
                 progress.done(entry.size);
-                return Ok(*way);
+                return Ok(*kind);
             }
             Err(cause) if is_refusal(&cause) => refused = cause,
             Err(cause) => return Err(destination_error("link", target, cause)),
         }
     }
-    let way = if ways == [Link::Reflink] { "a reflink" } else { "a hard link" };
-    Err(Error::new(ErrorKind::Other, format!("{way} is not possible at {target}"))
+    let kind = if kinds == [Link::Reflink] { "a reflink" } else { "a hard link" };
+    Err(Error::new(ErrorKind::Other, format!("{kind} is not possible at {target}"))
         .hint("the folder lies on another filesystem, on one without such links, or beside the lower directory: try --link auto")
         .cause(refused))
 }
 
-/// Returns true if the filesystem cannot create such a link, so that another way should be tried.
+/// Returns true if the filesystem cannot create a link of this kind, so that the next kind is to be tried.
 fn is_refusal(cause: &io::Error) -> bool {
     link::is_refusal(cause) || matches!(errno(cause), Some(Errno::INVAL | Errno::NOTTY))
 }
 
 /// Creates a hard link to `view`, which must be a read-only file of the right size.
 fn hard_link(view: &RootedPath, target: &RootedPath, entry: &FileEntry) -> io::Result<()> {
-    // Check the link, not the view: another user of a shared directory may replace the view at any time.
+    // Check the new link, not the view: another user of a shared directory may replace the view at any time.
     view.hard_link(target)?;
     let linked = target.metadata()?;
     if linked.is_file() && linked.len() == entry.size && linked.mode() & 0o222 == 0 {
         return Ok(());
     }
-    // Report a refusal, so that a copy is made, which is verified.
+    // Return a refusal. The caller then makes a copy, whose bytes are verified.
     target.unlink()?;
     Err(Errno::PERM.into())
 }
@@ -382,16 +386,16 @@ fn copy(view: &RootedPath, target: &RootedPath, entry: &FileEntry, progress: &Pr
 
 /// Writes the marker file with the present identities of all files.
 fn write_marker(dir: &RootedPath, tree: &Tree) -> Result<()> {
-    let mut put = BTreeMap::new();
+    let mut files = BTreeMap::new();
     for (path, _) in &tree.files {
         let target = dir.join(path.as_str());
         let metadata = target.metadata().map_err(|cause| destination_error("examine", &target, cause))?;
-        put.insert(path.clone(), metadata.identity());
+        files.insert(path.clone(), metadata.identity());
     }
     let marker = Marker {
         about: "Put here by modelcache, which replaces this folder as a whole.".into(),
         key: tree.key.clone(),
-        files: put,
+        files,
     };
     let (path, bytes) = (dir.join(MARKER), serde_json::to_vec_pretty(&marker).unwrap_or_default());
     path.create_new(0o666)
@@ -399,8 +403,8 @@ fn write_marker(dir: &RootedPath, tree: &Tree) -> Result<()> {
         .map_err(|cause| destination_error("write", &path, cause))
 }
 
-/// Moves `new` to `dir`. If `dir` had content, it is at the path of `new` afterwards.
-fn swap(new: &RootedPath, dir: &RootedPath) -> io::Result<()> {
+/// Moves the folder `new` to `dir`. If `dir` was not empty, the old folder is at the path of `new` afterwards.
+fn exchange(new: &RootedPath, dir: &RootedPath) -> io::Result<()> {
     // A plain rename succeeds if `dir` does not exist or is empty.
     match new.rename(dir) {
         Err(cause) if matches!(errno(&cause), Some(Errno::NOTEMPTY | Errno::EXIST)) => {}
@@ -411,20 +415,20 @@ fn swap(new: &RootedPath, dir: &RootedPath) -> io::Result<()> {
         Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {}
         exchanged => return exchanged.map_err(io::Error::from),
     }
-    // The filesystem cannot exchange. Make two renames; in between, `dir` does not exist.
-    let aside = new.with_file_name(format!("{}{OLD}", new.name()));
-    dir.rename(&aside)?;
+    // The filesystem cannot exchange two folders. Rename twice; in between, `dir` does not exist.
+    let old = new.with_file_name(format!("{}{OLD}", new.name()));
+    dir.rename(&old)?;
     match new.rename(dir) {
-        Ok(()) => aside.rename(new),
+        Ok(()) => old.rename(new),
         Err(cause) => {
-            let _ = aside.rename(dir);
+            let _ = old.rename(dir);
             Err(cause)
         }
     }
 }
 
 /// Returns the error for a destination that cannot be replaced.
-fn swap_error(dir: &Path, cause: io::Error) -> Error {
+fn exchange_error(dir: &Path, cause: io::Error) -> Error {
     match errno(&cause) {
         Some(Errno::BUSY | Errno::XDEV) => {
             Error::invalid(format!("{} is a mount, and cannot be replaced as a whole", dir.display()))

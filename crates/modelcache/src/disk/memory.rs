@@ -1,7 +1,7 @@
-//! Memory that is available for the page cache: of the machine, or of the control group of this process.
+//! Memory that is available for the page cache, on the machine and in the control group of this process.
 //!
-//! The page cache of a group counts against its limit, and is reclaimed when memory is needed. Inactive file pages
-//! therefore count as free here. A limit that cannot be read counts as no limit.
+//! Pages of the page cache count against the limit of a group, but are reclaimed when memory is needed. Inactive file
+//! pages therefore count as free here. A limit that cannot be read counts as no limit.
 //!
 //! Sources: Linux `Documentation/filesystems/proc.rst` (MemAvailable), `Documentation/admin-guide/cgroup-v2.rst` and
 //! `cgroup-v1/memory.rst`.
@@ -9,7 +9,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Returns the bytes that can be used before other memory is reclaimed, or `None` if neither the machine nor a group
+/// Returns the bytes that can be used before active memory is reclaimed; `None` if neither the machine nor a group
 /// reports a value.
 pub(super) fn free_bytes() -> Option<u64> {
     let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|text| available(&text));
@@ -43,8 +43,8 @@ fn hierarchy_free(line: &str, mount: &Path) -> Option<u64> {
         }
         _ => return None,
     };
-    // In a container, the path may be the one on the host, which is not visible. Its own group is then the visible
-    // root.
+    // In a container, the path may be that of the host, which does not exist here. The group of the container is then
+    // the root that is visible here.
     let group = root.join(path.trim_start_matches('/'));
     let groups = group.ancestors().take_while(|folder| folder.starts_with(&root)).map(Path::to_owned);
     let left = |folder: PathBuf| {
@@ -60,11 +60,11 @@ fn number(path: &Path) -> Option<u64> {
     fs::read_to_string(path).ok()?.trim().parse().ok()
 }
 
-/// Returns the bytes of inactive file pages of the group.
+/// Returns the bytes of inactive file pages of the group at `folder`.
 fn inactive_file_bytes(folder: &Path) -> u64 {
     let stat = fs::read_to_string(folder.join("memory.stat")).unwrap_or_default();
     let value = |name: &str| stat.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<u64>().ok());
-    // Version 1 counts the groups below under `total_inactive_file`; in version 2 `inactive_file` includes them.
+    // In version 1, `total_inactive_file` includes the groups below. In version 2, `inactive_file` does.
     value("total_inactive_file ").or_else(|| value("inactive_file ")).unwrap_or(0)
 }
 
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn the_smallest_limit_above_counts_and_inactive_pages_are_free() {
+    fn the_smallest_free_memory_up_to_the_root_counts_and_inactive_pages_are_free() {
         let folder = tempfile::tempdir().expect("folder");
         let mount = folder.path();
         let pod = mount.join("kubepods/pod1");
@@ -94,7 +94,7 @@ mod tests {
         write(&pod, "memory.stat", "anon 100\ninactive_file 300\nactive_file 200\n");
         write(&pod.join("main"), "memory.max", "max\n");
         assert_eq!(group_free("0::/kubepods/pod1/main\n", mount), Some(400));
-        assert_eq!(group_free("0::/elsewhere\n", mount), None, "no limit there");
+        assert_eq!(group_free("0::/elsewhere\n", mount), None, "the group has no limit");
         write(mount, "memory.max", "500");
         write(mount, "memory.current", "450");
         assert_eq!(group_free("0::/elsewhere\n", mount), Some(50), "the group that a container sees as its root");

@@ -1,10 +1,11 @@
 //! The disk tier: a local directory, shared by any number of processes without a daemon.
 //!
 //! - All state is in the directory. A process that dies loses nothing.
-//! - A reader sees the old manifest or the new one. A held file exists and has the right bytes, or acquiring a lease
-//!   detects that it has not. Blobs are immutable; nothing is truncated or overwritten in place.
-//! - Counted bytes stay within the budget: room is made before anything is written.
-//! - Locks save bandwidth and protect leases. A lock that fails to exclude never leads to wrong bytes.
+//! - A reader sees the old manifest or the new one. A file that a manifest lists as held exists and has the right
+//!   bytes. If it does not, acquiring a lease detects that. Blobs are immutable; nothing is truncated or overwritten in
+//!   place.
+//! - The bytes that count against the budget stay within it: room is made before anything is written.
+//! - Locks save bandwidth and protect leases. If a filesystem grants one lock to two processes, no bytes become wrong.
 //!
 //! All functions block on disk work; async callers use `spawn_blocking`. `docs/disk-format.md` describes the layout and
 //! the numbered steps of each operation.
@@ -54,10 +55,10 @@ pub(crate) use budget::{Evicted, Usage};
 pub(crate) use capacity::content_name;
 pub(crate) use doctor::examine;
 pub(crate) use files::identity;
-pub(crate) use input::{Copying, InputFile, copy_input, format_named, format_of, hash_input, list_input};
+pub(crate) use input::{InputFile, InputReader, copy_input, format_name, format_of, hash_input, list_input};
 pub(crate) use io_error::fault;
 pub(crate) use layout::{ArtifactDir, Layout, staged_name};
-pub(crate) use leader::{HEARTBEAT_INTERVAL, Leader, Leadership, Watch};
+pub(crate) use leader::{HEARTBEAT_INTERVAL, HeartbeatWatch, Leader, Leadership};
 pub use link::Link;
 pub(crate) use lock::FileLock;
 pub(crate) use lower::Lower;
@@ -65,9 +66,9 @@ pub(crate) use materialize::Tree;
 pub use materialize::{Destination, LinkMode, Materialized};
 pub use misplaced::Misplaced;
 pub use open_file::LocalFile;
-pub(crate) use open_file::{open_staged, read_ahead_again};
+pub(crate) use open_file::{open_staged, restore_readahead};
 pub use pending_sync::SyncHandoff;
-pub(crate) use pending_upload::{Missing, PendingUpload};
+pub(crate) use pending_upload::{MissingFiles, PendingUpload};
 pub use pin::{Holder, InTheWay, Pin};
 pub use prune::{KeptArtifact, Leftovers, PruneOptions, PruneReport, PrunedArtifact};
 pub(crate) use publish::StagedFile;
@@ -99,36 +100,36 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
-/// Content of the `FORMAT` file. A directory with a higher number is refused.
+/// Content of the `FORMAT` file, with the format number. A directory with a higher number is refused.
 const FORMAT: &str = "modelcache 1\n";
 /// Content of `CACHEDIR.TAG`. Backup tools skip a directory that has this file (bford.info/cachedir).
 const CACHE_TAG: &str =
     "Signature: 8a477f597d28d172789f06886806bc55\n# A cache of model artifacts; it can be filled again.\n";
 
-/// Handle on the local directory. Clones share its state.
+/// An open cache directory. Clones share its state.
 #[derive(Debug, Clone)]
-pub(crate) struct Disk(Arc<Inner>);
+pub(crate) struct Disk(Arc<DiskState>);
 
 #[derive(Debug)]
-struct Inner {
+struct DiskState {
     layout: Layout,
     max_bytes: ByteBound,
     min_free_bytes: ByteBound,
     /// The error that makes the directory read-only for this process, if any.
     unwritable: Option<Error>,
-    /// Whether locks exclude on this filesystem.
+    /// True if file locks exclude other processes on this filesystem.
     locks_are_honest: bool,
-    /// Whether the filesystem is local to this machine, not a network filesystem.
+    /// True if the filesystem is on this machine, not on a server.
     is_local: bool,
-    /// Parsed manifests, by the identity of their files.
-    memo: ManifestCache,
+    /// Parsed manifests.
+    manifests: ManifestCache,
     /// Artifacts that this process published and has not synced yet.
     pending_syncs: PendingSyncs,
     /// Leases held by this process.
     leases: Leases,
-    /// Held files of all artifacts. Built on first use, and used only while the budget lock is held.
+    /// The held files of all artifacts. Built on first use, and used only while the budget lock is held.
     index: Mutex<Index>,
-    /// Progress and remaining work of clean-ups by this process.
+    /// When this process last swept the directory, and the blobs that it has still to remove.
     maintenance: Mutex<Maintenance>,
     /// Counters of this process since it opened the directory.
     metrics: Metrics,
@@ -138,8 +139,9 @@ struct Inner {
 #[derive(Debug)]
 pub(crate) struct ScannedArtifact {
     pub(crate) dir: ArtifactDir,
-    /// `None` if it is missing or damaged.
+    /// `None` if the manifest is missing or damaged.
     pub(crate) manifest: Option<Manifest>,
+    /// `None` if there is no `last-used` file.
     pub(crate) last_used: Option<SystemTime>,
 }
 
@@ -159,7 +161,8 @@ pub(crate) struct Space {
 }
 
 impl Disk {
-    /// Opens the directory, and creates it if it is missing. A directory that cannot be written is served read-only.
+    /// Opens the directory, and creates it if it is missing. An existing cache directory that cannot be written is
+    /// served read-only.
     pub(crate) fn open(root: &Path, max_bytes: ByteBound, min_free_bytes: ByteBound, sharing: Sharing) -> Result<Self> {
         // A relative path must not change its meaning with the working directory.
         let root = std::path::absolute(root).at("resolve", root)?;
@@ -180,28 +183,28 @@ impl Disk {
             Err(error) if files::stat(&layout.format()).is_ok_and(|metadata| metadata.is_some()) => Some(error),
             Err(error) => return Err(error),
         };
-        // Check again: a newer release, or another user, may have created the directory in the meantime.
+        // Check both again: another user, or a newer release, may have created the directory in the meantime.
         ownership::check(&root, sharing)?;
         check_format(&layout)?;
         let probe = || lock::are_honest(&layout.probe_lock());
         let locks_are_honest = unwritable.is_some()
             || match probe() {
-                // An entry of the wrong type in the place of the lock file makes the probe fail.
+                // Something that is not a file may be at the path of the lock file. Move it away and probe again.
                 Err(_) if misplaced::set_aside_unless_file(&layout, &layout.probe_lock())? => probe()?,
-                found => found?,
+                probed => probed?,
             };
         if !locks_are_honest {
             tracing::warn!(path = %layout.root(), "file locks have no effect on this filesystem: bytes may be downloaded twice, and only artifacts that have long been idle are evicted for space");
         }
         let is_local = fast_acquire::is_local(&root);
-        Ok(Self(Arc::new(Inner {
+        Ok(Self(Arc::new(DiskState {
             layout,
             max_bytes,
             min_free_bytes,
             unwritable,
             locks_are_honest,
             is_local,
-            memo: ManifestCache::default(),
+            manifests: ManifestCache::default(),
             pending_syncs: PendingSyncs::default(),
             leases: Leases::default(),
             index: Mutex::default(),
@@ -210,8 +213,8 @@ impl Disk {
         })))
     }
 
-    /// Opens an existing directory for work that adds nothing to it, so without a budget. Refuses a missing one.
-    pub(crate) fn open_present(root: &Path) -> Result<Self> {
+    /// Opens an existing cache directory for work that adds no files, so without a budget. Fails if it is missing.
+    pub(crate) fn open_existing(root: &Path) -> Result<Self> {
         if files::stat(&Layout::new(root).format())?.is_none() {
             return Err(Error::new(ErrorKind::Directory, format!("{} is not a cache directory", root.display()))
                 .tier(Tier::Disk)
@@ -233,8 +236,10 @@ impl Disk {
         self.0.unwritable.is_some()
     }
 
-    /// Returns true if locks exclude on this filesystem. If they do not, work in progress cannot be distinguished from
-    /// leftovers of a dead process: neither is adopted, and both are removed only after an hour without a change.
+    /// Returns true if file locks exclude other processes on this filesystem.
+    ///
+    /// If they do not, files of a running process cannot be distinguished from leftovers of a dead one. Such files are
+    /// not resumed, and are removed only after an hour without a change.
     pub(crate) fn locks_are_honest(&self) -> bool {
         self.0.locks_are_honest
     }
@@ -243,10 +248,10 @@ impl Disk {
     pub(crate) fn ensure_writable(&self) -> Result<()> {
         match &self.0.unwritable {
             None => Ok(()),
-            Some(why) => {
+            Some(cause) => {
                 let read_only = "its artifacts are still served; to download more, mount it writable or point MODEL_CACHE_DIR elsewhere";
-                let hint = why.hint_text().filter(|_| why.kind() != ErrorKind::Directory).unwrap_or(read_only);
-                Err(Error::new(why.kind(), format!("the cache directory cannot be written: {why}"))
+                let hint = cause.hint_text().filter(|_| cause.kind() != ErrorKind::Directory).unwrap_or(read_only);
+                Err(Error::new(cause.kind(), format!("the cache directory cannot be written: {cause}"))
                     .tier(Tier::Disk)
                     .hint(hint))
             }
@@ -270,6 +275,7 @@ impl Disk {
         Ok(bound.bytes(stat.f_blocks * stat.f_frsize))
     }
 
+    /// Returns the size and the free space of the filesystem.
     fn filesystem(&self) -> Result<rustix::fs::StatVfs> {
         let root = self.layout().root();
         root.filesystem().at("examine the filesystem of", root)
@@ -280,7 +286,7 @@ impl Disk {
         self.read_manifest(&self.layout().artifact(key))
     }
 
-    /// Returns the manifest in `dir`. A damaged one counts as absent: its blobs are found again by digest.
+    /// Returns the manifest in `dir`. A damaged manifest counts as absent; the next fill finds its blobs by digest.
     ///
     /// # Errors
     /// `Invalid` if a newer release wrote the manifest.
@@ -288,31 +294,32 @@ impl Disk {
         let path = dir.manifest();
         let Some(bytes) = files::read_small(&path, limits::MANIFEST_BYTES_MAX)? else { return Ok(None) };
         #[cfg(test)]
-        self.0.memo.parsed.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        self.0.manifests.parsed.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let belongs_here = |manifest: &Manifest| self.layout().artifact(&manifest.key) == *dir;
         match Manifest::from_bytes(&bytes) {
             Ok(manifest) if belongs_here(&manifest) => Ok(Some(manifest)),
             Err(error) if error.kind() == ErrorKind::Invalid => Err(error),
-            damaged => {
-                let error = damaged.err().map(|error| error.to_string());
-                let error = error.as_deref().unwrap_or("it belongs to another artifact");
+            unusable => {
+                let error = unusable.err().map(|error| error.to_string());
+                let error = error.as_deref().unwrap_or("it is the manifest of another artifact");
                 tracing::warn!(path = %path, error, "a manifest is damaged; it is ignored and will be rewritten");
                 Ok(None)
             }
         }
     }
 
-    /// Returns the manifest in `dir` from the in-memory cache, and reads it only if the file has changed since.
+    /// Returns the manifest in `dir`. Reads the file only if it is not in the in-memory cache, or has changed since it
+    /// was read.
     pub(crate) fn shared_manifest(&self, dir: &ArtifactDir) -> Result<Option<Arc<Manifest>>> {
         let Some(before) = files::stat(&dir.manifest())?.map(|metadata| metadata.identity()) else { return Ok(None) };
         let hash = dir.hash();
-        if let Some(manifest) = self.0.memo.recall(&hash, before) {
+        if let Some(manifest) = self.0.manifests.get(&hash, before) {
             return Ok(Some(manifest));
         }
         let Some(manifest) = self.read_manifest(dir)?.map(Arc::new) else { return Ok(None) };
         // Cache it only if the file was not replaced while it was read.
         if files::stat(&dir.manifest())?.map(|metadata| metadata.identity()) == Some(before) {
-            self.0.memo.remember(&hash, before, &manifest);
+            self.0.manifests.insert(&hash, before, &manifest);
         }
         Ok(Some(manifest))
     }
@@ -330,7 +337,7 @@ impl Disk {
     /// Calls `visit` with the folder of every artifact.
     fn scan_each(&self, visit: &mut dyn FnMut(ScannedArtifact) -> Result<()>) -> Result<()> {
         for name_dir in files::entries(&self.layout().artifacts())? {
-            for version_dir in files::entries_below(&name_dir)? {
+            for version_dir in files::entries_if_accessible(&name_dir)? {
                 self.scan_folder(ArtifactDir(version_dir))?.map_or(Ok(()), &mut *visit)?;
             }
         }
@@ -339,13 +346,14 @@ impl Disk {
 
     /// Scans the folder of one artifact; `None` if it is missing.
     fn scan_one(&self, dir: &ArtifactDir) -> Result<Option<ScannedArtifact>> {
-        // A symbolic link in the place of the folder above counts as an empty folder.
-        let above = dir.path().parent().map_or(Ok(false), |above| files::is_folder(&above))?;
-        if above && files::stat(dir.path())?.is_some() { self.scan_folder(dir.clone()) } else { Ok(None) }
+        // If the parent is a symbolic link, the folder counts as missing.
+        let has_parent = dir.path().parent().map_or(Ok(false), |parent| files::is_folder(&parent))?;
+        if has_parent && files::stat(dir.path())?.is_some() { self.scan_folder(dir.clone()) } else { Ok(None) }
     }
 
+    /// Scans an existing folder; `None` if a newer release wrote the manifest, or if it cannot be read.
     fn scan_folder(&self, dir: ArtifactDir) -> Result<Option<ScannedArtifact>> {
-        // An artifact with a manifest of a newer release is neither evicted nor swept.
+        // An artifact that the scan leaves out is neither evicted nor swept.
         let Ok(manifest) = self.read_manifest(&dir) else { return Ok(None) };
         let last_used = self.last_used(&dir)?;
         Ok(Some(ScannedArtifact { dir, manifest, last_used }))
@@ -358,54 +366,55 @@ impl Disk {
         Ok(artifacts)
     }
 
+    /// Returns the time of last use; `None` if there is no `last-used` file.
     pub(crate) fn last_used(&self, dir: &ArtifactDir) -> Result<Option<SystemTime>> {
         Ok(files::stat(&dir.last_used())?.map(|metadata| metadata.modified()))
     }
 
     /// Returns true if a process holds a lease on the artifact at this moment.
     pub(crate) fn is_leased(&self, dir: &ArtifactDir) -> bool {
-        // The exclusive lock is refused while a shared one is held. It is released at once.
-        matches!(FileLock::try_exclusive(&self.layout().lease(dir)), Ok(None))
+        // The exclusive lock is refused while a shared lock is held. If it is granted, it is released at once.
+        matches!(FileLock::try_exclusive(&self.layout().lease_lock(dir)), Ok(None))
     }
 
-    /// Returns the error with which [`evict`](Self::evict) would refuse `key` at this moment. Changes nothing.
-    pub(crate) fn refuse_kept(&self, key: &ArtifactKey) -> Result<()> {
-        self.keeps(&self.layout().artifact(key))?.map_or(Ok(()), |why| Err(kept(key, &why)))
+    /// Fails if [`evict`](Self::evict) would refuse `key` at this moment. Changes nothing.
+    pub(crate) fn ensure_evictable(&self, key: &ArtifactKey) -> Result<()> {
+        self.lease_or_pin(&self.layout().artifact(key))?.map_or(Ok(()), |reason| Err(not_evicted(key, &reason)))
     }
 
-    /// Evicts one artifact on request and returns the bytes freed; `None` if it is not here. Refuses leased or pinned
-    /// artifacts.
+    /// Evicts one artifact on request, and returns the bytes freed; `None` if it is not on this disk. Refuses a leased
+    /// or pinned artifact.
     pub(crate) fn evict(&self, key: &ArtifactKey) -> Result<Option<u64>> {
         let dir = self.layout().artifact(key);
         if files::stat(dir.path())?.is_none() {
             return Ok(None);
         }
         self.ensure_writable()?;
-        let mut hold = self.hold_budget()?;
-        // A process that died after it published and before it removed its staging folder left links to the blobs. They
-        // would keep the bytes allocated.
-        hold.drop_dead_stagings(|staging| staging.is_of(key))?;
+        let mut guard = self.lock_budget()?;
+        // A process that died between publishing and removing its staging folder left links to the blobs in it. Remove
+        // them, because they would keep the bytes allocated.
+        guard.remove_dead_stagings(|staging| staging.is_of(key))?;
         let (manifest, last_used) = (self.read_manifest(&dir)?, self.last_used(&dir)?);
-        let evicted = hold.evict(&ScannedArtifact { dir, manifest, last_used })?;
-        hold.release()?;
+        let evicted = guard.evict(&ScannedArtifact { dir, manifest, last_used })?;
+        guard.release()?;
         match evicted {
             Evicted::Freed(bytes) => Ok(Some(bytes)),
-            Evicted::Kept(why) => Err(kept(key, &why)),
+            Evicted::Kept(reason) => Err(not_evicted(key, &reason)),
         }
     }
 
     /// Returns the SHA-256 digests that manifests of all versions of `name` record, keyed by git object id and size.
     pub(crate) fn digests_of_git_oids(&self, name: &ArtifactName) -> Result<BTreeMap<(GitOid, u64), Digest>> {
-        let mut known = BTreeMap::new();
-        for version_dir in files::entries_below(&self.layout().artifact_versions(name))? {
+        let mut digests = BTreeMap::new();
+        for version_dir in files::entries_if_accessible(&self.layout().artifact_versions(name))? {
             let Ok(Some(manifest)) = self.read_manifest(&ArtifactDir(version_dir)) else { continue };
             let entries = manifest.files.values();
-            known.extend(entries.filter_map(|entry| Some(((entry.git_oid?, entry.size), entry.sha256?))));
+            digests.extend(entries.filter_map(|entry| Some(((entry.git_oid?, entry.size), entry.sha256?))));
         }
-        Ok(known)
+        Ok(digests)
     }
 
-    /// Returns the usage that counts against the budget, and the bytes in quarantine, which are part of it.
+    /// Returns the bytes that count against the budget, and the part of them that is in quarantine.
     pub(crate) fn usage(&self) -> Result<(Usage, u64)> {
         let mut quarantined = 0;
         files::walk(&self.layout().quarantine(), &mut |_, metadata| {
@@ -417,21 +426,21 @@ impl Disk {
             let published = self.published_bytes()?;
             return Ok((Usage { published, ..Usage::default() }, quarantined));
         }
-        let hold = self.hold_budget()?;
-        let usage = hold.usage()?;
-        hold.release()?;
+        let guard = self.lock_budget()?;
+        let usage = guard.usage()?;
+        guard.release()?;
         Ok((usage, quarantined))
     }
 }
 
-/// Creates the directory, and the missing folders above it.
+/// Creates the cache directory and its missing parents.
 fn make_root(root: &Path, sharing: Sharing) -> Result<()> {
-    let (Some(above), Some(name)) = (root.parent(), root.file_name()) else { return Ok(()) };
+    let (Some(parent), Some(name)) = (root.parent(), root.file_name()) else { return Ok(()) };
     if root.is_dir() {
         return Ok(());
     }
-    std::fs::create_dir_all(above).at("make the cache directory", root)?; // outside the root
-    modes::make_top_dir(&RootedPath::root(above).join(name), sharing, Removal::ByOwner)
+    std::fs::create_dir_all(parent).at("make the cache directory", root)?; // outside the root
+    modes::make_top_dir(&RootedPath::root(parent).join(name), sharing, Removal::ByOwner)
 }
 
 /// Creates the top folders, `CACHEDIR.TAG` and `FORMAT`, and checks that the directory can be written.
@@ -439,59 +448,59 @@ fn prepare(layout: &Layout, sharing: Sharing) -> Result<()> {
     for folder in [layout.blobs(), layout.artifacts(), layout.locks(), layout.refs()] {
         modes::make_top_dir(&folder, sharing, Removal::ByOwner)?;
     }
-    let emptied_by_any =
+    let removable_by_any =
         [layout.stagings(), layout.quarantine(), layout.lower_records(), layout.pending_uploads(), layout.unsynced()];
-    for folder in emptied_by_any {
+    for folder in removable_by_any {
         modes::make_top_dir(&folder, sharing, Removal::ByAny)?;
     }
     write_new(layout, &layout.cache_tag(), CACHE_TAG)?;
     write_new(layout, &layout.format(), FORMAT)?;
-    // Creating folders that exist succeeds on a read-only mount, too, so write access is checked explicitly.
+    // On a read-only mount the calls above succeed if everything exists, so check write access explicitly.
     layout.stagings().check_writable().at("write to", layout.root())
 }
 
 /// Writes a file if it is missing or empty.
 ///
-/// The content is durable before the file gets its name: a `FORMAT` file torn by a power cut would make the directory
-/// look like that of another program.
+/// The content is durable before the file gets its name: after a power cut, a torn `FORMAT` file would make the
+/// directory look like that of another program.
 fn write_new(layout: &Layout, path: &RootedPath, content: &str) -> Result<()> {
     match files::stat(path)? {
         Some(metadata) if metadata.len() > 0 => Ok(()),
-        // Empty: a process of an older release was killed between creating the file and writing it.
+        // The file is empty: a process of an older release was killed between creating the file and writing it.
         Some(_) => files::replace(path, content.as_bytes(), &layout.stagings()),
         None => files::create(path, content.as_bytes(), &layout.stagings()).map(drop),
     }
 }
 
-/// Refuses a directory of a newer format, and a folder with other content in its `FORMAT` file.
+/// Refuses a directory of a newer format, and a folder whose `FORMAT` file has other content.
 fn check_format(layout: &Layout) -> Result<()> {
     let path = layout.format();
     let text = files::read_small(&path, 64)?.unwrap_or_default();
     let number =
         String::from_utf8_lossy(&text).trim().strip_prefix("modelcache ").and_then(|number| number.parse::<u32>().ok());
-    let refuse =
+    let refused =
         |message: String, hint: &str| Err(Error::new(ErrorKind::Directory, message).tier(Tier::Disk).hint(hint));
     match number {
         Some(1) => Ok(()),
-        Some(newer) => refuse(
+        Some(newer) => refused(
             format!("{} has format {newer}; this release knows 1", layout.root()),
             "update modelcache, or point MODEL_CACHE_DIR to another directory; nothing was touched",
         ),
         // The file does not exist yet, or another process has created it and not yet written it.
         None if text.is_empty() => Ok(()),
-        None => refuse(
+        None => refused(
             format!("{} is not a cache directory: its FORMAT file has other content", layout.root()),
             "point MODEL_CACHE_DIR to another directory",
         ),
     }
 }
 
-/// Returns the error for an artifact that is leased or pinned and so was not evicted.
-fn kept(key: &ArtifactKey, why: &InTheWay) -> Error {
-    let remedy = match why {
+/// Returns the error for an artifact that was not evicted for `reason`.
+fn not_evicted(key: &ArtifactKey, reason: &InTheWay) -> Error {
+    let remedy = match reason {
         InTheWay::Pinned(_) => format!("remove the pin first: modelcache unpin '{key}'"),
         _ => "try again when its readers have ended".to_owned(),
     };
-    let refusal = Error::new(ErrorKind::Conflict, format!("not evicted: it is {why}"));
+    let refusal = Error::new(ErrorKind::Conflict, format!("not evicted: it is {reason}"));
     refusal.artifact(key).tier(Tier::Disk).hint(remedy)
 }

@@ -1,13 +1,14 @@
 //! Creates files and folders with the permissions that the mode of the parent folder implies.
 //!
-//! `MODEL_CACHE_SHARED` decides the modes of the top folders when they are created. Every entry below takes its mode
-//! from its parent, so that a process without that setting does not lock the other users out. If only the owner can
-//! write the parent, the umask decides. Modes of existing entries are never changed, and no symbolic link is followed.
+//! `MODEL_CACHE_SHARED` decides the modes of the top folders when they are created. The mode of every entry below them
+//! follows from its parent, so that a process without that setting does not lock out the other users. If only the owner
+//! can write to the parent, the umask decides. Modes of existing entries are never changed, and no symbolic link is
+//! followed.
 //!
 //! A shared folder is sticky if entries in it need to be removed by their owners only, so that no user can replace an
 //! entry of another user.
 
-use super::files::{TEMPORARY, random_name};
+use super::files::{TEMPORARY_PREFIX, random_name};
 use super::io_error::{IoContext, errno};
 use super::rooted::RootedPath;
 use crate::config::Sharing;
@@ -30,13 +31,14 @@ const STICKY: u32 = 0o1000;
 /// How other users of the directory use a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum FileUse {
-    /// They write it: locks, `last-used`, journals, the budget record.
+    /// Other users write the file: locks, `last-used`, journals, the budget record.
     Written,
-    /// They read it, and replace it by rename: manifests and refs.
+    /// Other users read the file, and replace it by rename: manifests and refs.
     Read,
 }
 
 impl FileUse {
+    /// Returns the mode of a new file; `None` if the umask decides.
     fn mode(self, sharing: Sharing) -> Option<u32> {
         match (self, sharing) {
             (_, Sharing::Off) => None,
@@ -50,13 +52,13 @@ impl FileUse {
 /// The users that need to remove entries from a top folder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Removal {
-    /// At most the owner of each entry. The folder can be sticky.
+    /// No user but the owner of each entry. The folder can be sticky.
     ByOwner,
-    /// Any user of the directory: to evict, to publish again, to clean up. The folder cannot be sticky.
+    /// Any user of the directory, in order to evict, publish again or clean up. The folder cannot be sticky.
     ByAny,
 }
 
-/// Creates one of the top folders, or the root, with the mode for `sharing`. An existing folder is left unchanged.
+/// Creates a top folder or the root with the mode for `sharing`. An existing folder is not changed.
 pub(crate) fn make_top_dir(path: &RootedPath, sharing: Sharing, removal: Removal) -> Result<()> {
     let sticky = if removal == Removal::ByOwner { STICKY } else { 0 };
     let mode = match sharing {
@@ -100,7 +102,7 @@ pub(crate) fn open_shared(path: &RootedPath) -> io::Result<File> {
     loop {
         match path.open(true) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            // The file was replaced while it was being opened.
+            // The file was replaced while it was being opened: try again.
             Err(error) if errno(&error) == Some(Errno::STALE) => {}
             opened => return opened,
         }
@@ -135,9 +137,9 @@ fn mode_of_parent(path: &RootedPath) -> io::Result<u32> {
     Ok(path.parent().as_ref().unwrap_or(path).metadata()?.mode())
 }
 
-/// Calls `make` unless `path` is a folder, and succeeds if another process creates the folder at the same moment.
+/// Calls `make` unless `path` is a folder. Also succeeds if another process creates the folder at the same moment.
 fn unless_dir_exists(path: &RootedPath, make: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
-    // A symbolic link to a folder does not count: its target may be outside the cache directory.
+    // A symbolic link does not count as a folder: its target may be outside the cache directory.
     let exists = || path.metadata().is_ok_and(|metadata| metadata.is_dir());
     if exists() {
         return Ok(());
@@ -148,27 +150,26 @@ fn unless_dir_exists(path: &RootedPath, make: impl FnOnce() -> io::Result<()>) -
     }
 }
 
-/// Creates a folder. If `mode` is given, the folder has that mode from the moment its name appears.
+/// Creates a folder. With `mode`, the folder has that mode as soon as it is visible under its name.
 fn create_dir(path: &RootedPath, mode: Option<u32>) -> io::Result<()> {
     if mode.is_none() {
         return path.create_dir(mode);
     }
-    // The mode is set under a temporary name. A crash before the rename cannot leave a folder under its final name that
-    // the other users are not allowed to use.
-    let temporary = path.with_file_name(format!("{TEMPORARY}{}", random_name()));
-    let made = temporary.create_dir(mode).and_then(|()| appear(&temporary, path));
+    // Set the mode under a temporary name. Otherwise a crash could leave a folder that the other users cannot use.
+    let temporary = path.with_file_name(format!("{TEMPORARY_PREFIX}{}", random_name()));
+    let made = temporary.create_dir(mode).and_then(|()| rename_no_replace(&temporary, path));
     if made.is_err() {
         let _ = temporary.remove_dir();
     }
     made
 }
 
-/// Creates a file that must not exist yet. In a shared folder it has its mode from the moment its name appears.
-fn create(path: &RootedPath, purpose: FileUse) -> io::Result<File> {
-    let Some(mode) = purpose.mode(shared_by(mode_of_parent(path)?)) else { return path.create_new(0o666) };
-    let temporary = path.with_file_name(format!("{TEMPORARY}{}", random_name()));
+/// Creates a file that must not exist yet. In a shared folder, it has its mode as soon as it is visible under its name.
+fn create(path: &RootedPath, file_use: FileUse) -> io::Result<File> {
+    let Some(mode) = file_use.mode(shared_by(mode_of_parent(path)?)) else { return path.create_new(0o666) };
+    let temporary = path.with_file_name(format!("{TEMPORARY_PREFIX}{}", random_name()));
     let file = temporary.create_new(0o666)?;
-    let made = file.set_permissions(Permissions::from_mode(mode)).and_then(|()| appear(&temporary, path));
+    let made = file.set_permissions(Permissions::from_mode(mode)).and_then(|()| rename_no_replace(&temporary, path));
     if made.is_err() {
         let _ = temporary.unlink();
     }
@@ -176,11 +177,11 @@ fn create(path: &RootedPath, purpose: FileUse) -> io::Result<File> {
 }
 
 /// Renames `temporary` to `path`. Fails with `AlreadyExists` if the name is taken.
-pub(crate) fn appear(temporary: &RootedPath, path: &RootedPath) -> io::Result<()> {
+pub(crate) fn rename_no_replace(temporary: &RootedPath, path: &RootedPath) -> io::Result<()> {
     match temporary.rename_with(path, RenameFlags::NOREPLACE) {
         // The filesystem has no RENAME_NOREPLACE: check first, then use calls that fail if the name is taken.
         Err(Errno::INVAL | Errno::NOSYS) if path.metadata().is_ok() => Err(Errno::EXIST.into()),
-        // A folder cannot be hard-linked; rename replaces at most an empty folder.
+        // A folder cannot be hard-linked. At worst, `rename` replaces an empty folder.
         Err(Errno::INVAL | Errno::NOSYS) if temporary.metadata()?.is_dir() => temporary.rename(path),
         // `link` fails if the name is taken.
         Err(Errno::INVAL | Errno::NOSYS) => temporary.hard_link(path).and_then(|()| temporary.unlink()),
@@ -193,7 +194,7 @@ mod tests {
     use super::*;
 
     fn mode(path: &RootedPath) -> u32 {
-        path.metadata().expect("is there").mode()
+        path.metadata().expect("examines").mode()
     }
 
     #[test]
@@ -210,9 +211,9 @@ mod tests {
             open_shared(&below.join("lock")).expect("opens");
             create_readable(&below.join("manifest")).expect("makes");
             assert_eq!((mode(&below.join("lock")), mode(&below.join("manifest"))), (written, read), "{sharing:?}");
-            make_dirs(&below).expect("is there");
-            open_shared(&below.join("lock")).expect("is there");
-            assert_eq!(below.entries().expect("lists").len(), 2, "no temporary stays");
+            make_dirs(&below).expect("the folder exists");
+            open_shared(&below.join("lock")).expect("the file exists");
+            assert_eq!(below.entries().expect("lists").len(), 2, "no temporary file is left");
             let sticky = top.with_file_name(format!("{sharing:?}-sticky"));
             make_top_dir(&sticky, sharing, Removal::ByOwner).expect("makes");
             make_dir(&sticky.join("a")).expect("makes");
@@ -221,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn links_and_pipes_in_the_place_of_a_file_are_refused() {
+    fn links_and_pipes_at_the_path_of_a_file_are_refused() {
         let folder = tempfile::tempdir().expect("folder");
         let path = |name: &str| RootedPath::root(folder.path()).join(name);
         std::fs::write(path("outside").full(), b"").expect("writes");

@@ -1,4 +1,4 @@
-//! Opens files for reading: files in staging that are still being written, and files of a leased artifact.
+//! Opening files for reading: staged files that are still being written, and files of a leased artifact.
 
 use super::io_error::IoContext;
 use super::{LeasedArtifact, RootedPath, files};
@@ -10,7 +10,7 @@ use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 
-/// A file on this machine, to be opened for reading.
+/// A file on this machine that can be opened for reading.
 #[derive(Debug, Clone)]
 pub struct LocalFile(Location);
 
@@ -52,17 +52,17 @@ impl fmt::Display for LocalFile {
     }
 }
 
-/// Opens the file staged at `path`; `None` if it is missing. The caller checks that it is the expected file.
+/// Opens the staged file at `path`; `None` if it is missing. The caller must check that it is the expected file.
 pub(crate) fn open_staged(path: &RootedPath) -> Result<Option<File>> {
     let Some(file) = files::absent(path.open(false)).at("open", path)? else { return Ok(None) };
-    // Disable readahead while the file may still be written with O_DIRECT: pages that were read before such a write
-    // would stay cached and shadow the new data. This is advice; a filesystem may ignore it.
+    // Disable readahead while the file may still be written with O_DIRECT: pages that were read ahead of such a write
+    // would stay in the page cache and hide the new data. A filesystem may ignore this advice.
     let _ = fadvise(&file, 0, None, Advice::Random);
     Ok(Some(file))
 }
 
-/// Enables readahead again, once the file is complete.
-pub(crate) fn read_ahead_again(file: &File) {
+/// Enables readahead again. Call this when the file is complete.
+pub(crate) fn restore_readahead(file: &File) {
     let _ = fadvise(file, 0, None, Advice::Normal);
 }
 

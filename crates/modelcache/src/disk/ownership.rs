@@ -1,8 +1,9 @@
-//! Refuses a cache directory that another user planted in a folder such as `/tmp`.
+//! Refuses a cache directory that an untrusted user created in a folder such as `/tmp`.
 //!
-//! In a sticky folder that all users can write, any user can create or link the directory first, and fill it with
-//! manifests and bytes that match each other. Trusted owners are this user, root, and the owner of the folder above. If
-//! the directory is configured as shared, every owner is trusted, but only of a folder, not of a symbolic link.
+//! In a sticky folder that all users can write, any user can create the directory or a link at its path, and fill it
+//! with manifests and bytes that match each other. Trusted owners are this user, root, and the owner of the parent
+//! folder. If the directory is configured as shared, the owner of a folder is always trusted, but not the owner of a
+//! symbolic link.
 
 use super::io_error::IoContext;
 use super::rooted::RootedPath;
@@ -13,11 +14,11 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 /// Mode bits of a folder such as `/tmp`: sticky, and writable by every user.
-const OPEN_TO_ALL: u32 = 0o1002;
+const STICKY_AND_WORLD_WRITABLE: u32 = 0o1002;
 
 /// Refuses a root that was replaced while the symbolic links in its path were resolved.
 ///
-/// `real` is the folder that they led to. If `root` itself is not a link, it must be that folder.
+/// `real` is the folder to which the links led. If `root` itself is not a link, it must be that folder.
 pub(super) fn check_same(root: &Path, real: &RootedPath) -> Result<()> {
     let named = fs::symlink_metadata(root).at("examine", root)?;
     let real = real.metadata().at("examine", root)?;
@@ -30,18 +31,18 @@ pub(super) fn check_same(root: &Path, real: &RootedPath) -> Result<()> {
 
 /// Refuses a root that an untrusted user created in a sticky folder that all users can write.
 pub(super) fn check(root: &Path, sharing: Sharing) -> Result<()> {
-    let Some(found) = super::rooted::absent(std::fs::symlink_metadata(root)).at("examine", root)? else {
+    let Some(found) = super::rooted::absent(fs::symlink_metadata(root)).at("examine", root)? else {
         return Ok(());
     };
-    // `/` has no folder above it in which another user could have planted it.
-    let Some(above) = root.parent() else { return Ok(()) };
-    let above = fs::metadata(above).at("examine", above)?;
-    if above.mode() & OPEN_TO_ALL != OPEN_TO_ALL {
+    // `/` has no parent folder, so no other user can have created it.
+    let Some(parent) = root.parent() else { return Ok(()) };
+    let parent = fs::metadata(parent).at("examine", parent)?;
+    if parent.mode() & STICKY_AND_WORLD_WRITABLE != STICKY_AND_WORLD_WRITABLE {
         return Ok(());
     }
-    // Trust the owner, or any owner of a shared folder. Of a symbolic link, the owner of the link itself counts.
-    let us = rustix::process::geteuid().as_raw();
-    if [us, 0, above.uid()].contains(&found.uid()) || (found.is_dir() && sharing != Sharing::Off) {
+    // `found` describes a symbolic link itself, not its target, so this is the owner of the link.
+    let this_user = rustix::process::geteuid().as_raw();
+    if [this_user, 0, parent.uid()].contains(&found.uid()) || (found.is_dir() && sharing != Sharing::Off) {
         return Ok(());
     }
     let (what, hint) = match found.is_symlink() {

@@ -1,8 +1,9 @@
-//! The journal of written parts of a staged file. It lets a later fill resume the download.
+//! The journal of the written parts of a staged file. It lets a later fill resume the download.
 //!
-//! The journal is a file beside the staged file: a header with the two sizes, then one byte per part, set after the
-//! bytes of the part were written. It is a hint and is never synced: a part that it lists is verified before it counts.
-//! A journal for other sizes is ignored. A file of one part has no journal: it is either complete or discarded.
+//! The journal is a file beside the staged file: a header with the two sizes, then one byte per part, which is set
+//! after the bytes of the part were written. The journal is a hint and is never synced: a part that it lists is
+//! verified before it counts. A journal for other sizes is ignored. A file of one part has no journal: it is either
+//! complete or discarded.
 
 use super::files;
 use super::io_error::fault;
@@ -14,7 +15,7 @@ use std::os::unix::fs::FileExt;
 
 /// Length of the header in bytes: file size and part size, each a little-endian `u64`.
 const HEADER_BYTES: u64 = 16;
-/// Value of a part's byte once the part is written.
+/// Value of the byte of a written part.
 const WRITTEN: u8 = b'1';
 
 /// The open journal of one staged file.
@@ -64,14 +65,14 @@ impl PartsJournal {
         Ok(Some((journal, parts)))
     }
 
-    /// Opens the journal that an ended fill left, and returns it with the parts that it lists; `None` if there is no
+    /// Opens the journal that an earlier fill left, and returns it with the parts that it lists; `None` if there is no
     /// journal for these sizes.
     pub(super) fn resume(staged: &RootedPath, size: u64, part_size: u64) -> Option<(Self, BTreeSet<u64>)> {
         let path = journal_of(staged);
         let file = path.open(true).ok()?;
         let mut bytes = vec![0; usize::try_from(journal_bytes(size, part_size)).ok()?];
         let mut read = 0;
-        // A journal cut short lists fewer parts; a read error ends it likewise.
+        // A truncated journal lists fewer parts. A read error has the same effect.
         while let Ok(more @ 1..) = file.read_at(&mut bytes[read..], read as u64) {
             read += more;
         }
@@ -100,10 +101,10 @@ mod tests {
         let found = |size, part_size| PartsJournal::resume(&staged, size, part_size).map(|(_, parts)| parts);
         assert_eq!(found(4500, 1024), Some(BTreeSet::from([0, 3])));
         assert_eq!((found(4501, 1024), found(4500, 2048)), (None, None));
-        assert_eq!(journal_of(&staged).metadata().expect("stat").len(), 16 + 4, "no more than the parts");
+        assert_eq!(journal_of(&staged).metadata().expect("stat").len(), 16 + 4, "the header and one byte per part");
         PartsJournal::create(&staged, 4500, 1024).expect("makes");
-        assert_eq!(found(4500, 1024), Some(BTreeSet::new()), "a new one knows nothing of the old");
+        assert_eq!(found(4500, 1024), Some(BTreeSet::new()), "a new journal lists no parts");
         assert!(PartsJournal::create(&staged, 1024, 1024).expect("makes").is_none());
-        assert_eq!(found(4500, 1024), None, "and is gone where the file has one part");
+        assert_eq!(found(4500, 1024), None, "the journal is removed if the file has one part");
     }
 }

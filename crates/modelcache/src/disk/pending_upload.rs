@@ -1,12 +1,12 @@
 //! Pending uploads: the files of an artifact that a remote still lacks, recorded in `backfill/<key hash>-<uid>`.
 //!
-//! A fill records the pending upload before it publishes, so that a crash in between loses none. The record may
-//! therefore refer to an artifact that is not on disk yet. It is removed when the remote has the files, or when the
-//! artifact is evicted. It is changed by rename, while the budget lock is held. The uploading process holds the lock
-//! `<key hash>.backfill`. It does not wait for this lock, and never tries it while it leads a fill.
+//! A fill records the pending upload before it publishes, so that a crash in between loses no upload. The record may
+//! therefore refer to an artifact that is not on disk yet. The record is removed when the remote has the files, or when
+//! the artifact is evicted. It is replaced by rename, under the budget lock. The uploading process holds the lock
+//! `<key hash>.backfill`. No process waits for this lock, and a process that leads a fill does not try it.
 //!
-//! Each user uploads only from their own records: with the credentials of one user, another user of a
-//! shared directory could otherwise publish to the remote. For the same reason a record has the digests of its files.
+//! Each user uploads only from their own records, and only files with the recorded digests. Otherwise one user of a
+//! shared directory could publish to the remote with the credentials of another user.
 
 use super::Disk;
 use super::files;
@@ -25,10 +25,11 @@ const FORMAT: u32 = 1;
 
 /// The files of one artifact that one remote still lacks.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Missing {
-    /// The missing files.
+pub(crate) struct MissingFiles {
+    /// The paths of the files.
     pub(crate) files: BTreeSet<FilePath>,
-    /// The subset that must be overwritten: the objects on the remote look sound, but a reader found them wrong.
+    /// The files among them whose objects on the remote must be overwritten, because a reader found wrong bytes in
+    /// them.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub(crate) rewrite: BTreeSet<FilePath>,
     /// The digests with which the fill verified the files. Other content is not uploaded.
@@ -36,8 +37,8 @@ pub(crate) struct Missing {
     pub(crate) digests: BTreeMap<FilePath, Digest>,
 }
 
-impl Missing {
-    /// Returns the missing files that `manifest` holds with the recorded digests.
+impl MissingFiles {
+    /// Returns those of the files that `manifest` lists as held, with the recorded digests.
     pub(crate) fn held_by(&self, manifest: &Manifest) -> BTreeSet<FilePath> {
         let is_held = |path: &&FilePath| {
             let entry = manifest.files.get(path).filter(|entry| entry.held.is_some());
@@ -46,13 +47,13 @@ impl Missing {
         self.files.iter().filter(is_held).cloned().collect()
     }
 
-    /// Returns the part that is about `files`.
+    /// Returns a copy that contains only those of the files that are also in `files`.
     pub(crate) fn only(&self, files: &BTreeSet<FilePath>) -> Self {
-        let mut part = self.clone();
-        part.files.retain(|path| files.contains(path));
-        part.rewrite.retain(|path| files.contains(path));
-        part.digests.retain(|path, _| files.contains(path));
-        part
+        let mut subset = self.clone();
+        subset.files.retain(|path| files.contains(path));
+        subset.rewrite.retain(|path| files.contains(path));
+        subset.digests.retain(|path, _| files.contains(path));
+        subset
     }
 }
 
@@ -60,34 +61,34 @@ impl Missing {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct PendingUpload {
     pub(crate) key: ArtifactKey,
-    /// The remote's address.
+    /// The address of the remote.
     pub(crate) remote: String,
-    pub(crate) missing: Missing,
+    pub(crate) missing: MissingFiles,
 }
 
-/// The record of one artifact, as stored.
+/// The content of one record: what each remote lacks of one artifact.
 #[derive(Debug, Serialize, Deserialize)]
-#[serde(from = "Fields")]
-struct Stored {
+#[serde(from = "StoredUploadFields")]
+struct StoredUpload {
     format: u32,
     #[serde(flatten)]
     key: ArtifactKey,
     /// The missing files, keyed by the address of the remote.
-    remotes: BTreeMap<String, Missing>,
+    remotes: BTreeMap<String, MissingFiles>,
 }
 
-/// The fields of [`Stored`] for reading. With a flattened key, serde would buffer all other fields in memory as well.
+/// The form of [`StoredUpload`] for reading. With a flattened key, serde would buffer all other fields in memory.
 #[derive(Deserialize)]
-struct Fields {
+struct StoredUploadFields {
     format: u32,
     name: ArtifactName,
     version: Version,
-    remotes: BTreeMap<String, Missing>,
+    remotes: BTreeMap<String, MissingFiles>,
 }
 
-impl From<Fields> for Stored {
-    fn from(fields: Fields) -> Self {
-        let Fields { format, name, version, remotes } = fields;
+impl From<StoredUploadFields> for StoredUpload {
+    fn from(fields: StoredUploadFields) -> Self {
+        let StoredUploadFields { format, name, version, remotes } = fields;
         Self { format, key: ArtifactKey::new(name, version), remotes }
     }
 }
@@ -99,31 +100,37 @@ struct FormatOnly {
 
 impl Disk {
     /// Adds files that `remote` lacks to the pending upload of `key`. Durable on return.
-    pub(crate) fn record_pending_upload(&self, key: &ArtifactKey, remote: &str, missing: &Missing) -> Result<()> {
+    pub(crate) fn record_pending_upload(&self, key: &ArtifactKey, remote: &str, missing: &MissingFiles) -> Result<()> {
         self.ensure_writable()?;
         self.edit_pending_upload(key, |stored| {
-            let noted = stored.remotes.entry(remote.to_owned()).or_default();
-            noted.files.extend(missing.files.iter().cloned());
-            noted.rewrite.extend(missing.rewrite.iter().cloned());
-            noted.digests.extend(missing.digests.iter().map(|(path, digest)| (path.clone(), *digest)));
+            let recorded = stored.remotes.entry(remote.to_owned()).or_default();
+            recorded.files.extend(missing.files.iter().cloned());
+            recorded.rewrite.extend(missing.rewrite.iter().cloned());
+            recorded.digests.extend(missing.digests.iter().map(|(path, digest)| (path.clone(), *digest)));
         })
     }
 
-    /// Removes files from the pending upload of `key`: `remote` has them by now, or can never get them from here.
-    pub(crate) fn settle(&self, key: &ArtifactKey, remote: &str, files: &BTreeSet<FilePath>) -> Result<()> {
+    /// Removes files from the pending upload of `key`, because `remote` has them, or because this disk cannot provide
+    /// them.
+    pub(crate) fn remove_from_pending_upload(
+        &self,
+        key: &ArtifactKey,
+        remote: &str,
+        files: &BTreeSet<FilePath>,
+    ) -> Result<()> {
         self.edit_pending_upload(key, |stored| {
-            if let Some(noted) = stored.remotes.get_mut(remote) {
-                noted.files.retain(|path| !files.contains(path));
-                noted.rewrite.retain(|path| !files.contains(path));
-                noted.digests.retain(|path, _| !files.contains(path));
+            if let Some(recorded) = stored.remotes.get_mut(remote) {
+                recorded.files.retain(|path| !files.contains(path));
+                recorded.rewrite.retain(|path| !files.contains(path));
+                recorded.digests.retain(|path, _| !files.contains(path));
             }
         })
     }
 
     /// Returns the files of `key` that `remote` lacks; `None` if no upload is pending.
-    pub(crate) fn pending_upload(&self, key: &ArtifactKey, remote: &str) -> Result<Option<Missing>> {
+    pub(crate) fn pending_upload(&self, key: &ArtifactKey, remote: &str) -> Result<Option<MissingFiles>> {
         let stored = read(&self.layout().pending_upload(&key.hash()))?;
-        // The file name is a hash of the key, so the key itself is compared.
+        // The file name contains only a hash of the key, so compare the key itself.
         Ok(stored.filter(|stored| stored.key == *key).and_then(|mut stored| stored.remotes.remove(remote)))
     }
 
@@ -131,7 +138,7 @@ impl Disk {
     pub(crate) fn pending_uploads(&self) -> Result<Vec<PendingUpload>> {
         let mut pending_uploads = Vec::new();
         for path in files::entries(&self.layout().pending_uploads())? {
-            // One record that cannot be read does not hide the others.
+            // If one record cannot be read, return the others.
             let stored = match read(&path) {
                 Ok(stored) => stored,
                 Err(error) => {
@@ -139,7 +146,7 @@ impl Disk {
                     continue;
                 }
             };
-            let Some(Stored { key, remotes, .. }) = stored else { continue };
+            let Some(StoredUpload { key, remotes, .. }) = stored else { continue };
             let of = |(remote, missing)| PendingUpload { key: key.clone(), remote, missing };
             pending_uploads.extend(remotes.into_iter().map(of));
         }
@@ -154,29 +161,30 @@ impl Disk {
     }
 
     /// Changes the record of `key` with `edit`, under the budget lock. Removes the record if no file is left in it.
-    fn edit_pending_upload(&self, key: &ArtifactKey, edit: impl FnOnce(&mut Stored)) -> Result<()> {
+    fn edit_pending_upload(&self, key: &ArtifactKey, edit: impl FnOnce(&mut StoredUpload)) -> Result<()> {
         let path = self.layout().pending_upload(&key.hash());
-        // The budget lock serializes changes of the record.
-        let hold = self.hold_budget()?;
-        let there = read(&path)?.filter(|stored| stored.key == *key);
-        let is_there = there.is_some();
-        let mut stored = there.unwrap_or_else(|| Stored { format: FORMAT, key: key.clone(), remotes: BTreeMap::new() });
+        // The budget lock makes processes change the record one after the other.
+        let guard = self.lock_budget()?;
+        let existing = read(&path)?.filter(|stored| stored.key == *key);
+        let exists = existing.is_some();
+        let mut stored =
+            existing.unwrap_or_else(|| StoredUpload { format: FORMAT, key: key.clone(), remotes: BTreeMap::new() });
         edit(&mut stored);
         stored.remotes.retain(|_, missing| !missing.files.is_empty());
         if !stored.remotes.is_empty() {
             let encode = |cause| Error::new(ErrorKind::Other, "cannot encode a pending upload").cause(cause);
-            // Durable before the caller publishes: a crash after that must not lose the upload.
+            // The record must be durable before the caller publishes, so that a later crash does not lose the upload.
             files::replace(&path, &serde_json::to_vec(&stored).map_err(encode)?, &self.layout().stagings())?;
-        } else if is_there {
-            // The removal is synced as well. Otherwise the upload would be pending again after a power cut.
+        } else if exists {
+            // Sync the removal as well. Otherwise the upload could be pending again after a power cut.
             files::remove_file(&path)?;
             files::sync_dir(&self.layout().pending_uploads())?;
         }
-        hold.release()
+        guard.release()
     }
 
-    /// Removes the pending upload of an evicted artifact, which cannot be uploaded from here any more. The caller holds
-    /// the budget lock.
+    /// Removes the pending uploads, of any user, of an artifact that is evicted and so can no longer be uploaded. The
+    /// caller holds the budget lock.
     pub(super) fn remove_pending_upload(&self, hash: &str) -> Result<()> {
         for path in files::entries(&self.layout().pending_uploads())? {
             if !path.name().starts_with(hash) {
@@ -185,9 +193,9 @@ impl Disk {
             let key = read(&path).ok().flatten().map(|stored| stored.key.to_string());
             tracing::warn!(
                 artifact = key.as_deref().unwrap_or(hash),
-                "evicted before the remote had it; the pending upload is dropped"
+                "the artifact is evicted before the remote has all its files; the pending upload is removed"
             );
-            files::unless_barred(files::remove_file(&path), &path)?;
+            files::unless_inaccessible(files::remove_file(&path), &path)?;
         }
         Ok(())
     }
@@ -197,7 +205,7 @@ impl Disk {
 ///
 /// # Errors
 /// `Directory` if a newer release wrote it.
-fn read(path: &RootedPath) -> Result<Option<Stored>> {
+fn read(path: &RootedPath) -> Result<Option<StoredUpload>> {
     let Some(bytes) = files::read_own(path, limits::MANIFEST_BYTES_MAX)? else { return Ok(None) };
     // Parse the format number first: the other fields of a newer format may have other types.
     if let Ok(FormatOnly { format }) = serde_json::from_slice(&bytes)
@@ -210,7 +218,7 @@ fn read(path: &RootedPath) -> Result<Option<Stored>> {
     match serde_json::from_slice(&bytes) {
         Ok(stored) => Ok(Some(stored)),
         Err(error) => {
-            tracing::warn!(path = %path, %error, "a damaged record of a pending upload is ignored");
+            tracing::warn!(path = %path, %error, "the record of a pending upload is damaged and is ignored");
             Ok(None)
         }
     }
@@ -225,27 +233,27 @@ mod tests {
         Disk::open(root, ByteBound::Bytes(1 << 30), ByteBound::Bytes(0), Sharing::Off).expect("opens")
     }
 
-    fn missing(files: &[&str], rewrite: &[&str]) -> Missing {
+    fn missing(files: &[&str], rewrite: &[&str]) -> MissingFiles {
         let paths = |texts: &[&str]| texts.iter().map(|text| FilePath::new(text).expect("path")).collect();
         let digests =
             files.iter().map(|text| (FilePath::new(text).expect("path"), Digest::of(text.as_bytes()))).collect();
-        Missing { files: paths(files), rewrite: paths(rewrite), digests }
+        MissingFiles { files: paths(files), rewrite: paths(rewrite), digests }
     }
 
     #[test]
     fn a_pending_upload_grows_and_shrinks_by_remote_and_is_removed_when_empty() {
         let folder = tempfile::tempdir().expect("folder");
         let (disk, key) = (disk(folder.path()), ArtifactKey::bare("team/a@1").expect("key"));
-        disk.record_pending_upload(&key, "s3://one", &missing(&["a"], &["a"])).expect("notes");
-        disk.record_pending_upload(&key, "s3://one", &missing(&["b/c"], &[])).expect("notes");
-        disk.record_pending_upload(&key, "s3://two", &missing(&["a"], &[])).expect("notes");
+        disk.record_pending_upload(&key, "s3://one", &missing(&["a"], &["a"])).expect("records");
+        disk.record_pending_upload(&key, "s3://one", &missing(&["b/c"], &[])).expect("records");
+        disk.record_pending_upload(&key, "s3://two", &missing(&["a"], &[])).expect("records");
         assert_eq!(disk.pending_upload(&key, "s3://one").expect("reads"), Some(missing(&["a", "b/c"], &["a"])));
         assert_eq!(disk.pending_uploads().expect("lists").len(), 2);
-        disk.settle(&key, "s3://one", &missing(&["a"], &[]).files).expect("settles");
+        disk.remove_from_pending_upload(&key, "s3://one", &missing(&["a"], &[]).files).expect("removes");
         assert_eq!(disk.pending_upload(&key, "s3://one").expect("reads"), Some(missing(&["b/c"], &[])));
-        disk.settle(&key, "s3://one", &missing(&["b/c"], &[]).files).expect("settles");
+        disk.remove_from_pending_upload(&key, "s3://one", &missing(&["b/c"], &[]).files).expect("removes");
         assert_eq!(disk.pending_upload(&key, "s3://one").expect("reads"), None);
-        disk.settle(&key, "s3://two", &missing(&["a"], &[]).files).expect("settles");
+        disk.remove_from_pending_upload(&key, "s3://two", &missing(&["a"], &[]).files).expect("removes");
         assert_eq!(files::entries(&disk.layout().pending_uploads()).expect("lists"), []);
     }
 
@@ -256,11 +264,11 @@ mod tests {
         let path = disk.layout().pending_upload(&key.hash());
         std::fs::write(path.full(), "{").expect("writes");
         assert_eq!(disk.pending_uploads().expect("lists"), []);
-        disk.record_pending_upload(&key, "s3://one", &missing(&["a"], &[])).expect("written anew");
+        disk.record_pending_upload(&key, "s3://one", &missing(&["a"], &[])).expect("replaces");
         let newer = std::fs::read_to_string(path.full()).expect("reads").replace("\"format\":1", "\"format\":2");
         std::fs::write(path.full(), &newer).expect("writes");
         assert_eq!(disk.pending_uploads().expect("lists"), []);
-        disk.record_pending_upload(&key, "s3://one", &missing(&["b"], &[])).expect_err("not ours to change");
+        disk.record_pending_upload(&key, "s3://one", &missing(&["b"], &[])).expect_err("a newer release wrote it");
         assert_eq!(std::fs::read_to_string(path.full()).expect("reads"), newer);
     }
 

@@ -19,13 +19,13 @@ const PIN_BYTES_MAX: u64 = 64 << 10;
 /// Protects an artifact against eviction until it expires or is removed.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pin {
-    /// When it was set, in seconds since the Unix epoch.
+    /// When the pin was set, in seconds since the Unix epoch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub since_unix: Option<u64>,
-    /// When it expires, in seconds since the Unix epoch; `None`: never.
+    /// When the pin expires, in seconds since the Unix epoch; `None`: never.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub until_unix: Option<u64>,
-    /// The user or system that set it.
+    /// The user or system that set the pin.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub by: Option<String>,
     /// The reason, in free text.
@@ -34,17 +34,17 @@ pub struct Pin {
 }
 
 impl Pin {
-    /// Returns the time of expiry; `None`: never.
+    /// Returns the time of expiry; `None` if the pin never expires.
     pub fn until(&self) -> Option<SystemTime> {
-        self.until_unix.and_then(clamped_to_calendar)
+        self.until_unix.and_then(calendar_time)
     }
 
-    /// Returns the time at which it was set, if recorded.
+    /// Returns the time at which the pin was set, if recorded.
     pub fn since(&self) -> Option<SystemTime> {
-        self.since_unix.and_then(clamped_to_calendar)
+        self.since_unix.and_then(calendar_time)
     }
 
-    fn holds_at(&self, now: SystemTime) -> bool {
+    fn is_active_at(&self, now: SystemTime) -> bool {
         self.until().is_none_or(|until| now < until)
     }
 }
@@ -67,7 +67,7 @@ impl fmt::Display for Pin {
 }
 
 /// Converts seconds since the Unix epoch to a time; `None` beyond the year 9999, which RFC 3339 cannot express.
-fn clamped_to_calendar(seconds: u64) -> Option<SystemTime> {
+fn calendar_time(seconds: u64) -> Option<SystemTime> {
     const YEAR_10000: u64 = 253_402_300_800;
     (seconds < YEAR_10000).then(|| UNIX_EPOCH + Duration::from_secs(seconds))
 }
@@ -85,14 +85,14 @@ impl Disk {
         };
         // A damaged file counts as a pin without expiry.
         let pin: Pin = serde_json::from_slice(&bytes).unwrap_or_default();
-        Ok(Some(pin).filter(|pin| pin.holds_at(SystemTime::now())))
+        Ok(Some(pin).filter(|pin| pin.is_active_at(SystemTime::now())))
     }
 
     /// Sets the pin of `key`, replacing an existing one.
     pub(crate) fn pin(&self, key: &ArtifactKey, pin: &Pin) -> Result<()> {
         self.ensure_writable()?;
         let dir = self.layout().artifact(key);
-        let _lease = self.lease_of_present(key, &dir)?;
+        let _lease = self.lease_existing(key, &dir)?;
         let mut bytes = serde_json::to_vec(pin).unwrap_or_default();
         bytes.push(b'\n');
         files::replace(&dir.pin(), &bytes, &self.layout().stagings())
@@ -102,15 +102,18 @@ impl Disk {
     pub(crate) fn unpin(&self, key: &ArtifactKey) -> Result<Option<Pin>> {
         self.ensure_writable()?;
         let dir = self.layout().artifact(key);
-        let _lease = self.lease_of_present(key, &dir)?;
+        let _lease = self.lease_existing(key, &dir)?;
         let pin = self.pin_in(&dir)?;
         files::remove_file(&dir.pin())?;
         files::sync_dir(dir.path())?;
         Ok(pin)
     }
 
-    /// Takes a shared lease on an artifact that has at least one held file, or no files at all.
-    fn lease_of_present(&self, key: &ArtifactKey, dir: &ArtifactDir) -> Result<FileLock> {
+    /// Takes a shared lease on an artifact that has at least one held file, or that lists no files.
+    ///
+    /// # Errors
+    /// `NotFound` if the artifact is not on this disk.
+    fn lease_existing(&self, key: &ArtifactKey, dir: &ArtifactDir) -> Result<FileLock> {
         let absent = || {
             Err(Error::not_found("it is not on this disk")
                 .artifact(key)
@@ -132,16 +135,16 @@ impl Disk {
 
     /// Returns the processes that hold a lease on the artifact; empty if the kernel does not report them.
     pub(crate) fn lease_holders(&self, dir: &ArtifactDir) -> Vec<Holder> {
-        holders::of_flock(&self.layout().lease(dir))
+        holders::of_flock(&self.layout().lease_lock(dir))
     }
 }
 
 /// A process that holds a lease.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Holder {
-    /// Its process id, in the PID namespace of this process.
+    /// The process id, in the PID namespace of the process that reads it.
     pub pid: u32,
-    /// The name of its program, if it can be read.
+    /// The command name of the process, if it can be read.
     pub command: Option<String>,
 }
 
@@ -159,7 +162,7 @@ impl fmt::Display for Holder {
 /// The reason why an artifact was not evicted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum InTheWay {
-    /// Processes hold a lease on it. Empty if the kernel does not report them.
+    /// These processes hold a lease on it; empty if the kernel does not report them.
     Leased(Vec<Holder>),
     /// It is pinned.
     Pinned(Pin),
@@ -174,8 +177,8 @@ pub enum InTheWay {
 }
 
 impl InTheWay {
-    /// Returns true if the obstacle may disappear soon without an operator.
-    pub(crate) fn is_for_now(&self) -> bool {
+    /// Returns true if the obstacle may go away by itself.
+    pub(crate) fn is_transient(&self) -> bool {
         matches!(self, Self::Leased(_) | Self::JustUsed)
     }
 

@@ -1,8 +1,9 @@
-//! `prune`: removes leftovers, artifacts unused for a given time, and the least recently used ones down to a size.
+//! `prune`: removes leftovers, artifacts that were not used for some time, and the least recently used artifacts until
+//! a size is reached.
 //!
-//! Each step takes the budget lock separately, so that fills can continue in between. Each victim is checked again
-//! under its exclusive lease. A dry run applies the rules to a count of links in memory and changes nothing. In both, a
-//! file with a link outside the cache frees no bytes.
+//! Each step takes the budget lock separately, so that fills can continue in between. Each artifact is checked again
+//! under its exclusive lease before it is removed. A dry run changes nothing: it applies the same rules to a table of
+//! link counts in memory. A file with a link outside the cache frees no bytes.
 
 use super::budget::Evicted;
 use super::files;
@@ -17,43 +18,44 @@ use serde::Serialize;
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Options of `prune`. Without a bound, it removes only leftovers.
+/// Options of `prune`. By default, only leftovers are removed.
 #[derive(Debug, Clone, Default)]
 pub struct PruneOptions {
     /// Removes artifacts that were not used for this long.
     pub older_than: Option<Duration>,
-    /// Removes the least recently used artifacts until at most this much is used. A percentage is of the filesystem.
+    /// Removes the least recently used artifacts until at most this much is used. A percentage refers to the size of
+    /// the filesystem.
     pub to: Option<ByteBound>,
-    /// Changes nothing, and only reports.
+    /// Changes nothing, and only reports what would be removed.
     pub dry_run: bool,
 }
 
 /// The result of `prune`: the removals made, or those that a dry run would make.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct PruneReport {
-    /// True if nothing was removed: the report states what would be.
+    /// True if nothing was removed, and the report states what would be removed.
     pub dry_run: bool,
-    /// Bytes that counted against the budget before, from a fresh count.
+    /// Bytes that counted against the budget before, according to a scan of all files.
     pub used_before_bytes: u64,
     /// Bytes that count against the budget afterwards.
     pub used_bytes: u64,
     /// Bytes of the leftovers and artifacts removed. Changes by other processes at the same time are not included.
     pub freed_bytes: u64,
-    /// The requested size.
+    /// The requested size in bytes.
     pub to_bytes: Option<u64>,
-    /// True if at most the requested size is used, or no size was requested.
+    /// True if at most the requested size is used, or if no size was requested.
     pub reached: bool,
-    /// Leftovers removed.
+    /// The leftovers removed.
     pub leftovers: Leftovers,
-    /// Artifacts removed, least recently used first.
+    /// The artifacts removed, least recently used first.
     pub evicted: Vec<PrunedArtifact>,
-    /// Artifacts that were due, and the reason why each was kept.
+    /// The artifacts that were to be removed and were kept, with the reason.
     pub kept: Vec<KeptArtifact>,
-    /// Entries of the wrong type that were moved to `quarantine/`.
+    /// The entries of the wrong type that were moved to `quarantine/`.
     pub set_aside: Vec<Misplaced>,
 }
 
-/// Files that no artifact and no running fill uses, in bytes freed.
+/// Files that neither an artifact nor a running fill uses. Bytes are bytes freed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Leftovers {
     /// Number of staging folders of dead fills.
@@ -62,7 +64,7 @@ pub struct Leftovers {
     pub fill_bytes: u64,
     /// Bytes of temporary files of dead writers.
     pub temporary_bytes: u64,
-    /// Bytes of blobs that no artifact links.
+    /// Bytes of blobs to which no artifact has a link.
     pub blob_bytes: u64,
     /// Bytes of files that failed verification.
     pub quarantine_bytes: u64,
@@ -80,20 +82,20 @@ impl Leftovers {
 pub struct PrunedArtifact {
     /// The reference of the artifact.
     pub reference: String,
-    /// When it was last used.
+    /// When the artifact was last used.
     #[serde(serialize_with = "json::time")]
     pub last_used: Option<SystemTime>,
-    /// Bytes freed: those of files that no other artifact shares.
+    /// Bytes freed. A file that another artifact shares frees no bytes.
     pub freed_bytes: u64,
 }
 
-/// An artifact that was kept.
+/// An artifact that was to be removed and was kept.
 #[derive(Debug, Clone, Serialize)]
 #[serde(into = "KeptForm")]
 pub struct KeptArtifact {
     /// The reference of the artifact.
     pub reference: String,
-    /// The reason.
+    /// The reason why it was kept.
     pub why: InTheWay,
 }
 
@@ -127,10 +129,11 @@ trait PruneActions {
 }
 
 impl Disk {
-    /// Removes leftovers, and artifacts according to `options`. Reports the removals and the artifacts kept.
+    /// Removes leftovers, and artifacts according to `options`. Returns what was removed and kept.
     pub(crate) fn prune(&self, options: &PruneOptions) -> Result<PruneReport> {
         self.ensure_writable()?;
-        // Step 1: set aside entries of the wrong type. One may be in the place of the budget lock, so this comes first.
+        // Step 1: move entries of the wrong type to `quarantine/`. This comes first, because such an entry may be at
+        // the path of the budget lock.
         let misplaced = self.misplaced()?;
         let set_aside = if options.dry_run { misplaced } else { self.set_aside(misplaced) };
         let mut actions: Box<dyn PruneActions> =
@@ -143,16 +146,16 @@ impl Disk {
         let mut report = PruneReport { dry_run, to_bytes, used_before_bytes, set_aside, ..PruneReport::default() };
         // Step 3: remove leftovers.
         report.leftovers = actions.sweep()?;
-        // Step 4: evict artifacts, least recently used first. Stop at the first that is neither old nor needed to reach
-        // the requested size: all later ones were used more recently.
+        // Step 4: evict artifacts, least recently used first. Stop at the first artifact that is neither old nor needed
+        // to reach the requested size, because all later ones were used more recently.
         for artifact in self.scan_by_last_use()? {
-            let old = cutoff.is_some_and(|cutoff| artifact.last_used.is_none_or(|last| last <= cutoff));
-            if !old && !to_bytes.is_some_and(|to| actions.used().is_ok_and(|used| used > to)) {
+            let is_old = cutoff.is_some_and(|cutoff| artifact.last_used.is_none_or(|last| last <= cutoff));
+            if !is_old && !to_bytes.is_some_and(|to| actions.used().is_ok_and(|used| used > to)) {
                 break;
             }
             let reference = artifact.name();
             // An old artifact is evicted even if that frees no bytes.
-            match actions.evict(&artifact, !old)? {
+            match actions.evict(&artifact, !is_old)? {
                 Evicted::Freed(freed_bytes) => {
                     report.evicted.push(PrunedArtifact { reference, last_used: artifact.last_used, freed_bytes });
                 }
@@ -162,23 +165,25 @@ impl Disk {
         // Step 5: count again, because other processes may have added or removed files in the meantime.
         report.used_bytes = actions.count()?;
         report.reached = to_bytes.is_none_or(|to| report.used_bytes <= to);
-        report.freed_bytes = report.leftovers.bytes() + report.evicted.iter().map(|gone| gone.freed_bytes).sum::<u64>();
+        report.freed_bytes =
+            report.leftovers.bytes() + report.evicted.iter().map(|evicted| evicted.freed_bytes).sum::<u64>();
         Ok(report)
     }
 
-    /// Returns the reason why the artifact cannot be evicted at this moment, if any: a lease or a pin.
-    pub(super) fn keeps(&self, dir: &ArtifactDir) -> Result<Option<InTheWay>> {
+    /// Returns the lease or the pin that protects the artifact from eviction at this moment; `None` if there is
+    /// neither.
+    pub(super) fn lease_or_pin(&self, dir: &ArtifactDir) -> Result<Option<InTheWay>> {
         if self.is_leased(dir) {
             return Ok(Some(InTheWay::Leased(self.lease_holders(dir))));
         }
         Ok(self.pin_in(dir)?.map(InTheWay::Pinned))
     }
 
-    /// Returns the bytes that sweeping and evicting would free at this moment, if the artifacts in `kept` and the blobs
-    /// with these inodes stay.
-    pub(super) fn evictable_bytes(&self, kept: &BTreeSet<ArtifactKey>, inodes: &[u64]) -> Result<u64> {
+    /// Returns the bytes that sweeping and evicting everything would free at this moment, except the artifacts in
+    /// `kept` and the blobs with the inodes `kept_inodes`.
+    pub(super) fn evictable_bytes(&self, kept: &BTreeSet<ArtifactKey>, kept_inodes: &[u64]) -> Result<u64> {
         let mut dry_run = DryRun::new(self)?;
-        inodes.iter().for_each(|inode| dry_run.keep(*inode));
+        kept_inodes.iter().for_each(|inode| dry_run.keep(*inode));
         let mut bytes = dry_run.sweep()?.bytes();
         let others = |artifact: &&ScannedArtifact| artifact.manifest.as_ref().is_none_or(|m| !kept.contains(&m.key));
         for artifact in self.scan()?.iter().filter(others) {
@@ -195,10 +200,10 @@ struct Apply<'disk>(&'disk Disk);
 
 impl PruneActions for Apply<'_> {
     fn count(&mut self) -> Result<u64> {
-        let mut hold = self.0.hold_budget()?;
-        hold.count()?;
-        let used = hold.usage()?.counted();
-        hold.release()?;
+        let mut guard = self.0.lock_budget()?;
+        guard.recount()?;
+        let used = guard.usage()?.counted();
+        guard.release()?;
         Ok(used)
     }
 
@@ -207,20 +212,20 @@ impl PruneActions for Apply<'_> {
     }
 
     fn sweep(&mut self) -> Result<Leftovers> {
-        let mut hold = self.0.hold_budget()?;
-        let (before, dead) = (hold.usage()?, dead_stagings(self.0)?);
-        // On request, resumable staging folders are removed as well, unlike in a sweep.
-        hold.drop_dead_stagings(|_| true)?;
-        hold.sweep()?;
-        let swept = hold.usage()?;
-        hold.drop_quarantine()?;
-        let after = hold.usage()?;
-        hold.release()?;
-        let left = dead_stagings(self.0)?;
-        // A folder that could not be removed is still there and does not count as freed.
+        let mut guard = self.0.lock_budget()?;
+        let (before, dead) = (guard.usage()?, dead_stagings(self.0)?);
+        // Unlike a sweep, a prune also removes the staging folders that could be resumed.
+        guard.remove_dead_stagings(|_| true)?;
+        guard.sweep()?;
+        let swept = guard.usage()?;
+        guard.remove_quarantined()?;
+        let after = guard.usage()?;
+        guard.release()?;
+        // A folder that could not be removed still exists and does not count as freed.
+        let remaining = dead_stagings(self.0)?;
         Ok(Leftovers {
-            fills: dead.fills.saturating_sub(left.fills),
-            fill_bytes: dead.fill_bytes.saturating_sub(left.fill_bytes),
+            fills: dead.fills.saturating_sub(remaining.fills),
+            fill_bytes: dead.fill_bytes.saturating_sub(remaining.fill_bytes),
             temporary_bytes: before.temporary.saturating_sub(after.temporary),
             blob_bytes: before.published.saturating_sub(swept.published),
             quarantine_bytes: swept.published.saturating_sub(after.published),
@@ -228,14 +233,15 @@ impl PruneActions for Apply<'_> {
     }
 
     fn evict(&mut self, artifact: &ScannedArtifact, for_space: bool) -> Result<Evicted> {
-        let mut hold = self.0.hold_budget()?;
-        // Evicting for space is useless if no byte would become free. Evicting by age is not.
-        let pointless = if for_space { hold.pointless_victim(artifact)? } else { None };
-        let evicted = match pointless {
+        let mut guard = self.0.lock_budget()?;
+        // Evicting for space is useless if no byte would become free. An artifact that is evicted by age goes in any
+        // case.
+        let spared = if for_space { guard.reason_to_spare(artifact)? } else { None };
+        let evicted = match spared {
             Some(why) => Evicted::Kept(why),
-            None => hold.evict(artifact)?,
+            None => guard.evict(artifact)?,
         };
-        hold.release()?;
+        guard.release()?;
         Ok(evicted)
     }
 }
@@ -251,7 +257,7 @@ fn dead_stagings(disk: &Disk) -> Result<Leftovers> {
     }))
 }
 
-/// Computes the effect of a prune on a table of blobs and their link counts. Changes nothing on disk.
+/// Computes the effect of a prune in a table of blobs and their link counts. Changes nothing on disk.
 struct DryRun<'disk> {
     disk: &'disk Disk,
     /// Bytes that would count against the budget.
@@ -262,7 +268,7 @@ struct DryRun<'disk> {
 
 struct Blob {
     bytes: u64,
-    /// Remaining links, not counting the one in `blobs/`.
+    /// Number of remaining links, without the one in `blobs/`.
     links: u64,
 }
 
@@ -283,9 +289,9 @@ impl<'disk> DryRun<'disk> {
         for artifact in disk.scan()? {
             files::walk(&artifact.dir.files(), &mut |_, metadata| {
                 if metadata.nlink() == 1 {
-                    let own = Blob { bytes: metadata.allocated(), links: 1 };
-                    used += own.bytes;
-                    blobs.insert(metadata.ino(), own);
+                    let view = Blob { bytes: metadata.allocated(), links: 1 };
+                    used += view.bytes;
+                    blobs.insert(metadata.ino(), view);
                 }
                 Ok(())
             })?;
@@ -295,14 +301,14 @@ impl<'disk> DryRun<'disk> {
         Ok(Self { disk, used, blobs })
     }
 
-    /// Adds a link to a blob, so that it stays when all artifacts that use it are evicted.
+    /// Adds a link to a blob, so that evicting all artifacts that use it does not free it.
     fn keep(&mut self, inode: u64) {
         if let Some(blob) = self.blobs.get_mut(&inode) {
             blob.links += 1;
         }
     }
 
-    /// Removes one link. Returns the bytes freed: those of the blob if no other link besides its own was left.
+    /// Removes one link to a blob. Returns the bytes freed: the size of the blob if only the link in `blobs/` is left.
     fn unlink(&mut self, inode: u64) -> u64 {
         match self.blobs.get_mut(&inode) {
             Some(blob) if blob.links > 1 => {
@@ -346,7 +352,7 @@ impl PruneActions for DryRun<'_> {
             leftovers.blob_bytes += self.unlink_below(&staging.dir)?;
         }
         for artifact in self.disk.scan()?.iter().filter(|artifact| !self.disk.is_leased(&artifact.dir)) {
-            for view in artifact.loose_views()? {
+            for view in artifact.unheld_views()? {
                 if let Some(metadata) = files::stat(&view)? {
                     leftovers.blob_bytes += self.unlink(metadata.ino());
                 }
@@ -363,14 +369,14 @@ impl PruneActions for DryRun<'_> {
     }
 
     fn evict(&mut self, artifact: &ScannedArtifact, for_space: bool) -> Result<Evicted> {
-        if let Some(why) = self.disk.keeps(&artifact.dir)? {
+        if let Some(why) = self.disk.lease_or_pin(&artifact.dir)? {
             return Ok(Evicted::Kept(why));
         }
         if for_space {
-            let mut hold = self.disk.hold_budget()?;
-            let pointless = hold.pointless_victim(artifact)?;
-            hold.release()?;
-            if let Some(why) = pointless {
+            let mut guard = self.disk.lock_budget()?;
+            let spared = guard.reason_to_spare(artifact)?;
+            guard.release()?;
+            if let Some(why) = spared {
                 return Ok(Evicted::Kept(why));
             }
         }

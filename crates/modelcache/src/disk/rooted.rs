@@ -1,12 +1,13 @@
 //! Filesystem access below the root of a cache directory, without following symbolic links.
 //!
 //! Other users may write in a shared directory. They may replace a folder by a symbolic link at any moment, so a check
-//! of a path guarantees nothing for its next use. Each call here has two steps: it opens the folder of a name without
-//! following links, and then acts on that descriptor and one name, without following a link there. A link in the place
-//! of a folder counts as an empty folder: lookups find nothing, and creating an entry fails with `NotADirectory`.
+//! of a path guarantees nothing for its next use. Each method here therefore has two steps. It opens the parent folder
+//! without following links. Then it acts on that descriptor and one name, without following a link at that name. A link
+//! at the path of a folder counts as an empty folder: lookups find nothing, and creating an entry fails with
+//! `NotADirectory`.
 //!
-//! A [`RootedPath`] is not a `std::path::Path`; only [`RootedPath::full`] converts it, for messages and for callers.
-//! `cargo xtask test` refuses calls of `std::fs` in the other modules that work below a root.
+//! A [`RootedPath`] is not a `std::path::Path`. Only [`RootedPath::full`] converts it, for messages and for callers.
+//! `cargo xtask test` rejects calls of `std::fs` in the other modules that work below a root.
 
 use crate::manifest::FileIdentity;
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, RenameFlags, Stat, Timespec, Timestamps};
@@ -22,10 +23,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Maximum nesting of folders that are walked or removed. Paths of artifacts are far shorter, so a deeper tree was
-/// planted.
+/// Maximum nesting of folders that are walked or removed. Paths of artifacts are far shorter, so only another user or
+/// program can have created a deeper tree.
 pub(super) const DEPTH_MAX: usize = 512;
-/// Flags to open a folder in order to act on names in it. `O_PATH` needs no permission to list the folder.
+/// Flags for opening a folder in order to act on names in it. `O_PATH` needs no permission to list the folder.
 #[cfg(target_os = "linux")]
 const FOLDER: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 #[cfg(not(target_os = "linux"))]
@@ -36,12 +37,12 @@ pub(super) const NOW: Timestamps = {
     Timestamps { last_access: now, last_modification: now }
 };
 
-/// The folder from which all paths start.
+/// The folder at which all paths start.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 struct Root {
-    /// The path that the caller gave.
+    /// The path as the caller wrote it.
     named: PathBuf,
-    /// The path of that folder without symbolic links.
+    /// The path of the same folder without symbolic links.
     real: PathBuf,
 }
 
@@ -49,7 +50,7 @@ struct Root {
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct RootedPath {
     root: Arc<Root>,
-    /// Path below the root. Normal components only: no `..`, no `.`, no leading `/`.
+    /// The path below the root. It has only normal components: no `..`, no `.`, no leading `/`.
     relative: PathBuf,
 }
 
@@ -57,16 +58,17 @@ impl RootedPath {
     /// Returns the path of the root itself. Symbolic links in `path` are resolved once, here. If the root does not
     /// exist yet, `path` is used unchanged.
     pub(crate) fn root(path: &Path) -> Self {
-        // Links above the root are followed here, and only here. All other calls use the resolved root.
+        // Links in the path of the root are followed only here. All other methods use the resolved root.
         let real = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
         Self { root: Arc::new(Root { named: path.to_owned(), real }), relative: PathBuf::new() }
     }
 
-    /// Returns the path of `name`, one or more components, in this folder. Components such as `..` are dropped.
+    /// Returns the path of `name`, which has one or more components, in this folder. Components such as `..` are
+    /// ignored.
     pub(crate) fn join(&self, name: impl AsRef<Path>) -> Self {
         let mut relative = self.relative.clone();
         for component in name.as_ref().components() {
-            debug_assert!(matches!(component, Component::Normal(_)), "{component:?} is no name");
+            debug_assert!(matches!(component, Component::Normal(_)), "{component:?} is not a name");
             if let Component::Normal(name) = component {
                 relative.push(name);
             }
@@ -74,12 +76,12 @@ impl RootedPath {
         Self { root: self.root.clone(), relative }
     }
 
-    /// Returns the folder of this path; `None` for the root.
+    /// Returns the parent folder of this path; `None` for the root.
     pub(crate) fn parent(&self) -> Option<Self> {
         Some(Self { root: self.root.clone(), relative: self.relative.parent()?.to_owned() })
     }
 
-    /// Returns the path of another name in the folder of this path.
+    /// Returns the path of `name` in the parent folder of this path.
     pub(crate) fn with_file_name(&self, name: impl AsRef<OsStr>) -> Self {
         Self { root: self.root.clone(), relative: self.relative.with_file_name(name) }
     }
@@ -94,12 +96,13 @@ impl RootedPath {
         std::iter::successors(Some(self.clone()), Self::parent)
     }
 
-    /// Returns the part of this path after `folder`; `None` if it is not below `folder`.
+    /// Returns this path relative to `folder`; `None` if it is not below `folder`.
     pub(crate) fn below(&self, folder: &Self) -> Option<&Path> {
         (self.root == folder.root).then(|| self.relative.strip_prefix(&folder.relative).ok())?
     }
 
-    /// Returns the whole path, for callers, messages and other programs. Nothing in this crate opens it.
+    /// Returns the whole path, for callers, messages and other programs. Code that works below the root must
+    /// not open it.
     pub(crate) fn full(&self) -> PathBuf {
         if self.relative.as_os_str().is_empty() {
             self.root.named.clone()
@@ -113,7 +116,7 @@ impl RootedPath {
         if self.relative.as_os_str().is_empty() { self.root.real.clone() } else { self.root.real.join(&self.relative) }
     }
 
-    /// Returns size and free space of the filesystem of this folder.
+    /// Returns the size and the free space of the filesystem of this folder.
     pub(crate) fn filesystem(&self) -> io::Result<rustix::fs::StatVfs> {
         Ok(rustix::fs::fstatvfs(self.open_folder()?)?)
     }
@@ -144,27 +147,27 @@ impl RootedPath {
     /// Opens the folder one component at a time, for kernels and sandboxes without `openat2`.
     fn open_stepwise(&self, flags: OFlags) -> Result<OwnedFd, Errno> {
         let mut names = self.relative.components().map(|component| component.as_os_str().to_owned()).peekable();
-        // The last component gets the caller's flags, the folders on the way are opened as `FOLDER`.
-        let next = |is_last: bool| if is_last { flags } else { FOLDER } | OFlags::NOFOLLOW;
-        let flags = next(names.peek().is_none());
-        let mut folder = retry_on_intr(|| rustix::fs::open(&self.root.real, flags, Mode::empty()))?;
+        // The last component is opened with `flags`, the folders that lead to it with `FOLDER`.
+        let flags_for = |is_last: bool| if is_last { flags } else { FOLDER } | OFlags::NOFOLLOW;
+        let first = flags_for(names.peek().is_none());
+        let mut folder = retry_on_intr(|| rustix::fs::open(&self.root.real, first, Mode::empty()))?;
         while let Some(name) = names.next() {
-            let flags = next(names.peek().is_none());
-            folder = retry_on_intr(|| rustix::fs::openat(&folder, &name, flags, Mode::empty()))?;
+            let next = flags_for(names.peek().is_none());
+            folder = retry_on_intr(|| rustix::fs::openat(&folder, &name, next, Mode::empty()))?;
         }
         Ok(folder)
     }
 
-    /// Opens the folder of this path, and calls `act` with it and the last component.
+    /// Opens the parent folder of this path, and calls `act` with it and the last component.
     fn at<T>(&self, act: impl FnOnce(&Folder, &OsStr) -> io::Result<T>) -> io::Result<T> {
         match (self.parent(), self.relative.file_name()) {
             (Some(parent), Some(name)) => act(&parent.open_folder()?, name),
-            // The root: the folder above it does not belong to the cache. Only read-only calls reach this branch.
+            // This is the root, whose parent does not belong to the cache. Only methods that change nothing get here.
             _ => act(&self.open_folder()?, OsStr::new(".")),
         }
     }
 
-    /// Returns the metadata of the entry at this path; for a symbolic link, those of the link itself.
+    /// Returns the metadata of the entry at this path. For a symbolic link, this is the metadata of the link itself.
     pub(crate) fn metadata(&self) -> io::Result<Metadata> {
         self.at(|folder, name| folder.metadata(name))
     }
@@ -175,22 +178,23 @@ impl RootedPath {
         self.at(|folder, name| Ok(rustix::fs::accessat(folder, name, access, AtFlags::EACCESS)?))
     }
 
-    /// Opens an existing regular file. Refuses a pipe or device that was planted in its place, without blocking on it.
+    /// Opens an existing regular file for reading and, with `write`, for writing. Refuses any other entry, for instance
+    /// a pipe that another user created at this path, without blocking on it.
     ///
     /// A file to be written must have exactly one link. If the kernel allows it (`fs.protected_hardlinks=0`), another
-    /// user may have linked one of our files from elsewhere into the directory.
+    /// user may have linked a file of this user from elsewhere into the directory.
     pub(crate) fn open(&self, write: bool) -> io::Result<File> {
         let access = if write { OFlags::RDWR } else { OFlags::RDONLY };
         let (file, named) = self.at(|folder, name| {
             let file = open_at(folder, name, access, Mode::empty())?;
             // One `stat` of the name returns both the inode and the number of links. The link count of the descriptor
-            // would not do: the name through which the file was opened may have been removed since.
+            // is not enough: the name through which the file was opened may have been removed since.
             let named = if write { Some(folder.metadata(name)?) } else { None };
             Ok((file, named))
         })?;
         let opened = Metadata::of(&file)?;
         let found = named.unwrap_or(opened);
-        // The name was replaced since the file was opened.
+        // The entry was replaced after the file was opened.
         if found.device_and_inode() != opened.device_and_inode() {
             return Err(Errno::STALE.into());
         }
@@ -203,7 +207,7 @@ impl RootedPath {
         }
     }
 
-    /// Opens a file that this process created for writing with O_DIRECT, past the page cache.
+    /// Opens a file that this process has created, for writing with O_DIRECT, which bypasses the page cache.
     pub(crate) fn open_direct(&self) -> io::Result<File> {
         #[cfg(target_os = "linux")]
         return self.open_at(OFlags::WRONLY | OFlags::DIRECT, Mode::empty());
@@ -211,7 +215,7 @@ impl RootedPath {
         Err(Errno::NOSYS.into())
     }
 
-    /// Creates a new file with the permissions `mode`, reduced by the umask. Fails if the name is taken.
+    /// Creates a file with the permissions `mode`, reduced by the umask. Fails if the name is taken.
     pub(crate) fn create_new(&self, mode: u32) -> io::Result<File> {
         self.open_at(OFlags::RDWR | OFlags::CREATE | OFlags::EXCL, Mode::from_raw_mode(mode))
     }
@@ -220,7 +224,7 @@ impl RootedPath {
         self.at(|folder, name| open_at(folder, name, access, mode))
     }
 
-    /// Creates a folder. If `mode` is given, the folder has exactly these permissions.
+    /// Creates a folder. With `mode`, the folder has exactly these permissions.
     pub(crate) fn create_dir(&self, mode: Option<u32>) -> io::Result<()> {
         self.at(|folder, name| {
             rustix::fs::mkdirat(folder, name, Mode::from_raw_mode(mode.unwrap_or(0o777)))?;
@@ -246,27 +250,27 @@ impl RootedPath {
         self.at(|folder, name| Ok(rustix::fs::unlinkat(folder, name, AtFlags::REMOVEDIR)?))
     }
 
-    /// Removes the entry at this path, of any type; a folder with all its content.
+    /// Removes the entry at this path, of any type. A folder is removed with its content.
     pub(crate) fn remove_all(&self) -> io::Result<()> {
         self.at(|folder, name| folder.remove_all(name, DEPTH_MAX))
     }
 
     /// Renames the entry to `to`, replacing an existing entry.
     pub(crate) fn rename(&self, to: &Self) -> io::Result<()> {
-        self.both(to, |from, name, folder, new| Ok(rustix::fs::renameat(from, name, folder, new)?))
+        self.at_both(to, |from, name, folder, new| Ok(rustix::fs::renameat(from, name, folder, new)?))
     }
 
     /// Renames the entry to `to` with `flags`. Fails if the filesystem does not support them.
     pub(crate) fn rename_with(&self, to: &Self, flags: RenameFlags) -> Result<(), Errno> {
         // Keep the error number: the caller distinguishes an unsupported flag from other failures.
         let renamed =
-            self.both(to, |from, name, folder, new| Ok(rustix::fs::renameat_with(from, name, folder, new, flags)?));
+            self.at_both(to, |from, name, folder, new| Ok(rustix::fs::renameat_with(from, name, folder, new, flags)?));
         renamed.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
     }
 
     /// Creates a hard link to this file at `to`, which must not exist.
     pub(crate) fn hard_link(&self, to: &Self) -> io::Result<()> {
-        self.both(to, |from, name, folder, new| Ok(rustix::fs::linkat(from, name, folder, new, AtFlags::empty())?))
+        self.at_both(to, |from, name, folder, new| Ok(rustix::fs::linkat(from, name, folder, new, AtFlags::empty())?))
     }
 
     /// Creates a symbolic link to `target` at this path.
@@ -274,12 +278,18 @@ impl RootedPath {
         self.at(|folder, name| Ok(rustix::fs::symlinkat(target, folder, name)?))
     }
 
-    /// Opens the folders of this path and of `to`, and calls `act` with both and the last components.
-    fn both<T>(&self, to: &Self, act: impl FnOnce(&Folder, &OsStr, &Folder, &OsStr) -> io::Result<T>) -> io::Result<T> {
+    /// Opens the parent folders of this path and of `to`, and calls `act` with each folder and the last component in
+    /// it.
+    fn at_both<T>(
+        &self,
+        to: &Self,
+        act: impl FnOnce(&Folder, &OsStr, &Folder, &OsStr) -> io::Result<T>,
+    ) -> io::Result<T> {
         self.at(|from, name| to.at(|folder, new| act(from, name, folder, new)))
     }
 
-    /// Sets access and modification time of the entry to now; for a symbolic link, those of the link itself.
+    /// Sets the access time and the modification time of the entry to now. For a symbolic link, sets those of the link
+    /// itself.
     pub(crate) fn touch(&self) -> io::Result<()> {
         self.at(|folder, name| folder.touch(name))
     }
@@ -288,7 +298,7 @@ impl RootedPath {
     pub(crate) fn entries(&self) -> io::Result<Vec<Self>> {
         let dir = Dir::new(self.open_dir()?)?;
         let path = |entry: rustix::io::Result<rustix::fs::DirEntry>| match entry {
-            Ok(entry) if is_itself(entry.file_name()) => None,
+            Ok(entry) if is_dot_entry(entry.file_name()) => None,
             Ok(entry) => Some(Ok(self.join(OsStr::from_bytes(entry.file_name().to_bytes())))),
             Err(error) => Some(Err(error.into())),
         };
@@ -308,7 +318,7 @@ impl fmt::Debug for RootedPath {
     }
 }
 
-/// An open folder. Calls act on names in it.
+/// An open folder. Methods act on names in it.
 #[derive(Debug)]
 pub(crate) struct Folder(OwnedFd);
 
@@ -319,7 +329,7 @@ impl AsFd for Folder {
 }
 
 impl Folder {
-    /// Returns the metadata of the entry `name`; for a symbolic link, those of the link itself.
+    /// Returns the metadata of the entry `name`. For a symbolic link, this is the metadata of the link itself.
     pub(crate) fn metadata(&self, name: impl AsRef<OsStr>) -> io::Result<Metadata> {
         Ok(Metadata(rustix::fs::statat(&self.0, name.as_ref(), AtFlags::SYMLINK_NOFOLLOW)?))
     }
@@ -330,35 +340,36 @@ impl Folder {
         Ok(Self(retry_on_intr(|| rustix::fs::openat(&self.0, name.as_ref(), flags, Mode::empty()))?))
     }
 
-    /// Sets access and modification time of the entry `name` to now.
+    /// Sets the access time and the modification time of the entry `name` to now.
     pub(crate) fn touch(&self, name: impl AsRef<OsStr>) -> io::Result<()> {
         Ok(rustix::fs::utimensat(&self.0, name.as_ref(), &NOW, AtFlags::SYMLINK_NOFOLLOW)?)
     }
 
     /// Removes the entry `name`, of any type. Each folder is emptied through its own descriptor.
-    fn remove_all(&self, name: &OsStr, depth: usize) -> io::Result<()> {
-        let Some(depth) = depth.checked_sub(1) else { return Err(too_deep()) };
+    fn remove_all(&self, name: &OsStr, levels_left: usize) -> io::Result<()> {
+        let Some(levels_left) = levels_left.checked_sub(1) else { return Err(too_deep()) };
         match rustix::fs::unlinkat(&self.0, name, AtFlags::empty()) {
-            // It is a folder: Linux returns EISDIR, POSIX specifies EPERM.
+            // The entry is a folder: Linux returns EISDIR, POSIX specifies EPERM.
             Err(Errno::ISDIR | Errno::PERM) if self.metadata(name)?.is_dir() => {}
             removed => return Ok(removed?),
         }
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let folder = Self(rustix::fs::openat(&self.0, name, flags, Mode::empty())?);
-        // List all names before removing any: removal during a listing may skip entries.
+        // List all names before removing any: a listing may skip entries if others are removed meanwhile.
         let names: Vec<OsString> = Dir::read_from(&folder)?
-            .filter(|entry| !entry.as_ref().is_ok_and(|entry| is_itself(entry.file_name())))
+            .filter(|entry| !entry.as_ref().is_ok_and(|entry| is_dot_entry(entry.file_name())))
             .map(|entry| Ok(OsStr::from_bytes(entry?.file_name().to_bytes()).to_owned()))
             .collect::<io::Result<_>>()?;
         for name in names {
-            // Another process may be removing the same tree.
-            absent(folder.remove_all(&name, depth))?;
+            // Another process may be removing the same tree at the same time.
+            absent(folder.remove_all(&name, levels_left))?;
         }
         Ok(rustix::fs::unlinkat(&self.0, name, AtFlags::REMOVEDIR)?)
     }
 }
 
-/// Looks up paths one after the other, and opens their folder once for successive paths in one folder.
+/// Returns the metadata of one path after another. Keeps the last parent folder open, and opens another folder only if
+/// the next path has another parent.
 #[derive(Debug, Default)]
 pub(crate) struct Folders(Option<(RootedPath, Option<Folder>)>);
 
@@ -485,7 +496,7 @@ fn open_at(folder: &Folder, name: &OsStr, access: OFlags, mode: Mode) -> io::Res
     Ok(retry_on_intr(|| rustix::fs::openat(folder, name, flags, mode))?.into())
 }
 
-/// Turns "not found" into `None`. A path through an entry that is not a folder counts as not found, too.
+/// Converts "not found" to `None`. A path through an entry that is not a folder counts as not found as well.
 pub(crate) fn absent<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     match result {
         Ok(value) => Ok(Some(value)),
@@ -494,18 +505,18 @@ pub(crate) fn absent<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     }
 }
 
-/// Opens a folder without following a link anywhere in its path; `None` if `openat2` is not available.
+/// Opens a folder without following a link in any component of its path; `None` if `openat2` is not available.
 #[cfg(target_os = "linux")]
 fn openat2(path: &Path, flags: OFlags) -> Option<Result<OwnedFd, Errno>> {
     /// Linux before 5.6 has no `openat2`. Some sandboxes refuse it with EPERM, which the call itself never returns.
-    static IS_MISSING: AtomicBool = AtomicBool::new(false);
-    if IS_MISSING.load(Ordering::Relaxed) {
+    static IS_UNAVAILABLE: AtomicBool = AtomicBool::new(false);
+    if IS_UNAVAILABLE.load(Ordering::Relaxed) {
         return None;
     }
     let links = rustix::fs::ResolveFlags::NO_SYMLINKS;
     match retry_on_intr(|| rustix::fs::openat2(CWD, path, flags, Mode::empty(), links)) {
         Err(Errno::NOSYS | Errno::PERM) => {
-            IS_MISSING.store(true, Ordering::Relaxed);
+            IS_UNAVAILABLE.store(true, Ordering::Relaxed);
             None
         }
         opened => Some(opened),
@@ -518,10 +529,11 @@ fn openat2(_: &Path, _: OFlags) -> Option<Result<OwnedFd, Errno>> {
 }
 
 /// Returns true for the entries `.` and `..` of a listing.
-fn is_itself(name: &CStr) -> bool {
+fn is_dot_entry(name: &CStr) -> bool {
     matches!(name.to_bytes(), b"." | b"..")
 }
 
+/// Returns the error for a tree with more than [`DEPTH_MAX`] levels.
 pub(super) fn too_deep() -> io::Error {
     io::Error::new(io::ErrorKind::InvalidFilename, format!("folders are nested more than {DEPTH_MAX} deep"))
 }
@@ -557,7 +569,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_in_the_place_of_a_folder_has_nothing_in_it() {
+    fn a_link_at_the_path_of_a_folder_counts_as_an_empty_folder() {
         for depth in 1..=2 {
             let (_folder, root, outside) = directory();
             let names: Vec<&str> = ["in", "deep"][..depth].to_vec();
@@ -567,7 +579,7 @@ mod tests {
             link.symlink_to(&target).expect("links");
             let before = content(&outside);
             let file = root.join("in/deep/file");
-            assert!(absent(file.metadata()).expect("looks").is_none());
+            assert!(absent(file.metadata()).expect("examines").is_none());
             assert!(absent(file.open(false)).expect("opens").is_none());
             assert!(absent(file.open(true)).expect("opens").is_none());
             assert!(absent(root.join("in/deep").entries()).expect("lists").is_none());
@@ -594,7 +606,7 @@ mod tests {
             // `remove_all` removes the link, not its target.
             root.join("in").remove_all().expect("removes");
             assert_eq!(content(&outside), before);
-            assert!(absent(root.join("in").metadata()).expect("looks").is_none());
+            assert!(absent(root.join("in").metadata()).expect("examines").is_none());
         }
     }
 
@@ -605,7 +617,7 @@ mod tests {
         link.symlink_to(&outside.join("deep/file")).expect("links");
         let before = content(&outside);
         assert!(link.open(false).is_err() && link.open(true).is_err());
-        assert!(!link.metadata().expect("looks").is_file());
+        assert!(!link.metadata().expect("examines").is_file());
         link.touch().expect("touches the link itself");
         let other = root.join("other");
         link.rename(&other).expect("renames the link itself");
@@ -614,7 +626,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_with_a_second_name_is_not_opened_for_writing() {
+    fn a_file_with_a_second_link_is_not_opened_for_writing() {
         let (_folder, root, outside) = directory();
         let planted = root.join("in/lock");
         fs::hard_link(outside.join("deep/file"), planted.full()).expect("links");
@@ -626,7 +638,7 @@ mod tests {
     fn opening_stepwise_and_by_openat2_have_equal_results() {
         let (_folder, root, outside) = directory();
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let inode = |opened: Result<OwnedFd, Errno>| opened.map(|fd| Metadata::of(fd).expect("looks").ino());
+        let inode = |opened: Result<OwnedFd, Errno>| opened.map(|fd| Metadata::of(fd).expect("examines").ino());
         root.join("in/link").symlink_to(&outside).expect("links");
         for name in ["", "in", "in/deep", "in/deep/file", "in/none", "in/link", "in/link/deep"] {
             let path = root.join(name);
@@ -640,13 +652,13 @@ mod tests {
     }
 
     #[test]
-    fn the_root_may_lie_behind_links() {
+    fn the_path_of_the_root_may_contain_links() {
         let (folder, root, _) = directory();
         let link = folder.path().join("link");
         std::os::unix::fs::symlink(root.full(), &link).expect("links");
         let through = RootedPath::root(&link);
         assert!(through.join("in/deep/file").open(false).is_ok());
-        assert_eq!(through.join("in").full(), link.join("in"), "it is shown as it was named");
+        assert_eq!(through.join("in").full(), link.join("in"), "the path is shown as the caller wrote it");
     }
 
     #[test]

@@ -1,6 +1,7 @@
-//! A local directory as a source for a fill: a lower directory, or blobs of the own directory that cannot be linked.
+//! A local directory as a source for a fill: a lower directory, or the cache directory itself if its blobs cannot be
+//! linked.
 //!
-//! Files are found by digest, so that blobs of other artifacts can be used as well. Their bytes are not trusted: a
+//! Files are found by digest, so that blobs of other artifacts can be used as well. Their bytes are not trusted: the
 //! download verifies them like those of a server. No lock is taken. A file that is evicted meanwhile stays readable
 //! while it is open; later reads return `NotFound`.
 
@@ -35,9 +36,11 @@ impl Disk {
         let mut found = BTreeMap::new();
         for (path, entry) in wanted {
             let Some(digest) = entry.sha256 else { continue };
-            let held = manifest.as_ref().and_then(|manifest| manifest.files.get(path));
-            let view = held.filter(|held| held.held.is_some() && held.sha256 == Some(digest)).map(|_| dir.view(path));
-            // The blob first: its name is its digest. A view serves if its manifest entry has the digest.
+            let listed = manifest.as_ref().and_then(|manifest| manifest.files.get(path));
+            let held = listed.filter(|listed| listed.held.is_some() && listed.sha256 == Some(digest));
+            let view = held.map(|_| dir.view(path));
+            // First choice: the blob, whose name is its digest. Second choice: the view, if its manifest entry has the
+            // digest.
             for candidate in [Some(self.layout().blob(&digest)), view].into_iter().flatten() {
                 let metadata = files::stat(&candidate)?.filter(|metadata| metadata.is_file());
                 if metadata.is_some_and(|metadata| metadata.len() == entry.size) {

@@ -1,12 +1,13 @@
-//! Staging: the private folder of one fill. It holds files being downloaded, and links to blobs that the fill reuses.
+//! Staging: the private folder of one fill. It contains the files being downloaded, and links to blobs that are reused.
 //!
-//! The fill that owns the folder holds the lock of the journal in it. If that lock can be taken, the fill is dead. The
-//! next fill of the same key adopts the folder and resumes its files, if they are named by a digest; other processes
-//! remove it before they evict anything. The folder is created, and its bytes are reserved, in one critical section
-//! (budget lock held). The steps are those under *Fill* and *Resume* in `docs/disk-format.md`.
+//! The fill that owns the folder holds the lock of the journal in it. If another process can take that lock, the fill
+//! is dead. The next fill of the same key adopts the folder, and resumes those files whose names contain a digest.
+//! Other processes remove the folder of a dead fill before they evict an artifact. The folder is created and its bytes
+//! are reserved in one critical section (under the budget lock). The steps are those under *Fill* and *Resume* in
+//! `docs/disk-format.md`.
 
 use super::Disk;
-use super::budget::{BudgetHold, allocated_for};
+use super::budget::{BudgetGuard, allocated_for};
 use super::files;
 use super::io_error::IoContext;
 use super::layout::staged_name;
@@ -27,21 +28,22 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-/// Minimum size of files that are hashed before the budget lock is taken. Smaller ones take moments under it.
+/// Minimum size in bytes of a blob that is hashed before the budget lock is taken. Hashing a smaller one takes
+/// milliseconds and may be done under the lock.
 const PREHASH_BYTES_MIN: u64 = 16 << 20;
-/// Age after which the writer of a temporary file is presumed dead, if its lock gives no answer.
+/// Age of a temporary file after which its writer is presumed dead, if this cannot be found out by a lock.
 const TEMPORARY_AGE_MAX: Duration = Duration::from_secs(3600);
 /// Age after which a sweep removes a resumable staging folder.
 const RESUME_AGE_MAX: Duration = Duration::from_secs(24 * 3600);
 /// Maximum wait for room that leases or other fills may release.
 const ROOM_WAIT_MAX: Duration = Duration::from_secs(5);
-/// Maximum wait for writes that are still running when the folder is removed.
+/// Maximum wait for running writes before the folder is removed.
 const WRITES_WAIT_MAX: Duration = Duration::from_secs(10);
-/// Attempts to create a staging folder and to lock its journal.
-const MAKES_MAX: usize = 16;
+/// Maximum number of attempts to create a staging folder and to lock its journal.
+const CREATE_ATTEMPTS_MAX: usize = 16;
 /// Time between two attempts to make room.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
-/// The name of the journal in each folder.
+/// Name of the journal in each staging folder.
 const JOURNAL: &str = "journal";
 
 /// The content of a staging folder's journal.
@@ -50,20 +52,21 @@ struct Journal {
     /// The artifact being filled, for messages.
     key: String,
     pid: u32,
-    /// Bytes that the folder will hold when the fill is done.
+    /// Bytes that the folder will take when the fill is done.
     reserved: u64,
 }
 
-/// The staging folder of a running fill. If it is dropped without [`discard`](Self::discard), the folder stays if the
-/// fill can be resumed.
+/// The staging folder of a running fill. When this value is dropped without [`discard`](Self::discard), a folder that
+/// can be resumed stays on disk.
 #[derive(Debug)]
 pub(crate) struct Staging {
     disk: Disk,
     dir: RootedPath,
+    /// The lock of the journal.
     owner: Arc<FileLock>,
-    /// Hard links and reflinks to local files: staged name, and identity under which the bytes are known to be right.
+    /// The hard links and reflinks to local files, by staged name, with the identity under which the bytes are right.
     reused: BTreeMap<String, FileIdentity>,
-    /// The reflinks among them, and the bytes that each takes. Unlike hard links they count separately.
+    /// The bytes that each of the reflinks takes, by staged name. Unlike hard links, they count separately.
     reflinked: BTreeMap<String, u64>,
 }
 
@@ -71,19 +74,19 @@ pub(crate) struct Staging {
 #[derive(Debug)]
 pub(crate) struct StagingUse {
     pub(crate) dir: RootedPath,
-    /// True while the fill that owns the folder lives.
+    /// True while the fill that owns the folder is running.
     pub(crate) live: bool,
     /// Bytes allocated by files that are not links to blobs.
     pub(crate) allocated: u64,
     /// Bytes that the journal reserves.
     reserved: u64,
-    /// The artifact, according to the journal.
+    /// The key of the artifact, according to the journal.
     key: String,
     pid: u32,
 }
 
 impl StagingUse {
-    /// Returns the bytes that a live fill has reserved and not yet written.
+    /// Returns the bytes that a running fill has reserved and not yet written.
     pub(crate) fn outstanding(&self) -> u64 {
         if self.live { self.reserved.saturating_sub(self.allocated) } else { 0 }
     }
@@ -96,12 +99,13 @@ impl StagingUse {
         self.dir.name().starts_with(&key.hash())
     }
 
-    /// Describes a live fill for messages.
-    pub(crate) fn described(&self) -> String {
+    /// Returns a description of a running fill, for messages.
+    pub(crate) fn description(&self) -> String {
         format!("a fill of {} by process {} ({} bytes)", self.key, self.pid, self.reserved.max(self.allocated))
     }
 
-    /// Returns true if a later fill may resume from this folder: it has content, and was changed within the last day.
+    /// Returns true if a later fill may resume from this folder: it has files that can be resumed, and the last change
+    /// is less than a day old.
     pub(crate) fn may_be_resumed(&self) -> bool {
         let modified = |path: &RootedPath| path.metadata().ok().map(|metadata| metadata.modified());
         let latest = files::entries(&self.dir).unwrap_or_default().iter().filter_map(modified).max();
@@ -109,27 +113,28 @@ impl StagingUse {
         is_resumable(&self.dir) && self.journal().metadata().is_ok() && age.is_some_and(|age| age < RESUME_AGE_MAX)
     }
 
-    /// Returns true if the files called `names` make up at least half of the bytes here. A fill of fewer files does not
-    /// adopt the folder, and leaves it to a larger one.
+    /// Returns true if the files called `names` make up at least half of the bytes in this folder. A fill that needs
+    /// fewer of them leaves the folder to a larger fill.
     fn is_mostly(&self, names: &BTreeSet<String>) -> bool {
-        let (mut wanted, mut all) = (0, 0);
+        let (mut wanted_bytes, mut all_bytes) = (0, 0);
         for path in files::entries(&self.dir).unwrap_or_default().iter().filter(|path| is_named_by_content(path)) {
             let bytes = path.metadata().map_or(0, |metadata| metadata.len());
-            all += bytes;
-            wanted += if names.contains(staged_part(path)) { bytes } else { 0 };
+            all_bytes += bytes;
+            wanted_bytes += if names.contains(staged_part(path)) { bytes } else { 0 };
         }
-        2 * wanted >= all
+        2 * wanted_bytes >= all_bytes
     }
 
-    /// Removes the folder, its journal last.
+    /// Removes the folder.
     pub(crate) fn remove(&self) -> Result<()> {
         remove_staging(&self.dir)
     }
 }
 
+/// Removes a staging folder, its journal last.
 fn remove_staging(dir: &RootedPath) -> Result<()> {
     let journal = dir.join(JOURNAL);
-    // The journal goes last: while it exists, its lock shows other processes that the folder is in use.
+    // While the journal exists, its lock shows other processes that the folder is in use.
     for path in files::entries(dir)?.into_iter().filter(|path| *path != journal) {
         files::remove(&path)?;
     }
@@ -146,12 +151,13 @@ fn staged_part(path: &RootedPath) -> &str {
     path.name().strip_suffix(".parts").unwrap_or(path.name())
 }
 
-/// Returns true if a staged file is named by a digest of its content, so that it can be verified without its fill.
+/// Returns true if the name of a staged file contains a digest of its content, so that another fill can verify it.
 fn is_named_by_content(path: &RootedPath) -> bool {
     staged_part(path).starts_with("sha256-") || staged_part(path).starts_with("git-")
 }
 
-/// Returns true if the folder has a file that a later fill can verify by its name, with bytes that exist nowhere else.
+/// Returns true if the folder has a file that a later fill can resume: the name contains a digest, and the file has no
+/// other link.
 fn is_resumable(dir: &RootedPath) -> bool {
     let has_bytes = |path: &RootedPath| files::stat(path).is_ok_and(|found| found.is_some_and(|m| m.nlink() == 1));
     files::entries(dir).unwrap_or_default().iter().any(|path| is_named_by_content(path) && has_bytes(path))
@@ -165,9 +171,9 @@ impl Disk {
         self.refuse_beyond_budget(key, wanted)?;
         let started = Instant::now();
         loop {
-            let found_right = self.hash_unsynced(wanted)?;
+            let verified_before = self.hash_unvouched(wanted)?;
             // Each attempt is one critical section. Between attempts the budget lock is free.
-            match self.try_begin_fill(key, wanted, found_right).map_err(|error| error.artifact(key)) {
+            match self.try_begin_fill(key, wanted, verified_before).map_err(|error| error.artifact(key)) {
                 Err(error) if error.kind() == ErrorKind::Full && error.is_transient() => {
                     if started.elapsed() > ROOM_WAIT_MAX {
                         return Err(error.transient(false));
@@ -180,10 +186,10 @@ impl Disk {
     }
 
     /// Hashes the wanted blobs for which no manifest vouches, for instance because their writer died before it synced
-    /// them. Returns the right ones, with the identity that each had when it was hashed.
+    /// them. Returns the blobs with the right bytes, with the identity that each had when it was hashed.
     ///
-    /// This is done before the budget lock is taken, because hashing under it would block all other processes.
-    fn hash_unsynced(&self, wanted: &[(FilePath, FileEntry)]) -> Result<Vec<(Digest, FileIdentity)>> {
+    /// Call this before taking the budget lock: hashing under that lock would block all other processes.
+    fn hash_unvouched(&self, wanted: &[(FilePath, FileEntry)]) -> Result<Vec<(Digest, FileIdentity)>> {
         let mut present: BTreeMap<Digest, (&FileEntry, FileIdentity)> = BTreeMap::new();
         for (_, entry) in wanted.iter().filter(|(_, entry)| entry.size >= PREHASH_BYTES_MIN) {
             let Some(digest) = entry.sha256 else { continue };
@@ -197,34 +203,35 @@ impl Disk {
             return Ok(Vec::new());
         }
         // A short critical section to look up the records, then hash without the lock.
-        let mut hold = self.hold_budget()?;
+        let mut guard = self.lock_budget()?;
         let mut unvouched = Vec::new();
         for (digest, (entry, identity)) in present {
-            if !hold.is_vouched(&digest, identity)? {
+            if !guard.is_vouched(&digest, identity)? {
                 unvouched.push((digest, entry, identity));
             }
         }
-        hold.release()?;
+        guard.release()?;
         let is_right = |(digest, entry, known): &(Digest, &FileEntry, FileIdentity)| {
             let path = self.layout().blob(digest);
             let Ok(file) = path.open(false) else { return false };
             let is_known = || Metadata::of(&file).is_ok_and(|found| found.identity() == *known);
-            // The identity must be unchanged after hashing, too: otherwise the digest is not that of this identity.
+            // The file must have the identity before and after it is hashed. Otherwise the digest may be that of other
+            // bytes.
             is_known() && hashing::has_digest(&file, *digest, entry.ladder.as_ref()).unwrap_or(false) && is_known()
         };
         Ok(unvouched.into_iter().filter(is_right).map(|(digest, _, identity)| (digest, identity)).collect())
     }
 
-    /// Makes one attempt of [`begin_fill`](Self::begin_fill), in one critical section. `found_right` lists the blobs
-    /// that were hashed before.
+    /// Makes one attempt of [`begin_fill`](Self::begin_fill), in one critical section. `verified_before` lists the
+    /// blobs that were hashed before and have the right bytes.
     pub(super) fn try_begin_fill(
         &self,
         key: &ArtifactKey,
         wanted: &[(FilePath, FileEntry)],
-        found_right: Vec<(Digest, FileIdentity)>,
+        verified_before: Vec<(Digest, FileIdentity)>,
     ) -> Result<Staging> {
-        let mut hold = self.hold_budget()?;
-        hold.found_right = found_right;
+        let mut guard = self.lock_budget()?;
+        guard.verified_before = verified_before;
         // Adopt the staging folder of a dead fill of this key, or create one.
         let mut staging = match self.adopt_staging(key, wanted)? {
             Some(adopted) => adopted,
@@ -232,22 +239,22 @@ impl Disk {
         };
         let names = names_of(wanted);
         // Remove the other dead folders of this key, except those that a larger fill may resume.
-        hold.drop_dead_stagings(|staging| {
+        guard.remove_dead_stagings(|staging| {
             staging.is_of(key) && (!staging.may_be_resumed() || staging.is_mostly(&names))
         })?;
-        // Link the files that are already here. From now on no eviction can free their bytes.
+        // Link the files that are already on disk. From now on, no eviction can free their bytes.
         for (path, entry) in wanted {
-            staging.reuse(&mut hold, key, path, entry)?;
+            staging.reuse(&mut guard, key, path, entry)?;
         }
-        // Make room for the rest, less the bytes that the adopted folder already holds.
+        // Make room for the other files, less the bytes that the adopted folder already takes.
         let missing = wanted.iter().map(|(path, entry)| (staged_name(path, entry), space_to_stage(entry.size)));
         let missing: BTreeMap<String, u64> = missing.filter(|(name, _)| !staging.reused.contains_key(name)).collect();
         let reserved = missing.values().chain(staging.reflinked.values()).sum::<u64>();
         let extra = reserved.saturating_sub(staged_bytes(&staging.dir)?);
-        hold.make_space(extra, key)?;
+        guard.make_space(extra, key)?;
         // Reserve the room before the lock is released, so that another fill does not take it.
         staging.write_journal(key, reserved)?;
-        hold.release()?;
+        guard.release()?;
         Ok(staging)
     }
 
@@ -268,8 +275,9 @@ impl Disk {
         .hint("raise MODEL_CACHE_MAX_BYTES; a get may choose fewer files (--include), a put may leave this disk out (--tier remote)"))
     }
 
+    /// Creates a staging folder for `key`.
     fn make_staging(&self, key: &ArtifactKey) -> Result<Staging> {
-        for _ in 0..MAKES_MAX {
+        for _ in 0..CREATE_ATTEMPTS_MAX {
             if let Some(staging) = self.try_make_staging(key)? {
                 return Ok(staging);
             }
@@ -277,7 +285,7 @@ impl Disk {
         Err(Error::new(ErrorKind::Other, "every new staging folder was locked by another process").tier(Tier::Disk))
     }
 
-    /// Creates a staging folder and locks its journal; `None` if a process that tests the lock was first.
+    /// Creates a staging folder and locks its journal; `None` if another process locked the journal first, to test it.
     fn try_make_staging(&self, key: &ArtifactKey) -> Result<Option<Staging>> {
         let dir = self.layout().stagings().join(format!("{}-{}", key.hash(), files::random_name()));
         modes::make_new_dir(&dir).at("make", &dir)?;
@@ -305,14 +313,14 @@ impl Disk {
             self.stagings()?.into_iter().filter(|staging| !staging.live && staging.is_of(key)).collect();
         dead.sort_by_key(|staging| std::cmp::Reverse(staging.allocated));
         let names = names_of(wanted);
-        // Only folders of this user: files being filled have mode 0600.
-        let us = rustix::process::geteuid().as_raw();
+        // Adopt only folders of this user, because other users cannot read files that are being filled (mode 0600).
+        let this_user = rustix::process::geteuid().as_raw();
         dead.retain(|staging| {
-            staging.is_mostly(&names) && staging.dir.metadata().is_ok_and(|metadata| metadata.uid() == us)
+            staging.is_mostly(&names) && staging.dir.metadata().is_ok_and(|metadata| metadata.uid() == this_user)
         });
         for StagingUse { dir, .. } in dead {
-            // The process that holds the journal's lock owns the folder. `try_existing` checks after locking that the
-            // path still names the locked file.
+            // A process that holds the lock of the journal owns the folder. After locking, `try_existing` checks that
+            // the path still leads to the locked file.
             let Some(Some(owner)) = FileLock::try_existing(&dir.join(JOURNAL))? else { continue };
             let staging = Staging::owned(self, dir, owner);
             // End the reservation of the dead fill.
@@ -325,12 +333,13 @@ impl Disk {
         Ok(None)
     }
 
-    /// Returns every staging folder and the space that it takes. Links to blobs do not count here, but with the blobs.
+    /// Returns every staging folder with the space that it takes. Links to blobs are left out, because they count as
+    /// blobs.
     pub(crate) fn stagings(&self) -> Result<Vec<StagingUse>> {
         let mut uses = Vec::new();
         for dir in files::entries(&self.layout().stagings())? {
             if files::is_folder(&dir)? {
-                uses.extend(files::unless_barred(self.staging_use(dir.clone()), &dir)?);
+                uses.extend(files::unless_inaccessible(self.staging_use(dir.clone()), &dir)?);
             }
         }
         Ok(uses)
@@ -338,7 +347,8 @@ impl Disk {
 
     fn staging_use(&self, dir: RootedPath) -> Result<StagingUse> {
         let path = dir.join(JOURNAL);
-        // Live: the owner's lock is held, or, if locks do not exclude, the folder was changed within the last hour.
+        // The fill is running if the owner holds its lock. If locks do not exclude, it counts as running if the folder
+        // was changed within the last hour.
         let live = !self.is_idle(&dir)? || matches!(FileLock::try_existing(&path)?, Some(None));
         let journal = files::read_small(&path, 4096)?;
         let journal = journal.and_then(|bytes| serde_json::from_slice::<Journal>(&bytes).ok()).unwrap_or_default();
@@ -346,10 +356,10 @@ impl Disk {
         Ok(StagingUse { allocated: staged_bytes(&dir)?, dir, live, reserved, key, pid })
     }
 
-    /// Returns the temporary files and folders directly in `folder`, which their writers have not renamed yet.
+    /// Returns the temporary files and folders directly in `folder` that their writers have not renamed yet.
     pub(super) fn temporaries(&self, folder: &RootedPath) -> Result<Vec<Temporary>> {
         let mut found = Vec::new();
-        for path in files::entries_below(folder)?.into_iter().filter(is_temporary) {
+        for path in files::entries_if_accessible(folder)?.into_iter().filter(is_temporary) {
             found.extend(files::stat(&path)?.map(|metadata| Temporary { path, metadata }));
         }
         Ok(found)
@@ -357,14 +367,15 @@ impl Disk {
 
     /// Returns true if the writer of a non-empty temporary file is dead: its lock can be taken.
     ///
-    /// The caller holds the budget lock. Temporary files that are written without a lock of their own are written under
-    /// the budget lock, so none of them is in use now.
+    /// The caller holds the budget lock. A temporary file without a lock of its own is written only under the budget
+    /// lock, so it is not in use now.
     pub(super) fn is_dead_temporary(&self, file: &Temporary) -> bool {
         self.locks_are_honest() && file.takes_bytes() && matches!(FileLock::try_existing(&file.path), Ok(Some(Some(_))))
     }
 }
 
 impl Staging {
+    /// Returns the staging folder `dir`, whose journal is locked by `owner`.
     fn owned(disk: &Disk, dir: RootedPath, owner: FileLock) -> Self {
         let (reused, reflinked) = (BTreeMap::new(), BTreeMap::new());
         Self { disk: disk.clone(), dir, owner: Arc::new(owner), reused, reflinked }
@@ -375,39 +386,42 @@ impl Staging {
         self.dir.join(name)
     }
 
-    /// Returns the identity of the staged file `name` if it is a link or reflink that is known to be right.
+    /// Returns the identity of the staged file `name` if it is a hard link or reflink of a local file with the right
+    /// bytes.
     pub(crate) fn reused(&self, name: &str) -> Option<FileIdentity> {
         self.reused.get(name).copied()
     }
 
-    /// Returns the owner lock. Each writer into this folder holds a clone, so that the lock outlasts its writes.
+    /// Returns the owner lock. Each task that writes into this folder keeps a clone, so that the lock is held until its
+    /// last write ends.
     pub(crate) fn owner(&self) -> Arc<FileLock> {
         self.owner.clone()
     }
 
-    /// Leaves the folder behind, as a killed process does.
+    /// Leaves the folder on disk, as a killed process does.
     #[cfg(test)]
     pub(super) fn abandon(mut self) {
-        self.dir = self.dir.join("left to the next sweep");
+        // Dropping `self` then finds no folder to remove.
+        self.dir = self.dir.join("absent");
     }
 
     /// Removes the folder. Its files are published or no longer needed.
     pub(crate) fn discard(self) -> Result<()> {
         let started = Instant::now();
-        // A write may still be running after its caller has given up. Wait for it, so that it leaves no file behind.
+        // A write may still be running after its caller was cancelled. Wait for it, so that it leaves no file behind.
         while Arc::strong_count(&self.owner) > 1 && started.elapsed() < WRITES_WAIT_MAX {
             thread::sleep(Duration::from_millis(2));
         }
         remove_staging(&self.dir)
     }
 
-    /// Removes all files but those called `names` that can be resumed. Returns true if any are left.
+    /// Removes all files except those called `names` that can be resumed. Returns true if any file is left.
     fn keep_only(&self, names: &BTreeSet<String>) -> Result<bool> {
         let mut kept = false;
         for path in files::entries(&self.dir)? {
-            // A file with more than one link is a reused blob, which is linked again after it was checked.
-            let own = files::stat(&path)?.is_some_and(|metadata| metadata.is_file() && metadata.nlink() == 1);
-            if own && names.contains(staged_part(&path)) && is_named_by_content(&path) {
+            // A file with more than one link is a reused blob. `reuse` checks the blob and links it again.
+            let is_sole_link = files::stat(&path)?.is_some_and(|metadata| metadata.is_file() && metadata.nlink() == 1);
+            if is_sole_link && names.contains(staged_part(&path)) && is_named_by_content(&path) {
                 kept = true;
             } else if path.name() != JOURNAL {
                 files::remove(&path)?;
@@ -416,13 +430,12 @@ impl Staging {
         Ok(kept)
     }
 
-    /// Ends the reservation when everything is written. From then on the folder counts by its allocated bytes.
+    /// Ends the reservation, when all bytes are written. From then on, only the allocated bytes of the folder count.
     pub(crate) fn end_reservation(&self, key: &ArtifactKey) -> Result<()> {
         self.write_journal(key, 0)
     }
 
-    /// Replaces the content of the journal, in place, because its lock is bound to the inode. A torn journal counts as
-    /// empty.
+    /// Overwrites the journal in place, because its lock is bound to the inode. A torn journal counts as empty.
     fn write_journal(&self, key: &ArtifactKey, reserved: u64) -> Result<()> {
         use std::os::unix::fs::FileExt;
         let journal = Journal { key: key.to_string(), pid: std::process::id(), reserved };
@@ -438,13 +451,14 @@ impl Staging {
         self.reflinked.contains_key(name)
     }
 
-    /// Links the bytes of `entry` into staging if they are on disk and right: the blob, or else this artifact's view.
+    /// Links a local file with the bytes of `entry` into the staging folder, if there is one: the blob, otherwise the
+    /// view of this artifact.
     ///
-    /// If the hard link is refused, makes a reflink. If that fails, too, nothing is staged: the download then uses the
-    /// local file as its first source.
+    /// If the hard link is refused, makes a reflink. If that fails as well, nothing is staged: the download then uses
+    /// the local file as its first source.
     fn reuse(
         &mut self,
-        hold: &mut BudgetHold<'_>,
+        guard: &mut BudgetGuard<'_>,
         key: &ArtifactKey,
         path: &FilePath,
         entry: &FileEntry,
@@ -455,29 +469,29 @@ impl Staging {
             return Ok(());
         }
         let (blob, view) = (self.disk.layout().blob(&digest), self.disk.layout().artifact(key).view(path));
-        let known = match self.disk.checked_blob(hold, &digest)? {
+        let known = match self.disk.checked_blob(guard, &digest)? {
             Some(known) => Some((blob, known)),
-            None => hold.vouched_file(&view, &digest)?.map(|known| (view, known)),
+            None => guard.vouched_file(&view, &digest)?.map(|known| (view, known)),
         };
         let Some((from, known)) = known.filter(|(_, known)| known.bytes == entry.size) else { return Ok(()) };
-        // A complete local file makes a partial download in an adopted folder useless.
+        // The local file is complete, so remove a partial download that an adopted folder may contain.
         let target = self.file(&name);
         files::remove_file(&target)?;
         files::remove_file(&journal_of(&target))?;
         match files::absent(link::hard_link(&from, &target)).at("link", &target)? {
-            // Check the link itself: the file may have been replaced between the check and the link.
-            Some(true) => match self.disk.linked(&target, &digest, known)? {
+            // Check the new link: the file may have been replaced between the check and the link.
+            Some(true) => match self.disk.check_link(&target, &digest, known)? {
                 Some(linked) => drop(self.reused.insert(name, linked)),
                 None => files::remove_file(&target)?,
             },
-            // The link is refused. A reflink is a separate file, and its blocks count in full.
+            // The hard link is refused. A reflink is a separate file, whose bytes count in full.
             Some(false) => {
                 if let Some(cloned) = link::reflink(&from, &target, known)? {
                     self.reflinked.insert(name.clone(), allocated_for(entry.size));
                     self.reused.insert(name, cloned);
                 }
             }
-            // Removed since: download it.
+            // The file was removed after the check: download it.
             None => {}
         }
         Ok(())
@@ -491,7 +505,7 @@ impl Drop for Staging {
             && !is_resumable(&self.dir)
             && let Err(error) = remove_staging(&self.dir)
         {
-            tracing::debug!(%error, "staging stays until the next sweep");
+            tracing::debug!(%error, "the staging folder cannot be removed; it stays until the next sweep");
         }
     }
 }
@@ -504,17 +518,17 @@ pub(super) struct Temporary {
 }
 
 impl Temporary {
-    /// Returns true if it is a non-empty file without a further link. A link to a blob counts with the blob.
+    /// Returns true if it is a non-empty file with one link. A further link to a blob takes no bytes.
     fn takes_bytes(&self) -> bool {
         self.metadata.is_file() && self.metadata.nlink() == 1 && self.metadata.len() > 0
     }
 
-    /// Returns the allocated bytes that count as temporary.
+    /// Returns the allocated bytes that count against the budget as a temporary file.
     pub(super) fn allocated(&self) -> u64 {
         if self.takes_bytes() { self.metadata.allocated() } else { 0 }
     }
 
-    /// Removes it if it was not changed for [`TEMPORARY_AGE_MAX`], after which its writer is presumed dead.
+    /// Removes the file or the empty folder if it was not changed for [`TEMPORARY_AGE_MAX`].
     pub(super) fn remove_if_old(&self) {
         let age = SystemTime::now().duration_since(self.metadata.modified()).ok();
         if age > Some(TEMPORARY_AGE_MAX) {
@@ -529,7 +543,7 @@ impl Temporary {
 }
 
 fn is_temporary(path: &RootedPath) -> bool {
-    path.name().starts_with(files::TEMPORARY)
+    path.name().starts_with(files::TEMPORARY_PREFIX)
 }
 
 /// Returns the bytes that a staged file of `size` bytes and its parts journal take.

@@ -1,16 +1,17 @@
-//! `verify`: reads every held file in full and compares it with its digest, whatever its metadata are.
+//! `verify`: reads every held file in full and compares it with its digest, even if its identity is unchanged.
 //!
 //! This finds damage that acquiring a lease cannot detect: bytes that changed while size and mtime did not. A file with
-//! a ladder is read part by part on all cores, two parts at once on each, so that bad parts are reported by number. A
+//! a ladder is read part by part on all cores, two parts at a time on each, so that bad parts are reported by number. A
 //! file that several artifacts share is read once. A wrong file is quarantined, and `held` is cleared, as when a lease
 //! is acquired. Nothing else changes: the time of last use stays, and nothing is evicted.
 //!
-//! Reads bypass the page cache where possible, and leave it as it is.
+//! If the caller wants it, reads bypass the page cache and leave it as it is.
 
 use super::Disk;
 use super::acquire::{Mismatch, is_shortage};
+use super::budget::lock_mutex;
 use super::files;
-use super::hashing::{self, Stretch};
+use super::hashing::{self, HashTask};
 use super::io_error::IoContext;
 use super::layout::ArtifactDir;
 use super::lock::FileLock;
@@ -28,44 +29,46 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Maximum wait for the end of an eviction of the artifact.
+/// Maximum wait for a shared lease while an eviction holds the exclusive one.
 const LEASE_WAIT_MAX: Duration = Duration::from_secs(30);
 
-/// The state that one verification shares across all its artifacts.
+/// One verification: the state that all its artifacts share.
 #[derive(Debug)]
 pub(crate) struct VerifyRun {
     rate_limiter: RateLimiter,
+    /// Number of threads that hash the files of one artifact.
     threads: usize,
-    /// Whether reads bypass the page cache.
-    from_medium: bool,
+    /// True if reads bypass the page cache.
+    bypass_page_cache: bool,
     /// True once the caller no longer waits for the result.
     stopped: AtomicBool,
-    /// Files found right: device, identity, digest.
-    seen: Mutex<HashSet<(u64, FileIdentity, Digest)>>,
-    /// Files found wrong: device and inode.
+    /// Files with the right bytes: device, identity, digest.
+    verified: Mutex<HashSet<(u64, FileIdentity, Digest)>>,
+    /// Files with wrong bytes: device and inode.
     bad: Mutex<HashSet<(u64, u64)>>,
-    /// Findings in files that other artifacts share. `held` is already cleared there; reported when their turn comes.
+    /// Findings in files that other artifacts share, by the key of the other artifact. Each is reported when that
+    /// artifact is verified, although its `held` is already cleared.
     shared: Mutex<HashMap<ArtifactKey, Vec<Finding>>>,
 }
 
 impl VerifyRun {
-    /// Creates a run that reads at most `bytes_per_s`, on one thread; `None` reads on all cores without a limit.
-    pub(crate) fn new(bytes_per_s: Option<u64>, from_medium: bool) -> Self {
+    /// Creates a run that reads at most `bytes_per_s` on one thread or, without a limit, on all cores.
+    pub(crate) fn new(bytes_per_s: Option<u64>, bypass_page_cache: bool) -> Self {
         let rate_limiter = RateLimiter::new(bytes_per_s);
         Self {
-            threads: match from_medium {
+            threads: match bypass_page_cache {
                 _ if rate_limiter.is_limited() => 1,
-                true => hashing::threads_from_medium(),
+                true => hashing::threads_for_device_reads(),
                 false => hashing::threads(),
             },
             rate_limiter,
-            from_medium,
+            bypass_page_cache,
             stopped: AtomicBool::new(false),
-            seen: Mutex::default(),
+            verified: Mutex::default(),
             bad: Mutex::default(),
             shared: Mutex::default(),
         }
@@ -92,36 +95,33 @@ impl VerifyRun {
         !self.is_stopped()
     }
 
-    /// Returns the digest of a file of `size` bytes, read in order. Meaningless if the run was stopped meanwhile.
+    /// Returns the digest of a file of `size` bytes, read in order. The result is wrong if the run was stopped
+    /// meanwhile.
     fn in_order(&self, file: &File, size: u64, progress: &Progress) -> io::Result<Digest> {
-        if self.from_medium {
-            hashing::from_medium(file);
+        if self.bypass_page_cache {
+            hashing::bypass_page_cache(file);
         }
         hashing::in_order(file, size, |bytes| self.account(bytes, progress))
     }
 
-    /// Returns true if this run has already found the bytes of the file right.
-    fn was_right(&self, device: u64, identity: FileIdentity, digest: Digest) -> bool {
-        lock(&self.seen).contains(&(device, identity, digest))
+    /// Returns true if this run has already found that the file has `digest`.
+    fn is_verified(&self, device: u64, identity: FileIdentity, digest: Digest) -> bool {
+        lock_mutex(&self.verified).contains(&(device, identity, digest))
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// An artifact or folder to verify.
+/// An artifact, or a folder of an unknown artifact, to verify.
 #[derive(Debug, Clone)]
 pub(crate) enum VerifyItem {
     /// An artifact. Its manifest may be damaged.
     Artifact(ArtifactKey),
-    /// A folder with a damaged manifest, if the key cannot be derived from the folder names.
+    /// A folder with a damaged manifest, whose key cannot be derived from the folder names.
     Nameless(RootedPath),
 }
 
 impl Disk {
     /// Returns every folder that has a manifest: the artifacts sorted by key, then those without a known key.
-    pub(crate) fn stored(&self) -> Result<Vec<VerifyItem>> {
+    pub(crate) fn verify_items(&self) -> Result<Vec<VerifyItem>> {
         let (mut keys, mut nameless) = (Vec::new(), Vec::new());
         for artifact in self.scan()? {
             match artifact.manifest.map(|manifest| manifest.key).or_else(|| self.key_of(&artifact.dir)) {
@@ -135,10 +135,11 @@ impl Disk {
         Ok(keys.into_iter().map(VerifyItem::Artifact).chain(nameless).collect())
     }
 
-    /// Derives the key from the folder names; `None` if a name was cut because of its length.
+    /// Derives the key from the folder names; `None` if a name was shortened because of its length.
     fn key_of(&self, dir: &ArtifactDir) -> Option<ArtifactKey> {
-        let text = |path: &RootedPath| unescape(path.name());
-        let key = ArtifactKey::new(text(&dir.path().parent()?)?.parse().ok()?, Version::new(&text(dir.path())?).ok()?);
+        let decoded = |path: &RootedPath| unescape(path.name());
+        let (name, version) = (decoded(&dir.path().parent()?)?, decoded(dir.path())?);
+        let key = ArtifactKey::new(name.parse().ok()?, Version::new(&version).ok()?);
         (self.layout().artifact(&key) == *dir).then_some(key)
     }
 
@@ -149,14 +150,14 @@ impl Disk {
         Ok(held.filter(|(_, entry)| entry.held.is_some()).map(|(_, entry)| entry.size).sum())
     }
 
-    /// Verifies the selected files of `key` that are held; `None` if the artifact is not here.
+    /// Verifies the selected files of `key` that are held; `None` if the artifact is not on this disk.
     ///
-    /// A wrong file is quarantined and no longer leased, unless the directory cannot be written.
+    /// A wrong file is quarantined and no longer held, unless the directory is read-only.
     pub(crate) fn verify(
         &self,
         key: &ArtifactKey,
         selection: &Selection,
-        reading: &VerifyRun,
+        run: &VerifyRun,
         progress: &Progress,
     ) -> Result<Option<Verified>> {
         let dir = self.layout().artifact(key);
@@ -173,24 +174,24 @@ impl Disk {
         let work = ArtifactWork {
             disk: self,
             dir: &dir,
-            reading,
+            run,
             progress,
             queue: Mutex::new(Queue { files: files.into_iter(), ..Queue::default() }),
             opened: Condvar::new(),
-            done: Mutex::new(verified),
+            report: Mutex::new(verified),
         };
         let failed = thread::scope(|scope| {
-            // If a thread cannot be started, the others do its share of the work.
-            let start = |_| thread::Builder::new().spawn_scoped(scope, || work.run()).ok();
-            let threads: Vec<_> = (1..reading.threads).map_while(start).collect();
-            let ours = work.run();
+            // If a thread cannot be started, the other threads do its work.
+            let start = |_| thread::Builder::new().spawn_scoped(scope, || work.hash_pieces()).ok();
+            let threads: Vec<_> = (1..run.threads).map_while(start).collect();
+            let ours = work.hash_pieces();
             let theirs = threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err(thread_panicked())));
             theirs.fold(ours, |first, next| first.and(next))
         });
         failed?;
-        let mut verified = work.done.into_inner().unwrap_or_else(PoisonError::into_inner);
-        // Add the findings in shared files, made while another artifact was verified.
-        for finding in lock(&reading.shared).remove(key).unwrap_or_default() {
+        let mut verified = work.report.into_inner().unwrap_or_else(PoisonError::into_inner);
+        // Add the findings in shared files that were made while another artifact was verified.
+        for finding in lock_mutex(&run.shared).remove(key).unwrap_or_default() {
             if !verified.findings.iter().any(|known| known.path == finding.path) {
                 verified.findings.push(finding);
             }
@@ -204,12 +205,12 @@ impl Disk {
         Ok(Some(verified))
     }
 
-    /// Returns a finding for each selected file that an earlier check withdrew and that was not downloaded since.
+    /// Returns a finding for each selected file that was withdrawn by an earlier check and not downloaded again.
     ///
     /// A file that is not held counts as withdrawn if its digest is in quarantine, or if no file of the artifact is
     /// held. Otherwise it was never requested.
     fn withdrawn_before(&self, manifest: &Manifest, selection: &Selection) -> Result<Vec<Finding>> {
-        let nothing_left = manifest.files.values().all(|entry| entry.held.is_none());
+        let holds_nothing = manifest.files.values().all(|entry| entry.held.is_none());
         let mut quarantined = BTreeSet::new();
         for path in files::entries(&self.layout().quarantine())? {
             // The names in quarantine are `<digest>-<random>`.
@@ -217,7 +218,7 @@ impl Disk {
         }
         let absent = manifest.selected(selection).filter(|(_, entry)| entry.held.is_none());
         let lost = absent
-            .filter(|(_, entry)| nothing_left || entry.sha256.is_some_and(|digest| quarantined.contains(&digest)));
+            .filter(|(_, entry)| holds_nothing || entry.sha256.is_some_and(|digest| quarantined.contains(&digest)));
         let finding = |(path, entry): (&FilePath, &FileEntry)| Finding {
             expected: entry.sha256,
             detail: Some("an earlier check found it damaged, and it was not downloaded since".into()),
@@ -238,8 +239,8 @@ impl Disk {
         verified
     }
 
-    /// Verifies the blobs that were not read as a file of an artifact: leftovers, and blobs with copied views.
-    pub(crate) fn verify_blobs(&self, reading: &VerifyRun, progress: &Progress) -> Result<Verified> {
+    /// Verifies the blobs that were not read as a file of an artifact: leftovers, and blobs whose views are copies.
+    pub(crate) fn verify_blobs(&self, run: &VerifyRun, progress: &Progress) -> Result<Verified> {
         let folder = self.layout().blobs();
         let mut verified = Verified::new(None, folder.to_string(), Tier::Disk);
         let mut blobs = Vec::new();
@@ -248,23 +249,24 @@ impl Disk {
             Ok(())
         })?;
         for path in blobs {
-            if reading.is_stopped() {
+            if run.is_stopped() {
                 break;
             }
-            self.verify_blob(&path, reading, progress, &mut verified)?;
+            self.verify_blob(&path, run, progress, &mut verified)?;
         }
         Ok(verified)
     }
 
+    /// Verifies one blob, unless this run has read it before. Adds the result to `verified`.
     fn verify_blob(
         &self,
         path: &RootedPath,
-        reading: &VerifyRun,
+        run: &VerifyRun,
         progress: &Progress,
         verified: &mut Verified,
     ) -> Result<()> {
         let name = path.name();
-        if name.starts_with(files::TEMPORARY) {
+        if name.starts_with(files::TEMPORARY_PREFIX) {
             return Ok(());
         }
         // The name of a blob is the expected digest.
@@ -279,14 +281,14 @@ impl Disk {
         let Some(file) = files::absent(path.open(false)).at("open", path)? else { return Ok(()) };
         let metadata = Metadata::of(&file).at("examine", path)?;
         // Skip files that this run has already read through a view.
-        let is_reported = lock(&reading.bad).contains(&metadata.device_and_inode());
-        if is_reported || reading.was_right(metadata.dev(), metadata.identity(), expected) {
+        let is_reported = lock_mutex(&run.bad).contains(&metadata.device_and_inode());
+        if is_reported || run.is_verified(metadata.dev(), metadata.identity(), expected) {
             return Ok(());
         }
         verified.files += 1;
         verified.bytes += metadata.len();
-        let found = match reading.in_order(&file, metadata.len(), progress) {
-            Ok(found) if found == expected || reading.is_stopped() => return Ok(()),
+        let found = match run.in_order(&file, metadata.len(), progress) {
+            Ok(found) if found == expected || run.is_stopped() => return Ok(()),
             Ok(found) => Some(found),
             Err(_) => None,
         };
@@ -299,24 +301,27 @@ impl Disk {
             found,
             detail: Some(format!("the blob {}", path)),
             withdrawn: !self.is_read_only(),
-            // No view is served from this blob, and it is in quarantine: nothing is left to repair.
+            // No view is a link to this blob, and the blob is in quarantine, so nothing needs to be repaired.
             repaired_from: (!self.is_read_only()).then_some(Tier::Disk),
             ..Finding::new(None, problem)
         });
         Ok(())
     }
 
-    /// Hashes a file within the rate limit; `None` if it is missing, or if the run was stopped.
-    pub(crate) fn hash_rate_limited(&self, path: &RootedPath, reading: &VerifyRun) -> Result<Option<Digest>> {
+    /// Hashes a file within the rate limit of `run`; `None` if the file is missing or the run was stopped.
+    pub(crate) fn hash_rate_limited(&self, path: &RootedPath, run: &VerifyRun) -> Result<Option<Digest>> {
         let Some(file) = files::absent(path.open(false)).at("open", path)? else { return Ok(None) };
         let size = Metadata::of(&file).at("examine", path)?.len();
-        let digest = reading.in_order(&file, size, &Progress::new()).at("read", path)?;
-        Ok((!reading.is_stopped()).then_some(digest))
+        let digest = run.in_order(&file, size, &Progress::new()).at("read", path)?;
+        Ok((!run.is_stopped()).then_some(digest))
     }
 
-    /// Leases the artifact without changing its time of last use, and returns its manifest; `None` if it is not here or
-    /// is being evicted.
-    pub(crate) fn hold(&self, key: &ArtifactKey) -> Result<Option<(Manifest, ArtifactDir, Option<FileLock>)>> {
+    /// Leases the artifact without changing its time of last use. Returns the manifest, the folder and the lease;
+    /// `None` if the artifact is not on this disk or is being evicted.
+    pub(crate) fn lease_with_manifest(
+        &self,
+        key: &ArtifactKey,
+    ) -> Result<Option<(Manifest, ArtifactDir, Option<FileLock>)>> {
         let dir = self.layout().artifact(key);
         if files::stat(&dir.manifest())?.is_none() {
             return Ok(None);
@@ -325,15 +330,15 @@ impl Disk {
         Ok(self.read_manifest(&dir)?.map(|manifest| (manifest, dir, lease.0)))
     }
 
-    /// Takes a shared lease; `None` if an eviction holds the lease for longer than [`LEASE_WAIT_MAX`].
+    /// Takes a shared lease; `None` if an eviction holds the exclusive lease for longer than [`LEASE_WAIT_MAX`].
     fn lease_for_reading(&self, dir: &ArtifactDir) -> Result<Option<Lease>> {
         let started = Instant::now();
         loop {
-            match FileLock::try_shared(&self.layout().lease(dir)) {
+            match FileLock::try_shared(&self.layout().lease_lock(dir)) {
                 Ok(Some(lease)) => return Ok(Some(Lease(Some(lease)))),
                 Ok(None) if started.elapsed() > LEASE_WAIT_MAX => return Ok(None),
                 Ok(None) => thread::sleep(Duration::from_millis(2)),
-                // A read-only directory may have no lock file that can be opened. It is then read without a lease.
+                // A read-only directory may have no lock file that can be opened. Then read without a lease.
                 Err(_) if self.is_read_only() => return Ok(Some(Lease(None))),
                 Err(error) => return Err(error),
             }
@@ -341,13 +346,14 @@ impl Disk {
     }
 }
 
-/// A shared lease. It has no lock in a read-only directory without a lock file.
+/// A shared lease; without a lock in a read-only directory that has no lock file.
 struct Lease(Option<FileLock>);
 
 fn thread_panicked() -> Error {
     Error::new(crate::ErrorKind::Other, "a verification thread panicked")
 }
 
+/// Returns the finding for the damaged manifest of `dir`.
 fn damaged_manifest(dir: &ArtifactDir) -> Finding {
     Finding {
         detail: Some(dir.manifest().to_string()),
@@ -361,15 +367,16 @@ fn damaged_manifest(dir: &ArtifactDir) -> Finding {
 struct ArtifactWork<'a> {
     disk: &'a Disk,
     dir: &'a ArtifactDir,
-    reading: &'a VerifyRun,
+    run: &'a VerifyRun,
     progress: &'a Progress,
     queue: Mutex<Queue>,
     /// Notified when a thread has opened a file, or failed to.
     opened: Condvar,
-    /// The result so far.
-    done: Mutex<Verified>,
+    /// The findings and counts so far.
+    report: Mutex<Verified>,
 }
 
+/// The work that no thread has taken yet.
 #[derive(Default)]
 struct Queue {
     /// Files that no thread has opened yet.
@@ -380,13 +387,13 @@ struct Queue {
     opening: usize,
 }
 
-/// Counts a thread that is opening a file, while idle threads wait for the parts of that file. Dropped when the file is
-/// open or failed to open.
+/// Counts a thread that is opening a file, while idle threads wait for the parts of that file. It is dropped when the
+/// file is open or could not be opened.
 struct OpeningGuard<'work>(&'work ArtifactWork<'work>);
 
 impl Drop for OpeningGuard<'_> {
     fn drop(&mut self) {
-        lock(&self.0.queue).opening -= 1;
+        lock_mutex(&self.0.queue).opening -= 1;
         self.0.opened.notify_all();
     }
 }
@@ -401,20 +408,21 @@ struct HashingFile {
     identity: FileIdentity,
     /// Number of parts that are verified separately; 1 for a file without a ladder.
     parts: u64,
-    /// Number of parts not verified yet.
-    left: AtomicU64,
-    /// The results of the parts verified so far.
-    seen: Mutex<Seen>,
+    /// Number of parts that are not hashed yet.
+    parts_left: AtomicU64,
+    /// The results of the parts hashed so far.
+    results: Mutex<PartResults>,
 }
 
+/// The results of the hashed parts of one file.
 #[derive(Default)]
-struct Seen {
+struct PartResults {
     /// Numbers of the parts that are wrong or could not be read.
     bad: BTreeSet<u64>,
     /// The digest of the whole file, if it was read in order.
     found: Option<Digest>,
     /// The first read error.
-    trouble: Option<io::Error>,
+    read_error: Option<io::Error>,
 }
 
 impl HashingFile {
@@ -424,38 +432,39 @@ impl HashingFile {
     }
 }
 
-/// A part of a file, or the whole file if it has no ladder.
+/// A part of a file or, if the file has no ladder, the whole file.
 struct Piece {
-    open: Arc<HashingFile>,
+    hashing: Arc<HashingFile>,
     part: u64,
 }
 
 impl AsRef<File> for Piece {
     fn as_ref(&self) -> &File {
-        &self.open.file
+        &self.hashing.file
     }
 }
 
 impl ArtifactWork<'_> {
     /// Hashes pieces, two at a time, until the queue is empty.
-    fn run(&self) -> Result<()> {
+    fn hash_pieces(&self) -> Result<()> {
         hashing::in_pairs(
-            || Ok(self.next()?.map(stretch)),
-            |bytes| self.reading.account(bytes, self.progress),
+            || Ok(self.next()?.map(hash_task)),
+            |bytes| self.run.account(bytes, self.progress),
             |piece, hashed| self.finish_piece(&piece, hashed),
         )
     }
 
-    /// Returns the next piece to hash, and opens the next file if all open ones are taken; `None` when none is left.
+    /// Returns the next piece to hash; `None` when none is left. Opens the next file when all pieces of the open files
+    /// are taken.
     fn next(&self) -> Result<Option<Piece>> {
-        let mut queue = lock(&self.queue);
+        let mut queue = lock_mutex(&self.queue);
         loop {
-            if self.reading.is_stopped() {
+            if self.run.is_stopped() {
                 return Ok(None);
             }
             // First choice: a part of a file that is already open.
             if let Some((open, next)) = queue.open.last_mut() {
-                let piece = Piece { open: open.clone(), part: *next };
+                let piece = Piece { hashing: open.clone(), part: *next };
                 *next += 1;
                 if *next == open.parts {
                     queue.open.pop();
@@ -476,35 +485,35 @@ impl ArtifactWork<'_> {
             drop(queue);
             let opening = OpeningGuard(self);
             if let Some(open) = self.open(path, entry)? {
-                lock(&self.queue).open.push((Arc::new(open), 0));
+                lock_mutex(&self.queue).open.push((Arc::new(open), 0));
             }
             drop(opening);
-            queue = lock(&self.queue);
+            queue = lock_mutex(&self.queue);
         }
     }
 
     /// Records the result of one piece. With the last piece of a file, finishes the file.
     fn finish_piece(&self, piece: &Piece, hashed: io::Result<PartHasher>) -> Result<()> {
-        let Piece { open, part } = piece;
-        let mut seen = lock(&open.seen);
+        let Piece { hashing: open, part } = piece;
+        let mut results = lock_mutex(&open.results);
         let holds = match (hashed, open.ladder()) {
-            // With a ladder, the state after the part must be the next checkpoint, or the digest after the last part.
+            // With a ladder, the state after the part must be the next checkpoint; after the last part, the digest.
             (Ok(hasher), Some(ladder)) => ladder.holds(*part, open.entry.sha256, hasher),
             (Ok(hasher), None) => {
-                seen.found = Some(hasher.finish());
-                seen.found == open.entry.sha256
+                results.found = Some(hasher.finish());
+                results.found == open.entry.sha256
             }
             (Err(error), _) => {
-                seen.trouble.get_or_insert(error);
+                results.read_error.get_or_insert(error);
                 false
             }
         };
         if !holds {
-            seen.bad.insert(*part);
+            results.bad.insert(*part);
         }
-        drop(seen);
-        match open.left.fetch_sub(1, Ordering::AcqRel) {
-            1 if !self.reading.is_stopped() => self.finish_file(open),
+        drop(results);
+        match open.parts_left.fetch_sub(1, Ordering::AcqRel) {
+            1 if !self.run.is_stopped() => self.finish_file(open),
             _ => Ok(()),
         }
     }
@@ -519,16 +528,16 @@ impl ArtifactWork<'_> {
         }
         let view = self.dir.view(&path);
         let opened = view.open(false);
-        // Too many open files, or too little memory: this shows nothing about the file.
+        // Too many files are open, or memory is short. This says nothing about the file.
         if opened.as_ref().is_err_and(is_shortage) {
             return opened.at("open", &view).map(|_| None);
         }
-        lock(&self.done).files += 1;
+        lock_mutex(&self.report).files += 1;
         let file = match opened {
             Ok(file) => file,
-            // This user may not read the file. Its bytes may be right, so it stays available to other users.
+            // This user may not read the file. Its bytes may be right, so it stays held for other users.
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                lock(&self.done).findings.push(Finding {
+                lock_mutex(&self.report).findings.push(Finding {
                     expected: entry.sha256,
                     detail: Some(error.to_string()),
                     remedy: Some("its owner or root can make it readable, or remove it".into()),
@@ -536,7 +545,7 @@ impl ArtifactWork<'_> {
                 });
                 return Ok(None);
             }
-            // The view is missing or not a regular file. Any other error counts as missing, too.
+            // The view is missing or is not a regular file. Any other error counts as missing as well.
             Err(_) => {
                 self.record(&path, &entry, Mismatch::Missing, Finding::new(Some(path.clone()), Problem::Missing))?;
                 return Ok(None);
@@ -544,9 +553,9 @@ impl ArtifactWork<'_> {
         };
         let metadata = Metadata::of(&file).at("examine", &view)?;
         let (device, identity) = (metadata.dev(), metadata.identity());
-        // Another artifact shares the file, and its bytes were found right already.
+        // Another artifact shares the file, which was already found to have the right bytes.
         if entry.on_disk() == Some(identity)
-            && entry.sha256.is_some_and(|digest| self.reading.was_right(device, identity, digest))
+            && entry.sha256.is_some_and(|digest| self.run.is_verified(device, identity, digest))
         {
             self.progress.done(entry.size);
             return Ok(None);
@@ -554,56 +563,57 @@ impl ArtifactWork<'_> {
         // A file of another size is read in order, because the ladder does not fit it.
         let ladder = entry.ladder.as_ref().filter(|ladder| metadata.len() == entry.size && ladder.fits(entry.size));
         let parts = ladder.map_or(1, |ladder| entry.size.div_ceil(ladder.part_size())).max(1);
-        let left = AtomicU64::new(parts);
-        if self.reading.from_medium {
-            hashing::from_medium(&file);
+        let parts_left = AtomicU64::new(parts);
+        if self.run.bypass_page_cache {
+            hashing::bypass_page_cache(&file);
         }
-        Ok(Some(HashingFile { path, entry, file, device, identity, parts, left, seen: Mutex::default() }))
+        Ok(Some(HashingFile { path, entry, file, device, identity, parts, parts_left, results: Mutex::default() }))
     }
 
-    /// Returns true if the manifest still lists the file as held. An eviction, or a process that acquired a lease and
-    /// found the file wrong, may have removed it.
+    /// Returns true if the manifest still lists the file as held. It does not after an eviction, or if another process
+    /// found the file wrong when it acquired a lease.
     fn is_still_held(&self, path: &FilePath, entry: &FileEntry) -> Result<bool> {
         let manifest = self.disk.shared_manifest(self.dir)?;
         let now = manifest.as_ref().and_then(|manifest| manifest.files.get(path));
         Ok(now.is_some_and(|now| now.held.is_some() && now.sha256 == entry.sha256))
     }
 
-    /// Evaluates a file after all its parts were read: records it as right, or withdraws and reports it.
+    /// Evaluates a file after all its parts were hashed: records the file as right, or withdraws and reports it.
     fn finish_file(&self, open: &HashingFile) -> Result<()> {
         let (path, entry) = (&open.path, &open.entry);
         let view = self.dir.view(path);
         let now = Metadata::of(&open.file).at("examine", &view)?.identity();
-        lock(&self.done).bytes += open.identity.bytes;
-        let mut seen = std::mem::take(&mut *lock(&open.seen));
-        if !seen.bad.is_empty() && seen.found.is_none() && seen.trouble.is_none() {
-            // Parts contradict the ladder. The ladder may be wrong, not the file, so the whole file is hashed in order.
-            match self.reading.in_order(&open.file, open.identity.bytes, &Progress::new()) {
-                Ok(found) => seen.found = Some(found),
-                Err(error) => seen.trouble = Some(error),
+        lock_mutex(&self.report).bytes += open.identity.bytes;
+        let mut results = std::mem::take(&mut *lock_mutex(&open.results));
+        if !results.bad.is_empty() && results.found.is_none() && results.read_error.is_none() {
+            // Parts do not match the ladder. The ladder may be wrong and the file right, so hash the whole file in
+            // order.
+            match self.run.in_order(&open.file, open.identity.bytes, &Progress::new()) {
+                Ok(found) => results.found = Some(found),
+                Err(error) => results.read_error = Some(error),
             }
         }
-        if self.reading.is_stopped() {
+        if self.run.is_stopped() {
             return Ok(());
         }
-        if seen.bad.is_empty() || (seen.trouble.is_none() && seen.found == entry.sha256) {
+        if results.bad.is_empty() || (results.read_error.is_none() && results.found == entry.sha256) {
             // The digest is right.
             if let Some(digest) = entry.sha256 {
-                lock(&self.reading.seen).insert((open.device, now, digest));
+                lock_mutex(&self.run.verified).insert((open.device, now, digest));
             }
             return self.confirm(open, now);
         }
         let mut finding = Finding {
             expected: entry.sha256,
-            found: seen.found,
-            detail: seen.trouble.as_ref().map(ToString::to_string),
-            ..Finding::new(Some(path.clone()), problem(open, &seen))
+            found: results.found,
+            detail: results.read_error.as_ref().map(ToString::to_string),
+            ..Finding::new(Some(path.clone()), problem(open, &results))
         };
         if let Some(ladder) = open.ladder() {
-            let bad = seen.bad.iter().map(|part| BadPart::new(*part, ladder.part_size(), entry.size));
+            let bad = results.bad.iter().map(|part| BadPart::new(*part, ladder.part_size(), entry.size));
             finding.bad_parts = bad.collect();
         }
-        lock(&self.reading.bad).insert((open.device, open.identity.inode));
+        lock_mutex(&self.run.bad).insert((open.device, open.identity.inode));
         // Record the finding under a lease, if the file is still held.
         let file = open.file.try_clone().at("examine", &view)?;
         let Some(_lease) = self.disk.lease_for_reading(self.dir)? else { return Ok(()) };
@@ -633,38 +643,38 @@ impl ArtifactWork<'_> {
         if self.disk.is_read_only() {
             finding.remedy = Some("the directory is read-only: the file can be neither withdrawn nor repaired".into());
         } else {
-            let uncommitted = self.disk.record_mismatch(self.dir, path, entry, mismatch)?;
+            let withdrawn = self.disk.record_mismatch(self.dir, path, entry, mismatch)?;
             finding.withdrawn = true;
-            // Name the other artifacts that shared the file and no longer have it.
-            let others = uncommitted.iter().filter(|(key, _)| self.disk.layout().artifact(key) != *self.dir);
+            // Name the other artifacts that shared the file.
+            let others = withdrawn.iter().filter(|(key, _)| self.disk.layout().artifact(key) != *self.dir);
             let others: BTreeSet<String> = others.map(|(key, _)| key.to_string()).collect();
             if !others.is_empty() {
                 let names = others.into_iter().collect::<Vec<_>>().join(", ");
                 finding.detail.get_or_insert_with(|| format!("the same file was withdrawn from {names}, too"));
             }
-            // Their own reports list the finding as well.
-            let mut shared = lock(&self.reading.shared);
-            for (key, path) in uncommitted {
+            // The reports of those artifacts list the finding as well.
+            let mut shared = lock_mutex(&self.run.shared);
+            for (key, path) in withdrawn {
                 shared.entry(key).or_default().push(Finding { path: Some(path), ..finding.clone() });
             }
         }
-        lock(&self.done).findings.push(finding);
+        lock_mutex(&self.report).findings.push(finding);
         Ok(())
     }
 }
 
-/// Returns the range of a piece, with a hasher that starts at its checkpoint.
-fn stretch(piece: Piece) -> Stretch<Piece> {
-    let (part, bytes) = (piece.part, piece.open.identity.bytes);
-    match piece.open.ladder().and_then(|ladder| Some((ladder.range(part, bytes), ladder.hasher(part)?))) {
-        Some((range, hasher)) => Stretch::new(piece, range, hasher),
-        None => Stretch::whole(piece, bytes),
+/// Returns the task that hashes a piece, from the checkpoint at its start.
+fn hash_task(piece: Piece) -> HashTask<Piece> {
+    let (part, bytes) = (piece.part, piece.hashing.identity.bytes);
+    match piece.hashing.ladder().and_then(|ladder| Some((ladder.range(part, bytes), ladder.hasher(part)?))) {
+        Some((range, hasher)) => HashTask::new(piece, range, hasher),
+        None => HashTask::whole(piece, bytes),
     }
 }
 
 /// Returns the kind of problem to report for a bad file.
-fn problem(open: &HashingFile, seen: &Seen) -> Problem {
-    match &seen.trouble {
+fn problem(open: &HashingFile, results: &PartResults) -> Problem {
+    match &results.read_error {
         Some(_) => Problem::Unreadable,
         None if open.identity.bytes != open.entry.size => Problem::WrongSize,
         None => Problem::WrongBytes,
@@ -688,7 +698,7 @@ mod tests {
         std::fs::create_dir_all(blob.parent().expect("a folder").full()).expect("makes");
         std::fs::create_dir_all(dir.files().full()).expect("makes");
         std::fs::write(blob.full(), "content").expect("writes");
-        let held = Some(Held::Disk(blob.metadata().expect("is there").identity()));
+        let held = Some(Held::Disk(blob.metadata().expect("examines").identity()));
         let mut manifest = Manifest::new(key.clone(), Shape::Tree);
         for number in 0..FILES {
             let path = FilePath::new(&format!("{number:05}.bin")).expect("path");
@@ -705,14 +715,14 @@ mod tests {
         let folder = tempfile::tempdir().expect("folder");
         let (disk, key) = many_files(folder.path());
         let verify = || {
-            let reading = VerifyRun::new(None, false);
+            let run = VerifyRun::new(None, false);
             let all = Selection::all();
             assert_eq!(disk.bytes_to_verify(&key, &all).expect("counts"), 7 * FILES as u64);
-            let verified = disk.verify(&key, &all, &reading, &Progress::new()).expect("verifies").expect("is here");
+            let verified = disk.verify(&key, &all, &run, &Progress::new()).expect("verifies").expect("is on disk");
             assert_eq!((verified.files, verified.findings.len()), (FILES, 0));
         };
         verify();
         verify();
-        assert_eq!(disk.0.memo.parsed.load(Ordering::Relaxed), 1);
+        assert_eq!(disk.0.manifests.parsed.load(Ordering::Relaxed), 1);
     }
 }

@@ -6,7 +6,7 @@
 use super::memory;
 use crate::config::WriteMode;
 
-/// Minimum size of files that are written with O_DIRECT. For smaller ones there is nothing to gain.
+/// Minimum size in bytes of a file that is written with O_DIRECT. Smaller files would gain nothing.
 const DIRECT_BYTES_MIN: u64 = 64 << 20;
 
 /// The purpose of a download.
@@ -21,7 +21,8 @@ pub enum Purpose {
 
 /// Returns true if a file of `file_bytes` is to be written with O_DIRECT, in a download of `download_bytes` in total.
 ///
-/// A file that is hashed in order is always buffered: parts that arrive early are read back from the page cache.
+/// A file that is hashed in order is always buffered, because parts that arrive early are read back from the page
+/// cache.
 pub(crate) fn goes_direct(
     mode: WriteMode,
     purpose: Purpose,
@@ -49,12 +50,12 @@ mod tests {
         let large = DIRECT_BYTES_MIN;
         let direct = |mode, purpose, download_bytes| goes_direct(mode, purpose, large, download_bytes, false);
         assert!(!direct(WriteMode::Auto, Purpose::Read, large));
-        assert!(direct(WriteMode::Auto, Purpose::Read, u64::MAX), "more than any memory");
+        assert!(direct(WriteMode::Auto, Purpose::Read, u64::MAX), "the download exceeds any memory");
         assert!(direct(WriteMode::Auto, Purpose::Keep, large));
         assert!(
             !direct(WriteMode::Buffered, Purpose::Keep, u64::MAX) && direct(WriteMode::Direct, Purpose::Read, large)
         );
-        assert!(!goes_direct(WriteMode::Direct, Purpose::Keep, large - 1, u64::MAX, false), "small");
-        assert!(!goes_direct(WriteMode::Direct, Purpose::Keep, large, large, true), "read back");
+        assert!(!goes_direct(WriteMode::Direct, Purpose::Keep, large - 1, u64::MAX, false), "the file is small");
+        assert!(!goes_direct(WriteMode::Direct, Purpose::Keep, large, large, true), "the file is hashed in order");
     }
 }

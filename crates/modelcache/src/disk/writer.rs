@@ -1,11 +1,11 @@
-//! Writer of a file in staging: slices are written in any order, and hashed without a second pass over the file.
+//! Writer of a staged file: slices are written in any order, and hashed without a second pass over the file.
 //!
-//! With a ladder, each part is hashed alone, from its checkpoint. Without one, the file is hashed in order. A slice at
-//! the [`Cursor`] is hashed as it arrives. A slice that arrives before its turn is read back, from the page cache, when
-//! the cursor gets there.
+//! With a ladder, each part is hashed alone, from its checkpoint. Without a ladder, the file is hashed in order. A
+//! slice at the position of the [`Cursor`] is hashed when it arrives. A slice that arrives too early is read back from
+//! the page cache when the cursor has reached it.
 //!
-//! The writer does no hashing of its own. The caller takes the cursor if its slice is next, and reads back the
-//! [out-of-order parts](StagedWriter::next_to_catch_up), so that it can hash two files side by side.
+//! The caller does the hashing, so that it can hash two files side by side: it takes the cursor if its slice is next,
+//! and reads back the [out-of-order parts](StagedWriter::next_to_catch_up).
 
 use super::io_error::fault;
 use super::lock::FileLock;
@@ -27,10 +27,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 /// Alignment in bytes of direct writes, in memory and in the file.
 pub(crate) const ALIGNMENT: usize = 4096;
-/// The file to write, and the way in which it is verified.
+
+/// The file to write, and how it is verified.
 #[derive(Debug, Clone)]
 pub(crate) struct StagedFileSpec {
-    /// Its path in staging.
+    /// The path of the staged file.
     pub(crate) path: RootedPath,
     /// Size of the file in bytes.
     pub(crate) size: u64,
@@ -40,33 +41,35 @@ pub(crate) struct StagedFileSpec {
     pub(crate) in_order: bool,
     /// True if the git object id is computed as well.
     pub(crate) git: bool,
-    /// True if it is written with O_DIRECT, past the page cache, if the filesystem supports that.
+    /// True if it is written with O_DIRECT, which bypasses the page cache, on filesystems that support it.
     pub(crate) direct: bool,
 }
 
-/// A file in staging, open for writing.
+/// A staged file that is open for writing.
 #[derive(Debug)]
 pub(crate) struct StagedWriter {
-    /// The lock of the staging folder. No other fill can adopt the folder while a write may still be running.
+    /// The lock of the staging folder, so that no other fill adopts the folder while a write may be running.
     _owner: Option<Arc<FileLock>>,
     /// The journal of written parts; `None` for a file of one part.
     parts: Option<PartsJournal>,
     path: RootedPath,
     size: u64,
     part_size: u64,
+    /// The file, opened for reads and writes through the page cache.
     buffered: File,
-    /// Held while a slice is written through the page cache.
-    turn: Mutex<()>,
-    /// The file opened with O_DIRECT.
+    /// Locked while a slice is written through the page cache.
+    buffered_write: Mutex<()>,
+    /// The file, opened with O_DIRECT.
     direct: Option<File>,
     /// True once the filesystem has refused a direct write.
     direct_failed: AtomicBool,
-    /// Number of bytes hashed in order; [`u64::MAX`] if a ladder verifies each part.
+    /// Number of bytes hashed in order, which is the position of the [`Cursor`]; [`u64::MAX`] if a ladder verifies each
+    /// part.
     cursor: AtomicU64,
-    /// Held while bytes are hashed.
+    /// Locked while bytes are hashed in order.
     order: Mutex<InOrder>,
-    /// Held for moments only, so that the completion of a part does not wait for hashing.
-    out_of_order: Mutex<OutOfOrderBlocks>,
+    /// Never locked while bytes are hashed, so that the completion of a part does not wait for hashing.
+    out_of_order: Mutex<OutOfOrderParts>,
 }
 
 /// The hashers of a file that is hashed in order.
@@ -75,9 +78,9 @@ struct InOrder {
     git: Option<sha1::Sha1>,
 }
 
-/// The parts that arrived before their turn.
+/// The parts that are complete and that the in-order hash has not reached.
 #[derive(Debug, Default)]
-struct OutOfOrderBlocks {
+struct OutOfOrderParts {
     /// Parts that are completely written and not yet hashed.
     parts: BTreeSet<u64>,
     catching_up: CatchUp,
@@ -89,7 +92,7 @@ enum CatchUp {
     /// No task: the part at the cursor is not written yet.
     #[default]
     Idle,
-    /// [`StagedWriter::part_done`] has asked its caller to catch up, and the caller has not started.
+    /// [`StagedWriter::part_done`] has told its caller to catch up, and the caller has not started.
     Requested,
     /// A task is reading back and hashing.
     Running,
@@ -108,7 +111,7 @@ impl std::fmt::Debug for InOrder {
     }
 }
 
-/// The digests computed by an in-order pass.
+/// The digests of a file that was hashed in order.
 #[derive(Debug, Clone)]
 pub(crate) struct Hashed {
     pub(crate) sha256: Digest,
@@ -123,27 +126,27 @@ impl StagedFileSpec {
 }
 
 impl StagedWriter {
-    /// Creates the file with its full length allocated, so that a full disk is detected before anything is downloaded.
+    /// Creates the file and allocates its full length, so that a full disk is detected before anything is downloaded.
     pub(crate) fn create(spec: StagedFileSpec, owner: Option<Arc<FileLock>>) -> Result<Self> {
         let path = &spec.path;
         let at = |operation, cause: io::Error| fault(operation, path, cause);
-        // Always a new inode: a write of an abandoned attempt may still be running, and must not reach the new file.
+        // Create a new inode: a write of a cancelled attempt may still be running, and must not reach the new file.
         super::files::remove_file(path)?;
         let parts = PartsJournal::create(path, spec.size, spec.part_size)?;
         let buffered = path.create_new(0o600).map_err(|cause| at("make", cause))?;
         allocate(&buffered, spec.size).map_err(|cause| at("make room for", cause))?;
-        Ok(Self::over(spec, buffered, parts, owner))
+        Ok(Self::from_file(spec, buffered, parts, owner))
     }
 
-    /// Opens the file that an ended fill left, and returns it with the parts that its journal lists; `None` if nothing
-    /// usable is left. Each part must be verified before it counts.
+    /// Opens the file that an earlier fill left, and returns it with the parts that are written; `None` if the file
+    /// cannot be resumed. Each part must be verified before it counts.
     pub(crate) fn resume(spec: &StagedFileSpec, owner: Option<Arc<FileLock>>) -> Result<Option<(Self, BTreeSet<u64>)>> {
         let Some(metadata) = super::files::stat(&spec.path)? else { return Ok(None) };
-        // More than one link: the file is a reused blob, which must never be written.
+        // A file with more than one link is a reused blob, which must never be written.
         if !metadata.is_file() || metadata.len() != spec.size || metadata.nlink() != 1 {
             return Ok(None);
         }
-        // A read-only file was complete and verified when its fill ended. Its journal was removed then.
+        // A read-only file is complete and was verified. Its journal was removed when it was sealed.
         let sealed = metadata.mode() & 0o222 == 0;
         let journal = match sealed {
             true => PartsJournal::of_sealed(&spec.path, spec.size, spec.part_size)?,
@@ -156,26 +159,31 @@ impl StagedWriter {
             None => return Ok(None),
         };
         let open = || {
-            let sealed = spec.path.open(false)?;
-            let found = Metadata::of(&sealed)?;
-            // Another user may have replaced the file by a link to one elsewhere since it was examined.
+            let read_only = spec.path.open(false)?;
+            let found = Metadata::of(&read_only)?;
+            // Since the file was examined, another user may have replaced it by a link to a file elsewhere.
             if found.ino() != metadata.ino() || found.nlink() != 1 {
                 return Err(io::Error::from(Errno::STALE));
             }
             // Make it writable through the descriptor, then open it again by its name, and compare the inodes.
-            sealed.set_permissions(Permissions::from_mode(0o600))?;
+            read_only.set_permissions(Permissions::from_mode(0o600))?;
             let writable = spec.path.open(true)?;
-            let same = found.ino() == Metadata::of(&writable)?.ino();
-            if same { Ok(writable) } else { Err(io::Error::from(Errno::STALE)) }
+            let is_same = found.ino() == Metadata::of(&writable)?.ino();
+            if is_same { Ok(writable) } else { Err(io::Error::from(Errno::STALE)) }
         };
         let Ok(buffered) = open() else { return Ok(None) };
-        Ok(Some((Self::over(spec.clone(), buffered, journal, owner), parts)))
+        Ok(Some((Self::from_file(spec.clone(), buffered, journal, owner), parts)))
     }
 
     /// Returns a writer of the open file `buffered`.
-    fn over(spec: StagedFileSpec, buffered: File, parts: Option<PartsJournal>, owner: Option<Arc<FileLock>>) -> Self {
+    fn from_file(
+        spec: StagedFileSpec,
+        buffered: File,
+        parts: Option<PartsJournal>,
+        owner: Option<Arc<FileLock>>,
+    ) -> Self {
         let StagedFileSpec { path, size, part_size, in_order, git, direct } = spec;
-        // The second descriptor is opened by name. It is used only if it is still the same file.
+        // The second descriptor is opened by name. Use it only if the name still leads to the same file.
         let inode = |file: &File| Metadata::of(file).map(|found| found.device_and_inode()).ok();
         let direct = direct.then(|| path.open_direct().ok()).flatten();
         let direct = direct.filter(|direct| inode(direct).is_some_and(|found| Some(found) == inode(&buffered)));
@@ -186,7 +194,7 @@ impl StagedWriter {
             size,
             part_size,
             buffered,
-            turn: Mutex::default(),
+            buffered_write: Mutex::default(),
             direct,
             direct_failed: AtomicBool::new(false),
             cursor: AtomicU64::new(if in_order { 0 } else { u64::MAX }),
@@ -195,18 +203,18 @@ impl StagedWriter {
         }
     }
 
-    /// Removes the file staged at `path` and its journal, so that no fill resumes its wrong bytes.
-    pub(crate) fn forget(path: &RootedPath) -> Result<()> {
+    /// Removes the staged file at `path` and its journal, so that no fill resumes its wrong bytes.
+    pub(crate) fn remove_staged(path: &RootedPath) -> Result<()> {
         super::files::remove_file(path)?;
         super::files::remove_file(&super::parts_journal::journal_of(path))
     }
 
-    /// Reads back the bytes written at `offset`.
+    /// Reads back the bytes that were written at `offset`.
     pub(crate) fn load(&self, offset: u64, into: &mut [u8]) -> Result<()> {
         self.buffered.read_exact_at(into, offset).map_err(|cause| fault("read back", &self.path, cause))
     }
 
-    /// Writes `slice` at `offset` without hashing it. Only aligned slices are written directly.
+    /// Writes `slice` at `offset` without hashing it. Only an aligned slice can be written with O_DIRECT.
     pub(crate) fn store(&self, offset: u64, slice: &[u8]) -> Result<()> {
         self.write_bytes(offset, slice).map_err(|cause| fault("write", &self.path, cause))
     }
@@ -214,7 +222,7 @@ impl StagedWriter {
     /// Writes `slice` at `offset`, and hashes it if it is at the cursor.
     pub(crate) fn write(&self, offset: u64, slice: &[u8]) -> Result<()> {
         self.store(offset, slice)?;
-        if let Some(mut cursor) = self.at_cursor(offset) {
+        if let Some(mut cursor) = self.take_cursor(offset) {
             cursor.update(slice);
             cursor.advance(slice);
         }
@@ -226,7 +234,7 @@ impl StagedWriter {
     pub(crate) fn append(&self, offset: u64, slice: &[u8], beside: &mut PartHasher) -> Result<()> {
         self.store(offset, slice)?;
         let mut order = self.order();
-        order.hasher.update_beside(slice, beside);
+        order.hasher.update_both(slice, beside);
         self.cursor.store(order.hasher.position(), Ordering::Release);
         Ok(())
     }
@@ -242,7 +250,7 @@ impl StagedWriter {
     }
 
     /// Takes the cursor; `None` if it is not at `offset`, or if another thread holds it.
-    pub(crate) fn at_cursor(&self, offset: u64) -> Option<Cursor<'_>> {
+    pub(crate) fn take_cursor(&self, offset: u64) -> Option<Cursor<'_>> {
         if !self.is_next(offset) {
             return None;
         }
@@ -260,14 +268,14 @@ impl StagedWriter {
         let Some(direct) = direct.filter(|_| offset.is_multiple_of(ALIGNMENT as u64)) else {
             return self.write_buffered(offset, slice);
         };
-        // O_DIRECT takes whole blocks only. The rest, at the end of the file, is buffered.
+        // O_DIRECT writes only whole blocks. The rest at the end of the file is buffered.
         let whole_blocks = slice.len() / ALIGNMENT * ALIGNMENT;
         let (aligned, tail) = slice.split_at(whole_blocks);
         if let Err(error) = direct.write_all_at(aligned, offset) {
             if error.raw_os_error() != Some(Errno::INVAL.raw_os_error()) {
                 return Err(error);
             }
-            // EINVAL: the filesystem requires another alignment. All further writes of this file are buffered.
+            // EINVAL: the filesystem requires another alignment. From now on, all writes to this file are buffered.
             self.direct_failed.store(true, Ordering::Relaxed);
             self.write_buffered(offset, aligned)?;
         }
@@ -278,15 +286,15 @@ impl StagedWriter {
         if slice.is_empty() {
             return Ok(());
         }
-        // The kernel serializes buffered writes to one file, and the second writer spins meanwhile. Waiting on this
-        // mutex instead leaves the core to other threads.
-        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        // The kernel executes buffered writes to one file one after the other, and a second writer spins until its
+        // turn. Wait on this mutex instead, which leaves the core to other threads.
+        let _exclusive = self.buffered_write.lock().unwrap_or_else(PoisonError::into_inner);
         self.buffered.write_all_at(slice, offset)
     }
 
     /// Records in the journal that a part is completely written and, with a ladder, verified.
     ///
-    /// Returns true if the caller must [catch up](Self::next_to_catch_up) now. Only one caller at a time is asked to.
+    /// Returns true if the caller must [catch up](Self::next_to_catch_up) now. At most one caller at a time must do so.
     pub(crate) fn part_done(&self, part: u64) -> Result<bool> {
         if let Some(parts) = &self.parts {
             parts.mark(part)?;
@@ -295,44 +303,45 @@ impl StagedWriter {
         if self.hashed_bytes() == u64::MAX {
             return Ok(false);
         }
-        let mut blocks = self.out_of_order();
-        blocks.parts.insert(part);
-        if blocks.catching_up != CatchUp::Idle || self.next_unhashed(&mut blocks).is_none() {
+        let mut early = self.out_of_order();
+        early.parts.insert(part);
+        if early.catching_up != CatchUp::Idle || self.next_unhashed(&mut early).is_none() {
             return Ok(false);
         }
-        blocks.catching_up = CatchUp::Requested;
+        early.catching_up = CatchUp::Requested;
         Ok(true)
     }
 
     /// Returns the next range to read back and hash, within one part, for the task that catches up.
     ///
-    /// Returns `None` when the part at the cursor is not written yet, which ends the task. The next part that closes
-    /// the gap then requests a new one.
+    /// Returns `None` if the part at the cursor is not written yet. This ends the task. The completion of that part
+    /// requests a new one.
     pub(crate) fn next_to_catch_up(&self) -> Option<Range<u64>> {
-        let mut blocks = self.out_of_order();
-        let next = self.next_unhashed(&mut blocks);
-        blocks.catching_up = if next.is_some() { CatchUp::Running } else { CatchUp::Idle };
+        let mut early = self.out_of_order();
+        let next = self.next_unhashed(&mut early);
+        early.catching_up = if next.is_some() { CatchUp::Running } else { CatchUp::Idle };
         let position = next?;
         Some(position..((position / self.part_size + 1) * self.part_size).min(self.size))
     }
 
-    /// Returns the number of completely written parts that wait for a running catch-up task; 0 if none is running.
+    /// Returns the number of complete parts that a running catch-up task has not hashed yet; 0 if no task is running.
     pub(crate) fn parts_behind(&self) -> usize {
-        let mut blocks = self.out_of_order();
-        self.next_unhashed(&mut blocks);
-        if blocks.catching_up == CatchUp::Running { blocks.parts.len() } else { 0 }
+        let mut early = self.out_of_order();
+        self.next_unhashed(&mut early);
+        if early.catching_up == CatchUp::Running { early.parts.len() } else { 0 }
     }
 
-    /// Returns the position of the cursor if the part there is completely written. Forgets parts before the cursor.
-    fn next_unhashed(&self, blocks: &mut OutOfOrderBlocks) -> Option<u64> {
+    /// Returns the position of the cursor if the part at that position is complete. Removes the parts before the cursor
+    /// from `early`.
+    fn next_unhashed(&self, early: &mut OutOfOrderParts) -> Option<u64> {
         let position = self.hashed_bytes();
         if position >= self.size {
-            blocks.parts.clear();
+            early.parts.clear();
             return None;
         }
         let part = position / self.part_size;
-        blocks.parts = blocks.parts.split_off(&part);
-        blocks.parts.contains(&part).then_some(position)
+        early.parts = early.parts.split_off(&part);
+        early.parts.contains(&part).then_some(position)
     }
 
     /// Resets the in-order hash, to write the file again from its beginning. No write may be running.
@@ -340,12 +349,12 @@ impl StagedWriter {
         if self.hashed_bytes() != u64::MAX {
             let mut order = self.order();
             *order = InOrder::new(self.size, self.part_size, order.git.is_some());
-            *self.out_of_order() = OutOfOrderBlocks::default();
+            *self.out_of_order() = OutOfOrderParts::default();
             self.cursor.store(0, Ordering::Release);
         }
     }
 
-    /// Returns the digests of a file that was hashed in order. All its parts must be done.
+    /// Returns the digests of a file that was hashed in order. All parts must be complete and hashed.
     pub(crate) fn hashed(&self) -> Hashed {
         use sha1::Digest as _;
         let mut order = self.order();
@@ -355,8 +364,7 @@ impl StagedWriter {
         Hashed { sha256, git_oid, ladder }
     }
 
-    /// Makes the file read-only, closes it, and returns the identity under which it was verified. The file is synced
-    /// later, after it is published.
+    /// Makes the file read-only, closes it, and returns its identity. The file is synced later, after it is published.
     pub(crate) fn seal(self) -> Result<FileIdentity> {
         let path = self.path;
         self.buffered
@@ -378,7 +386,7 @@ impl StagedWriter {
         self.order.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn out_of_order(&self) -> MutexGuard<'_, OutOfOrderBlocks> {
+    fn out_of_order(&self) -> MutexGuard<'_, OutOfOrderParts> {
         self.out_of_order.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -452,7 +460,7 @@ mod tests {
                     while let Some(range) = writer.next_to_catch_up() {
                         let mut bytes = vec![0; (range.end - range.start) as usize];
                         writer.load(range.start, &mut bytes).expect("reads back");
-                        let mut cursor = writer.at_cursor(range.start).expect("nobody else is there");
+                        let mut cursor = writer.take_cursor(range.start).expect("no other thread has the cursor");
                         cursor.update(&bytes);
                         cursor.advance(&bytes);
                     }
@@ -471,7 +479,7 @@ mod tests {
     }
 
     #[test]
-    fn direct_writes_store_the_bytes_given() {
+    fn direct_writes_store_the_same_bytes_as_buffered_ones() {
         let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).expect("folder");
         let path = RootedPath::root(folder.path()).join("f");
         let content: Vec<u8> = (0..3 * ALIGNMENT + 77).map(|at| (at % 251) as u8).collect();
@@ -479,8 +487,8 @@ mod tests {
         let spec =
             StagedFileSpec { path: path.clone(), size, part_size: 1 << 20, in_order: false, git: false, direct: true };
         let writer = StagedWriter::create(spec, None).expect("creates");
-        assert_eq!(writer.direct.is_some(), path.open_direct().is_ok(), "where the filesystem takes it");
-        // With a skew of 1, the memory is not aligned: the write falls back to a buffered one.
+        assert_eq!(writer.direct.is_some(), path.open_direct().is_ok(), "direct if the filesystem supports it");
+        // With a skew of 1, the memory is not aligned, so the bytes are written by a buffered write.
         for skew in [0, 1] {
             let mut memory = vec![0; content.len() + 2 * ALIGNMENT];
             let start = memory.as_ptr().align_offset(ALIGNMENT) + skew;

@@ -1,7 +1,8 @@
-//! The doctor: checks everything that a cache needs, and has a fix for each problem.
+//! The doctor: checks everything that a cache needs, and suggests a fix for each problem.
 //!
 //! # Contract
-//! - Needs no open cache, because it is used when opening fails. Front ends report an invalid configuration themselves.
+//! - Needs no open cache, because it is used when a cache cannot be opened. Front ends report an invalid configuration
+//!   themselves.
 //! - Removes everything that it creates: one temporary folder below the cache directory and, unless `read_only` is set,
 //!   one small object below the remote's prefix under a unique name.
 //! - Every network request has a timeout. The requests run concurrently.
@@ -18,9 +19,9 @@ use crate::config::{Config, Environment, RemoteMode};
 /// Runs all checks. Returns the results, sorted by area.
 pub async fn examine(config: &Config, environment: &Environment, options: DoctorOptions) -> Vec<Check> {
     let options = DoctorOptions { read_only: options.read_only || config.remote_mode == RemoteMode::ReadOnly };
-    let for_disk = config.clone();
+    let disk_config = config.clone();
     let disk = async move {
-        let checks = tokio::task::spawn_blocking(move || crate::disk::examine(&for_disk)).await;
+        let checks = tokio::task::spawn_blocking(move || crate::disk::examine(&disk_config)).await;
         checks.unwrap_or_else(|_| Vec::new())
     };
     let clock = Clock::default();

@@ -6,16 +6,16 @@ use crate::error::Error;
 use std::path::Path;
 use url::Url;
 
-/// Variables that name a proxy, in upper or lower case.
+/// Variables that name a proxy. Their names may be in upper or lower case.
 const PROXIES: [&str; 3] = ["HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY"];
 /// Variables that name a file of root certificates.
 const CERTIFICATES: [&str; 2] = ["AWS_CA_BUNDLE", "SSL_CERT_FILE"];
 
 /// Checks the variables for proxies and certificates.
 pub(super) fn examine(environment: &Environment) -> Vec<Check> {
-    let either = |name: &str| environment.get(name).or_else(|| environment.get(&name.to_ascii_lowercase()));
-    let mut checks: Vec<Check> = PROXIES.iter().filter_map(|name| Some(proxy(name, either(name)?))).collect();
-    match (checks.is_empty(), either("NO_PROXY")) {
+    let variable = |name: &str| environment.get(name).or_else(|| environment.get(&name.to_ascii_lowercase()));
+    let mut checks: Vec<Check> = PROXIES.iter().filter_map(|name| Some(proxy(name, variable(name)?))).collect();
+    match (checks.is_empty(), variable("NO_PROXY")) {
         (true, _) => checks.push(Check::ok(Area::Network, "no proxy")),
         (false, Some(hosts)) => checks.push(Check::ok(Area::Network, format!("NO_PROXY: {hosts}"))),
         (false, None) => {}
@@ -31,9 +31,9 @@ fn proxy(name: &str, address: &str) -> Check {
     match Url::parse(&full) {
         Ok(url) if url.has_host() => {
             let port = url.port().map_or_else(String::new, |port| format!(":{port}"));
-            let secret = if url.username().is_empty() { "" } else { ", with a user name" };
+            let user = if url.username().is_empty() { "" } else { ", with a user name" };
             let host = url.host_str().unwrap_or_default();
-            Check::ok(Area::Network, format!("{name}: {}://{host}{port}{secret}", url.scheme()))
+            Check::ok(Area::Network, format!("{name}: {}://{host}{port}{user}", url.scheme()))
         }
         _ => {
             let error = Error::invalid(format!("{name} is not a valid URL"));

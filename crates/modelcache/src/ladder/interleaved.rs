@@ -5,9 +5,9 @@
 //! because there are too few registers. Without the extensions, the streams are hashed one after the other, with equal
 //! results.
 //!
-//! The only `unsafe` of the library is a single call in this module. Words are passed by value, so that no pointers are
-//! involved; the compiler turns this into plain vector loads.
-//! Source: FIPS 180-4, 6.2.2; Intel SDM, `SHA256RNDS2`, `SHA256MSG1`, `SHA256MSG2`.
+//! The only `unsafe` of the library is a single call in this module. Words are passed by value instead of by pointer;
+//! the compiler turns this into plain vector loads. Source: FIPS 180-4, 6.2.2; Intel SDM, `SHA256RNDS2`, `SHA256MSG1`,
+//! `SHA256MSG2`.
 
 use super::{BLOCK, State};
 use sha2::block_api::compress256;
@@ -34,7 +34,8 @@ impl ShaExtensions {
     }
 }
 
-/// Compresses the blocks `x` into state `a` and the blocks `y` into state `b`, interleaved as far as both have blocks.
+/// Compresses the blocks `x` into state `a` and the blocks `y` into state `b`. The blocks are interleaved in pairs; the
+/// rest of the longer list follows alone.
 pub(super) fn compress_pair(
     extensions: Option<ShaExtensions>,
     a: &mut State,
@@ -71,15 +72,15 @@ fn compress_pairs(_: ShaExtensions, [a, b]: [&mut State; 2], [x, y]: [&[[u8; BLO
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     //! Data layout of the instructions: the eight words of a state are in two vectors, A B E F and C D G H, with the
-    //! first word in the highest lane. One instruction does two rounds. Four words of the schedule are used in four
-    //! rounds.
+    //! first word in the highest lane. One instruction does two rounds. Each round uses one word of the message
+    //! schedule.
 
     use super::{BLOCK, State};
     use std::arch::x86_64::*;
 
     /// The round constants of SHA-256 (FIPS 180-4, 4.2.2).
     #[rustfmt::skip]
-    const ROUNDS: [u32; 64] = [
+    const ROUND_CONSTANTS: [u32; 64] = [
         0x428a_2f98, 0x7137_4491, 0xb5c0_fbcf, 0xe9b5_dba5, 0x3956_c25b, 0x59f1_11f1, 0x923f_82a4, 0xab1c_5ed5,
         0xd807_aa98, 0x1283_5b01, 0x2431_85be, 0x550c_7dc3, 0x72be_5d74, 0x80de_b1fe, 0x9bdc_06a7, 0xc19b_f174,
         0xe49b_69c1, 0xefbe_4786, 0x0fc1_9dc6, 0x240c_a1cc, 0x2de9_2c6f, 0x4a74_84aa, 0x5cb0_a9dc, 0x76f9_88da,
@@ -92,7 +93,7 @@ mod x86 {
 
     /// One stream: its state, and the next sixteen words of the message schedule.
     #[derive(Clone, Copy)]
-    struct Lane {
+    struct Stream {
         abef: __m128i,
         cdgh: __m128i,
         schedule: [__m128i; 4],
@@ -101,52 +102,53 @@ mod x86 {
     /// Compresses two streams of the same length.
     #[target_feature(enable = "sha,ssse3,sse4.1")]
     pub(super) fn compress([a, b]: [&mut State; 2], [x, y]: [&[[u8; BLOCK]]; 2]) {
-        let mut lanes = [load(a), load(b)];
+        let mut streams = [load(a), load(b)];
         for (x, y) in x.iter().zip(y) {
-            let before = lanes;
-            lanes[0].schedule = words(x);
-            lanes[1].schedule = words(y);
+            let before = streams;
+            streams[0].schedule = words(x);
+            streams[1].schedule = words(y);
             // Rounds 0 to 15 use the words of the block.
             for quarter in 0..4 {
-                lanes.iter_mut().for_each(|lane| four_rounds(lane, quarter, quarter));
+                streams.iter_mut().for_each(|stream| four_rounds(stream, quarter, quarter));
             }
             // Rounds 16 to 63 extend the schedule. The nested loops let the compiler unroll the inner one and keep the
             // schedule in registers.
-            for sixteen in 1..4 {
+            for sixteen_rounds in 1..4 {
                 for quarter in 0..4 {
-                    lanes.iter_mut().for_each(|lane| {
-                        next_words(lane, quarter);
-                        four_rounds(lane, 4 * sixteen + quarter, quarter);
+                    streams.iter_mut().for_each(|stream| {
+                        next_words(stream, quarter);
+                        four_rounds(stream, 4 * sixteen_rounds + quarter, quarter);
                     });
                 }
             }
-            for (lane, before) in lanes.iter_mut().zip(before) {
-                lane.abef = _mm_add_epi32(lane.abef, before.abef);
-                lane.cdgh = _mm_add_epi32(lane.cdgh, before.cdgh);
+            // The new state is the sum of the old state and the result of the rounds.
+            for (stream, before) in streams.iter_mut().zip(before) {
+                stream.abef = _mm_add_epi32(stream.abef, before.abef);
+                stream.cdgh = _mm_add_epi32(stream.cdgh, before.cdgh);
             }
         }
-        *a = store(&lanes[0]);
-        *b = store(&lanes[1]);
+        *a = store(&streams[0]);
+        *b = store(&streams[1]);
     }
 
-    /// Does the rounds `4 * at` to `4 * at + 3` with this quarter of the schedule.
+    /// Does the rounds `4 * at` to `4 * at + 3` with the four words in `quarter` of the schedule.
     #[inline]
     #[target_feature(enable = "sha,sse2")]
-    fn four_rounds(lane: &mut Lane, at: usize, quarter: usize) {
-        let [k0, k1, k2, k3] = [0, 1, 2, 3].map(|word| ROUNDS[4 * at + word].cast_signed());
-        let first = _mm_add_epi32(lane.schedule[quarter], _mm_set_epi32(k3, k2, k1, k0));
-        lane.cdgh = _mm_sha256rnds2_epu32(lane.cdgh, lane.abef, first);
+    fn four_rounds(stream: &mut Stream, at: usize, quarter: usize) {
+        let [k0, k1, k2, k3] = [0, 1, 2, 3].map(|word| ROUND_CONSTANTS[4 * at + word].cast_signed());
+        let first = _mm_add_epi32(stream.schedule[quarter], _mm_set_epi32(k3, k2, k1, k0));
+        stream.cdgh = _mm_sha256rnds2_epu32(stream.cdgh, stream.abef, first);
         let second = _mm_shuffle_epi32(first, 0x0e);
-        lane.abef = _mm_sha256rnds2_epu32(lane.abef, lane.cdgh, second);
+        stream.abef = _mm_sha256rnds2_epu32(stream.abef, stream.cdgh, second);
     }
 
-    /// Computes the next four words of the schedule, in place of the oldest four.
+    /// Replaces the oldest four words of the schedule, which are in `quarter`, with the next four.
     #[inline]
     #[target_feature(enable = "sha,ssse3")]
-    fn next_words(lane: &mut Lane, quarter: usize) {
-        let [w0, w1, w2, w3] = [0, 1, 2, 3].map(|ahead| lane.schedule[(quarter + ahead) % 4]);
+    fn next_words(stream: &mut Stream, quarter: usize) {
+        let [w0, w1, w2, w3] = [0, 1, 2, 3].map(|ahead| stream.schedule[(quarter + ahead) % 4]);
         let sum = _mm_add_epi32(_mm_sha256msg1_epu32(w0, w1), _mm_alignr_epi8(w3, w2, 4));
-        lane.schedule[quarter] = _mm_sha256msg2_epu32(sum, w3);
+        stream.schedule[quarter] = _mm_sha256msg2_epu32(sum, w3);
     }
 
     /// Loads a block as big-endian words, with the first word in the lowest lane.
@@ -162,17 +164,17 @@ mod x86 {
         [quarter(0), quarter(1), quarter(2), quarter(3)]
     }
 
-    /// Loads a state into vectors.
+    /// Returns a stream with this state and an empty schedule.
     #[target_feature(enable = "sse2")]
-    fn load(state: &State) -> Lane {
+    fn load(state: &State) -> Stream {
         let [a, b, c, d, e, f, g, h] = state.map(u32::cast_signed);
-        Lane { abef: _mm_set_epi32(a, b, e, f), cdgh: _mm_set_epi32(c, d, g, h), schedule: [_mm_setzero_si128(); 4] }
+        Stream { abef: _mm_set_epi32(a, b, e, f), cdgh: _mm_set_epi32(c, d, g, h), schedule: [_mm_setzero_si128(); 4] }
     }
 
-    /// Returns the state in the vectors.
+    /// Returns the state of a stream.
     #[target_feature(enable = "sse4.1")]
-    fn store(lane: &Lane) -> State {
-        let (abef, cdgh) = (lane.abef, lane.cdgh);
+    fn store(stream: &Stream) -> State {
+        let (abef, cdgh) = (stream.abef, stream.cdgh);
         let [a, b] = [_mm_extract_epi32::<3>(abef), _mm_extract_epi32::<2>(abef)];
         let [e, f] = [_mm_extract_epi32::<1>(abef), _mm_extract_epi32::<0>(abef)];
         let [c, d] = [_mm_extract_epi32::<3>(cdgh), _mm_extract_epi32::<2>(cdgh)];

@@ -1,7 +1,8 @@
 //! The files of a manifest: a vector, sorted by path.
 //!
-//! A vector takes less than half the memory of a tree map with keys inserted in order, and a manifest with a million
-//! files is mostly this vector. Inserting at the end is fast; inserting elsewhere moves the entries after it.
+//! A vector takes less than half the memory of a tree map whose keys are inserted in order. Most of the memory of a
+//! manifest with a million files is this vector. Inserting at the end is fast; inserting elsewhere moves all later
+//! entries.
 
 use super::FileEntry;
 use crate::key::FilePath;
@@ -23,7 +24,7 @@ impl Files {
         Self(Vec::new())
     }
 
-    /// Creates the list from `files`. Fails with a path that occurs twice.
+    /// Creates the list from `files`. If a path occurs twice, returns it as the error.
     pub(super) fn from_list(mut files: Vec<(FilePath, FileEntry)>) -> Result<Self, FilePath> {
         if !files.is_sorted_by(|(a, _), (b, _)| a < b) {
             files.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
@@ -39,7 +40,7 @@ impl Files {
         match self.0.last() {
             // Fast path for paths that are inserted in order.
             Some((last, _)) if last < path => Err(self.0.len()),
-            _ => self.0.binary_search_by(|(there, _)| there.cmp(path)),
+            _ => self.0.binary_search_by(|(existing, _)| existing.cmp(path)),
         }
     }
 
@@ -120,8 +121,8 @@ impl Files {
 
     /// Returns the memory that the list uses, in bytes.
     pub(super) fn memory_bytes(&self) -> usize {
-        let of = |(path, entry): &(FilePath, FileEntry)| path.as_str().len() + entry.heap_bytes();
-        self.0.capacity() * size_of::<(FilePath, FileEntry)>() + self.0.iter().map(of).sum::<usize>()
+        let heap_bytes = |(path, entry): &(FilePath, FileEntry)| path.as_str().len() + entry.heap_bytes();
+        self.0.capacity() * size_of::<(FilePath, FileEntry)>() + self.0.iter().map(heap_bytes).sum::<usize>()
     }
 }
 
@@ -129,7 +130,7 @@ impl Index<&FilePath> for Files {
     type Output = FileEntry;
 
     fn index(&self, path: &FilePath) -> &FileEntry {
-        self.get(path).expect("there is a file at this path")
+        self.get(path).expect("the manifest lists this path")
     }
 }
 
@@ -201,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn a_repeated_path_replaces_the_entry_in_an_iterator_and_is_refused_in_a_list() {
+    fn of_a_repeated_path_collect_keeps_the_last_entry_and_from_list_fails() {
         let twice =
             || vec![(path("b"), FileEntry::of(1)), (path("a"), FileEntry::of(2)), (path("b"), FileEntry::of(3))];
         let files: Files = twice().into_iter().collect();

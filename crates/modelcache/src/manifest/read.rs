@@ -23,9 +23,9 @@ use serde_json::value::RawValue;
 use std::borrow::Cow;
 use std::fmt;
 
-/// The memory limit of the parsed form, in multiples of the document's size.
+/// The memory limit of the parsed form, in bytes for each byte of the document.
 const MEMORY_PER_BYTE: usize = 3;
-/// The memory that the parsed form may use in any case, in bytes.
+/// The memory that the parsed form may use in addition, in bytes.
 const MEMORY_BYTES_MIN: usize = 16 << 10;
 /// The longest number, digest or word, in bytes of JSON.
 const WORD_BYTES_MAX: usize = 256;
@@ -43,22 +43,26 @@ const HEAD_BYTES_MAX: usize = limits::UNKNOWN_BYTES_MAX + (64 << 10);
 /// numbers.
 const ENTRY_BYTES_MAX: usize = 8 << 10;
 
-/// Returns the value of `manifest` in the stored form `bytes`. Checks format number and checksum.
+/// Hint for a manifest that modelcache cannot have written.
+const FOREIGN_HINT: &str =
+    "modelcache does not write such manifests: find the program that wrote it, and publish the artifact again";
+
+/// Returns the text of the member `manifest` of the stored form `bytes`. Checks format number and checksum.
 pub(super) fn open_envelope(bytes: &[u8]) -> Result<&str> {
     let text = std::str::from_utf8(bytes).map_err(damaged)?;
-    look_over(text)?;
+    prescan(text)?;
     let (mut format, mut sha256, mut list) = (None, None, None);
     each_member(text, &mut |field, value| {
         match field {
-            "format" => once(&mut format, field, parsed::<u32>(field, value, WORD_BYTES_MAX)?)?,
-            "sha256" => once(&mut sha256, field, value)?,
-            "manifest" => once(&mut list, field, value.get())?,
+            "format" => set_once(&mut format, field, parse_value::<u32>(field, value, WORD_BYTES_MAX)?)?,
+            "sha256" => set_once(&mut sha256, field, value)?,
+            "manifest" => set_once(&mut list, field, value.get())?,
             _ => {}
         }
         Ok(())
     })?;
-    // The format first: the other fields of a newer format may differ.
-    let format = format.ok_or_else(|| lacks("format"))?;
+    // Check the format first, because the other fields of a newer format may differ.
+    let format = format.ok_or_else(|| missing("format"))?;
     if format > super::FORMAT {
         return Err(Error::invalid(format!(
             "the manifest has format {format}; this release reads up to {}",
@@ -66,54 +70,57 @@ pub(super) fn open_envelope(bytes: &[u8]) -> Result<&str> {
         ))
         .hint("update modelcache"));
     }
-    let sha256 = sha256.ok_or_else(|| lacks("sha256"))?;
-    let list = list.ok_or_else(|| lacks("manifest"))?;
-    if super::Digest::of(list.as_bytes()) != parsed("sha256", sha256, WORD_BYTES_MAX)? {
+    let sha256 = sha256.ok_or_else(|| missing("sha256"))?;
+    let list = list.ok_or_else(|| missing("manifest"))?;
+    if super::Digest::of(list.as_bytes()) != parse_value("sha256", sha256, WORD_BYTES_MAX)? {
         return Err(Error::corrupt("the manifest does not match its own checksum"));
     }
     // Unknown fields of the envelope are ignored, but they count towards its size limit.
     match text.len() - list.len() {
         around if around > HEAD_BYTES_MAX => Err(Error::corrupt(format!(
-            "the envelope around the manifest has {around} bytes; at most {HEAD_BYTES_MAX}"
+            "the envelope around the manifest has {around} bytes; at most {HEAD_BYTES_MAX} are allowed"
         ))),
         _ => Ok(list),
     }
 }
 
-/// Parses a manifest. `text` must have passed [`look_over`]. Checks only types and limits.
-pub(super) fn manifest(text: &str) -> Result<Manifest> {
+/// Parses a manifest. `text` must have passed [`prescan`]. Checks only types and limits.
+pub(super) fn parse_manifest(text: &str) -> Result<Manifest> {
     let mut memory = Memory { left: MEMORY_PER_BYTE * text.len() + MEMORY_BYTES_MIN, bytes: text.len(), files: 0 };
     let (mut name, mut version, mut shape, mut files) = (None, None, None, None);
-    let mut unknown = Unknown::new(limits::UNKNOWN_BYTES_MAX);
+    let mut unknown = UnknownCollector::new(limits::UNKNOWN_BYTES_MAX);
     each_member(text, &mut |field, value| match field {
-        "name" => once(&mut name, field, parsed::<ArtifactName>(field, value, NAME_JSON_BYTES_MAX)?),
-        "version" => once(&mut version, field, parsed::<Version>(field, value, NAME_JSON_BYTES_MAX)?),
-        "shape" => once(&mut shape, field, parsed::<Shape>(field, value, WORD_BYTES_MAX)?),
-        "files" => once(&mut files, field, value.get()),
+        "name" => set_once(&mut name, field, parse_value::<ArtifactName>(field, value, NAME_JSON_BYTES_MAX)?),
+        "version" => set_once(&mut version, field, parse_value::<Version>(field, value, NAME_JSON_BYTES_MAX)?),
+        "shape" => set_once(&mut shape, field, parse_value::<Shape>(field, value, WORD_BYTES_MAX)?),
+        "files" => set_once(&mut files, field, value.get()),
         _ => unknown.add(field, value, &mut memory),
     })?;
-    let extra = unknown.gathered();
-    let key = ArtifactKey::new(name.ok_or_else(|| lacks("name"))?, version.ok_or_else(|| lacks("version"))?);
-    let shape = shape.ok_or_else(|| lacks("shape"))?;
-    let files = self::files(files.ok_or_else(|| lacks("files"))?, &mut memory)?;
+    let extra = unknown.finish();
+    let key = ArtifactKey::new(name.ok_or_else(|| missing("name"))?, version.ok_or_else(|| missing("version"))?);
+    let shape = shape.ok_or_else(|| missing("shape"))?;
+    let files = parse_files(files.ok_or_else(|| missing("files"))?, &mut memory)?;
     Ok(Manifest { key, shape, files, extra })
 }
 
 /// Parses the files of a manifest.
-fn files(text: &str, memory: &mut Memory) -> Result<Files> {
+fn parse_files(text: &str, memory: &mut Memory) -> Result<Files> {
     let count = count_members(text);
     if count > limits::FILES_MAX {
-        return Err(Error::corrupt(format!("a manifest of {count} files; at most {}", limits::FILES_MAX)));
+        return Err(Error::corrupt(format!(
+            "the manifest lists {count} files; at most {} are allowed",
+            limits::FILES_MAX
+        )));
     }
     // Reserve the memory of the list before it is allocated.
     memory.files = count;
     memory.take(count * size_of::<(FilePath, FileEntry)>())?;
-    // `expected_max` adds up the size that the parsed fields justify. A larger document is padded.
+    // The largest size in bytes that a document with the parsed fields can have. A larger document has padding.
     let (mut files, mut expected_max) = (Vec::with_capacity(count), HEAD_BYTES_MAX);
     each_member(text, &mut |path, value| {
         let path = FilePath::new(path)
             .map_err(|cause| Error::corrupt(format!("the manifest is damaged: {}", cause.message())))?;
-        let entry = entry(value.get(), &mut expected_max, memory)
+        let entry = parse_entry(value.get(), &mut expected_max, memory)
             .map_err(|cause| Error::corrupt(format!("the manifest is damaged: {path}: {}", cause.message())))?;
         memory.take(path.as_str().len() + entry.heap_bytes())?;
         files.push((path, entry));
@@ -130,30 +137,30 @@ const ENTRY_FIELDS: [&str; 8] = ["size", "sha256", "provenance", "git_oid", "lad
 
 /// Parses the entry of one file. Adds the size that the entry may have in the document to `expected_max`, and takes the
 /// memory for parsing from `memory`.
-fn entry(text: &str, expected_max: &mut usize, memory: &mut Memory) -> Result<FileEntry> {
+fn parse_entry(text: &str, expected_max: &mut usize, memory: &mut Memory) -> Result<FileEntry> {
     let (mut size, mut details, mut seen) = (None, FileDetails::NONE, [false; ENTRY_FIELDS.len()]);
-    let mut unknown = Unknown::new(limits::UNKNOWN_ENTRY_BYTES_MAX);
+    let mut unknown = UnknownCollector::new(limits::UNKNOWN_ENTRY_BYTES_MAX);
     *expected_max += ENTRY_BYTES_MAX;
     each_member(text, &mut |field, value| {
-        if let Some(at) = ENTRY_FIELDS.iter().position(|known| *known == field)
-            && std::mem::replace(&mut seen[at], true)
+        if let Some(index) = ENTRY_FIELDS.iter().position(|known| *known == field)
+            && std::mem::replace(&mut seen[index], true)
         {
-            return Err(twice(field));
+            return Err(duplicate(field));
         }
         match field {
-            "size" => size = Some(parsed(field, value, WORD_BYTES_MAX)?),
-            "sha256" => details.sha256 = parsed(field, value, WORD_BYTES_MAX)?,
-            "provenance" => details.provenance = parsed(field, value, WORD_BYTES_MAX)?,
-            "git_oid" => details.git_oid = parsed(field, value, WORD_BYTES_MAX)?,
+            "size" => size = Some(parse_value(field, value, WORD_BYTES_MAX)?),
+            "sha256" => details.sha256 = parse_value(field, value, WORD_BYTES_MAX)?,
+            "provenance" => details.provenance = parse_value(field, value, WORD_BYTES_MAX)?,
+            "git_oid" => details.git_oid = parse_value(field, value, WORD_BYTES_MAX)?,
             "ladder" => {
                 // The base64 text is decoded to bytes, and the bytes to states.
                 memory.take(value.get().len() * 3 / 2)?;
-                details.ladder = ladder(value)?;
+                details.ladder = parse_ladder(value)?;
                 *expected_max += value.get().len();
             }
-            "format" => details.format = parsed(field, value, WORD_BYTES_MAX)?,
-            "held" => details.held = held(value)?,
-            "sidecar" => details.sidecar = parsed(field, value, WORD_BYTES_MAX)?,
+            "format" => details.format = parse_value(field, value, WORD_BYTES_MAX)?,
+            "held" => details.held = parse_held(value)?,
+            "sidecar" => details.sidecar = parse_value(field, value, WORD_BYTES_MAX)?,
             _ => {
                 unknown.add(field, value, memory)?;
                 *expected_max += field.len() + value.get().len();
@@ -161,32 +168,33 @@ fn entry(text: &str, expected_max: &mut usize, memory: &mut Memory) -> Result<Fi
         }
         Ok(())
     })?;
-    Ok(FileEntry { extra: unknown.gathered(), ..FileEntry::with(size.ok_or_else(|| lacks("size"))?, details) })
+    Ok(FileEntry { extra: unknown.finish(), ..FileEntry::with(size.ok_or_else(|| missing("size"))?, details) })
 }
 
 /// Parses a ladder.
-fn ladder(value: &RawValue) -> Result<Option<Ladder>> {
-    within("ladder", value, LADDER_BYTES_MAX)?;
+fn parse_ladder(value: &RawValue) -> Result<Option<Ladder>> {
+    check_length("ladder", value, LADDER_BYTES_MAX)?;
     if value.get() == "null" {
         return Ok(None);
     }
     let (mut part_size, mut states) = (None, None);
     each_member(value.get(), &mut |field, value| {
         match field {
-            "part_size" => once(&mut part_size, field, parsed::<u64>(field, value, WORD_BYTES_MAX)?)?,
-            "states" => once(&mut states, field, text_of(field, value)?)?,
+            "part_size" => set_once(&mut part_size, field, parse_value::<u64>(field, value, WORD_BYTES_MAX)?)?,
+            "states" => set_once(&mut states, field, parse_string(field, value)?)?,
             _ => {}
         }
         Ok(())
     })?;
-    let (part_size, states) = (part_size.ok_or_else(|| lacks("part_size"))?, states.ok_or_else(|| lacks("states"))?);
+    let (part_size, states) =
+        (part_size.ok_or_else(|| missing("part_size"))?, states.ok_or_else(|| missing("states"))?);
     Ladder::from_base64(part_size, &states).map(Some)
 }
 
-/// Parses the value of `held`. The variants differ in their fields. Of an unknown variant, the fields of a known one
-/// are read, if it has them.
-fn held(value: &RawValue) -> Result<Option<Held>> {
-    within("held", value, HELD_BYTES_MAX)?;
+/// Parses the value of `held`. The variants differ in their fields. An unknown variant that has the fields of a known
+/// one is read as the known one.
+fn parse_held(value: &RawValue) -> Result<Option<Held>> {
+    check_length("held", value, HELD_BYTES_MAX)?;
     let text = value.get();
     if text == "null" {
         return Ok(None);
@@ -198,35 +206,37 @@ fn held(value: &RawValue) -> Result<Option<Held>> {
 }
 
 /// Collects unknown fields.
-struct Unknown<'a> {
+struct UnknownCollector<'a> {
     fields: Vec<(String, &'a RawValue)>,
     bytes: usize,
     bytes_max: usize,
 }
 
-impl<'a> Unknown<'a> {
+impl<'a> UnknownCollector<'a> {
     fn new(bytes_max: usize) -> Self {
         Self { fields: Vec::new(), bytes: 0, bytes_max }
     }
 
+    /// Adds a field, and takes the memory for it.
     fn add(&mut self, field: &str, value: &'a RawValue, memory: &mut Memory) -> Result<()> {
-        let refuse = |what: String| Err(Error::corrupt(format!("unknown fields ({field:?} is the last): {what}")));
+        let refuse = |why: String| Err(Error::corrupt(format!("unknown fields ({field:?} is the last): {why}")));
         self.bytes += field.len() + value.get().len();
         if self.bytes > self.bytes_max {
-            return refuse(format!("{} bytes; at most {}", self.bytes, self.bytes_max));
+            return refuse(format!("{} bytes; at most {} are allowed", self.bytes, self.bytes_max));
         }
         if self.fields.len() == limits::UNKNOWN_FIELDS_MAX {
             return refuse(format!("more than {}", limits::UNKNOWN_FIELDS_MAX));
         }
-        if self.fields.iter().any(|(there, _)| there == field) {
-            return Err(twice(field));
+        if self.fields.iter().any(|(existing, _)| existing == field) {
+            return Err(duplicate(field));
         }
         self.fields.push((field.to_owned(), value));
-        // Twice: once while the fields are joined, once for the result.
+        // The fields are in memory twice: while they are joined, and in the result.
         memory.take(2 * (field.len() + value.get().len()))
     }
 
-    fn gathered(self) -> UnknownFields {
+    /// Returns the collected fields.
+    fn finish(self) -> UnknownFields {
         let mut fields = UnknownFields::default();
         if !self.fields.is_empty() {
             fields.add_all(self.fields.iter().map(|(field, value)| (field.as_str(), *value)));
@@ -245,13 +255,14 @@ struct Memory {
 }
 
 impl Memory {
+    /// Subtracts `bytes` from the memory that is left. Fails with `Corrupt` if less is left.
     fn take(&mut self, bytes: usize) -> Result<()> {
         self.left = self.left.checked_sub(bytes).ok_or_else(|| {
             Error::corrupt(format!(
-                "a manifest of {} files in {} bytes would take more than {MEMORY_PER_BYTE} times that in memory",
+                "the manifest has {} files in {} bytes and would take more than {MEMORY_PER_BYTE} times that in memory",
                 self.files, self.bytes
             ))
-            .hint("publish the artifact again, or remove what made this manifest; modelcache writes none like it")
+            .hint(FOREIGN_HINT)
         })?;
         Ok(())
     }
@@ -283,9 +294,9 @@ fn each_member<'a>(text: &'a str, visit: &mut dyn FnMut(&str, &'a RawValue) -> R
             Ok(())
         }
     }
-    // For any other value, the parser's error would quote the whole document.
+    // Checked here, because for any other value the parser's error would quote the whole document.
     if !text.trim_start_matches([' ', '\t', '\n', '\r']).starts_with('{') {
-        return Err(Error::corrupt("the manifest is damaged: an object is missing"));
+        return Err(Error::corrupt("the manifest is damaged: expected a JSON object"));
     }
     let (mut failure, mut parser) = (None, serde_json::Deserializer::from_str(text));
     let read = parser.deserialize_map(Members { visit, failure: &mut failure }).and_then(|()| parser.end());
@@ -328,51 +339,56 @@ impl<'de> Deserialize<'de> for Field<'de> {
 }
 
 /// Parses a value of at most `bytes_max` bytes of JSON.
-fn parsed<'a, T: Deserialize<'a>>(field: &str, value: &'a RawValue, bytes_max: usize) -> Result<T> {
-    within(field, value, bytes_max)?;
+fn parse_value<'a, T: Deserialize<'a>>(field: &str, value: &'a RawValue, bytes_max: usize) -> Result<T> {
+    check_length(field, value, bytes_max)?;
     serde_json::from_str(value.get()).map_err(|cause| Error::corrupt(format!("{field}: {cause}")))
 }
 
-/// Returns a JSON string, without a copy if it has no escapes.
-fn text_of<'a>(field: &str, value: &'a RawValue) -> Result<Cow<'a, str>> {
+/// Parses a JSON string. Does not copy it if it has no escapes.
+fn parse_string<'a>(field: &str, value: &'a RawValue) -> Result<Cow<'a, str>> {
     let quoted = value.get().strip_prefix('"').and_then(|text| text.strip_suffix('"'));
     let text = quoted.ok_or_else(|| Error::corrupt(format!("{field} is not a string")))?;
     Ok(if text.contains('\\') { Cow::Owned(serde_json::from_str(value.get()).map_err(damaged)?) } else { text.into() })
 }
 
-/// Checks the length of a value.
-fn within(field: &str, value: &RawValue, bytes_max: usize) -> Result<()> {
+/// Fails if a value has more than `bytes_max` bytes of JSON.
+fn check_length(field: &str, value: &RawValue, bytes_max: usize) -> Result<()> {
     match value.get().len() {
-        bytes if bytes > bytes_max => Err(Error::corrupt(format!("{field} has {bytes} bytes; at most {bytes_max}"))),
+        bytes if bytes > bytes_max => {
+            Err(Error::corrupt(format!("{field} has {bytes} bytes; at most {bytes_max} are allowed")))
+        }
         _ => Ok(()),
     }
 }
 
 /// Stores the value of a field. Fails if the field occurs twice.
-fn once<T>(slot: &mut Option<T>, field: &str, value: T) -> Result<()> {
-    slot.replace(value).map_or(Ok(()), |_| Err(twice(field)))
+fn set_once<T>(slot: &mut Option<T>, field: &str, value: T) -> Result<()> {
+    slot.replace(value).map_or(Ok(()), |_| Err(duplicate(field)))
 }
 
-fn twice(field: &str) -> Error {
+fn duplicate(field: &str) -> Error {
     Error::corrupt(format!("duplicate field {field}"))
 }
 
-fn lacks(field: &str) -> Error {
+fn missing(field: &str) -> Error {
     Error::corrupt(format!("the manifest is damaged: it has no {field}"))
 }
 
 fn too_large(bytes: usize, what: &str, bytes_max: usize) -> Error {
-    Error::corrupt(format!("a manifest of {bytes} bytes is too large for {what}: at most {bytes_max} bytes"))
-        .hint("publish the artifact again, or remove what made this manifest; modelcache writes none like it")
+    Error::corrupt(format!(
+        "the manifest has {bytes} bytes and is too large for {what}; at most {bytes_max} are allowed"
+    ))
+    .hint(FOREIGN_HINT)
 }
 
 fn damaged(cause: impl std::error::Error + Send + Sync + 'static) -> Error {
     Error::corrupt("the manifest is damaged").cause(cause)
 }
 
-/// Refuses deep nesting and long names, without allocations. For text that is not JSON, the outcome is arbitrary; the
-/// parser refuses it later.
-pub(super) fn look_over(text: &str) -> Result<()> {
+/// Refuses deep nesting and long names, without allocations. The result for text that is not JSON is arbitrary, because
+/// the parser refuses such text later.
+pub(super) fn prescan(text: &str) -> Result<()> {
+    // `string`: the length of the last string, until a byte other than white space follows.
     let (mut string, mut deepest) = (0, 0);
     scan(text, &mut |token, depth| {
         deepest = deepest.max(depth);
@@ -385,11 +401,17 @@ pub(super) fn look_over(text: &str) -> Result<()> {
         deepest <= limits::MANIFEST_DEPTH_MAX
     });
     if deepest > limits::MANIFEST_DEPTH_MAX {
-        return Err(Error::corrupt(format!("a manifest that is nested deeper than {}", limits::MANIFEST_DEPTH_MAX)));
+        return Err(Error::corrupt(format!(
+            "the manifest is nested deeper than {} levels",
+            limits::MANIFEST_DEPTH_MAX
+        )));
     }
     match string {
         bytes if bytes > FIELD_JSON_BYTES_MAX => {
-            Err(Error::corrupt(format!("a manifest with a name of {bytes} bytes; at most {FIELD_JSON_BYTES_MAX}")))
+            let bytes_max = FIELD_JSON_BYTES_MAX;
+            Err(Error::corrupt(format!(
+                "a field name in the manifest has {bytes} bytes; at most {bytes_max} are allowed"
+            )))
         }
         _ => Ok(()),
     }

@@ -18,26 +18,26 @@ impl UnknownFields {
         self.0.is_none()
     }
 
-    /// Adds a field, unless it exists.
+    /// Adds a field, unless a field of this name exists.
     pub fn add(&mut self, field: &str, value: &RawValue) {
         self.add_all([(field, value)]);
     }
 
-    /// Adds the fields of `other` that do not exist.
+    /// Adds the fields of `other` whose names do not exist.
     pub(super) fn learn(&mut self, other: &Self) {
-        if let Some(there) = &other.0
-            && let Ok(there) = members(there.get())
+        if let Some(object) = &other.0
+            && let Ok(theirs) = members(object.get())
         {
-            self.add_all(there.iter().map(|(field, value)| (field.as_str(), *value)));
+            self.add_all(theirs.iter().map(|(field, value)| (field.as_str(), *value)));
         }
     }
 
-    /// Adds the fields that do not exist.
+    /// Adds the fields whose names do not exist.
     pub(super) fn add_all<'a>(&mut self, fields: impl IntoIterator<Item = (&'a str, &'a RawValue)>) {
         let before = self.text().to_owned();
         let mut all = members(&before).unwrap_or_default();
         for (field, value) in fields {
-            if !all.iter().any(|(there, _)| there == field) {
+            if !all.iter().any(|(existing, _)| existing == field) {
                 all.push((field.to_owned(), value));
             }
         }

@@ -9,7 +9,7 @@ use std::fmt::Display;
 /// Returns the header value for a bearer token.
 ///
 /// # Errors
-/// `Invalid` if the token has characters that a header cannot carry; `name` is that of the token in the message.
+/// `Invalid` if the token has characters that a header cannot carry. `name` names the token in the message.
 pub(super) fn bearer(token: &str, name: impl Display) -> Result<HeaderValue> {
     secret(&format!("Bearer {token}"), name)
 }
@@ -18,11 +18,11 @@ pub(super) fn bearer(token: &str, name: impl Display) -> Result<HeaderValue> {
 pub(super) fn basic(user: &str, password: &str, name: impl Display) -> Result<HeaderValue> {
     let pair = base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}"));
     // The encoded form must not appear in logs either.
-    redact::learn(&pair);
+    redact::register(&pair);
     secret(&format!("Basic {pair}"), name)
 }
 
-/// Returns a sensitive header value.
+/// Returns `text` as a header value that is never printed. `name` names the secret in the error message.
 fn secret(text: &str, name: impl Display) -> Result<HeaderValue> {
     let mut value = HeaderValue::from_str(text).map_err(|_| {
         Error::invalid(format!("{name} has characters that a header cannot carry")).hint("check it for line breaks")

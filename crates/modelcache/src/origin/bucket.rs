@@ -2,10 +2,10 @@
 //!
 //! Resolving lists the location. The version is a hash over keys, sizes and ETags, so it changes if any object changes.
 //! A version that modelcache published there is read by its manifest. Clients and credentials are those of an S3
-//! remote; a bucket in another region than the configured one is found by the region that its server reports.
+//! remote. If a bucket is in another region than the configured one, requests go to the region that the server reports.
 //!
-//! A source is valid only for the version that it was created for. If the location holds other objects later, the old
-//! ones are gone, and the source fails with `Conflict`.
+//! A source is valid only for the version that it was created for. If the objects at the location change, the source
+//! fails with `Conflict`.
 
 use super::{BuiltIn, Origin, Resolved};
 use crate::config::{BucketConfig, RemoteConfig};
@@ -24,15 +24,16 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::OnceCell;
 
-/// Maximum number of bucket clients to keep. Above it all are dropped and created again as needed.
-const OPEN_MAX: usize = 16;
+/// Maximum number of bucket clients to keep. When it is reached, all are dropped and created again on demand.
+const CLIENTS_MAX: usize = 16;
 
-/// The clients of all buckets that references name.
+/// The clients of the buckets that were used recently.
 pub(super) struct Buckets {
     config: BucketConfig,
     retry: Retry,
-    open: Mutex<BTreeMap<String, Remote>>,
-    /// The source that was resolved last. The caller is about to read it, and then need not list the location again.
+    /// The clients, keyed by bucket name.
+    clients: Mutex<BTreeMap<String, Remote>>,
+    /// The source of the reference that was resolved last, with its listing. The caller usually reads it next.
     last_resolved: Mutex<Option<Arc<BucketSource>>>,
 }
 
@@ -44,14 +45,14 @@ impl fmt::Debug for Buckets {
 
 impl Buckets {
     pub(super) fn new(config: BucketConfig, retry: Retry) -> Self {
-        Self { config, retry, open: Mutex::default(), last_resolved: Mutex::default() }
+        Self { config, retry, clients: Mutex::default(), last_resolved: Mutex::default() }
     }
 
     /// Returns the client of the bucket `name`. With `region`, creates a new one that signs for that region.
-    fn bucket(&self, name: &str, region: Option<String>) -> Result<Remote> {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        // A client without an explicit region is reused.
-        if let (Some(remote), None) = (open.get(name), &region) {
+    fn client(&self, name: &str, region: Option<String>) -> Result<Remote> {
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        // Without an explicit region the existing client is reused.
+        if let (Some(remote), None) = (clients.get(name), &region) {
             return Ok(remote.clone());
         }
         let BucketConfig { mut options, environment } = self.config.clone();
@@ -61,22 +62,22 @@ impl Buckets {
         let remote =
             Remote::open(&RemoteConfig { url: format!("s3://{name}"), options, environment }, self.retry.clone())?;
         // Clients are cheap to create again, so there is no need for an eviction order.
-        if open.len() >= OPEN_MAX {
-            open.clear();
+        if clients.len() >= CLIENTS_MAX {
+            clients.clear();
         }
-        open.insert(name.to_owned(), remote.clone());
+        clients.insert(name.to_owned(), remote.clone());
         Ok(remote)
     }
 
-    /// Returns the present contents of `place` and the client to read them with; `None` if there are none.
+    /// Returns the present contents of `place` and the client to read them with; `None` if `place` has no objects.
     async fn find(&self, place: &BucketPlace) -> Result<Option<(Remote, AddressContents)>> {
         let address = Address { base: place.key.clone(), folder: place.folder };
-        let remote = self.bucket(&place.bucket, None)?;
-        // The bucket may be in another region than the configured one. Its server then reports the right one.
+        let remote = self.client(&place.bucket, None)?;
+        // If the bucket is in another region than the configured one, the server reports the right region.
         let (remote, found) = match (remote.find(&address).await, remote.reported_region()) {
             (Err(error), Some(region)) => {
                 tracing::debug!(%error, bucket = place.bucket, region, "retrying in the reported region");
-                let remote = self.bucket(&place.bucket, Some(region))?;
+                let remote = self.client(&place.bucket, Some(region))?;
                 let found = remote.find(&address).await?;
                 (remote, found)
             }
@@ -101,9 +102,11 @@ impl Origin for Arc<Buckets> {
     async fn resolve(&self, reference: &Reference) -> Result<Option<Resolved>> {
         let Target::Bucket(place) = &reference.target else { return Ok(None) };
         let Some((remote, found)) = self.find(place).await.map_err(as_origin_error)? else {
-            return Err(Error::not_found("there is no such object, and nothing below it")
+            return Err(Error::not_found("there is no such object, and no object below this prefix")
                 .tier(Tier::Origin)
-                .hint("check bucket and key; `aws s3 ls` shows what is there. Keys are taken as they are written"));
+                .hint(
+                    "check bucket and key, for instance with `aws s3 ls`; percent escapes in a key are not decoded",
+                ));
         };
         // The listing is kept in the source, so that reading the manifest does not list again.
         let key = ArtifactKey::new(place.name()?, version(&found)?);
@@ -116,7 +119,7 @@ impl Origin for Arc<Buckets> {
     fn source(&self, reference: &Reference, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
         let Target::Bucket(place) = &reference.target else { return None };
         let last_resolved = self.last_resolved.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        // Reuse the listing of the resolved source if it is of this very version.
+        // Reuse the listing of that source if it has the same version.
         match last_resolved.filter(|last_resolved| last_resolved.key == *key && last_resolved.place == *place) {
             Some(last_resolved) => Some(last_resolved),
             None => Some(Arc::new(BucketSource::new(self, place, key))),
@@ -131,7 +134,7 @@ fn version(found: &AddressContents) -> Result<Version> {
 
 /// Changes the tier of an error to origin: the client is that of the remote, so its errors name the remote.
 fn as_origin_error(error: Error) -> Error {
-    error.of_tier(Tier::Origin)
+    error.replace_tier(Tier::Origin)
 }
 
 /// The source for one version of a location in a bucket.
@@ -139,7 +142,7 @@ struct BucketSource {
     buckets: Arc<Buckets>,
     place: BucketPlace,
     key: ArtifactKey,
-    /// The listed contents and their client; `None` if there are none.
+    /// The listed contents and their client; `None` if the location has no objects.
     found: OnceCell<Option<(Remote, AddressContents)>>,
     /// The manifest of objects that modelcache did not publish, read at the first use.
     unmanaged: OnceCell<UnmanagedObjects>,
@@ -160,7 +163,7 @@ impl BucketSource {
     /// Returns the contents of the location, listing it at the first call.
     ///
     /// # Errors
-    /// `Conflict` if they have another version than this source.
+    /// `Conflict` if the contents have another version than this source.
     async fn found(&self) -> Result<Option<&(Remote, AddressContents)>> {
         let find = || async {
             match self.buckets.find(&self.place).await? {
@@ -174,9 +177,10 @@ impl BucketSource {
         Ok(self.found.get_or_try_init(find).await?.as_ref())
     }
 
+    /// Returns the manifest, without the record of which files are held.
     async fn load_manifest(&self) -> Result<Option<Manifest>> {
         let Some((remote, found)) = self.found().await? else { return Ok(None) };
-        // A published version has its manifest; for other objects, checksum files beside them are read here.
+        // A published version has a manifest. For other objects one is built, with digests from checksum files.
         let listed = match found {
             AddressContents::Published(_, manifest) => manifest.clone(),
             AddressContents::UnmanagedObjects(listing) => {
@@ -187,9 +191,10 @@ impl BucketSource {
         Ok(Some(Manifest { key: self.key.clone(), ..listed }.without_holdings()))
     }
 
+    /// Reads `range` of a file, on condition that the object is the listed one.
     async fn body(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
         let Some((remote, found)) = self.found().await? else {
-            return Err(Error::not_found("there is no such object, and nothing below it"));
+            return Err(Error::not_found("there is no such object, and no object below this prefix"));
         };
         match remote.read_found(found, path, range).await {
             // The object has another ETag than in the listing.
@@ -199,9 +204,10 @@ impl BucketSource {
     }
 }
 
+/// Returns the error for content that has another version than the source.
 fn replaced(what: impl fmt::Display) -> Error {
-    Error::new(ErrorKind::Conflict, format!("{what} was replaced or removed since it was listed"))
-        .hint("the content there now is another version: run it again with --refresh")
+    Error::new(ErrorKind::Conflict, format!("{what} was replaced or removed after it was listed"))
+        .hint("the new content is another version: run the command again with --refresh")
         .superseded()
 }
 

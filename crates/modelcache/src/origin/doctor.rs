@@ -1,7 +1,7 @@
-//! Checks of the origins: where bare names come from, and what each origin checks itself.
+//! Checks of the origins for the doctor: the origin templates, and the check of each origin.
 
 use super::Origins;
-use crate::check::{Area, Check, Clock, in_time};
+use crate::check::{Area, Check, Clock, with_timeout};
 use crate::config::{Config, Environment};
 use crate::error::ErrorKind;
 use crate::transfer::Retry;
@@ -14,9 +14,10 @@ pub(crate) async fn examine(config: &Config, environment: &Environment, clock: &
     let mut checks = vec![templates(config)];
     if config.offline {
         // Name the variable that turned offline mode on; otherwise the configuration file did.
-        let set = |name: &&&str| environment.get(name).is_some_and(is_true);
-        let name = OFFLINE.iter().find(set).copied().unwrap_or("offline in the configuration file");
-        let summary = format!("{name} is set: no origin is asked; only artifacts on disk or on the remote are found");
+        let is_set = |name: &&&str| environment.get(name).is_some_and(is_true);
+        let name = OFFLINE.iter().find(is_set).copied().unwrap_or("offline in the configuration file");
+        let summary =
+            format!("{name} is set: no origin is contacted; only artifacts on disk or on the remote are found");
         checks.push(Check::warning(Area::Origin, summary, format!("unset {name} to fetch from origins")));
         return checks;
     }
@@ -24,26 +25,28 @@ pub(crate) async fn examine(config: &Config, environment: &Environment, clock: &
         Ok(origins) => origins,
         Err(error) => return [checks, vec![Check::problem(Area::Origin, &error)]].concat(),
     };
-    let found = futures::future::join_all(origins.0.iter().map(|origin| in_time(origin.check(clock)))).await;
+    let found = futures::future::join_all(origins.0.iter().map(|origin| with_timeout(origin.check(clock)))).await;
     checks.extend(found.into_iter().filter_map(|found| match found {
         Ok(check) => check,
         // With a remote the cache can work without the origin, so this is only a warning.
         Err(error) if error.kind() == ErrorKind::Unavailable && config.remote.is_some() => {
-            Some(Check::warning_of(Area::Origin, &error).with_detail("artifacts on the remote are found all the same"))
+            Some(Check::warning_of(Area::Origin, &error).with_detail("artifacts on the remote can still be downloaded"))
         }
         Err(error) => Some(Check::problem(Area::Origin, &error)),
     }));
     checks
 }
 
+/// Returns true if the value of a variable turns offline mode on.
 fn is_true(text: &str) -> bool {
     matches!(text.trim().to_ascii_lowercase().as_str(), "1" | "true" | "yes" | "on")
 }
 
+/// Returns the origin templates, which say where bare names come from.
 fn templates(config: &Config) -> Check {
-    let names: Vec<String> = config.origins.iter().map(ToString::to_string).collect();
-    match names.is_empty() {
+    let templates: Vec<String> = config.origins.iter().map(ToString::to_string).collect();
+    match templates.is_empty() {
         true => Check::ok(Area::Origin, "bare names come from disk and remote only (MODEL_CACHE_ORIGIN is not set)"),
-        false => Check::ok(Area::Origin, format!("bare names come from {}", names.join(", then "))),
+        false => Check::ok(Area::Origin, format!("bare names come from {}", templates.join(", then "))),
     }
 }

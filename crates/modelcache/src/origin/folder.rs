@@ -1,8 +1,8 @@
 //! A local file or folder as an origin.
 //!
 //! Resolving lists all regular files once, with size, modification time and inode. The version is a hash over that
-//! list, so it changes if the folder changes. After every read the file is compared with its entry in the list. There
-//! are no digests, because a folder has none.
+//! list, so it changes if the folder changes. After every read the file is compared with its entry in the list. The
+//! manifest has no digests, because a folder stores none.
 //!
 //! Symbolic links are followed wherever they lead, because the cache of the Hub consists of them. Only a folder that
 //! contains itself is rejected.
@@ -92,8 +92,8 @@ impl FolderSource {
     /// Lists the file or folder at `path`. Returns `None` if it does not exist.
     fn list(path: &str) -> Result<Option<Self>> {
         let root = Path::new(path);
-        let found = match root.metadata() {
-            Ok(found) => found,
+        let metadata = match root.metadata() {
+            Ok(metadata) => metadata,
             // `NotADirectory`: a parent in the path is a file.
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
                 return Ok(None);
@@ -101,8 +101,8 @@ impl FolderSource {
             Err(error) => return Err(unreadable(root, error)),
         };
         let mut walk = Walk::default();
-        let (base, shape) = if found.is_dir() {
-            walk.folder(root, "", &found)?;
+        let (base, shape) = if metadata.is_dir() {
+            walk.folder(root, "", &metadata)?;
             if walk.identities.is_empty() {
                 let what = format!("{} holds no files", root.display());
                 return Err(no_files(what).hint("check the path, and that the folder is mounted"));
@@ -110,7 +110,7 @@ impl FolderSource {
             (root, Shape::Tree)
         } else {
             let name = root.file_name().and_then(|name| name.to_str());
-            walk.entry(root, name.unwrap_or_default(), &found)?;
+            walk.entry(root, name.unwrap_or_default(), &metadata)?;
             (root.parent().unwrap_or(root), Shape::File)
         };
         // The name is the path, the version a hash of the listing.
@@ -152,7 +152,7 @@ impl FolderSource {
     }
 }
 
-/// An open file and the identity that it must keep.
+/// An open file, the identity that it must keep, and the range that is left to read.
 struct OpenFolderFile {
     file: File,
     path: PathBuf,
@@ -162,7 +162,7 @@ struct OpenFolderFile {
 
 impl OpenFolderFile {
     fn open(path: PathBuf, identity: FileIdentity, range: Range<u64>) -> Result<Self> {
-        // Non-blocking: a pipe that has taken the place of the file must not make `open` wait.
+        // Non-blocking: if a pipe has replaced the file, `open` must not wait for a writer.
         let flags = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
         let file =
             OpenOptions::new().read(true).custom_flags(flags).open(&path).map_err(|error| match error.kind() {
@@ -196,13 +196,15 @@ impl OpenFolderFile {
         if now.is_file() && identity(&now) == self.identity { Ok(()) } else { Err(self.changed()) }
     }
 
+    /// Returns the error for a file that no longer has the listed identity.
     fn changed(&self) -> Error {
         Error::corrupt(format!("{} changed while being read", self.path.display())).hint(HINT_RUN_AGAIN)
     }
 }
 
 /// Hint for a file that changed or vanished after it was listed.
-const HINT_RUN_AGAIN: &str = "run it again once no process writes there; the changed folder is another version";
+const HINT_RUN_AGAIN: &str =
+    "run the command again once no process writes to the folder; the changed folder is another version";
 
 /// A recursive listing in progress.
 #[derive(Default)]
@@ -214,10 +216,10 @@ struct Walk {
 }
 
 impl Walk {
-    /// Adds all files below the folder at `full`. `inside` is its path within the artifact.
-    fn folder(&mut self, full: &Path, inside: &str, found: &Metadata) -> Result<()> {
-        let this = (found.dev(), found.ino());
-        // A folder that is its own ancestor is a loop of links. A folder that is linked twice is not.
+    /// Adds all files below the folder at `full`. `relative` is its path within the artifact, `metadata` its metadata.
+    fn folder(&mut self, full: &Path, relative: &str, metadata: &Metadata) -> Result<()> {
+        let this = (metadata.dev(), metadata.ino());
+        // A folder that is its own ancestor is in a loop of links. A folder that is linked twice is not.
         if self.ancestors.contains(&this) {
             return Err(Error::invalid(format!("{} leads back to a folder that contains it", full.display()))
                 .hint("remove that link"));
@@ -232,24 +234,26 @@ impl Walk {
             let Some(name) = full.file_name().and_then(|name| name.to_str()) else {
                 return Err(Error::invalid(format!("{full:?} has a name that is not UTF-8")).hint("rename it"));
             };
-            let inside = if inside.is_empty() { name.to_owned() } else { format!("{inside}/{name}") };
-            let found = full.metadata().map_err(|error| match error.kind() {
+            let relative = if relative.is_empty() { name.to_owned() } else { format!("{relative}/{name}") };
+            let metadata = full.metadata().map_err(|error| match error.kind() {
                 // A directory entry with a missing target is a dangling link.
-                io::ErrorKind::NotFound => Error::invalid(format!("{} leads nowhere", full.display())).cause(error),
+                io::ErrorKind::NotFound => {
+                    Error::invalid(format!("{} is a dangling symbolic link", full.display())).cause(error)
+                }
                 _ => unreadable(&full, error),
             })?;
-            self.entry(&full, &inside, &found)?;
+            self.entry(&full, &relative, &metadata)?;
         }
         self.ancestors.pop();
         Ok(())
     }
 
-    /// Adds the file or folder at `full`.
-    fn entry(&mut self, full: &Path, inside: &str, found: &Metadata) -> Result<()> {
-        // `found` is the target of a link, so this is never a link itself.
-        let kind = found.file_type();
+    /// Adds the file or folder at `full`. `relative` is its path within the artifact, `metadata` its metadata.
+    fn entry(&mut self, full: &Path, relative: &str, metadata: &Metadata) -> Result<()> {
+        // The metadata of a link is that of its target, so the type is never a link.
+        let kind = metadata.file_type();
         if kind.is_dir() {
-            return self.folder(full, inside, found);
+            return self.folder(full, relative, metadata);
         }
         if !kind.is_file() {
             let what = match () {
@@ -259,21 +263,21 @@ impl Walk {
             };
             return Err(Error::invalid(format!("{} is {what}; only files can be cached", full.display())));
         }
-        let path = FilePath::new(inside).map_err(|error| {
+        let path = FilePath::new(relative).map_err(|error| {
             Error::invalid(format!("{} cannot be cached: {}", full.display(), error.message())).hint("rename it")
         })?;
         if self.identities.len() == limits::FILES_MAX {
             return Err(Error::invalid(format!("more than {} files", limits::FILES_MAX)));
         }
-        self.identities.insert(path, identity(found));
+        self.identities.insert(path, identity(metadata));
         Ok(())
     }
 }
 
 /// Returns the inode, size and modification time of a file.
-fn identity(found: &Metadata) -> FileIdentity {
-    let mtime_ns = found.mtime().saturating_mul(NS_PER_S).saturating_add(found.mtime_nsec());
-    FileIdentity { inode: found.ino(), bytes: found.len(), mtime_ns }
+fn identity(metadata: &Metadata) -> FileIdentity {
+    let mtime_ns = metadata.mtime().saturating_mul(NS_PER_S).saturating_add(metadata.mtime_nsec());
+    FileIdentity { inode: metadata.ino(), bytes: metadata.len(), mtime_ns }
 }
 
 /// Returns a hash over the list of files. A path has no control characters, so two lists cannot give the same text.
@@ -304,7 +308,7 @@ mod tests {
     use std::os::unix::ffi::OsStrExt as _;
     use std::os::unix::fs::symlink;
 
-    /// Creates a special file at a path.
+    /// Creates a special file or a link at a path.
     type Make<'a> = &'a dyn Fn(&Path);
 
     fn folder(files: &[(&str, &[u8])]) -> tempfile::TempDir {
@@ -382,7 +386,7 @@ mod tests {
             ("a pipe", &pipe),
             ("a socket", &socket),
             ("a device", &device),
-            ("leads nowhere", &dangling),
+            ("is a dangling symbolic link", &dangling),
             ("leads back", &back),
         ];
         for (what, make) in cases {

@@ -1,11 +1,11 @@
-//! HTTP client for origins: redirects that keep credentials at home, parsing of headers, and errors for responses.
+//! HTTP client for origins: redirects that do not leak credentials, parsing of headers, and errors for responses.
 //!
 //! Error messages name only scheme, host and port of a server, never a query, because it may contain a signature.
 //!
 //! The library reads no environment variables, but two of its dependencies do: the HTTP client takes proxies from
 //! `HTTP_PROXY`, `HTTPS_PROXY` and `NO_PROXY`, and root certificates from `SSL_CERT_FILE` and `SSL_CERT_DIR`.
 
-pub(super) use crate::config::one_segment;
+pub(super) use crate::config::encode_segment;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits;
 use crate::printable;
@@ -25,7 +25,7 @@ use url::Url;
 
 /// Longest wait for a connection. A reachable server completes the handshake within a few round trips.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Upper bound on the wait that a server can request. Larger values are taken as this one.
+/// Upper bound on the wait that a server can request. A longer wait is shortened to it.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(24 * 3600);
 
 /// The HTTP client of one origin, built at the first request.
@@ -52,28 +52,29 @@ impl Http {
         Ok(response)
     }
 
-    /// Sends a GET for `url` and follows redirects. The credential is sent only to [`Request::home`].
-    pub(super) async fn follow(&self, mut url: Url, request: Request<'_>) -> Result<Answer> {
-        let mut home_headers = HeaderMap::new();
+    /// Sends a GET for `url` and follows redirects. The credential is sent only to the scheme, host and port of
+    /// [`Request::credential_url`].
+    pub(super) async fn follow(&self, mut url: Url, request: Request<'_>) -> Result<Fetched> {
+        let mut same_origin_headers = HeaderMap::new();
         for _ in 0..=limits::REDIRECTS_MAX {
-            let at_home = same_origin(&url, request.home) || is_upgrade(request.home, &url);
+            let is_same_origin = same_origin(&url, request.credential_url) || is_upgrade(request.credential_url, &url);
             // Checked for every hop, before anything is sent to it.
-            if request.same_origin_only && !at_home {
-                return Err(cross_origin_error("redirects a request for metadata", request.home, &url));
+            if request.same_origin_only && !is_same_origin {
+                return Err(cross_origin_error("redirects a request for metadata", request.credential_url, &url));
             }
             let mut headers = request.headers.clone();
-            if let Some(authorization) = request.authorization.filter(|_| at_home) {
+            if let Some(authorization) = request.authorization.filter(|_| is_same_origin) {
                 headers.insert(AUTHORIZATION, authorization.clone());
             }
             let response = self.get(&url, headers).await?;
             // Headers such as `X-Repo-Commit` are on the redirect, not on the response of the CDN.
-            if at_home {
+            if is_same_origin {
                 response.headers().iter().for_each(|(name, value)| {
-                    home_headers.insert(name, value.clone());
+                    same_origin_headers.insert(name, value.clone());
                 });
             }
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
-                return Ok(Answer { response, url, at_home, home_headers });
+                return Ok(Fetched { response, url, is_same_origin, same_origin_headers });
             }
             url = redirect_target(&url, response.headers().get(LOCATION))?;
             // Read the rest of the response, so that its connection can be reused.
@@ -87,10 +88,10 @@ impl Http {
 
     /// Returns the body of a metadata response. Fails if it is longer than `bytes_max`.
     pub(super) async fn body(&self, response: Response, url: &Url, bytes_max: u64) -> Result<Vec<u8>> {
-        let limits = BodyLimits::answer(bytes_max, self.read_timeout);
+        let limits = BodyLimits::metadata(bytes_max, self.read_timeout);
         match read_body(response.bytes_stream(), limits).await {
             (body, None) => Ok(body),
-            (_, Some(cut)) => Err(cut.error(Server(url), |error| transport_error(error, url))),
+            (_, Some(error)) => Err(error.into_error(Server(url), |error| transport_error(error, url))),
         }
     }
 
@@ -115,29 +116,30 @@ pub(super) struct Request<'a> {
     /// Headers sent with every request, including those to redirect targets.
     pub(super) headers: HeaderMap,
     /// The URL with the scheme, host and port that the credential may be sent to.
-    pub(super) home: &'a Url,
+    pub(super) credential_url: &'a Url,
     /// The value of the `Authorization` header.
     pub(super) authorization: Option<&'a HeaderValue>,
-    /// Fail if a redirect leads to another scheme, host or port than those of `home`.
+    /// Fail if a redirect leads to another scheme, host or port than those of `credential_url`.
     pub(super) same_origin_only: bool,
 }
 
-/// The final response after all redirects.
+/// The final response of a GET, after all redirects.
 #[derive(Debug)]
-pub(super) struct Answer {
+pub(super) struct Fetched {
     pub(super) response: Response,
     /// The URL that it came from.
     pub(super) url: Url,
-    /// True if that URL has the scheme, host and port of [`Request::home`].
-    pub(super) at_home: bool,
-    /// The headers of all responses from home, redirects included. Of each header the latest value.
-    pub(super) home_headers: HeaderMap,
+    /// True if that URL has the scheme, host and port of [`Request::credential_url`].
+    pub(super) is_same_origin: bool,
+    /// The headers of all responses from that scheme, host and port, including redirects. A later value of a header
+    /// replaces an earlier one.
+    pub(super) same_origin_headers: HeaderMap,
 }
 
-/// Returns the error for a link or redirect from `home` to another scheme, host or port, where the credential must not
+/// Returns the error for a link or redirect from `from` to another scheme, host or port, where the credential must not
 /// be sent.
-pub(super) fn cross_origin_error(what: &str, home: &Url, url: &Url) -> Error {
-    let (from, to) = (Server(home), Server(url));
+pub(super) fn cross_origin_error(what: &str, from: &Url, to: &Url) -> Error {
+    let (from, to) = (Server(from), Server(to));
     Error::invalid(format!("{from} {what} to {to}; not followed"))
         .hint(format!("if {to} is the right server, set it as the endpoint (for the Hub: HF_ENDPOINT={to})"))
 }
@@ -148,6 +150,7 @@ pub(super) fn range_header(range: &std::ops::Range<u64>) -> Result<HeaderValue> 
     value.map_err(|cause| Error::invalid("invalid byte range").cause(cause))
 }
 
+/// Builds the client. Reads the system's root certificates.
 fn build(read_timeout: Duration) -> reqwest::Result<Client> {
     let builder = || {
         ClientBuilder::new()
@@ -207,10 +210,10 @@ pub(super) fn redirect_target(from: &Url, location: Option<&HeaderValue>) -> Res
 
 /// Percent-encodes each segment of `path`, keeping the slashes.
 pub(super) fn segments(path: &str) -> String {
-    path.split('/').map(one_segment).collect::<Vec<_>>().join("/")
+    path.split('/').map(encode_segment).collect::<Vec<_>>().join("/")
 }
 
-/// Converts a transport failure into an error with a remedy: connecting, TLS, a silent server or a broken connection.
+/// Converts a transport failure (connection, TLS, timeout, or a broken connection) into an error with a remedy.
 pub(super) fn transport_error(error: reqwest::Error, url: &Url) -> Error {
     let error = error.without_url();
     // The client's own message ("error sending request") adds nothing to its cause.
@@ -232,7 +235,7 @@ pub(super) fn transport_error(error: reqwest::Error, url: &Url) -> Error {
             Some(proxy) => format!("cannot reach {server} through the proxy {proxy}"),
             None => format!("cannot reach {server}"),
         },
-        (_, true) => format!("{server} fell silent"),
+        (_, true) => format!("timed out waiting for {server}"),
         _ => format!("the connection to {server} broke"),
     };
     let wants_password = why.contains("authorization required");
@@ -271,6 +274,24 @@ fn error_chain(error: &dyn std::error::Error) -> String {
 /// Reads a short body to its end, so that the connection can be reused. Gives up on a long or slow body.
 pub(super) async fn drain(response: Response) {
     read_body(response.bytes_stream(), BodyLimits::drain()).await;
+}
+
+/// Cuts a stream after `bytes` bytes.
+pub(super) fn first_bytes(stream: BoxStream<'static, Result<Bytes>>, bytes: u64) -> BoxStream<'static, Result<Bytes>> {
+    let limited = stream.scan(bytes, |left, chunk| {
+        let limited = match chunk {
+            // End the stream, which also drops the rest of the response.
+            _ if *left == 0 => None,
+            Err(error) => Some(Err(error)),
+            Ok(mut chunk) => {
+                chunk.truncate(usize::try_from(*left).unwrap_or(usize::MAX));
+                *left -= chunk.len() as u64;
+                Some(Ok(chunk))
+            }
+        };
+        std::future::ready(limited)
+    });
+    limited.boxed()
 }
 
 /// Returns the body of a response as a stream.
@@ -374,11 +395,11 @@ fn requested_wait(headers: &HeaderMap) -> Option<Duration> {
 /// Returns the seconds until the first exhausted policy is reset: 55 for `"resolvers";r=0;t=55`.
 fn rate_limit_reset(text: &str) -> Option<u64> {
     text.split(',').find_map(|policy| {
-        let of = |name: &str| {
-            let pairs = policy.split(';').filter_map(|parameter| parameter.trim().split_once('='));
+        let parameter = |name: &str| {
+            let pairs = policy.split(';').filter_map(|pair| pair.trim().split_once('='));
             pairs.into_iter().find(|(key, _)| *key == name).and_then(|(_, value)| value.parse::<u64>().ok())
         };
-        of("t").filter(|_| of("r") == Some(0))
+        parameter("t").filter(|_| parameter("r") == Some(0))
     })
 }
 
@@ -398,29 +419,29 @@ pub(super) struct ErrorResponse {
 }
 
 impl ErrorResponse {
-    /// Reads status, headers and body. The message and the body are kept only if `quote` is true: the texts of a
-    /// redirect target must not be repeated. A body that is too long or too slow is cut.
+    /// Reads status, headers and body. Keeps the message and the body only if `quote` is true, because texts from a
+    /// redirect target must not appear in messages. A body that is too long or too slow is cut.
     pub(super) async fn read(http: &Http, response: Response, quote: bool) -> Self {
         let headers = response.headers();
         let (status, wait) = (response.status(), requested_wait(headers));
         let code = header(headers, "x-error-code").map(printable::quote);
         let message = header(headers, "x-error-message").map(printable::quote);
-        let (body, _) = read_body(response.bytes_stream(), BodyLimits::refusal(http.read_timeout)).await;
+        let (body, _) = read_body(response.bytes_stream(), BodyLimits::error_response(http.read_timeout)).await;
         // The header takes precedence over the body.
         let message = message.or_else(|| json_error(&body)).filter(|_| quote);
         let body = if quote { body } else { Vec::new() };
         Self { status, code, message: message.filter(|text| !text.is_empty()), wait, body }
     }
 
-    /// Converts the response into an error by its status alone. Origins refine it by their own error codes.
+    /// Converts the response into an error according to its status. Origins refine it by their own error codes.
     pub(super) fn error(&self, server: &Url) -> Error {
-        let words = self.message.as_ref().map_or(String::new(), |message| format!(": {message}"));
+        let explanation = self.message.as_ref().map_or(String::new(), |message| format!(": {message}"));
         let (status, server) = (self.status, Server(server));
-        let what = format!("{server} answered {status}{words}");
+        let what = format!("{server} answered {status}{explanation}");
         let error = match status {
             StatusCode::TOO_MANY_REQUESTS => {
                 let wait = self.wait.map_or(String::new(), |wait| format!("; it asks to wait {} s", wait.as_secs()));
-                Error::unavailable(format!("{server} throttled the request{wait}{words}"))
+                Error::unavailable(format!("{server} throttled the request{wait}{explanation}"))
             }
             // These client errors are transient, all others are permanent.
             StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_EARLY => Error::unavailable(what),
@@ -505,7 +526,7 @@ mod tests {
 
     #[test]
     fn path_segments_are_encoded_unambiguously() {
-        assert_eq!(one_segment("refs/pr/1"), "refs%2Fpr%2F1");
+        assert_eq!(encode_segment("refs/pr/1"), "refs%2Fpr%2F1");
         assert_eq!(segments("sub dir/fé+%.txt"), "sub%20dir/f%C3%A9%2B%25.txt");
         assert_eq!(segments("a?b#c;d=e&f:@"), "a%3Fb%23c%3Bd%3De%26f%3A%40");
         let full = url(&format!("http://h/{}", segments("…/%2e%2e/x")));

@@ -6,7 +6,7 @@
 //! The Hub reports a private repository as missing to clients without access, so the messages mention both causes.
 
 use super::authorization::bearer;
-use super::http::{self, Answer, ErrorResponse, Http, Request, Server};
+use super::http::{self, ErrorResponse, Fetched, Http, Request, Server};
 use super::{BuiltIn, Origin, Resolved, no_files};
 use crate::check::{Area, Check, Clock};
 use crate::config::HubConfig;
@@ -96,7 +96,7 @@ impl Hub {
         Self { config, http: Http::new(&retry), retry }
     }
 
-    /// Requests the account of the token. The endpoint answers with and without a token.
+    /// Requests the account of the token from `whoami`, which responds with and without a token.
     async fn account_check(&self, clock: &Clock) -> Result<Check> {
         let url = self.url_for("api/whoami-v2")?;
         let mut headers = HeaderMap::new();
@@ -110,7 +110,7 @@ impl Hub {
         clock.learn(&server, http::header(response.headers(), "date"));
         let (status, has_token) = (response.status(), self.config.token.is_some());
         // The body only serves to name the account, so a failure to read it is ignored.
-        let body = self.http.body(response, &url, limits::ANSWER_BYTES_MAX).await.unwrap_or_default();
+        let body = self.http.body(response, &url, limits::RESPONSE_BYTES_MAX).await.unwrap_or_default();
         Ok(match status {
             StatusCode::OK if has_token => {
                 #[derive(serde::Deserialize)]
@@ -123,17 +123,14 @@ impl Hub {
             }
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if has_token => Check::problem(
                 Area::Origin,
-                &Error::new(
-                    ErrorKind::Unauthorized,
-                    format!("{server} does not know the token: it is wrong or has expired"),
-                )
-                .hint("set HF_TOKEN to a token that is valid (huggingface.co/settings/tokens), or unset it"),
+                &Error::new(ErrorKind::Unauthorized, format!("{server} rejects the token: it is wrong or has expired"))
+                    .hint("set HF_TOKEN to a token that is valid (huggingface.co/settings/tokens), or unset it"),
             ),
             StatusCode::TOO_MANY_REQUESTS => Check::warning(
                 Area::Origin,
-                format!("{server} answers, and limits how often it is asked"),
+                format!("{server} answers, but throttles the requests of this machine (429)"),
                 if has_token {
-                    "ask less often, or use a plan with higher limits"
+                    "send fewer requests, or use a plan with higher limits"
                 } else {
                     "set HF_TOKEN: requests with a token have higher limits"
                 },
@@ -160,7 +157,7 @@ impl Hub {
         let text = self.config.endpoint.trim_end_matches('/');
         match Url::parse(text) {
             Ok(url) if matches!(url.scheme(), "http" | "https") && url.has_host() => Ok(url),
-            _ => Err(Error::invalid("the Hub's endpoint is no web address")
+            _ => Err(Error::invalid("the Hub's endpoint is not an http or https URL")
                 .hint("set HF_ENDPOINT to scheme and host, for instance https://huggingface.co")),
         }
     }
@@ -190,7 +187,7 @@ impl Hub {
     /// only the call without a query. Returns `None` if the revision does not exist.
     async fn revision(&self, repo: &HubRepo, queries: &[&str]) -> Result<Option<Vec<u8>>> {
         let path =
-            format!("api/{}/{}/revision/{}", repo.kind.api_segment(), repo.id, http::one_segment(&repo.revision));
+            format!("api/{}/{}/revision/{}", repo.kind.api_segment(), repo.id, http::encode_segment(&repo.revision));
         let mut unknown = None;
         for query in queries {
             match self.api(self.url_for(&format!("{path}{query}"))?, repo).await? {
@@ -204,34 +201,35 @@ impl Hub {
 
     /// Sends a request to the API. Fails if the endpoint redirects to another server.
     async fn api(&self, url: Url, repo: &HubRepo) -> Result<ApiAnswer> {
-        let answer = self.follow(url, HeaderMap::new(), true).await?;
-        let (status, headers) = (answer.response.status(), answer.response.headers().clone());
+        let fetched = self.follow(url, HeaderMap::new(), true).await?;
+        let (status, headers) = (fetched.response.status(), fetched.response.headers().clone());
         if status.is_success() {
-            let body = self.http.body(answer.response, &answer.url, limits::ANSWER_BYTES_MAX).await?;
+            let body = self.http.body(fetched.response, &fetched.url, limits::RESPONSE_BYTES_MAX).await?;
             return Ok(ApiAnswer::Found { body, headers });
         }
         match (http::header(&headers, "x-error-code"), status.as_u16()) {
             // The caller knows best how to report a missing revision.
             (Some("RevisionNotFound"), _) => Ok(ApiAnswer::NoRevision),
             // A Hub names the missing thing in a code. A server without the code does not know the call.
-            (None, 404 | 405 | 410 | 501) => Ok(ApiAnswer::UnknownCall(self.error_of(answer, repo, None).await)),
-            _ => Err(self.error_of(answer, repo, None).await),
+            (None, 404 | 405 | 410 | 501) => Ok(ApiAnswer::UnknownCall(self.error_of(fetched, repo, None).await)),
+            _ => Err(self.error_of(fetched, repo, None).await),
         }
     }
 
     /// Sends a GET for `url` and follows redirects. The token is sent to the endpoint only.
-    async fn follow(&self, url: Url, headers: HeaderMap, same_origin_only: bool) -> Result<Answer> {
+    async fn follow(&self, url: Url, headers: HeaderMap, same_origin_only: bool) -> Result<Fetched> {
         let endpoint = self.endpoint()?;
         let authorization = self.config.token.as_ref().map(|token| bearer(token.expose(), HUB_TOKEN)).transpose()?;
-        let request = Request { headers, home: &endpoint, authorization: authorization.as_ref(), same_origin_only };
+        let request =
+            Request { headers, credential_url: &endpoint, authorization: authorization.as_ref(), same_origin_only };
         self.http.follow(url, request).await
     }
 
     /// Converts an error response into an error. All statuses and error codes of the Hub are mapped here.
-    async fn error_of(&self, answer: Answer, repo: &HubRepo, path: Option<&FilePath>) -> Error {
-        let Answer { response, url, at_home, .. } = answer;
-        let response = ErrorResponse::read(&self.http, response, at_home).await;
-        if !at_home {
+    async fn error_of(&self, fetched: Fetched, repo: &HubRepo, path: Option<&FilePath>) -> Error {
+        let Fetched { response, url, is_same_origin, .. } = fetched;
+        let response = ErrorResponse::read(&self.http, response, is_same_origin).await;
+        if !is_same_origin {
             // The CDN, not the Hub, refused the request.
             return redirect_target_error(&response, &url);
         }
@@ -250,16 +248,17 @@ impl Hub {
             (404, Some("RevisionNotFound")) => no_revision(repo),
             (404, Some("EntryNotFound")) => no_entry(repo, path),
             // Without an error code the server is probably not a Hub.
-            (404 | 410, _) => general().hint("check HF_ENDPOINT: does a Hub answer there?"),
-            (401 | 403, _) if has_token => general().hint("check HF_TOKEN: is it valid, and may it read this?"),
-            (401 | 403, _) => general().hint("set HF_TOKEN, and check HF_ENDPOINT: does a Hub answer there?"),
-            (429, _) if has_token => general().hint("ask less often, or use a plan with higher limits"),
+            (404 | 410, _) => general().hint("check that HF_ENDPOINT is the address of a Hub"),
+            (401 | 403, _) if has_token => general().hint("check that HF_TOKEN is valid and may read this repository"),
+            (401 | 403, _) => general().hint("set HF_TOKEN, and check that HF_ENDPOINT is the address of a Hub"),
+            (429, _) if has_token => general().hint("send fewer requests, or use a plan with higher limits"),
             (429, _) => general().hint("set HF_TOKEN: requests with a token have higher limits"),
             _ => general(),
         }
     }
 }
 
+/// Returns the error for a repository that does not exist or cannot be seen.
 fn no_repo(id: &str, has_token: bool) -> Error {
     if has_token {
         return Error::not_found(format!("there is no repository {id}, or the token may not read it"))
@@ -269,24 +268,26 @@ fn no_repo(id: &str, has_token: bool) -> Error {
         .hint("check the name; for a private repository set HF_TOKEN")
 }
 
+/// Returns the error for a missing branch, tag or commit.
 fn no_revision(repo: &HubRepo) -> Error {
     Error::not_found(format!("there is no revision {} in {}", repo.revision, repo.id))
         .hint("check the branch, tag or commit; without @revision it is main")
 }
 
+/// Returns the error for a missing file.
 fn no_entry(repo: &HubRepo, path: Option<&FilePath>) -> Error {
-    let what = path.map_or("such entry".to_owned(), |path| format!("file {path}"));
-    Error::not_found(format!("there is no {what} in {} at {}", repo.id, repo.revision))
+    let entry = path.map_or("such entry".to_owned(), |path| format!("file {path}"));
+    Error::not_found(format!("there is no {entry} in {} at {}", repo.id, repo.revision))
         .hint("check the name of the file")
 }
 
 /// Converts an error response of a redirect target. A signed URL needs no credentials, so 401 and 403 mean that it
 /// expired, never that the user lacks access.
 fn redirect_target_error(response: &ErrorResponse, url: &Url) -> Error {
-    let what = || format!("{} refused a URL that the Hub has just signed ({})", Server(url), response.status);
+    let message = || format!("{} refused a URL that the Hub has just signed ({})", Server(url), response.status);
     match response.status.as_u16() {
-        401 | 403 => Error::unavailable(what()).hint("check the clock of this machine"),
-        404 | 410 | 412 => Error::unavailable(what()).transient(false),
+        401 | 403 => Error::unavailable(message()).hint("check the clock of this machine"),
+        404 | 410 | 412 => Error::unavailable(message()).transient(false),
         _ => response.error(url),
     }
 }
@@ -319,7 +320,7 @@ struct ReadLocation {
     etag: Option<HeaderValue>,
 }
 
-/// One entry of a tree. Fields that are not needed are omitted.
+/// One entry of a tree, with the fields that are used here.
 #[derive(Deserialize)]
 struct TreeEntry {
     #[serde(rename = "type")]
@@ -420,8 +421,8 @@ impl HubSource {
             // The next page is in the `Link` header; the real Hub has 1,000 entries per page.
             next = http::next_link(&headers).map(|link| next_page(&endpoint, &url, link)).transpose()?;
             entries += page.len();
-            paging.page(page.last().map(|entry| entry.path.as_str()), next.as_ref().map(Url::as_str))?;
-            // An empty page with a successor, or far too many entries: the listing would never end.
+            paging.record_page(page.last().map(|entry| entry.path.as_str()), next.as_ref().map(Url::as_str))?;
+            // An empty page that is not the last, or far too many entries: the listing would never end.
             if (page.is_empty() && next.is_some()) || entries > 2 * limits::FILES_MAX {
                 return Err(Error::corrupt(format!("the list of files does not end ({entries} entries so far)")));
             }
@@ -471,10 +472,10 @@ impl HubSource {
         self.hub.retry.run(|| self.describe(&path)).await
     }
 
-    /// Requests the first byte of a file, and takes its size and digest from the headers of the answer.
+    /// Requests the first byte of a file, and takes its size and digest from the headers of the fetched.
     async fn describe(&self, path: &str) -> Result<TreeEntry> {
-        let answer = self.request_range(self.file_url(path)?, &(0..1), None).await?;
-        let (status, headers) = (answer.response.status(), answer.response.headers());
+        let fetched = self.request_range(self.file_url(path)?, &(0..1), None).await?;
+        let (status, headers) = (fetched.response.status(), fetched.response.headers());
         let size = match status {
             StatusCode::OK => http::content_length(headers),
             StatusCode::PARTIAL_CONTENT => {
@@ -482,10 +483,10 @@ impl HubSource {
             }
             // An empty file has no first byte.
             StatusCode::RANGE_NOT_SATISFIABLE => Some(0),
-            _ => return Err(self.hub.error_of(answer, &self.repo, FilePath::new(path).ok().as_ref()).await),
+            _ => return Err(self.hub.error_of(fetched, &self.repo, FilePath::new(path).ok().as_ref()).await),
         };
-        let tag =
-            http::header(&answer.home_headers, "x-linked-etag").or_else(|| http::header(&answer.home_headers, "etag"));
+        let tag = http::header(&fetched.same_origin_headers, "x-linked-etag")
+            .or_else(|| http::header(&fetched.same_origin_headers, "etag"));
         let tag = tag.map(|tag| tag.trim_start_matches("W/").trim_matches('"').to_owned());
         // The Hub's entity tag is the SHA-256 of a large file, or the git object id of another.
         let of_length = |length: usize| tag.clone().filter(|tag| tag.len() == length);
@@ -499,31 +500,30 @@ impl HubSource {
         self.hub.url_for(&format!("{}{id}/resolve/{revision}/{}", kind.prefix(), http::segments(path)))
     }
 
-    /// Makes one attempt to read `range`: from the last known location, else by way of the endpoint.
+    /// Makes one attempt to read `range`: from the last known location, else through the endpoint.
     async fn open(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
         let size = self.known_size(path)?;
-        if let Some(body) = Body::unasked(path, &range, size)? {
+        if let Some(body) = Body::for_empty_range(path, &range, size)? {
             return Ok(body);
         }
         // 1. Request the last known location directly, which saves a redirect per part.
         if let Some(location) = self.location(path) {
-            let answer = self.request_range(location.url.clone(), &range, location.etag.clone()).await?;
-            if !matches!(answer.response.status().as_u16(), 401 | 403 | 404 | 410 | 412) {
-                return self.body(path, &range, size, answer).await;
+            let fetched = self.request_range(location.url.clone(), &range, location.etag.clone()).await?;
+            if !matches!(fetched.response.status().as_u16(), 401 | 403 | 404 | 410 | 412) {
+                return self.body(path, &range, size, fetched).await;
             }
             // 2. The signed URL expired, or the file changed there: forget it and let the endpoint redirect again.
-            tracing::debug!(%path, status = answer.response.status().as_u16(), "signed URL refused; resolving again");
-
+            tracing::debug!(%path, status = fetched.response.status().as_u16(), "signed URL refused; resolving again");
             self.locations().remove(path);
-            http::drain(answer.response).await;
+            http::drain(fetched.response).await;
         }
         // 3. Request the file from the endpoint.
-        let answer = self.request_range(self.file_url(path.as_str())?, &range, None).await?;
-        self.body(path, &range, size, answer).await
+        let fetched = self.request_range(self.file_url(path.as_str())?, &range, None).await?;
+        self.body(path, &range, size, fetched).await
     }
 
-    /// Requests `range` from `url`. `etag`: only if the file there is unchanged.
-    async fn request_range(&self, url: Url, range: &Range<u64>, etag: Option<HeaderValue>) -> Result<Answer> {
+    /// Requests `range` from `url`. With `etag`, the server refuses the request if the file has changed (`If-Match`).
+    async fn request_range(&self, url: Url, range: &Range<u64>, etag: Option<HeaderValue>) -> Result<Fetched> {
         let mut headers = HeaderMap::new();
         headers.insert(RANGE, http::range_header(range)?);
         if let Some(etag) = etag {
@@ -533,15 +533,15 @@ impl HubSource {
     }
 
     /// Checks a response against the commit and the size of the file, remembers its location and returns the bytes.
-    async fn body(&self, path: &FilePath, range: &Range<u64>, size: Option<u64>, answer: Answer) -> Result<Body> {
-        let status = answer.response.status();
-        // `body_start` explains a 416 better than the status alone.
+    async fn body(&self, path: &FilePath, range: &Range<u64>, size: Option<u64>, fetched: Fetched) -> Result<Body> {
+        let status = fetched.response.status();
+        // A 416 is left to `body_start`, whose message is more specific.
         if !status.is_success() && status != StatusCode::RANGE_NOT_SATISFIABLE {
-            return Err(self.hub.error_of(answer, &self.repo, Some(path)).await);
+            return Err(self.hub.error_of(fetched, &self.repo, Some(path)).await);
         }
-        let Answer { response, url, home_headers, .. } = answer;
+        let Fetched { response, url, same_origin_headers, .. } = fetched;
         // The header is on the response of the endpoint, which may be the redirect.
-        let commit = http::header(&home_headers, "x-repo-commit");
+        let commit = http::header(&same_origin_headers, "x-repo-commit");
         if let Some(commit) = commit.filter(|commit| !commit.eq_ignore_ascii_case(&self.repo.revision)) {
             return Err(Error::corrupt(format!(
                 "{path}: requested commit {}, but the server sent {commit:?}",
@@ -583,7 +583,7 @@ impl HubSource {
 /// token must not be sent there.
 fn next_page(endpoint: &Url, page: &Url, link: &str) -> Result<Url> {
     let next =
-        page.join(link).map_err(|cause| Error::corrupt("the link to the next page is no address").cause(cause))?;
+        page.join(link).map_err(|cause| Error::corrupt("the link to the next page is not a URL").cause(cause))?;
     if http::same_origin(&next, endpoint) {
         return Ok(next);
     }
@@ -650,7 +650,8 @@ impl FileList {
         }
         let refuse = |why: &dyn fmt::Display| Error::corrupt(format!("the tree lists {:?}: {why}", entry.path));
         let path = FilePath::new(&entry.path).map_err(|error| {
-            refuse(&error.message()).hint("nothing of this repository was fetched; such a name is refused as a whole")
+            refuse(&error.message())
+                .hint("nothing was downloaded: a repository with an unsafe file name is rejected as a whole")
         })?;
         let Some(size) = entry.size else { return Err(refuse(&"no size")) };
         let mut file = FileEntry::of(size);
@@ -725,7 +726,7 @@ mod tests {
         for bad in ["", "huggingface.co", "file:///etc", "ftp://h", "https://"] {
             assert_eq!(url_for(bad).expect_err(bad).kind(), ErrorKind::Invalid);
         }
-        let segment = hub("https://h").url_for(&format!("r/{}", http::one_segment("refs/pr/1"))).expect("address");
+        let segment = hub("https://h").url_for(&format!("r/{}", http::encode_segment("refs/pr/1"))).expect("address");
         assert_eq!(segment.path(), "/r/refs%2Fpr%2F1");
     }
 

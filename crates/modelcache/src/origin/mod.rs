@@ -1,19 +1,19 @@
 //! Origins: the authoritative services that resolve references and serve files. Read-only.
 //!
 //! Every origin is an [`Origin`]. `BUILT_IN` is the registry of those that come with the library: parsing, reserved
-//! names, help texts and the doctor follow from it. An application adds its own with [`Config::own_origins`].
+//! names, help texts and the doctor use it. An application adds its own with [`Config::own_origins`].
 //!
 //! # Contract
 //! [`Origins::resolve`] requests the version that a reference points to now, and returns its key with a [`Source`]
 //! bound to it. [`Origins::source`] returns a source for a known key and sends no request. Every source fulfils the
 //! contract in [`source`](crate::source) and passes its conformance suite.
 //!
-//! - An origin that lists no files has no artifact: `NotFound`, and nothing is stored.
+//! - If an origin lists no files, the artifact does not exist: `NotFound`, and nothing is stored.
 //! - Credentials are sent only to the scheme, host and port that they were configured for, not to redirect targets.
 //! - No connection is made and no certificate is read before the first request.
 //!
 //! # An application's own origin
-//! The whole program, `examples/own_origin.rs`. The conformance suite of sources runs over it, too.
+//! The program `examples/own_origin.rs` in full. The conformance suite of sources also runs over it.
 //!
 #![doc = "```"]
 #![doc = include_str!("../../examples/own_origin.rs")]
@@ -60,12 +60,13 @@ pub(crate) fn schemes() -> impl Iterator<Item = &'static Scheme> {
     BUILT_IN.iter().map(|origin| origin.scheme)
 }
 
-/// Returns the built-in scheme to which names belong that begin with the segment `word`.
+/// Returns the built-in scheme whose artifacts have names that begin with the segment `word`.
 pub(crate) fn scheme_of_word(word: &str) -> Option<&'static Scheme> {
     schemes().find(|scheme| scheme.words.contains(&word))
 }
 
-/// Returns true if the origin of names that begin with the segment `word` can serve a version again later.
+/// Returns true if an origin keeps old versions: it can serve a version again after its content was replaced. `word` is
+/// the first segment of the names of its artifacts.
 pub(crate) fn keeps_versions(word: &str) -> bool {
     scheme_of_word(word).is_none_or(|scheme| scheme.keeps_versions)
 }
@@ -73,31 +74,32 @@ pub(crate) fn keeps_versions(word: &str) -> bool {
 /// A service that resolves references of one scheme and serves files.
 #[async_trait]
 pub trait Origin: fmt::Debug + Send + Sync {
-    /// Returns the scheme of its references.
+    /// Returns the scheme of the references that this origin resolves.
     fn scheme(&self) -> &'static Scheme;
 
-    /// Resolves `reference`, which is of its scheme, to the version that it points to now. Returns `None` if there is
-    /// no such file or folder.
+    /// Resolves `reference`, which has the scheme of this origin, to the version that it points to now. Returns
+    /// `None` if there is no such file or folder.
     ///
     /// # Errors
     /// As for [`Origins::resolve`].
     async fn resolve(&self, reference: &Reference) -> Result<Option<Resolved>>;
 
-    /// Returns a source for `reference`, which resolved to `key` before. Sends no request. Returns `None` if only
-    /// resolving again tells whether the origin still has that version.
+    /// Returns a source for `reference`, which resolved to `key` before. Sends no request. Returns `None` if the
+    /// reference must be resolved again to find out whether the origin still has that version.
     fn source(&self, reference: &Reference, key: &ArtifactKey) -> Option<Arc<dyn Source>>;
 
-    /// Returns a source for a key that is given as it is listed, if it belongs to this origin. Sends no request.
+    /// Returns a source for a key without a reference, as in a listing of the cache, if the key belongs to this origin.
+    /// Sends no request.
     fn listed_source(&self, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
         let place = Place::of_key(self.scheme(), key)?;
         self.source(&Reference { target: Target::Own(place), file: None, digest: None }, key)
     }
 
-    /// Completes a reference of its scheme from the configuration, before its key is needed.
+    /// Adds to a reference of this origin what its key needs from the configuration.
     fn complete(&self, _target: &mut Target) {}
 
-    /// Checks for the doctor whether the origin can be reached. Reports the dates of servers to `clock`. By default
-    /// there is no such check.
+    /// Checks for the doctor whether the origin can be reached. Reports the dates of responses to `clock`. Returns
+    /// `None`, the default, if the origin has no check.
     async fn check(&self, _clock: &Clock) -> Result<Option<Check>> {
         Ok(None)
     }
@@ -109,8 +111,8 @@ pub struct Origins(Arc<[Arc<dyn Origin>]>);
 
 /// Returns the error for an artifact without files. Nothing is stored for it, because a faulty origin (a broken proxy,
 /// a folder that is not mounted) looks the same.
-fn no_files(what: impl Into<String>) -> Error {
-    Error::not_found(what)
+fn no_files(message: impl Into<String>) -> Error {
+    Error::not_found(message)
 }
 
 /// The result of resolving a reference.
@@ -129,13 +131,13 @@ impl Origins {
     /// `Invalid` if two origins have the same scheme, or if the prefix of a scheme is not a word and `://`.
     pub fn new(config: &Config, retry: Retry) -> Result<Self> {
         let built_in = BUILT_IN.iter().map(|origin| (origin.open)(config, retry.clone()));
-        for (at, origin) in config.own_origins.iter().enumerate() {
+        for (index, origin) in config.own_origins.iter().enumerate() {
             let scheme = origin.scheme();
-            let others = config.own_origins[..at].iter().map(|origin| origin.scheme());
+            let others = config.own_origins[..index].iter().map(|origin| origin.scheme());
             let is_taken = schemes().chain(others).any(|other| other.split(scheme.prefix).is_some());
             if is_taken || !scheme.is_well_formed() {
                 return Err(Error::invalid(format!("{:?} cannot be the prefix of an origin", scheme.prefix))
-                    .hint("use a lower-case word and ://, which no other origin has"));
+                    .hint("use a lower-case word and ://, and a word that no other origin has"));
             }
         }
         Ok(Self(built_in.chain(config.own_origins.iter().cloned()).collect()))
@@ -146,7 +148,7 @@ impl Origins {
         Reference::parse_with(text, self.0.iter().map(|origin| origin.scheme()))
     }
 
-    /// Returns the origin of `reference`; `None` for a bare key, and if there is no origin for its scheme.
+    /// Returns the origin of `reference`; `None` for a bare key, or if no origin has its scheme.
     fn of(&self, reference: &Reference) -> Option<&dyn Origin> {
         let scheme = reference.scheme()?;
         self.0.iter().map(AsRef::as_ref).find(|origin| origin.scheme() == scheme)
@@ -197,8 +199,8 @@ mod tests {
 
     #[test]
     fn the_built_in_schemes_do_not_overlap() {
-        for (at, scheme) in schemes().enumerate() {
-            for other in schemes().skip(at + 1) {
+        for (index, scheme) in schemes().enumerate() {
+            for other in schemes().skip(index + 1) {
                 assert!(scheme.split(other.prefix).is_none() && other.split(scheme.prefix).is_none(), "{scheme:?}");
                 assert!(scheme.words.iter().all(|word| !other.words.contains(word)), "{scheme:?} {other:?}");
             }

@@ -1,15 +1,15 @@
 //! A web server as an origin: one artifact is one file.
 //!
 //! Resolving requests the first byte, because `HEAD` is often refused or answered differently, and signed URLs allow
-//! one method only. The response has size, validators and digests. Without a given version the validator becomes the
-//! version: `etag-…` from a strong entity tag, else `modified-…` from date and size, else `sha256-…`, for which the
-//! file is read once. A later response that does not match the first one fails as superseded.
+//! one method only. The response states size, validators and digests. If the reference has no version, the validator
+//! becomes the version: `etag-…` from a strong entity tag, else `modified-…` from date and size, else `sha256-…`, for
+//! which the whole file is read once. A later response that does not match the first one fails as superseded.
 //!
 //! Digests come from `Repr-Digest`, `Digest`, `Content-Digest` and `X-Checksum-Sha256`, and from a `.sha256` file
 //! beside the file. Credentials are sent only to the scheme, host and port of the reference's URL.
 
 use super::authorization;
-use super::http::{self, Answer, ErrorResponse, Http, Request, Server};
+use super::http::{self, ErrorResponse, Fetched, Http, Request, Server};
 use super::{BuiltIn, Origin, Resolved};
 use crate::credentials::{Choice, Credential, Credentials};
 use crate::digest::{Digest, Provenance};
@@ -24,9 +24,7 @@ use crate::transfer::{Retry, StallDetector, check_headers, content_range};
 use async_trait::async_trait;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
-use bytes::Bytes;
 use futures::StreamExt as _;
-use futures::stream::BoxStream;
 use reqwest::StatusCode;
 use reqwest::header::{HeaderMap, HeaderValue, IF_MATCH, RANGE};
 use sha2::Digest as _;
@@ -57,7 +55,7 @@ pub(super) struct Web {
     credentials: Credentials,
     http: Http,
     retry: Retry,
-    /// Sources that resolving has just created, with the properties that the server stated.
+    /// The sources that resolving created in the last seconds, with the properties that the server stated.
     recent: Mutex<HashMap<ArtifactKey, (Instant, Arc<WebSource>)>>,
     /// True once the warning about a netrc that other users can read was logged.
     netrc_warning_logged: AtomicBool,
@@ -89,17 +87,16 @@ impl Origin for Arc<Web> {
 
     async fn resolve(&self, reference: &Reference) -> Result<Option<Resolved>> {
         let Target::Web(file) = &reference.target else { return Ok(None) };
-        // The caller may demand a digest of its own.
-        let demanded = reference.digest.is_some();
-        // A given version is trusted without a request.
+        let has_expected_digest = reference.digest.is_some();
+        // A version in the reference is trusted without a request.
         if let Some(version) = &file.version {
             let key = file.key_at(version.clone())?;
-            let source = Arc::new(WebSource::new(self, file, key.clone(), demanded)?);
+            let source = Arc::new(WebSource::new(self, file, key.clone(), has_expected_digest)?);
             return Ok(Some(Resolved { source, key }));
         }
-        let info = self.retry.run(|| self.probe(&file.url, true, demanded)).await?;
+        let info = self.retry.run(|| self.probe(&file.url, true, has_expected_digest)).await?;
         let key = file.key_at(info.version()?)?;
-        let source = WebSource::new(self, file, key.clone(), demanded)?;
+        let source = WebSource::new(self, file, key.clone(), has_expected_digest)?;
         let source = Arc::new(WebSource { info: OnceCell::new_with(Some(info)), ..source });
         self.keep_recent(&source);
         Ok(Some(Resolved { source, key }))
@@ -139,28 +136,38 @@ impl Web {
         (since.elapsed() < RECENT_SOURCE_AGE_MAX).then_some(source)
     }
 
-    /// Sends a GET for `url` and follows redirects. The credential for `home` is sent only to `home`.
-    async fn get(&self, url: Url, home: &Url, headers: HeaderMap) -> Result<Answer> {
-        let authorization = self.authorization(home)?;
+    /// Sends a GET for `url` and follows redirects. The credential for `file_url` is sent only to `file_url`.
+    async fn get(&self, url: Url, file_url: &Url, headers: HeaderMap) -> Result<Fetched> {
+        let authorization = self.authorization(file_url)?;
         self.http
-            .follow(url, Request { headers, home, authorization: authorization.as_ref(), same_origin_only: false })
+            .follow(
+                url,
+                Request {
+                    headers,
+                    credential_url: file_url,
+                    authorization: authorization.as_ref(),
+                    same_origin_only: false,
+                },
+            )
             .await
     }
 
-    /// Returns the `Authorization` header for `home`, if there is a credential for it.
-    fn authorization(&self, home: &Url) -> Result<Option<HeaderValue>> {
-        let credential = match self.credentials.choose(home) {
+    /// Returns the `Authorization` header for `file_url`, if there is a credential for it.
+    fn authorization(&self, file_url: &Url) -> Result<Option<HeaderValue>> {
+        let credential = match self.credentials.choose(file_url) {
             Choice::Configured(credential) => credential,
             Choice::Netrc(credential) => {
-                if self.credentials.is_netrc_open() && !self.netrc_warning_logged.swap(true, Ordering::Relaxed) {
+                if self.credentials.is_netrc_readable_by_others()
+                    && !self.netrc_warning_logged.swap(true, Ordering::Relaxed)
+                {
                     tracing::warn!("other users can read the netrc, which contains a password: run chmod 600 on it");
                 }
                 credential
             }
             // A netrc login is not sent over plain http.
-            Choice::KeptBack | Choice::None => return Ok(None),
+            Choice::Withheld | Choice::None => return Ok(None),
         };
-        let what = format_args!("the credential for {}", Server(home));
+        let what = format_args!("the credential for {}", Server(file_url));
         match credential {
             Credential::Bearer(token) => authorization::bearer(token.expose(), what).map(Some),
             Credential::Basic { username, password } => {
@@ -171,69 +178,73 @@ impl Web {
 
     /// Requests the properties of the file at `url`.
     ///
-    /// `derive`: a version must be derived from them. `demanded`: the caller demands a digest. A file without a size or
-    /// without a validator is read as a whole, because only its digest can detect that it is replaced during the
-    /// download. A validator is not needed if a digest is known and no version is derived.
-    async fn probe(&self, url: &Url, derive: bool, demanded: bool) -> Result<FileInfo> {
+    /// `derive`: the version must be derived from the properties. `has_expected_digest`: the reference has a digest. A
+    /// file without a size or without a validator is read as a whole, because only its digest can detect that it is
+    /// replaced during the download. A validator is not needed if a digest is known and no version is derived.
+    async fn probe(&self, url: &Url, derive: bool, has_expected_digest: bool) -> Result<FileInfo> {
         // The first byte, because a range request also shows whether ranges are supported.
         let headers = HeaderMap::from_iter([(RANGE, http::range_header(&(0..1))?)]);
-        let mut answer = self.get(url.clone(), url, headers).await?;
+        let mut fetched = self.get(url.clone(), url, headers).await?;
         // Some servers refuse ranges instead of ignoring them. A real 416 means that the file is empty.
-        if answer.response.status() == StatusCode::RANGE_NOT_SATISFIABLE && stated_size(&answer) != Some(0) {
-            http::drain(answer.response).await;
-            answer = self.get(url.clone(), url, HeaderMap::new()).await?;
+        if fetched.response.status() == StatusCode::RANGE_NOT_SATISFIABLE && stated_size(&fetched) != Some(0) {
+            http::drain(fetched.response).await;
+            fetched = self.get(url.clone(), url, HeaderMap::new()).await?;
         }
-        let status = answer.response.status();
+        let status = fetched.response.status();
         if !status.is_success() && status != StatusCode::RANGE_NOT_SATISFIABLE {
-            return Err(self.error_of(answer, url).await);
+            return Err(self.error_of(fetched, url).await);
         }
-        let headers = answer.response.headers();
+        let headers = fetched.response.headers();
         check_is_file(status, headers, url)?;
         let (etag, modified) = (headers.get("etag").cloned(), headers.get("last-modified").cloned());
         let stated = stated_digest(headers, status)?;
         let mut info = FileInfo { size: 0, etag, modified, stated, computed: None };
         // Sufficient: a size together with a validator or, if no version is needed, with a digest.
-        match stated_size(&answer) {
-            Some(size) if info.validator(size).is_some() || !derive && (demanded || stated.is_some()) => {
+        match stated_size(&fetched) {
+            Some(size) if info.validator(size).is_some() || !derive && (has_expected_digest || stated.is_some()) => {
                 info.size = size;
             }
-            _ => self.hash_whole_file(&mut info, answer, url).await?,
+            _ => self.hash_whole_file(&mut info, fetched, url).await?,
         }
         Ok(info)
     }
 
-    /// Reads the whole file to determine its size and digest. Uses `answer` if it already is the whole file.
-    async fn hash_whole_file(&self, info: &mut FileInfo, mut answer: Answer, url: &Url) -> Result<()> {
-        tracing::info!(server = %Server(url), "no size or no validator from the server: reading the whole file once");
-        if answer.response.status() != StatusCode::OK {
-            http::drain(answer.response).await;
-            answer = self.get(url.clone(), url, HeaderMap::new()).await?;
-            if answer.response.status() == StatusCode::OK {
-                check_is_file(StatusCode::OK, answer.response.headers(), url)?;
+    /// Reads the whole file to determine its size and digest. Uses the response `fetched` if it is the whole file.
+    async fn hash_whole_file(&self, info: &mut FileInfo, mut fetched: Fetched, url: &Url) -> Result<()> {
+        tracing::info!(server = %Server(url), "no size or no validator; reading the whole file once to hash it");
+        if fetched.response.status() != StatusCode::OK {
+            http::drain(fetched.response).await;
+            fetched = self.get(url.clone(), url, HeaderMap::new()).await?;
+            if fetched.response.status() == StatusCode::OK {
+                check_is_file(StatusCode::OK, fetched.response.headers(), url)?;
             } else {
-                return Err(self.error_of(answer, url).await);
+                return Err(self.error_of(fetched, url).await);
             }
         }
-        let stated_bytes = http::content_length(answer.response.headers());
+        let stated_bytes = http::content_length(fetched.response.headers());
         if stated_bytes.is_some_and(|stated_bytes| stated_bytes > limits::FILE_BYTES_MAX) {
-            return Err(Error::corrupt(format!("{} states a size above the limit", Server(url))));
+            return Err(Error::corrupt(format!(
+                "{} states a size above the limit of {} bytes",
+                Server(url),
+                limits::FILE_BYTES_MAX
+            )));
         }
         let (mut size, mut hasher) = (0, sha2::Sha256::new());
-        // The read timeout of the client covers silence, the detector a connection that is far too slow.
+        // The read timeout of the client ends a silent connection; the detector ends one that is far too slow.
         let mut stall = StallDetector::new(self.retry.read_timeout());
         let mut last_log = Instant::now();
-        let mut body = http::body_stream(answer.response, &answer.url);
+        let mut body = http::body_stream(fetched.response, &fetched.url);
         loop {
-            let waiting = Instant::now();
+            let wait_start = Instant::now();
             let Some(chunk) = body.next().await else { break };
             let chunk = chunk?;
             size += chunk.len() as u64;
             if stated_bytes.is_none() && size > UNSIZED_BYTES_MAX {
-                let why = format!("{} states no size and has sent {UNSIZED_BYTES_MAX} bytes", Server(url));
-                return Err(Error::corrupt(why)
+                let message = format!("{} states no size and has sent {UNSIZED_BYTES_MAX} bytes", Server(url));
+                return Err(Error::corrupt(message)
                     .hint("check that it is not an endless stream, or let the server send Content-Length"));
             }
-            if stall.record(chunk.len() as u64, waiting.elapsed()) {
+            if stall.record(chunk.len() as u64, wait_start.elapsed()) {
                 return Err(Error::unavailable(format!("the connection to {} has nearly stalled", Server(url))));
             }
             hasher.update(&chunk);
@@ -249,20 +260,20 @@ impl Web {
         Ok(())
     }
 
-    /// Returns the digest from `<url>.sha256`, if there is such a file. Any other content counts as no digest.
+    /// Returns the digest from the file `<url>.sha256`; `None` if that file is missing or has no digest for `path`.
     async fn sidecar(&self, file: &WebFile, path: &FilePath) -> Result<Option<Digest>> {
         let mut url = file.url.clone();
         url.set_path(&format!("{}.sha256", file.url.path()));
-        let answer = self.get(url, &file.url, HeaderMap::new()).await?;
-        let status = answer.response.status();
+        let fetched = self.get(url, &file.url, HeaderMap::new()).await?;
+        let status = fetched.response.status();
         if !status.is_success() {
-            let error = ErrorResponse::read(&self.http, answer.response, false).await.error(&answer.url);
-            // A missing checksum file is normal, but a busy server must not pass for one without checksums.
+            let error = ErrorResponse::read(&self.http, fetched.response, false).await.error(&fetched.url);
+            // A missing checksum file is normal. A transient error is returned, so that the request is retried.
             return if error.is_transient() { Err(error) } else { Ok(None) };
         }
         // An encoded, too long or unreadable file counts as no checksum file.
-        let encoded = check_headers(status, answer.response.headers()).is_err();
-        let text = match self.http.body(answer.response, &answer.url, SIDECAR_BYTES_MAX).await {
+        let encoded = check_headers(status, fetched.response.headers()).is_err();
+        let text = match self.http.body(fetched.response, &fetched.url, SIDECAR_BYTES_MAX).await {
             Ok(text) => text,
             Err(error) if error.kind() == ErrorKind::Corrupt => return Ok(None),
             Err(error) => return Err(error),
@@ -272,26 +283,28 @@ impl Web {
     }
 
     /// Converts an error response into an error with a remedy. All statuses of web servers are mapped here.
-    async fn error_of(&self, answer: Answer, home: &Url) -> Error {
-        let Answer { response, url, at_home, .. } = answer;
+    async fn error_of(&self, fetched: Fetched, file_url: &Url) -> Error {
+        let Fetched { response, url, is_same_origin, .. } = fetched;
         let response = ErrorResponse::read(&self.http, response, false).await;
         let error = response.error(&url);
-        let (server, status) = (Server(home), response.status.as_u16());
+        let (server, status) = (Server(file_url), response.status.as_u16());
         match status {
-            // The redirect target refused: the credential was not sent there.
-            401 | 403 if !at_home => {
-                Error::new(error.kind(), format!("{server} redirects there, and {}", error.message())).hint(format!(
+            // The redirect target refused the request, which had no credential.
+            401 | 403 if !is_same_origin => {
+                let message = format!("{server} redirected the request, and {}", error.message());
+                Error::new(error.kind(), message).hint(format!(
                     "credentials for {server} are not sent to redirect targets; use the address that it redirects to"
                 ))
             }
-            401 | 403 => Error::new(error.kind(), format!("{}; {}", error.message(), self.sent_credential(home)))
-                .hint(self.remedy(home)),
+            401 | 403 => Error::new(error.kind(), format!("{}; {}", error.message(), self.sent_credential(file_url)))
+                .hint(self.credential_hint(file_url)),
             404 | 410
-                if at_home && !matches!(self.credentials.choose(home), Choice::Configured(_) | Choice::Netrc(_)) =>
+                if is_same_origin
+                    && !matches!(self.credentials.choose(file_url), Choice::Configured(_) | Choice::Netrc(_)) =>
             {
-                Error::not_found(format!("{}; {}", error.message(), self.sent_credential(home))).hint(
-                    "check the address; a server may hide what others may not see: credentials come from the netrc \
-                     or [credentials] in the configuration file",
+                Error::not_found(format!("{}; {}", error.message(), self.sent_credential(file_url))).hint(
+                    "check the address; a server may answer 404 if a credential is missing: add one to the netrc, or \
+                     under [credentials] in the configuration file",
                 )
             }
             404 | 410 => error.hint("check the address"),
@@ -300,36 +313,38 @@ impl Web {
     }
 
     /// Describes the credential that was sent, for the error message.
-    fn sent_credential(&self, home: &Url) -> String {
-        match self.credentials.choose(home) {
+    fn sent_credential(&self, file_url: &Url) -> String {
+        match self.credentials.choose(file_url) {
             Choice::Configured(_) => "the credential of the configuration file was sent".into(),
             Choice::Netrc(_) => "the credential of the netrc was sent".into(),
-            Choice::KeptBack => "the netrc has a credential, which is not sent over plain http".into(),
-            Choice::None => "no credential was sent: neither netrc nor configuration has one for it".into(),
+            Choice::Withheld => "the netrc has a credential, which is not sent over plain http".into(),
+            Choice::None => {
+                "no credential was sent: neither the netrc nor the configuration file has one for this server".into()
+            }
         }
     }
 
     /// Returns the hint for a refused or missing credential.
-    fn remedy(&self, home: &Url) -> String {
-        let table = format!("[credentials.\"{}\"] in the configuration file", Server(home));
-        let machine = home.host_str().unwrap_or_default();
-        match self.credentials.choose(home) {
-            Choice::Configured(_) => format!("check {table}: is it valid, and may it read this?"),
+    fn credential_hint(&self, file_url: &Url) -> String {
+        let table = format!("[credentials.\"{}\"] in the configuration file", Server(file_url));
+        let machine = file_url.host_str().unwrap_or_default();
+        match self.credentials.choose(file_url) {
+            Choice::Configured(_) => format!("check that {table} is valid and may read this file"),
             Choice::Netrc(_) => {
-                format!("check the entry for {machine} in the netrc: is it valid, and may it read this?")
+                format!("check that the entry for {machine} in the netrc is valid and may read this file")
             }
-            Choice::KeptBack => format!("use https, or state it in {table} if it may be sent in the clear"),
-            Choice::None if home.scheme() == "http" => format!("write {table}"),
+            Choice::Withheld => format!("use https, or state it in {table} if it may be sent in the clear"),
+            Choice::None if file_url.scheme() == "http" => format!("write {table}"),
             Choice::None => format!("add `machine {machine} login … password …` to ~/.netrc, or {table} with bearer"),
         }
     }
 }
 
 /// Returns the size of the whole file, as stated by the headers of a response.
-fn stated_size(answer: &Answer) -> Option<u64> {
-    let headers = answer.response.headers();
+fn stated_size(fetched: &Fetched) -> Option<u64> {
+    let headers = fetched.response.headers();
     let range = http::header(headers, "content-range");
-    match answer.response.status() {
+    match fetched.response.status() {
         StatusCode::OK => http::content_length(headers),
         StatusCode::PARTIAL_CONTENT => content_range(range?)?.total,
         StatusCode::RANGE_NOT_SATISFIABLE => range?.strip_prefix("bytes */")?.parse().ok(),
@@ -343,11 +358,11 @@ fn check_is_file(status: StatusCode, headers: &HeaderMap, url: &Url) -> Result<(
     check_headers(status, headers)?;
     let is_page = http::header(headers, "content-type").is_some_and(|kind| kind.trim_start().starts_with("text/html"));
     // A page is expected only if the URL itself names one.
-    let wants_page = [".html", ".htm"].iter().any(|end| url.path().ends_with(end));
-    if is_page && !wants_page {
+    let names_page = [".html", ".htm"].iter().any(|end| url.path().ends_with(end));
+    if is_page && !names_page {
         return Err(Error::corrupt(format!("{server} answers with an HTML page (text/html), not with a file")).hint(
-            "open the address in a browser: is it a login page, or a page about the file? \
-             credentials come from the netrc or [credentials] in the configuration file",
+            "open the address in a browser: it may be a login page, or a page about the file; credentials come from \
+             the netrc or [credentials] in the configuration file",
         ));
     }
     Ok(())
@@ -358,21 +373,21 @@ fn check_is_file(status: StatusCode, headers: &HeaderMap, url: &Url) -> Result<(
 /// # Errors
 /// `Corrupt` if the headers state different digests.
 fn stated_digest(headers: &HeaderMap, status: StatusCode) -> Result<Option<Digest>> {
-    let bytes = |text: &str| Some(Digest::from_bytes(BASE64_STANDARD.decode(text.trim()).ok()?.try_into().ok()?));
+    let decode = |text: &str| Some(Digest::from_bytes(BASE64_STANDARD.decode(text.trim()).ok()?.try_into().ok()?));
     let lists = |name: &str| -> Vec<String> {
         let values = headers.get_all(name).into_iter().filter_map(|value| value.to_str().ok());
         values.flat_map(|value| value.split(',')).map(|item| item.trim().to_owned()).collect()
     };
-    let of = |item: &String| {
+    let sha256_of = |item: &String| {
         let (algorithm, value) = item.split_once('=')?;
         // `Repr-Digest` puts the value between colons and may add parameters.
         let value = value.split(';').next().unwrap_or(value).trim().trim_matches(':');
-        algorithm.trim().eq_ignore_ascii_case("sha-256").then(|| bytes(value))?
+        algorithm.trim().eq_ignore_ascii_case("sha-256").then(|| decode(value))?
     };
-    let mut stated: Vec<Digest> = lists("repr-digest").iter().chain(&lists("digest")).filter_map(of).collect();
+    let mut stated: Vec<Digest> = lists("repr-digest").iter().chain(&lists("digest")).filter_map(sha256_of).collect();
     if status == StatusCode::OK {
         // In a partial response `Content-Digest` is that of the part.
-        stated.extend(lists("content-digest").iter().filter_map(of));
+        stated.extend(lists("content-digest").iter().filter_map(sha256_of));
     }
     stated.extend(http::header(headers, "x-checksum-sha256").and_then(|hex| hex.trim().parse::<Digest>().ok()));
     // All stated digests must agree.
@@ -407,16 +422,16 @@ impl FileInfo {
     }
 
     /// Returns true if a response has the same content, as far as its headers show.
-    fn is_same_content(&self, answer: &Answer) -> bool {
-        let headers = answer.response.headers();
+    fn is_same_content(&self, fetched: &Fetched) -> bool {
+        let headers = fetched.response.headers();
         let differs = |ours: &Option<HeaderValue>, name: &str| match (ours, headers.get(name)) {
             (Some(ours), Some(theirs)) => ours != theirs,
             _ => false,
         };
         // An unchanged strong tag outweighs a different date: mirrors may have their own dates.
         let same_etag = self.strong_etag().is_some() && headers.get("etag") == self.etag.as_ref();
-        let other = differs(&self.etag, "etag") || (!same_etag && differs(&self.modified, "last-modified"));
-        !other && stated_size(answer).is_none_or(|stated_bytes| stated_bytes == self.size)
+        let is_other_content = differs(&self.etag, "etag") || (!same_etag && differs(&self.modified, "last-modified"));
+        !is_other_content && stated_size(fetched).is_none_or(|stated_bytes| stated_bytes == self.size)
     }
 }
 
@@ -429,27 +444,14 @@ fn version_text(text: &str) -> String {
     }
 }
 
-/// Cuts a stream after `bytes` bytes.
-fn first_bytes(stream: BoxStream<'static, Result<Bytes>>, bytes: u64) -> BoxStream<'static, Result<Bytes>> {
-    let cut = stream.scan(bytes, |left, chunk| {
-        let chunk = chunk.map(|mut chunk| {
-            chunk.truncate(usize::try_from(*left).unwrap_or(usize::MAX));
-            *left -= chunk.len() as u64;
-            chunk
-        });
-        std::future::ready(Some(chunk).filter(|chunk| !chunk.as_ref().is_ok_and(Bytes::is_empty)))
-    });
-    cut.boxed()
-}
-
 /// The source for one file at one version.
 struct WebSource {
     web: Arc<Web>,
     file: WebFile,
     path: FilePath,
     key: ArtifactKey,
-    /// True if the caller demands a digest, so that a missing checksum is no reason for a warning.
-    demanded: bool,
+    /// True if the reference has a digest, so that no warning is needed if the server has none.
+    has_expected_digest: bool,
     info: OnceCell<FileInfo>,
     manifest: OnceCell<Manifest>,
     /// The target of the last redirect. It is requested directly until it is refused.
@@ -489,13 +491,13 @@ impl Source for WebSource {
 }
 
 impl WebSource {
-    fn new(web: &Arc<Web>, file: &WebFile, key: ArtifactKey, demanded: bool) -> Result<Self> {
+    fn new(web: &Arc<Web>, file: &WebFile, key: ArtifactKey, has_expected_digest: bool) -> Result<Self> {
         Ok(Self {
             web: web.clone(),
             path: file.path()?,
             file: file.clone(),
             key,
-            demanded,
+            has_expected_digest,
             info: OnceCell::new(),
             manifest: OnceCell::new(),
             redirect_url: Mutex::default(),
@@ -507,12 +509,14 @@ impl WebSource {
     /// Returns the properties of the file, requesting them at the first call.
     ///
     /// # Errors
-    /// `Unavailable` (superseded) if the file there has another version than this source.
+    /// `Unavailable` (superseded) if the file now has another version than this source.
     async fn info(&self) -> Result<&FileInfo> {
         let derived = is_derived(&self.key.version);
         let info = self
             .info
-            .get_or_try_init(|| self.web.retry.run(|| self.web.probe(&self.file.url, derived, self.demanded)))
+            .get_or_try_init(|| {
+                self.web.retry.run(|| self.web.probe(&self.file.url, derived, self.has_expected_digest))
+            })
             .await?;
         match derived && info.version()? != self.key.version {
             true => Err(self.superseded()),
@@ -522,9 +526,9 @@ impl WebSource {
 
     /// Returns the error for a file that was replaced since it was resolved.
     fn superseded(&self) -> Error {
-        Error::new(ErrorKind::Unavailable, format!("{} changed since it was resolved", self.path))
-            .superseded()
-            .hint("run it again once no process writes there; without @version the address means the present content")
+        Error::new(ErrorKind::Unavailable, format!("{} changed since it was resolved", self.path)).superseded().hint(
+            "run the command again once the file no longer changes; without @version a URL means the current content",
+        )
     }
 
     /// Builds the manifest of the file, with the best digest available.
@@ -534,16 +538,16 @@ impl WebSource {
             true => None,
             false => self.web.retry.run(|| self.web.sidecar(&self.file, &self.path)).await?,
         };
-        // Two statements must agree, because neither can be preferred.
+        // The two digests must agree, because neither is more trustworthy.
         if let (Some(header), Some(sidecar_digest)) = (info.stated, sidecar_digest)
             && header != sidecar_digest
         {
             return Err(Error::corrupt(format!(
-                "the server states sha256 {header}, the .sha256 beside the file {sidecar_digest}"
+                "the server states sha256 {header}, but the .sha256 file states {sidecar_digest}"
             ))
             .hint("one of the two belongs to another file; report it to the publisher"));
         }
-        // Order of trust: stated by the server, then by a checksum file, then computed from the first download.
+        // Order of trust: stated by the server, stated by a checksum file, computed from the first download.
         let mut entry = FileEntry::of(info.size);
         let candidates = [
             (info.stated, Provenance::Origin),
@@ -553,7 +557,7 @@ impl WebSource {
         if let Some(best) = candidates.into_iter().find_map(|(digest, provenance)| Some((digest?, provenance))) {
             (entry.sha256, entry.provenance) = (Some(best.0), Some(best.1));
         }
-        if !self.demanded && info.stated.is_none() && sidecar_digest.is_none() {
+        if !self.has_expected_digest && info.stated.is_none() && sidecar_digest.is_none() {
             tracing::warn!(
                 artifact = %self.key,
                 "no checksum available; trusting the first download (pin it with #sha256=…)"
@@ -565,75 +569,75 @@ impl WebSource {
         Ok(manifest)
     }
 
-    /// Makes one attempt to read `range`: from the target of the last redirect, else from the file's own URL.
+    /// Makes one attempt to read `range`: from the target of the last redirect, else from the URL of the file.
     async fn open(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
         if path != &self.path {
             return Err(Error::not_found(format!("there is no file {path} at {}", self.file.url)));
         }
         let info = self.info().await?;
-        if let Some(body) = Body::unasked(path, &range, Some(info.size))? {
+        if let Some(body) = Body::for_empty_range(path, &range, Some(info.size))? {
             return Ok(body);
         }
         let redirect_url = self.redirect_url.lock().unwrap_or_else(PoisonError::into_inner).clone();
         if let Some(redirect_url) = redirect_url {
-            let answer = self.request_range(redirect_url, info, &range).await?;
-            if !matches!(answer.response.status().as_u16(), 401 | 403 | 404 | 410 | 412) {
-                return self.body(info, &range, answer).await;
+            let fetched = self.request_range(redirect_url, info, &range).await?;
+            if !matches!(fetched.response.status().as_u16(), 401 | 403 | 404 | 410 | 412) {
+                return self.body(info, &range, fetched).await;
             }
-            let status = answer.response.status().as_u16();
+            let status = fetched.response.status().as_u16();
             tracing::debug!(%path, status, "redirect target refused; requesting the original URL again");
             self.remember_redirect(None);
-            http::drain(answer.response).await;
+            http::drain(fetched.response).await;
         }
-        let answer = self.request_range(self.file.url.clone(), info, &range).await?;
-        self.body(info, &range, answer).await
+        let fetched = self.request_range(self.file.url.clone(), info, &range).await?;
+        self.body(info, &range, fetched).await
     }
 
     /// Requests `range` from `url`, or the whole file if the server refuses ranges. With a strong entity tag, only if
     /// the file is unchanged.
-    async fn request_range(&self, url: Url, info: &FileInfo, range: &Range<u64>) -> Result<Answer> {
+    async fn request_range(&self, url: Url, info: &FileInfo, range: &Range<u64>) -> Result<Fetched> {
         let mut headers = HeaderMap::new();
         headers.extend(info.strong_etag().map(|etag| (IF_MATCH, etag.clone())));
         // `If-Match` also makes a resumed download fail if the file was replaced.
         let mut ranged = headers.clone();
         ranged.insert(RANGE, http::range_header(range)?);
         if !self.refuses_ranges.load(Ordering::Relaxed) {
-            let answer = self.web.get(url.clone(), &self.file.url, ranged).await?;
+            let fetched = self.web.get(url.clone(), &self.file.url, ranged).await?;
             // A 416 for a range inside the file means that the server refuses ranges, unless it states another size.
-            let refused = answer.response.status() == StatusCode::RANGE_NOT_SATISFIABLE;
-            if !refused || stated_size(&answer).is_some_and(|stated_bytes| stated_bytes != info.size) {
-                return Ok(answer);
+            let refused = fetched.response.status() == StatusCode::RANGE_NOT_SATISFIABLE;
+            if !refused || stated_size(&fetched).is_some_and(|stated_bytes| stated_bytes != info.size) {
+                return Ok(fetched);
             }
-            http::drain(answer.response).await;
+            http::drain(fetched.response).await;
             self.refuses_ranges.store(true, Ordering::Relaxed);
         }
         self.web.get(url, &self.file.url, headers).await
     }
 
     /// Checks a response against the known properties of the file, remembers its URL and returns the bytes.
-    async fn body(&self, info: &FileInfo, range: &Range<u64>, answer: Answer) -> Result<Body> {
-        let status = answer.response.status();
+    async fn body(&self, info: &FileInfo, range: &Range<u64>, fetched: Fetched) -> Result<Body> {
+        let status = fetched.response.status();
         // `If-Match` failed: the file has another entity tag.
         if status == StatusCode::PRECONDITION_FAILED {
             return Err(self.superseded());
         }
         if !status.is_success() && status != StatusCode::RANGE_NOT_SATISFIABLE {
-            return Err(self.web.error_of(answer, &self.file.url).await);
+            return Err(self.web.error_of(fetched, &self.file.url).await);
         }
-        check_is_file(status, answer.response.headers(), &self.file.url)?;
-        if !info.is_same_content(&answer) {
+        check_is_file(status, fetched.response.headers(), &self.file.url)?;
+        if !info.is_same_content(&fetched) {
             return Err(self.superseded());
         }
-        let start = http::body_start(status, answer.response.headers(), range, Some(info.size))
+        let start = http::body_start(status, fetched.response.headers(), range, Some(info.size))
             .map_err(|error| Error::new(error.kind(), format!("{}: {}", self.path, error.message())))?;
         // Only a redirect target is worth remembering.
-        self.remember_redirect((!answer.at_home).then(|| answer.url.clone()));
-        let stream = http::body_stream(answer.response, &answer.url);
+        self.remember_redirect((!fetched.is_same_origin).then(|| fetched.url.clone()));
+        let stream = http::body_stream(fetched.response, &fetched.url);
         // From a server that ignores ranges, the beginning of the file is still usable: cut the body after the range.
         let stream = match status == StatusCode::OK && range.start == 0 && range.end < info.size {
             true => {
                 self.ignores_ranges.store(true, Ordering::Relaxed);
-                first_bytes(stream, range.end)
+                http::first_bytes(stream, range.end)
             }
             false => stream,
         };

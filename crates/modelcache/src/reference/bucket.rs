@@ -1,7 +1,7 @@
 //! References to buckets: `s3://bucket/prefix-or-object`, as in `aws s3`.
 //!
 //! No character of a key is special: keys are not percent-decoded and not split at `@`. A key with a slash at the end
-//! is a prefix: it means the objects below it, not an object with this key.
+//! is a prefix: it refers to the objects below it, not to an object with this key.
 
 use super::location::Location;
 use super::{Pointer, Reference, Scheme, Target};
@@ -26,7 +26,7 @@ pub struct BucketPlace {
     pub folder: bool,
 }
 
-/// Returns true if `bucket` has only characters that a bucket's name may have. Bucket names become part of the hosts and
+/// Returns true if `bucket` has only characters that a bucket name may have. Bucket names become part of the hosts and
 /// paths of URLs, so a name from a server must be checked before it is used.
 pub(crate) fn is_bucket_name(bucket: &str) -> bool {
     !bucket.is_empty() && bucket.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_'))
@@ -43,8 +43,9 @@ fn parse(_prefix: &str, rest: &str) -> Result<Reference> {
     let folder = key.is_empty() || key.ends_with('/');
     let key = key.strip_suffix('/').unwrap_or(key);
     if !key.is_empty() && key.split('/').any(str::is_empty) {
-        return Err(refuse("it has an empty segment, which no file's path can have"));
+        return Err(refuse("the key has an empty segment between slashes"));
     }
+    // Fails if the key cannot be part of an artifact name.
     let place = BucketPlace { bucket: bucket.to_owned(), key: key.to_owned(), folder };
     place.name().map_err(|error| refuse(error.message()))?;
     Ok(Reference { target: Target::Bucket(place), file: None, digest: None })
@@ -57,8 +58,8 @@ impl BucketPlace {
         ArtifactName::from_uri("s3", [self.bucket.as_str()].into_iter().chain(segments))
     }
 
-    /// Returns the revision under which its resolution is recorded. A bucket has no revisions, only the current
-    /// content. An object and a prefix with one name have separate records.
+    /// Returns the revision under which the resolution of this location is recorded. A bucket has no revisions, only
+    /// current content. An object and a prefix of the same name have separate records.
     fn revision(&self) -> &'static str {
         if self.folder { "current-folder" } else { "current" }
     }
@@ -110,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_taken_as_it_is_written() {
+    fn keys_are_not_decoded_and_a_slash_at_the_end_marks_a_prefix() {
         let row = |bucket: &str, key: &str, folder| (bucket.to_owned(), key.to_owned(), folder);
         assert_eq!(place("s3://b"), row("b", "", true));
         assert_eq!(place("s3://b/"), row("b", "", true));
@@ -125,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn names_do_not_clash_and_the_current_content_is_resolved() {
+    fn an_object_and_a_prefix_share_a_name_but_not_a_revision() {
         let name = |text| {
             let Target::Bucket(place) = Reference::parse(text).expect("parses").target else { panic!("{text}") };
             place.name().expect("name").to_string()

@@ -23,7 +23,7 @@ impl FolderPath {
     }
 }
 
-/// A folder has neither an exact key nor a pointer: it is read each time.
+/// A folder has neither an exact key nor a pointer, because its version depends on its present content.
 impl Location for FolderPath {
     fn scheme(&self) -> Option<&'static Scheme> {
         Some(&SCHEME)
@@ -57,15 +57,15 @@ fn parse(_prefix: &str, rest: &str) -> Result<Reference> {
     if path.contains('\0') || path.split('/').any(|segment| segment == "..") {
         return Err(refuse("the path contains '..' or a NUL byte"));
     }
-    let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty() && *part != ".").collect();
-    if parts.is_empty() {
+    let segments: Vec<&str> = path.split('/').filter(|segment| !segment.is_empty() && *segment != ".").collect();
+    if segments.is_empty() {
         return Err(refuse("the root folder cannot be an artifact"));
     }
-    let path = FolderPath(format!("/{}", parts.join("/")));
+    let path = FolderPath(format!("/{}", segments.join("/")));
     Ok(Reference { target: Target::Folder(path), file: None, digest: None })
 }
 
 /// Returns the artifact name of the folder or file at the absolute `path`.
 pub fn folder_name(path: &str) -> Result<ArtifactName> {
-    ArtifactName::from_uri("file", path.split('/').filter(|part| !part.is_empty()))
+    ArtifactName::from_uri("file", path.split('/').filter(|segment| !segment.is_empty()))
 }

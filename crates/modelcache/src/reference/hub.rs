@@ -67,8 +67,8 @@ impl HubRepo {
     /// Returns the artifact name: `hf/`, the prefix of the kind, the repository.
     pub fn name(&self) -> Result<ArtifactName> {
         let prefix = self.kind.prefix().trim_end_matches('/');
-        let parts = Some(prefix).filter(|prefix| !prefix.is_empty()).into_iter().chain(self.id.split('/'));
-        ArtifactName::from_uri("hf", parts)
+        let segments = Some(prefix).filter(|prefix| !prefix.is_empty()).into_iter().chain(self.id.split('/'));
+        ArtifactName::from_uri("hf", segments)
     }
 
     /// Returns the key of this repository at `commit` (40 hex digits).
@@ -143,12 +143,12 @@ fn parse(_prefix: &str, rest: &str) -> Result<Reference> {
     };
     let segments: Vec<&str> = id.split('/').collect();
     if segments.len() > 2 {
-        return Err(refuse("a repository has one or two segments; a file needs the revision before it"));
+        return Err(refuse("a repository has one or two segments, and a file must follow a revision"));
     }
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    let is_allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     if segments
         .iter()
-        .any(|segment| segment.is_empty() || *segment == "." || *segment == ".." || !segment.chars().all(plain))
+        .any(|segment| segment.is_empty() || *segment == "." || *segment == ".." || !segment.chars().all(is_allowed))
     {
         return Err(refuse("not a valid repository name"));
     }
@@ -172,17 +172,19 @@ fn split_revision(after: &str) -> (&str, Option<&str>) {
     }
 }
 
-/// Checks a revision and decodes `%2F` in it. Refuses names that git refuses for refs.
+/// Decodes percent escapes in a revision (a slash is written `%2F`) and checks it. Refuses names that git refuses for
+/// refs. Returns a commit in lower case.
 fn checked_revision(text: &str) -> Result<String> {
     let revision = percent_decode_str(text).decode_utf8_lossy().into_owned();
-    let bad = |c: char| c.is_control() || matches!(c, ' ' | '~' | '^' | ':' | '?' | '*' | '[' | '\\' | '@' | '#');
+    let is_forbidden =
+        |c: char| c.is_control() || matches!(c, ' ' | '~' | '^' | ':' | '?' | '*' | '[' | '\\' | '@' | '#');
     if revision.is_empty()
-        || revision.chars().any(bad)
-        || revision.split('/').any(|segment| segment.is_empty() || segment.starts_with('.') || segment == "..")
+        || revision.chars().any(is_forbidden)
+        || revision.split('/').any(|segment| segment.is_empty() || segment.starts_with('.'))
         || revision.contains("..")
     {
         return Err(
-            Error::invalid(format!("{text:?} is not a revision")).hint("a branch, a tag, refs/pr/N or a commit")
+            Error::invalid(format!("{text:?} is not a revision")).hint("write a branch, a tag, refs/pr/N or a commit")
         );
     }
     if revision.parse::<GitOid>().is_ok() { Ok(revision.to_ascii_lowercase()) } else { Ok(revision) }

@@ -1,19 +1,20 @@
-//! What a location tells about itself without contacting its origin. Each kind of location implements it once.
+//! The properties of a location that are known without contacting its origin. Each kind of location implements
+//! [`Location`].
 
 use super::{Pointer, Scheme, Target};
 use crate::error::Result;
 use crate::key::{ArtifactKey, Version};
 use std::fmt;
 
-/// The location of a reference. It prints as the reference, without file and digest.
+/// The location of a reference. Its `Display` form is the reference without file and digest.
 pub(super) trait Location: fmt::Display {
-    /// Returns its scheme; `None` for a bare key.
+    /// Returns the scheme; `None` for a bare key.
     fn scheme(&self) -> Option<&'static Scheme>;
 
     /// Returns the key if the location alone determines it.
     fn exact_key(&self) -> Option<ArtifactKey>;
 
-    /// Returns the movable name, or `None` if the location is exact or must be read each time.
+    /// Returns the movable name, or `None` if the location is exact or is read each time, like a folder.
     fn pointer(&self) -> Option<Pointer>;
 
     /// Returns the location at another revision, or `None` if locations of this kind have no revisions.
@@ -21,14 +22,14 @@ pub(super) trait Location: fmt::Display {
         Ok(None)
     }
 
-    /// Returns the location pinned to `key`, the version that it resolved to. By default the bare key, because the
-    /// current content of a location has no reference but that.
+    /// Returns the location pinned to `key`, the version that it resolved to. The default is the bare key, for
+    /// locations whose own references cannot name a version.
     fn pinned(&self, key: &ArtifactKey) -> Target {
         Target::Bare(key.clone())
     }
 
-    /// Returns the location with a version that the caller gives, or `None` if its origin determines the version.
-    fn with_given_version(&self, _version: &Version) -> Option<Target> {
+    /// Returns the location with a version that the caller chooses, or `None` if its origin determines the version.
+    fn with_version(&self, _version: &Version) -> Option<Target> {
         None
     }
 

@@ -21,7 +21,7 @@ const STAGES: [&str; 4] = ["Production", "Staging", "Archived", "None"];
 /// A model in a registry, at a version.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct MlflowModel {
-    /// The server in keys: host, port and path. `None` until it is filled in from the configuration.
+    /// The server as it appears in keys: host, port and path. `None` until it is filled in from the configuration.
     pub server: Option<String>,
     /// The registered model's name.
     pub name: String,
@@ -55,8 +55,8 @@ impl MlflowModel {
         Some(name.and_then(|name| Ok(ArtifactKey::new(name, Version::new(&number.to_string())?))))
     }
 
-    /// Returns the movable name of the version, or `None` if the version is a number. Stages have the prefix `stage:`,
-    /// which no alias can have.
+    /// Returns the movable name that selects the version, or `None` if the version is a number. Stages have the prefix
+    /// `stage:`, which no alias can have.
     pub fn revision(&self) -> Option<String> {
         match &self.version {
             MlflowVersion::Number(_) => None,
@@ -85,7 +85,7 @@ impl Location for MlflowModel {
     }
 
     fn at_revision(&self, revision: &str) -> Result<Option<Target>> {
-        Ok(Some(Target::Mlflow(Self { version: version(revision)?, ..self.clone() })))
+        Ok(Some(Target::Mlflow(Self { version: parse_revision(revision)?, ..self.clone() })))
     }
 
     fn pinned(&self, key: &ArtifactKey) -> Target {
@@ -127,9 +127,9 @@ fn parse(_prefix: &str, rest: &str) -> Result<Reference> {
     }
     let path = rest.strip_prefix('/').ok_or_else(|| refuse("a slash is missing after the colon"))?;
     let (name, version) = match path.split_once('/') {
-        Some((name, version)) => (name, numbered(version).or_else(|_| staged(version))),
+        Some((name, version)) => (name, parse_number(version).or_else(|_| parse_stage(version))),
         None => match path.rsplit_once('@') {
-            Some((name, alias)) => (name, aliased(alias)),
+            Some((name, alias)) => (name, parse_alias(alias)),
             None if path.starts_with("m-") => return Err(refuse("a logged model has no version; register it first")),
             None => return Err(refuse("it names no version")),
         },
@@ -139,24 +139,26 @@ fn parse(_prefix: &str, rest: &str) -> Result<Reference> {
         return Err(refuse("not a valid name of a registered model"));
     }
     let model = MlflowModel { server: None, name: name.to_owned(), version };
-    // Refuse a name that cannot become a key early, before the server is known.
+    // Check that the name can be part of a key. The server in its key is not known yet.
     ArtifactName::from_uri("mlflow", ["server", name])?;
     Ok(Reference { target: Target::Mlflow(model), file: None, digest: None })
 }
 
 /// Parses the argument of `--revision`: a version number, `latest`, a stage, or an alias.
-fn version(text: &str) -> Result<MlflowVersion> {
-    let known = numbered(text).or_else(|_| staged(text)).or_else(|_| aliased(text));
-    known.map_err(|why| Error::invalid(format!("{text:?}: {why}")).hint("use a version number, latest or an alias"))
+fn parse_revision(text: &str) -> Result<MlflowVersion> {
+    let version = parse_number(text).or_else(|_| parse_stage(text)).or_else(|_| parse_alias(text));
+    version.map_err(|why| Error::invalid(format!("{text:?}: {why}")).hint("use a version number, latest or an alias"))
 }
 
-fn numbered(text: &str) -> Result<MlflowVersion, &'static str> {
+/// Parses a version number.
+fn parse_number(text: &str) -> Result<MlflowVersion, &'static str> {
     let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     let number = text.parse().ok().filter(|number| digits && *number > 0);
     number.map(MlflowVersion::Number).ok_or("a version is a number")
 }
 
-fn staged(text: &str) -> Result<MlflowVersion, &'static str> {
+/// Parses `latest` or the name of a stage, in upper or lower case.
+fn parse_stage(text: &str) -> Result<MlflowVersion, &'static str> {
     if text.eq_ignore_ascii_case("latest") {
         return Ok(MlflowVersion::Latest);
     }
@@ -165,9 +167,9 @@ fn staged(text: &str) -> Result<MlflowVersion, &'static str> {
 }
 
 /// Parses an alias. MLflow accepts letters, digits, `_` and `-`, except the word `latest`.
-fn aliased(text: &str) -> Result<MlflowVersion, &'static str> {
-    let plain = !text.is_empty() && text.chars().all(|c| c.is_alphanumeric() || matches!(c, '_' | '-'));
-    if !plain || text.eq_ignore_ascii_case("latest") {
+fn parse_alias(text: &str) -> Result<MlflowVersion, &'static str> {
+    let is_valid = !text.is_empty() && text.chars().all(|c| c.is_alphanumeric() || matches!(c, '_' | '-'));
+    if !is_valid || text.eq_ignore_ascii_case("latest") {
         return Err("not a valid alias");
     }
     Ok(MlflowVersion::Alias(text.to_owned()))
@@ -232,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn two_servers_never_share_a_key_and_none_is_no_key() {
+    fn two_servers_never_share_a_key_and_without_a_server_there_is_no_key() {
         let at = |text: &str, server: Option<&str>| {
             let mut reference = Reference::parse(text).expect(text);
             if let Target::Mlflow(model) = &mut reference.target {

@@ -1,8 +1,8 @@
 //! References: the names of artifacts on the command line and in the API.
 //!
-//! Each kind of location has a file of its own, with its [`Scheme`]: how it is parsed, printed and pinned. The registry
-//! of schemes is that of the origins (`origin::schemes`). A bare `name@version` never refers to a public server,
-//! unless an origin is configured for it.
+//! Each kind of location has a file of its own with its [`Scheme`], which parses, prints and pins its references.
+//! `origin::schemes` lists the built-in schemes. A bare `name@version` never refers to a public server, unless an
+//! origin is configured for it.
 
 pub(crate) mod bucket;
 pub(crate) mod folder;
@@ -56,7 +56,7 @@ pub enum Target {
 }
 
 impl Target {
-    /// Returns what the location tells about itself.
+    /// Returns the location as a trait object.
     fn location(&self) -> &dyn Location {
         match self {
             Self::Bare(key) => key,
@@ -100,7 +100,7 @@ impl Reference {
 
     /// Parses `text`, a bare key or a reference of one of `schemes`.
     pub(crate) fn parse_with(text: &str, mut schemes: impl Iterator<Item = &'static Scheme>) -> Result<Self> {
-        // The secret would become a part of names, listings and logs.
+        // A secret would become part of names, listings and logs. References to web servers have a check of their own.
         if redact::has_secret_query(text) && !text.starts_with("http") {
             return Err(Error::invalid(format!("{:?} carries a signature or a token", redact::reference(text)))
                 .hint(redact::HINT));
@@ -112,8 +112,8 @@ impl Reference {
         })
     }
 
-    /// Returns a reference as typed, in a form that may be shown: a valid reference unchanged, any other text with
-    /// passwords, signatures and tokens redacted.
+    /// Returns `text` in a form that may be shown: unchanged if it is a valid reference, otherwise with passwords,
+    /// signatures and tokens redacted.
     pub fn shown(text: &str) -> String {
         if Self::parse(text).is_ok() { text.to_owned() } else { redact::reference(text) }
     }
@@ -163,8 +163,8 @@ impl Reference {
         self.target.location().exact_key()
     }
 
-    /// Returns the movable name of the reference, or `None` if the reference is exact. A folder has no pointer either:
-    /// it is read each time.
+    /// Returns the movable name of the reference, or `None` if the reference is exact. Also `None` for a local folder,
+    /// because its version depends on its present content.
     pub fn pointer(&self) -> Option<Pointer> {
         self.target.location().pointer()
     }
@@ -174,10 +174,9 @@ impl Reference {
         Self { target: self.target.location().pinned(key), ..self.clone() }
     }
 
-    /// Returns the reference with a version that the caller gives, where its origin would derive one from what a server
-    /// states.
-    pub(crate) fn with_given_version(self, version: &Version) -> Self {
-        Self { target: self.target.location().with_given_version(version).unwrap_or(self.target), ..self }
+    /// Returns the reference with a version that the caller chooses. Unchanged if the origin determines the version.
+    pub(crate) fn with_version(self, version: &Version) -> Self {
+        Self { target: self.target.location().with_version(version).unwrap_or(self.target), ..self }
     }
 
     /// Returns true if this reference can resolve to `version`. Recorded resolutions are checked with this before use,
@@ -197,6 +196,7 @@ pub fn forms() -> String {
     origin::schemes().map(|scheme| scheme.form).collect::<Vec<_>>().join(", ")
 }
 
+/// Hint for an invalid digest in a reference.
 const DIGEST_HINT: &str = "append #sha256= and the 64 hex digits of the expected digest, or leave it out";
 
 /// Splits `#sha256=<hex>` off the end of a reference.
@@ -262,7 +262,7 @@ impl fmt::Display for Reference {
     }
 }
 
-/// Escapes `%` and `#` in a path, which a reference would read as an encoding or as the start of a digest.
+/// Escapes `%` and `#` in a path. In a reference, `%` starts an escape and `#` starts the digest.
 fn encoded(path: &str) -> String {
     path.replace('%', "%25").replace('#', "%23")
 }

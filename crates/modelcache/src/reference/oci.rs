@@ -11,10 +11,11 @@ use crate::key::{ArtifactKey, ArtifactName, Version};
 use crate::redact;
 use std::fmt;
 
-/// The name of Docker Hub in references, and its aliases.
+/// The name of Docker Hub in keys.
 const DOCKER_HUB: &str = "docker.io";
-const DOCKER_HUB_NAMES: [&str; 2] = ["index.docker.io", "registry-1.docker.io"];
-/// Longest tag (<https://github.com/opencontainers/distribution-spec/blob/main/spec.md#pulling-manifests>).
+/// Other hosts of Docker Hub. In references they mean [`DOCKER_HUB`].
+const DOCKER_HUB_ALIASES: [&str; 2] = ["index.docker.io", "registry-1.docker.io"];
+/// Longest tag, in bytes (<https://github.com/opencontainers/distribution-spec/blob/main/spec.md#pulling-manifests>).
 const TAG_BYTES_MAX: usize = 128;
 
 /// The scheme of OCI registries.
@@ -32,16 +33,16 @@ pub struct OciRepo {
     pub registry: String,
     /// The repository: one or more segments.
     pub repository: String,
-    /// The manifest.
+    /// The selector of the manifest.
     pub at: OciAt,
 }
 
 /// The selector of a manifest.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum OciAt {
-    /// By a tag, which may move.
+    /// A tag, which may move.
     Tag(String),
-    /// By the digest of its bytes.
+    /// The digest of the manifest's bytes.
     Digest(Digest),
 }
 
@@ -77,18 +78,18 @@ impl Location for OciRepo {
     }
 
     fn at_revision(&self, revision: &str) -> Result<Option<Target>> {
-        Ok(Some(Target::Oci(Self { at: at(revision)?, ..self.clone() })))
+        Ok(Some(Target::Oci(Self { at: parse_at(revision)?, ..self.clone() })))
     }
 
     fn pinned(&self, key: &ArtifactKey) -> Target {
-        match at(key.version.as_str()) {
+        match parse_at(key.version.as_str()) {
             Ok(at) => Target::Oci(Self { at, ..self.clone() }),
             Err(_) => Target::Bare(key.clone()),
         }
     }
 
     fn may_mean(&self, version: &Version) -> bool {
-        matches!(at(version.as_str()), Ok(OciAt::Digest(_)))
+        matches!(parse_at(version.as_str()), Ok(OciAt::Digest(_)))
     }
 }
 
@@ -141,7 +142,7 @@ fn parse(_prefix: &str, rest: &str) -> Result<Reference> {
 }
 
 /// Parses the argument of `--revision`: a tag, or `sha256:<hex>`.
-fn at(text: &str) -> Result<OciAt> {
+fn parse_at(text: &str) -> Result<OciAt> {
     if text.contains(':') { parse_digest(text).map(OciAt::Digest) } else { checked_tag(text).map(OciAt::Tag) }
 }
 
@@ -152,7 +153,7 @@ pub(crate) fn parse_digest(text: &str) -> Result<Digest> {
             hex.parse().map_err(|error: Error| error.hint("copy the whole digest: sha256: and 64 hex digits"))
         }
         Some((algorithm, _)) => Err(Error::invalid(format!("the digest algorithm {algorithm:?} is not supported"))
-            .hint("only sha256 is; push the artifact again with sha256 digests, the default of most tools")),
+            .hint("only sha256 is supported; push the artifact again with sha256 digests, the default of most tools")),
         None => Err(Error::invalid(format!("{text:?} is not a digest")).hint("write sha256: and 64 hex digits")),
     }
 }
@@ -161,28 +162,29 @@ pub(crate) fn parse_digest(text: &str) -> Result<Digest> {
 /// `docker.io`.
 pub(crate) fn checked_registry(text: &str) -> Option<String> {
     let text = text.to_ascii_lowercase();
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | ':' | '[' | ']');
+    let is_allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | ':' | '[' | ']');
     let url = url::Url::parse(&format!("http://{text}/")).ok()?;
-    if text.is_empty() || !text.chars().all(plain) || text.ends_with(':') || url.host().is_none() {
+    if text.is_empty() || !text.chars().all(is_allowed) || text.ends_with(':') || url.host().is_none() {
         return None;
     }
-    Some(if DOCKER_HUB_NAMES.contains(&text.as_str()) { DOCKER_HUB.into() } else { text })
+    Some(if DOCKER_HUB_ALIASES.contains(&text.as_str()) { DOCKER_HUB.into() } else { text })
 }
 
-/// Returns true if the segment has lower-case letters and digits, with separators between them.
+/// Returns true if the segment has lower-case letters and digits, with `.`, `_` and `-` between them.
 fn is_repository_segment(segment: &str) -> bool {
-    let letter = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
-    let ends = |byte: Option<u8>| byte.is_some_and(letter);
-    let plain = |byte: u8| letter(byte) || matches!(byte, b'.' | b'_' | b'-');
-    ends(segment.bytes().next()) && ends(segment.bytes().last()) && segment.bytes().all(plain)
+    let is_alphanumeric = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    let is_end = |byte: Option<u8>| byte.is_some_and(is_alphanumeric);
+    let is_allowed = |byte: u8| is_alphanumeric(byte) || matches!(byte, b'.' | b'_' | b'-');
+    is_end(segment.bytes().next()) && is_end(segment.bytes().last()) && segment.bytes().all(is_allowed)
 }
 
-/// Checks a tag.
+/// Returns the tag, or an error if it is not valid.
 fn checked_tag(tag: &str) -> Result<String> {
-    let word = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
-    let plain = |byte: u8| word(byte) || matches!(byte, b'.' | b'-');
-    let good = tag.len() <= TAG_BYTES_MAX && tag.bytes().next().is_some_and(word) && tag.bytes().all(plain);
-    if !good {
+    let is_first = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+    let is_allowed = |byte: u8| is_first(byte) || matches!(byte, b'.' | b'-');
+    let is_valid =
+        tag.len() <= TAG_BYTES_MAX && tag.bytes().next().is_some_and(is_first) && tag.bytes().all(is_allowed);
+    if !is_valid {
         return Err(Error::invalid(format!("{tag:?} is not a valid tag"))
             .hint("a tag has at most 128 letters, digits and . _ -"));
     }

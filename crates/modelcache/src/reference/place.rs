@@ -1,4 +1,4 @@
-//! References to an application's own origin: `prefix path[@revision[/file]]`, for example `shelf://novels/emma@2`.
+//! References to an application's own origin: `<prefix><path>[@revision[/file]]`, for example `shelf://novels/emma@2`.
 //!
 //! The path is not percent-decoded; the file is. The default revision is `current`.
 
@@ -56,12 +56,12 @@ impl Place {
         &self.path
     }
 
-    /// Returns the revision, which is a version if the scheme says so.
+    /// Returns the revision. It is an exact version if the scheme recognises it as one.
     pub fn revision(&self) -> &str {
         &self.revision
     }
 
-    /// Returns the artifact name: `origin+`, the word of the scheme, the path.
+    /// Returns the artifact name: `origin+` and the word of the scheme, then the path.
     pub fn name(&self) -> Result<ArtifactName> {
         ArtifactName::from_uri(&first_segment(self.scheme), self.path.split('/'))
     }
@@ -72,11 +72,12 @@ impl Place {
     /// `Invalid` if the scheme does not recognise `version` as a version.
     pub fn key_at(&self, version: &str) -> Result<ArtifactKey> {
         if !self.is_version(version) {
-            return Err(Error::invalid(format!("{version:?} is no version of {}{}", self.scheme.prefix, self.path)));
+            return Err(Error::invalid(format!("{version:?} is not a version of {}{}", self.scheme.prefix, self.path)));
         }
         Ok(ArtifactKey::new(self.name()?, Version::new(version)?))
     }
 
+    /// Returns true if the scheme recognises `text` as an exact version.
     fn is_version(&self, text: &str) -> bool {
         matches!(self.scheme.syntax, Syntax::Place(is_version) if is_version(text))
     }
@@ -166,12 +167,12 @@ mod tests {
         let key = exact.exact_key().expect("exact");
         assert_eq!(key.to_string(), "origin+shelf/novels/a%252Fb@2");
         assert!(exact.pointer().is_none() && exact.may_mean(&key.version));
-        let moving = shelf("shelf://novels/a%2Fb").expect("parses");
-        let pointer = moving.pointer().expect("movable");
+        let movable = shelf("shelf://novels/a%2Fb").expect("parses");
+        let pointer = movable.pointer().expect("movable");
         assert_eq!((pointer.name, pointer.revision.as_str()), (key.name.clone(), "current"));
-        assert!(moving.exact_key().is_none() && !moving.may_mean(&Version::new("draft").expect("version")));
-        assert_eq!(moving.pinned(&key), exact);
-        assert_eq!(moving.at_revision("2").expect("revisions"), exact);
+        assert!(movable.exact_key().is_none() && !movable.may_mean(&Version::new("draft").expect("version")));
+        assert_eq!(movable.pinned(&key), exact);
+        assert_eq!(movable.at_revision("2").expect("revisions"), exact);
         assert_eq!(Place::of_key(&SHELF, &key).as_ref(), exact.place());
     }
 

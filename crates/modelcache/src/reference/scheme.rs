@@ -1,4 +1,4 @@
-//! Schemes: what is known about the references of an origin without contacting it.
+//! Schemes: the properties of the references to an origin, known without contacting it.
 //!
 //! A built-in scheme has a parser and a location type of its own. An application's scheme has the common form of
 //! [`Place`].
@@ -8,8 +8,8 @@ use crate::error::Result;
 use std::fmt;
 use std::hash::{Hash, Hasher};
 
-/// The first segment of names of an application's origin begins with this prefix, followed by the word of its scheme.
-/// No bare name may begin with it, so that a process without that origin cannot publish under such a name.
+/// The prefix of the first segment in the names of an application's origin; the word of its scheme follows. No bare
+/// name may begin with it, so that a process without that origin cannot publish under such a name.
 pub(crate) const OWN_ORIGIN: &str = "origin+";
 
 /// A scheme of references, such as `hf://`.
@@ -18,15 +18,16 @@ pub(crate) const OWN_ORIGIN: &str = "origin+";
 pub struct Scheme {
     /// The beginning of its references, such as `hf://`.
     pub(crate) prefix: &'static str,
-    /// A second beginning of its references.
+    /// Another beginning of its references, if there is one.
     pub(crate) alias: Option<&'static str>,
     /// The first segments of the names of its artifacts, and other words that no bare name may begin with. Empty for an
     /// application's scheme: see [`OWN_ORIGIN`].
     pub(crate) words: &'static [&'static str],
     /// The form of its references, for help texts and hints.
     pub(crate) form: &'static str,
+    /// How its references are parsed.
     pub(crate) syntax: Syntax,
-    /// True if its references can be given at another revision, as with `--revision`.
+    /// True if its references accept another revision, as `--revision` sets it.
     pub(crate) has_revisions: bool,
     /// True if its parser decodes percent escapes in the name and the version.
     pub(crate) decodes_escapes: bool,
@@ -40,14 +41,14 @@ pub struct Scheme {
 
 /// How references of a scheme are parsed.
 pub(crate) enum Syntax {
-    /// A parser of its own, for the prefix and the text after it.
+    /// A function parses the references. Its arguments are the prefix and the text after it.
     BuiltIn(fn(&str, &str) -> Result<Reference>),
-    /// The common form. The function tells exact versions from revisions.
+    /// The references have the common form of [`Place`]. The function returns true for exact versions.
     Place(fn(&str) -> bool),
 }
 
 impl Scheme {
-    /// Declares the scheme of an application's origin. Its references have the form `prefix path[@revision[/file]]`.
+    /// Declares the scheme of an application's origin. Its references have the form `<prefix><path>[@revision[/file]]`.
     ///
     /// `prefix` is a lower-case word and `://`. `form` is shown in hints. `is_version` returns true for every version
     /// that the origin resolves references to, and false for every revision that can move, such as a branch.
@@ -55,7 +56,7 @@ impl Scheme {
         Self { has_revisions: true, ..Self::with(prefix, &[], form, Syntax::Place(is_version)) }
     }
 
-    /// Declares a built-in scheme. Its properties are those of most schemes.
+    /// Declares a built-in scheme with the properties that most schemes have.
     pub(crate) const fn built_in(
         prefix: &'static str,
         words: &'static [&'static str],
@@ -91,11 +92,11 @@ impl Scheme {
         prefixes.into_iter().find_map(|prefix| Some((prefix, text.strip_prefix(prefix)?)))
     }
 
-    /// Returns true if the prefix is a lower-case word and `://`, so that it can stand in names and references.
+    /// Returns true if the prefix is a lower-case word followed by `://`, so that it can begin names and references.
     pub(crate) fn is_well_formed(&self) -> bool {
-        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+        let is_allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
         let word = self.prefix.strip_suffix("://");
-        word.is_some_and(|word| !word.is_empty() && word.chars().all(plain))
+        word.is_some_and(|word| !word.is_empty() && word.chars().all(is_allowed))
     }
 
     /// Parses the text after `prefix`.
@@ -107,7 +108,7 @@ impl Scheme {
     }
 }
 
-/// Schemes are equal if their references begin alike.
+/// Schemes are equal if they have the same prefix.
 impl PartialEq for Scheme {
     fn eq(&self, other: &Self) -> bool {
         self.prefix == other.prefix

@@ -15,8 +15,8 @@ use percent_encoding::percent_decode_str;
 use std::fmt;
 use url::Url;
 
-/// The hint for an invalid reference.
-const FORM: &str = "write https://host/path/file or https://host/path/file@version";
+/// Hint for an invalid reference.
+const FORM_HINT: &str = "write https://host/path/file or https://host/path/file@version";
 
 /// The scheme of web servers.
 pub(crate) static SCHEME: Scheme = Scheme {
@@ -34,14 +34,14 @@ const REVISION: &str = "current";
 pub struct WebFile {
     /// The URL, without user, password, query and fragment.
     pub url: Url,
-    /// The version in the reference; without one, the version is derived from the server's validator.
+    /// The version in the reference. `None`: the version is derived from the server's response.
     pub version: Option<Version>,
 }
 
 /// The prefixes of derived versions: from the entity tag, from date and size, or from the digest of the bytes.
 const DERIVED: [&str; 3] = ["etag-", "modified-", "sha256-"];
 
-/// Returns true if a version was derived from the server's response, not chosen by the caller.
+/// Returns true if `version` has the form of a version that was derived from a server's response.
 pub(crate) fn is_derived(version: &Version) -> bool {
     DERIVED.iter().any(|prefix| version.as_str().starts_with(prefix))
 }
@@ -51,11 +51,11 @@ impl WebFile {
     pub fn name(&self) -> Result<ArtifactName> {
         let host = self.url.host_str().unwrap_or_default();
         let server = self.url.port().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"));
-        let parts = [server].into_iter().chain(self.segments()?).collect::<Vec<_>>();
-        ArtifactName::from_uri(self.url.scheme(), parts.iter().map(String::as_str))
+        let segments = [server].into_iter().chain(self.segments()?).collect::<Vec<_>>();
+        ArtifactName::from_uri(self.url.scheme(), segments.iter().map(String::as_str))
     }
 
-    /// Returns the path of the file within its artifact: the last segment, or the part of it after an encoded slash.
+    /// Returns the path of the file within its artifact: the last segment, or the part after an encoded slash in it.
     pub fn path(&self) -> Result<FilePath> {
         let last = self.segments()?.pop().unwrap_or_default();
         FilePath::new(last.rsplit('/').next().unwrap_or_default())
@@ -90,7 +90,7 @@ impl Location for WebFile {
         self.version.is_none().then(|| Pointer { name, revision: REVISION.to_owned() })
     }
 
-    fn with_given_version(&self, version: &Version) -> Option<Target> {
+    fn with_version(&self, version: &Version) -> Option<Target> {
         Some(Target::Web(Self { version: Some(version.clone()), ..self.clone() }))
     }
 
@@ -113,13 +113,17 @@ fn parse(prefix: &str, rest: &str) -> Result<Reference> {
     Ok(Reference { target: Target::Web(file), file: None, digest: None })
 }
 
+/// Parses the text after `<scheme>://`.
+///
+/// # Errors
+/// `Invalid`. The message quotes no password and no signature.
 fn parse_file(scheme: &str, rest: &str) -> Result<WebFile> {
     let (server, path) = rest.split_once('/').unwrap_or((rest, ""));
     // URL parsers skip extra slashes and would take the next segment, with user and password, as the server.
     if server.is_empty() {
-        return Err(Error::invalid(format!("a {scheme}:// URL without a server")).hint(FORM));
+        return Err(Error::invalid(format!("a {scheme}:// URL without a server")).hint(FORM_HINT));
     }
-    // Until the text is known to have no password and no signature, no message quotes it.
+    // The text may contain a password or a signature. The messages of these two checks do not quote it.
     if server.contains('@') {
         return Err(Error::invalid(format!("a {scheme}:// URL with user or password")).hint(
             "leave them out: credentials are read from the netrc (~/.netrc) or from [credentials] in the configuration \
@@ -132,13 +136,15 @@ fn parse_file(scheme: &str, rest: &str) -> Result<WebFile> {
              or download the file, and publish it with `modelcache put NAME@VERSION FILE`",
         ));
     }
-    let refuse =
-        |why: &str| Error::invalid(format!("{}: {why}", redact::reference(&format!("{scheme}://{rest}")))).hint(FORM);
+    let refuse = |why: &str| {
+        Error::invalid(format!("{}: {why}", redact::reference(&format!("{scheme}://{rest}")))).hint(FORM_HINT)
+    };
     if rest.chars().any(|c| c.is_control() || c == '\\') {
         return Err(refuse("contains a control character or a backslash"));
     }
-    let dots = |segment: &str| matches!(segment.to_ascii_lowercase().replace("%2e", ".").as_str(), "." | "..");
-    if path.split('/').any(dots) {
+    let is_dot_segment =
+        |segment: &str| matches!(segment.to_ascii_lowercase().replace("%2e", ".").as_str(), "." | "..");
+    if path.split('/').any(is_dot_segment) {
         return Err(refuse("the path contains '.' or '..'"));
     }
     let (folder, file) = path.split_at(path.rfind('/').map_or(0, |at| at + 1));

@@ -1,15 +1,15 @@
 //! Claims: the lock object that gives one writer the right to write a version folder.
 //!
-//! A claim is created with `If-None-Match: *`, carries an expiry time and is renewed while its writer works. It lists
+//! A claim is created with `If-None-Match: *`, contains an expiry time and is renewed while its writer works. It lists
 //! every object and multipart upload that the writer may leave behind. A writer that takes over an expired claim
 //! inherits this list and removes the leftovers.
 //!
-//! Expiry is compared by the clocks of the writers. A clock that is a minute fast takes over too early. That costs an
-//! upload or a conflict; readers never get wrong bytes, because they check digests.
+//! Each writer compares the expiry time with its own clock. A writer whose clock is a minute fast takes a claim over
+//! too early. That costs an upload or a conflict; readers never accept wrong bytes, because they check digests.
 
 use super::process::Process;
-use super::store::{Condition, Store, Written};
-use super::{Conditions, Folder, Remote, orphaned_uploads};
+use super::store::{Condition, PutOutcome, Store};
+use super::{CLAIM, ConditionalWrites, Folder, Remote, orphaned_uploads};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::FilePath;
@@ -24,14 +24,16 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::time::Instant;
 
 /// Time until a claim expires without renewal.
-const LIFE: Duration = Duration::from_secs(60);
+const LIFETIME: Duration = Duration::from_secs(60);
 /// Interval between renewals.
-const RENEWAL: Duration = Duration::from_secs(20);
-/// Longest wait for another writer's claim. Longer than [`LIFE`], so that the claim of a writer that died expires
+const RENEWAL_INTERVAL: Duration = Duration::from_secs(20);
+/// Longest wait for another writer's claim. Longer than [`LIFETIME`], so that the claim of a writer that died expires
 /// before the next writer gives up.
-const PATIENCE: Duration = Duration::from_secs(75);
-/// First and longest pause between two reads of a claim.
-const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+const WAIT_MAX: Duration = Duration::from_secs(75);
+/// First pause between two reads of a claim.
+const PAUSE_MIN: Duration = Duration::from_millis(100);
+/// Longest pause between two reads of a claim.
+const PAUSE_MAX: Duration = Duration::from_secs(2);
 
 /// Files by path, with their digests if known.
 pub(super) type ListedFiles = BTreeMap<FilePath, Option<Digest>>;
@@ -42,7 +44,7 @@ pub(super) type Uploads = BTreeMap<String, FilePath>;
 /// Content of the claim object.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct ClaimRecord {
-    /// Host, process and a random number.
+    /// Host name, process id and a random number.
     pub(super) owner: String,
     /// Seconds since the Unix epoch, by the owner's clock.
     pub(super) expires_at: u64,
@@ -52,7 +54,7 @@ pub(super) struct ClaimRecord {
     /// Every multipart upload that the owner created, completed or not.
     #[serde(default, skip_serializing_if = "Uploads::is_empty")]
     uploads: Uploads,
-    /// The owner's process, so that writers on the same machine can find out that it ended.
+    /// The owner's process, so that writers on the same machine can detect that it ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     process: Option<Process>,
 }
@@ -65,9 +67,9 @@ impl ClaimRecord {
         Self { owner, expires_at: 0, files, uploads: Uploads::new(), process: Process::current() }
     }
 
-    /// Returns this record, valid for [`LIFE`] from now.
+    /// Returns this record, valid for [`LIFETIME`] from now.
     fn renewed(&self) -> Self {
-        Self { expires_at: now_s() + LIFE.as_secs(), ..self.clone() }
+        Self { expires_at: now_s() + LIFETIME.as_secs(), ..self.clone() }
     }
 
     /// Returns this record, expired.
@@ -82,11 +84,11 @@ impl ClaimRecord {
 
     fn to_bytes(&self) -> Result<Bytes> {
         let text = serde_json::to_vec(self);
-        text.map(Bytes::from).map_err(|cause| Error::new(ErrorKind::Other, "cannot write a claim").cause(cause))
+        text.map(Bytes::from).map_err(|cause| Error::new(ErrorKind::Other, "cannot serialize a claim").cause(cause))
     }
 
-    /// Parses a claim. An invalid one counts as expired and lists nothing: its expiry time is unknown, and waiting for
-    /// it could take forever.
+    /// Parses a claim. An invalid claim counts as expired and lists nothing. Its expiry time is unknown, so a writer
+    /// that waited for it could wait forever.
     fn from_bytes(bytes: &[u8]) -> Self {
         serde_json::from_slice(bytes).unwrap_or_else(|error| {
             tracing::warn!(%error, "a claim on the remote cannot be read; treating it as expired");
@@ -105,9 +107,9 @@ fn now_s() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
-/// Reads the claim of a version folder. Returns it with its ETag, or `None` if there is none.
+/// Reads the claim of a version folder. Returns the claim with its ETag, or `None` if no claim exists.
 pub(super) async fn read(store: &Store, folder: &Folder) -> Result<Option<(ClaimRecord, Option<String>)>> {
-    read_at(store, &folder.own(store, "claim")?).await
+    read_at(store, &folder.own(store, CLAIM)?).await
 }
 
 /// Reads the claim stored at `key`, as [`read`] does.
@@ -115,7 +117,7 @@ pub(super) async fn read_at(
     store: &Store,
     key: &object_store::path::Path,
 ) -> Result<Option<(ClaimRecord, Option<String>)>> {
-    let read = store.get(key, limits::ANSWER_BYTES_MAX).await?;
+    let read = store.get(key, limits::RESPONSE_BYTES_MAX).await?;
     Ok(read.map(|(bytes, identity)| (ClaimRecord::from_bytes(&bytes), identity.etag)))
 }
 
@@ -127,7 +129,7 @@ pub(super) struct Claim {
     /// Multipart uploads that the writer of a taken-over claim may have left; `None` if no claim was taken over.
     pub(super) abandoned_uploads: Option<Uploads>,
     renewal: tokio::task::JoinHandle<()>,
-    /// True if there may be objects that no manifest lists.
+    /// True if objects may exist that no manifest lists.
     has_leftovers: AtomicBool,
     released: bool,
 }
@@ -137,7 +139,7 @@ struct HeldClaim {
     store: Arc<Store>,
     folder: Folder,
     record: Mutex<ClaimRecord>,
-    conditions: Conditions,
+    conditional_writes: ConditionalWrites,
     /// The ETag of our last write. The lock also serializes writes of the claim object.
     etag: tokio::sync::Mutex<Option<String>>,
     /// True once another writer took the claim over.
@@ -150,7 +152,7 @@ impl HeldClaim {
             store: store.clone(),
             folder: folder.clone(),
             record: Mutex::new(record),
-            conditions: remote.conditions(),
+            conditional_writes: remote.conditional_writes(),
             etag: tokio::sync::Mutex::new(etag),
             lost: AtomicBool::new(false),
         }
@@ -160,8 +162,8 @@ impl HeldClaim {
         self.record.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn is_owner(&self, there: &ClaimRecord) -> bool {
-        there.owner == self.record.lock().unwrap_or_else(PoisonError::into_inner).owner
+    fn is_owner(&self, present: &ClaimRecord) -> bool {
+        present.owner == self.record.lock().unwrap_or_else(PoisonError::into_inner).owner
     }
 }
 
@@ -170,8 +172,8 @@ impl HeldClaim {
 pub(super) struct UploadRegistry(Arc<HeldClaim>);
 
 impl UploadRegistry {
-    /// Adds uploads to the claim object, so that the next writer can abort them. If the write fails, the periodic sweep
-    /// finds them by their age.
+    /// Adds uploads to the claim object, so that the next writer can abort them. If the write fails, a later sweep
+    /// finds the uploads by their age.
     pub(super) async fn register(&self, uploads: impl IntoIterator<Item = (String, FilePath)>) {
         self.0.record.lock().unwrap_or_else(PoisonError::into_inner).uploads.extend(uploads);
         match rewrite(&self.0, ClaimRecord::renewed).await {
@@ -188,32 +190,32 @@ impl Claim {
     /// Acquires the claim. Waits for a valid claim of another writer, and takes over an expired one.
     ///
     /// # Errors
-    /// [`ErrorKind::Unavailable`] with the name of the holder if its claim does not end in time.
+    /// [`ErrorKind::Unavailable`] with the name of the holder if its claim is neither released nor expired in time.
     pub(super) async fn acquire(remote: &Remote, folder: &Folder, files: ListedFiles) -> Result<Self> {
-        Self::acquire_within(remote, folder, files, PATIENCE).await
+        Self::acquire_within(remote, folder, files, WAIT_MAX).await
     }
 
-    /// Acquires the claim as [`acquire`](Self::acquire) does, but waits at most `patience` for another writer.
+    /// Acquires the claim as [`acquire`](Self::acquire) does, but waits at most `wait_max` for another writer's claim.
     pub(super) async fn acquire_within(
         remote: &Remote,
         folder: &Folder,
         files: ListedFiles,
-        patience: Duration,
+        wait_max: Duration,
     ) -> Result<Self> {
         // Runs in its own task, because a caller that is cancelled during the request must not leave a claim behind.
         // The task runs to its end, and dropping its result releases the claim.
         let (remote, folder) = (remote.clone(), folder.clone());
-        let taken = tokio::spawn(async move {
+        let acquired = tokio::spawn(async move {
             let store = remote.store().await?.clone();
             let mut record = ClaimRecord::new(files);
-            let taken = Self::acquire_now(&remote, &store, &folder, &mut record, patience).await;
-            // The write of a failed attempt may have arrived although its answer did not.
-            if taken.is_err() {
+            let acquired = Self::acquire_now(&remote, &store, &folder, &mut record, wait_max).await;
+            // The write of a failed attempt may have succeeded although its response was lost.
+            if acquired.is_err() {
                 abandon(&remote, &store, &folder, record).await;
             }
-            taken
+            acquired
         });
-        taken.await.map_err(cut_short)?
+        acquired.await.map_err(cut_short)?
     }
 
     async fn acquire_now(
@@ -221,19 +223,19 @@ impl Claim {
         store: &Arc<Store>,
         folder: &Folder,
         record: &mut ClaimRecord,
-        patience: Duration,
+        wait_max: Duration,
     ) -> Result<Self> {
-        let deadline = Instant::now() + patience;
-        let mut pause = PAUSES.0;
+        let deadline = Instant::now() + wait_max;
+        let mut pause = PAUSE_MIN;
         loop {
-            // Step 1: create the claim if there is none.
-            let there = match create(remote, store, folder, record).await? {
+            // Step 1: create the claim if none exists.
+            let present = match create(remote, store, folder, record).await? {
                 Created::Ours(etag) => {
                     return Ok(Self::start(remote, store, folder, record.clone(), etag, None));
                 }
-                Created::Taken(there) => there,
+                Created::Taken(present) => present,
             };
-            if let Some((theirs, etag)) = there {
+            if let Some((theirs, etag)) = present {
                 if theirs.has_expired() {
                     // Step 2: take over an expired claim. Our claim has to list its leftovers from the first write on,
                     // because this process may die before it removes them.
@@ -244,37 +246,37 @@ impl Claim {
                     }
                 } else if Instant::now() >= deadline {
                     return Err(held_by(&theirs));
-                } else if pause == PAUSES.0 {
+                } else if pause == PAUSE_MIN {
                     // Logged once per wait, before the pause grows.
                     tracing::info!(artifact = %folder.key, holder = theirs.owner, "waiting for another writer on the remote");
                 }
             } else if Instant::now() >= deadline {
-                // The claim existed when it was created and was gone when it was read, every time.
+                // In every attempt, a claim existed at the create request and was gone at the read request.
                 let message = "other writers keep creating and removing the claim on the remote";
                 return Err(Error::unavailable(message).transient(false));
             }
             // Step 3: wait with exponential backoff and jitter, so that waiting writers do not retry in lockstep.
             tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..=1.0))).await;
-            pause = (pause * 2).min(PAUSES.1);
+            pause = (pause * 2).min(PAUSE_MAX);
         }
     }
 
-    /// Starts the renewal of a claim that was written. `before` is the record of the expired claim that it replaced.
+    /// Starts the renewal of a claim that was written. `replaced` is the record of the expired claim that it replaced.
     fn start(
         remote: &Remote,
         store: &Arc<Store>,
         folder: &Folder,
         record: ClaimRecord,
         etag: Option<String>,
-        before: Option<ClaimRecord>,
+        replaced: Option<ClaimRecord>,
     ) -> Self {
-        let (inherited, abandoned_uploads) = match before {
+        let (inherited, abandoned_uploads) = match replaced {
             Some(ClaimRecord { files, uploads, .. }) => (files, Some(uploads)),
             None => (ListedFiles::new(), None),
         };
         let held = Arc::new(HeldClaim::new(remote, store, folder, record, etag));
         let renewal = tokio::spawn(renew(held.clone()));
-        // Inherited objects are still there, even if this writer writes nothing.
+        // The inherited objects still exist, even if this writer writes nothing.
         let has_leftovers = !inherited.is_empty();
         Self { held, inherited, abandoned_uploads, renewal, has_leftovers: has_leftovers.into(), released: false }
     }
@@ -295,7 +297,7 @@ impl Claim {
     }
 
     /// Fails if another writer has taken the claim over.
-    pub(super) fn check(&self) -> Result<()> {
+    pub(super) fn ensure_held(&self) -> Result<()> {
         if self.held.lost.load(Ordering::Relaxed) {
             let message = "another writer took the claim over, because it was not renewed in time";
             return Err(Error::unavailable(message).transient(false).hint("try again"));
@@ -339,79 +341,83 @@ impl Drop for Claim {
 }
 
 fn cut_short(cause: tokio::task::JoinError) -> Error {
-    Error::new(ErrorKind::Other, "the work on a claim was cut short").cause(cause)
+    Error::new(ErrorKind::Other, "the task that changes a claim failed").cause(cause)
 }
 
 fn held_by(theirs: &ClaimRecord) -> Error {
     let left = theirs.expires_at.saturating_sub(now_s());
-    Error::unavailable(format!("another writer is at work there: {}", theirs.owner))
+    Error::unavailable(format!("another writer holds the claim on the remote: {}", theirs.owner))
         .transient(false)
-        .hint(format!("wait for it; if it is gone, its claim ends in {left} s"))
+        .hint(format!("wait until it has finished; if that process died, its claim expires in {left} s"))
 }
 
 /// Result of an attempt to create a claim.
 enum Created {
     /// The claim is ours, with this ETag.
     Ours(Option<String>),
-    /// Another writer has a claim; `None` if it was removed before it could be read.
+    /// Another writer holds the claim; `None` if the claim was removed before it could be read.
     Taken(Option<(ClaimRecord, Option<String>)>),
 }
 
-/// Writes the claim if there is none. The first call finds out whether the store supports conditional writes.
+/// Writes the claim if none exists. The first call tests whether the store supports conditional writes.
 async fn create(remote: &Remote, store: &Store, folder: &Folder, record: &ClaimRecord) -> Result<Created> {
-    // Read first unless the store is known to keep the condition. A store that ignores it would overwrite a valid
+    // Read first unless the store is known to support the condition. A store that ignores it would overwrite a valid
     // claim.
-    if remote.conditions() != Conditions::Kept
-        && let Some(there) = read(store, folder).await?
+    if remote.conditional_writes() != ConditionalWrites::Supported
+        && let Some(present) = read(store, folder).await?
     {
-        return Ok(Created::Taken(Some(there)));
+        return Ok(Created::Taken(Some(present)));
     }
-    let key = folder.own(store, "claim")?;
+    let key = folder.own(store, CLAIM)?;
     let bytes = record.renewed().to_bytes()?;
-    if remote.conditions() == Conditions::Ignored {
+    if remote.conditional_writes() == ConditionalWrites::Unsupported {
         return create_unconditionally(store, folder, record, bytes).await;
     }
     match store.put(&key, bytes.clone(), Condition::Absent).await? {
-        Written::Done(identity) if remote.conditions() == Conditions::Kept => Ok(Created::Ours(identity.etag)),
+        PutOutcome::Done(identity) if remote.conditional_writes() == ConditionalWrites::Supported => {
+            Ok(Created::Ours(identity.etag))
+        }
         // Probe: repeat the create-only write. A store that supports `If-None-Match` must refuse it, because the object
         // exists now.
-        Written::Done(identity) => match store.put(&key, bytes, Condition::Absent).await? {
-            Written::Refused => {
-                remote.learn_conditions(Conditions::Kept);
+        PutOutcome::Done(identity) => match store.put(&key, bytes, Condition::Absent).await? {
+            PutOutcome::ConditionFailed => {
+                remote.set_conditional_writes(ConditionalWrites::Supported);
                 Ok(Created::Ours(identity.etag))
             }
-            Written::Done(_) | Written::Unsupported => {
-                // Another writer may have overwritten our claim, or our probe its claim: read it back.
-                remote.learn_conditions(Conditions::Ignored);
+            PutOutcome::Done(_) | PutOutcome::ConditionUnsupported => {
+                // Another writer may have overwritten our claim, or our probe may have overwritten theirs: read it
+                // back.
+                remote.set_conditional_writes(ConditionalWrites::Unsupported);
                 confirm(store, folder, record).await
             }
         },
-        // The request may have been retried: if the first attempt arrived without an answer, the claim is ours.
-        Written::Refused => confirm(store, folder, record).await,
-        Written::Unsupported => {
-            remote.learn_conditions(Conditions::Ignored);
+        // The request may have been retried: if the first attempt succeeded and its response was lost, the claim is
+        // ours.
+        PutOutcome::ConditionFailed => confirm(store, folder, record).await,
+        PutOutcome::ConditionUnsupported => {
+            remote.set_conditional_writes(ConditionalWrites::Unsupported);
             create_unconditionally(store, folder, record, bytes).await
         }
     }
 }
 
-/// Best effort on a store without conditional writes: write, wait until a concurrent write has arrived, and read the
-/// claim back. The last writer wins.
+/// Creates the claim on a store without conditional writes, as far as that is possible: writes, waits for a concurrent
+/// write to be visible, and reads the claim back. The last writer wins.
 async fn create_unconditionally(store: &Store, folder: &Folder, record: &ClaimRecord, bytes: Bytes) -> Result<Created> {
-    store.put(&folder.own(store, "claim")?, bytes, Condition::Always).await?;
-    tokio::time::sleep(PAUSES.0).await;
+    store.put(&folder.own(store, CLAIM)?, bytes, Condition::Always).await?;
+    tokio::time::sleep(PAUSE_MIN).await;
     confirm(store, folder, record).await
 }
 
 /// Reads the claim back and compares its owner with `record`.
 async fn confirm(store: &Store, folder: &Folder, record: &ClaimRecord) -> Result<Created> {
     Ok(match read(store, folder).await? {
-        Some((there, etag)) if there.owner == record.owner => Created::Ours(etag),
-        there => Created::Taken(there),
+        Some((present, etag)) if present.owner == record.owner => Created::Ours(etag),
+        present => Created::Taken(present),
     })
 }
 
-/// Overwrites the expired claim with the ETag `etag`. Returns the new ETag, or `None` if another writer was faster.
+/// Overwrites the expired claim that has the ETag `etag`. Returns the new ETag, or `None` if another writer was faster.
 async fn take_over(
     remote: &Remote,
     store: &Store,
@@ -419,19 +425,19 @@ async fn take_over(
     record: &ClaimRecord,
     etag: Option<String>,
 ) -> Result<Option<Option<String>>> {
-    let key = folder.own(store, "claim")?;
+    let key = folder.own(store, CLAIM)?;
     let bytes = record.renewed().to_bytes()?;
     // The condition admits one of several writers that found the expired claim at the same time.
     let condition = match etag.as_deref() {
-        Some(etag) if remote.conditions() != Conditions::Ignored => Condition::Matches(etag),
+        Some(etag) if remote.conditional_writes() != ConditionalWrites::Unsupported => Condition::Matches(etag),
         _ => Condition::Always,
     };
-    if let Written::Unsupported = store.put(&key, bytes.clone(), condition).await? {
+    if let PutOutcome::ConditionUnsupported = store.put(&key, bytes.clone(), condition).await? {
         store.put(&key, bytes, Condition::Always).await?;
         // Wait for the write of another writer, as in `create_unconditionally`.
-        tokio::time::sleep(PAUSES.0).await;
+        tokio::time::sleep(PAUSE_MIN).await;
     }
-    // Needed after a refusal, too: the refused request may be a retry of our own successful write.
+    // Needed after a failed condition, too: the failed request may be a retry of our own successful write.
     match confirm(store, folder, record).await? {
         Created::Ours(etag) => Ok(Some(etag)),
         Created::Taken(_) => Ok(None),
@@ -441,7 +447,7 @@ async fn take_over(
 /// Renews the claim until the task is aborted or the claim is lost.
 async fn renew(held: Arc<HeldClaim>) {
     loop {
-        tokio::time::sleep(RENEWAL).await;
+        tokio::time::sleep(RENEWAL_INTERVAL).await;
         match rewrite(&held, ClaimRecord::renewed).await {
             Ok(true) => {}
             Ok(false) => {
@@ -455,35 +461,35 @@ async fn renew(held: Arc<HeldClaim>) {
     }
 }
 
-/// Replaces our claim object with `state` of its record. Returns false if the claim is no longer ours.
-async fn rewrite(held: &HeldClaim, state: fn(&ClaimRecord) -> ClaimRecord) -> Result<bool> {
-    let key = held.folder.own(&held.store, "claim")?;
+/// Replaces our claim object with the record that `change` returns. Returns false if the claim is no longer ours.
+async fn rewrite(held: &HeldClaim, change: fn(&ClaimRecord) -> ClaimRecord) -> Result<bool> {
+    let key = held.folder.own(&held.store, CLAIM)?;
     let mut etag = held.etag.lock().await;
     // Read the record under the lock, so that the latest list of uploads is written.
-    let record = state(&held.record());
-    if let (Some(known), Conditions::Kept) = (etag.as_deref(), held.conditions) {
+    let record = change(&held.record());
+    if let (Some(known), ConditionalWrites::Supported) = (etag.as_deref(), held.conditional_writes) {
         match held.store.put(&key, record.to_bytes()?, Condition::Matches(known)).await? {
-            Written::Done(identity) => {
+            PutOutcome::Done(identity) => {
                 *etag = identity.etag;
                 return Ok(true);
             }
-            // The refused request may be a retry of our own successful write: check the owner below.
-            Written::Refused | Written::Unsupported => {}
+            // The failed request may be a retry of our own successful write: check the owner below.
+            PutOutcome::ConditionFailed | PutOutcome::ConditionUnsupported => {}
         }
     }
-    // Without a condition that can be trusted, check the owner and then overwrite.
+    // No condition is usable: check the owner and then overwrite.
     match read(&held.store, &held.folder).await? {
-        Some((there, _)) if held.is_owner(&there) => {}
+        Some((present, _)) if held.is_owner(&present) => {}
         _ => return Ok(false),
     }
-    if let Written::Done(identity) = held.store.put(&key, record.to_bytes()?, Condition::Always).await? {
+    if let PutOutcome::Done(identity) = held.store.put(&key, record.to_bytes()?, Condition::Always).await? {
         *etag = identity.etag;
     }
     Ok(true)
 }
 
-/// Marks the claim of a failed acquisition as expired, in case its write arrived. It is not removed, because it may
-/// list inherited leftovers.
+/// Marks the claim of a failed acquisition as expired, in case its write succeeded. The claim is not removed, because
+/// it may list inherited leftovers.
 async fn abandon(remote: &Remote, store: &Arc<Store>, folder: &Folder, record: ClaimRecord) {
     let held = HeldClaim::new(remote, store, folder, record, None);
     if let Err(error) = try_release(&held, true).await {
@@ -493,19 +499,19 @@ async fn abandon(remote: &Remote, store: &Arc<Store>, folder: &Folder, record: C
 
 /// Aborts the uploads recorded in the claim, then releases it.
 async fn abort_and_release(held: &HeldClaim, has_leftovers: bool) -> Result<()> {
-    // Uploads that could not be aborted are leftovers: the claim has to keep their ids.
+    // Uploads that could not be aborted are leftovers: the claim must keep their ids.
     let has_leftovers =
-        has_leftovers || !orphaned_uploads::abort_noted(&held.store, &held.folder, &held.record().uploads).await;
+        has_leftovers || !orphaned_uploads::abort_listed(&held.store, &held.folder, &held.record().uploads).await;
     release(held, has_leftovers).await
 }
 
-/// Releases the claim, with one retry. A claim that stays makes the next writer wait up to [`LIFE`].
+/// Releases the claim, with one retry. If the claim stays, the next writer waits up to [`LIFETIME`].
 async fn release(held: &HeldClaim, has_leftovers: bool) -> Result<()> {
     match try_release(held, has_leftovers).await {
         Ok(()) => Ok(()),
         Err(error) => {
             tracing::debug!(%error, "cannot release a claim; trying once more");
-            tokio::time::sleep(PAUSES.0).await;
+            tokio::time::sleep(PAUSE_MIN).await;
             try_release(held, has_leftovers).await
         }
     }
@@ -515,13 +521,13 @@ async fn try_release(held: &HeldClaim, has_leftovers: bool) -> Result<()> {
     if held.lost.load(Ordering::Relaxed) {
         return Ok(());
     }
-    // Keep the list for the next writer, and let it take over at once.
+    // Keep the list for the next writer. The expired claim can be taken over at once.
     if has_leftovers {
         return rewrite(held, ClaimRecord::expired).await.map(|_| ());
     }
     // The delete is unconditional, so check the owner first.
     match read(&held.store, &held.folder).await? {
-        Some((there, _)) if held.is_owner(&there) => held.store.delete(&held.folder.own(&held.store, "claim")?).await,
+        Some((present, _)) if held.is_owner(&present) => held.store.delete(&held.folder.own(&held.store, CLAIM)?).await,
         _ => Ok(()),
     }
 }

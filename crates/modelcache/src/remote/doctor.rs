@@ -4,8 +4,8 @@
 //! have. The object is removed afterwards, also if the checks fail or are cancelled.
 
 use super::Remote;
-use super::store::{Condition, Store, Written};
-use crate::check::{Area, Check, Clock, DoctorOptions, in_time};
+use super::store::{Condition, PutOutcome, Store};
+use crate::check::{Area, Check, Clock, DoctorOptions, with_timeout};
 use crate::config::{Config, RemoteConfig, RetryConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::transfer::Retry;
@@ -15,12 +15,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Folder of the probe object, below the remote's prefix.
-const FOLDER: &str = ".modelcache-doctor";
-/// Short retries and timeouts, because a user waits for the report.
+const PROBE_FOLDER: &str = ".modelcache-doctor";
+/// Retry policy of the checks. Its limits are short, because a user waits for the report.
 pub(super) const RETRY: RetryConfig =
     RetryConfig { deadline: Duration::from_secs(3), read_timeout: Duration::from_secs(5) };
+/// Most bytes read back from the probe object. More bytes than this are not its content.
+const PROBE_READ_BYTES_MAX: u64 = 4096;
 /// Content of the probe object.
-const CONTENT: &[u8] = b"written by `modelcache doctor` to test permissions; safe to remove\n";
+const PROBE_CONTENT: &[u8] = b"written by `modelcache doctor` to test permissions; safe to remove\n";
 
 /// Checks the configured remote and returns the results.
 pub(crate) async fn examine(config: &Config, options: DoctorOptions, clock: &Clock) -> Vec<Check> {
@@ -45,14 +47,15 @@ async fn run_checks(
     if !store.backend().examine(config, clock, checks).await? {
         return Ok(());
     }
-    let listed = rights_to_read(store, checks).await?;
+    let listed = check_listing(store, checks).await?;
     let written = if options.read_only {
         checks.push(Check::ok(Area::Remote, "write access was not tried (--read-only)"));
         None
     } else {
-        Some(rights_to_write(store, checks).await)
+        Some(check_writing(store, checks).await)
     };
-    // A missing right alone is a warning, because a reader needs less than a writer. Without any, nothing works.
+    // One missing permission is a warning, because a reader needs fewer permissions than a writer. If neither listing
+    // nor writing is permitted, the remote is unusable.
     if !listed && written == Some(false) {
         let error = Error::new(ErrorKind::Unauthorized, "the credentials lack every permission that was tried");
         return Err(error.hint("`modelcache doctor --iam-policy writer` (or reader) prints the required permissions"));
@@ -60,11 +63,11 @@ async fn run_checks(
     Ok(())
 }
 
-/// Checks that the bucket exists in the configured region. Returns true if listing is permitted.
-async fn rights_to_read(store: &Store, checks: &mut Vec<Check>) -> Result<bool> {
-    let listed = in_time(store.list(Some(&store.key(FOLDER)?))).await?;
+/// Checks that the bucket or folder can be reached. Returns true if listing is permitted.
+async fn check_listing(store: &Store, checks: &mut Vec<Check>) -> Result<bool> {
+    let listed = with_timeout(store.list(Some(&store.key(PROBE_FOLDER)?))).await?;
     match &listed {
-        Some(_) => checks.push(Check::ok(Area::Remote, "it answers, and may be listed")),
+        Some(_) => checks.push(Check::ok(Area::Remote, "the remote responds, and may be listed")),
         None => checks.push(Check::warning(
             Area::Remote,
             "listing is not permitted: missing and forbidden objects look the same, and `ls --remote` fails",
@@ -75,27 +78,31 @@ async fn rights_to_read(store: &Store, checks: &mut Vec<Check>) -> Result<bool> 
 }
 
 /// Writes, reads and removes the probe object. Returns true if it could be written.
-async fn rights_to_write(store: &Arc<Store>, checks: &mut Vec<Check>) -> bool {
-    let key = match store.key(&format!("{FOLDER}/{:016x}", rand::random::<u64>())) {
+async fn check_writing(store: &Arc<Store>, checks: &mut Vec<Check>) -> bool {
+    let key = match store.key(&format!("{PROBE_FOLDER}/{:016x}", rand::random::<u64>())) {
         Ok(key) => key,
         Err(error) => {
             checks.push(Check::problem(Area::Remote, &error));
             return false;
         }
     };
-    // Created before the write, so that the object is removed even if this future is dropped.
+    // The guard is created before the write, so that the object is removed even if this future is dropped.
     let mut probe = ProbeObject { store: store.clone(), key: Some(key.clone()) };
-    let put = || store.put(&key, Bytes::from_static(CONTENT), Condition::Absent);
-    let first = match in_time(put()).await {
-        Ok(Written::Unsupported) => in_time(store.put(&key, Bytes::from_static(CONTENT), Condition::Always)).await,
+    let put = || store.put(&key, Bytes::from_static(PROBE_CONTENT), Condition::Absent);
+    let first = match with_timeout(put()).await {
+        Ok(PutOutcome::ConditionUnsupported) => {
+            with_timeout(store.put(&key, Bytes::from_static(PROBE_CONTENT), Condition::Always)).await
+        }
         first => first,
     };
     let is_written = match first {
         Ok(_) => {
             checks.push(Check::ok(Area::Remote, "objects may be written"));
             // The object exists now, so a second create-only write must be refused.
-            checks.push(conditions(in_time(put()).await));
-            checks.push(read_back(in_time(store.get(&key, 4096)).await.map(|found| found.map(|(bytes, _)| bytes))));
+            checks.push(conditional_writes(with_timeout(put()).await));
+            checks.push(read_back(
+                with_timeout(store.get(&key, PROBE_READ_BYTES_MAX)).await.map(|found| found.map(|(bytes, _)| bytes)),
+            ));
             true
         }
         Err(error) => {
@@ -109,7 +116,7 @@ async fn rights_to_write(store: &Arc<Store>, checks: &mut Vec<Check>) -> bool {
         (Ok(()), true) => checks.push(Check::ok(Area::Remote, "objects may be removed")),
         (Err(error), true) => checks.push(
             Check::problem(Area::Remote, &error)
-                .with_detail(&format!("evict fails, and the object {key} stays on the remote: remove it")),
+                .with_detail(&format!("`evict` will fail, too; remove the object {key} from the remote")),
         ),
         (_, false) => {}
     }
@@ -119,33 +126,34 @@ async fn rights_to_write(store: &Arc<Store>, checks: &mut Vec<Check>) -> bool {
 /// Returns a warning for a missing permission, which is normal for a reader, and a problem for any other error.
 fn not_writable(error: &Error) -> Check {
     if error.kind() == ErrorKind::Unauthorized {
-        let says = "objects may not be written: artifacts from origins are cached on this disk only, and put fails";
+        let message = "objects may not be written: artifacts from origins are cached on this disk only, and put fails";
         let fix = "grant s3:PutObject (`modelcache doctor --iam-policy writer` prints the policy), or set \
                    MODEL_CACHE_REMOTE_MODE=ro if the remote is meant to be read-only";
-        return Check::warning(Area::Remote, says, fix).with_detail(error.message());
+        return Check::warning(Area::Remote, message, fix).with_detail(error.message());
     }
     Check::problem(Area::Remote, error)
 }
 
 /// Reports support for conditional writes from the result of a second create-only write of the same object.
-fn conditions(second: Result<Written>) -> Check {
+fn conditional_writes(second: Result<PutOutcome>) -> Check {
     match second {
-        Ok(Written::Refused) => Check::ok(Area::Remote, "conditional writes are kept"),
-        Ok(Written::Done(_) | Written::Unsupported) => Check::warning(
+        Ok(PutOutcome::ConditionFailed) => Check::ok(Area::Remote, "conditional writes are supported"),
+        Ok(PutOutcome::Done(_) | PutOutcome::ConditionUnsupported) => Check::warning(
             Area::Remote,
-            "conditional writes are ignored: two writers of one artifact at once may conflict or upload twice",
-            "let one machine at a time publish an artifact, or use a store that supports If-None-Match",
+            "conditional writes are not supported: concurrent writers of one artifact may conflict or upload twice",
+            "publish an artifact from one machine at a time, or use a store that supports If-None-Match",
         ),
         Err(error) => Check::problem(Area::Remote, &error),
     }
 }
 
+/// Compares the bytes read from the probe object with the bytes written.
 fn read_back(read: Result<Option<Bytes>>) -> Check {
     match read {
-        Ok(Some(bytes)) if bytes == CONTENT => Check::ok(Area::Remote, "objects may be read"),
+        Ok(Some(bytes)) if bytes == PROBE_CONTENT => Check::ok(Area::Remote, "objects may be read"),
         Ok(Some(_)) => Check::problem(
             Area::Remote,
-            &Error::corrupt("an object that was just written reads back with other bytes")
+            &Error::corrupt("an object that was just written was read with other bytes")
                 .hint("a proxy or the store alters the content: check both"),
         ),
         Ok(None) => Check::problem(
@@ -166,7 +174,7 @@ struct ProbeObject {
 impl ProbeObject {
     async fn remove(&mut self) -> Result<()> {
         let Some(key) = self.key.clone() else { return Ok(()) };
-        let removed = in_time(remove(&self.store, &key)).await;
+        let removed = with_timeout(remove(&self.store, &key)).await;
         self.key = None;
         removed
     }
@@ -185,7 +193,7 @@ impl Drop for ProbeObject {
 /// Removes the object and, if the remote is a folder, the folder that was created for it.
 async fn remove(store: &Store, key: &Path) -> Result<()> {
     let removed = store.delete(key).await;
-    // Fails if another `doctor` is running, which then removes the folder.
-    store.backend().remove_empty_folders(&store.key(FOLDER)?, 0).await;
+    // The folder is not empty while another `doctor` runs. That one removes the folder.
+    store.backend().remove_empty_folders(&store.key(PROBE_FOLDER)?, 0).await;
     removed
 }

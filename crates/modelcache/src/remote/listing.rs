@@ -1,14 +1,16 @@
 //! Lookup of an address in a bucket or folder: a single object, or all objects below a prefix, written by any tool.
 //!
-//! The content is not trusted. Keys that are no valid file paths, such as `../x`, are skipped and reported. If the
-//! address holds our own records, or published versions lie below it, the lookup reports that and stops listing.
+//! Keys are not trusted: a key that is not a valid file path, such as `../x`, is skipped and reported. If the address
+//! holds modelcache's own records, or published versions lie below the address, the lookup reports that and stops
+//! listing.
 //!
 //! A prefix matches at `/` only: `models/m` never matches `models/m2`. An object with exactly the key of the address
 //! takes precedence over objects below it, unless it is empty, because some tools create empty objects as folder
 //! markers.
 
 use super::MANIFEST;
-use super::backend::{LeftOut, WalkedFiles};
+use super::backend::{SkippedKeys, WalkedFiles};
+use super::refs::is_ref;
 use super::store::{self, Store};
 use crate::digest::Digest;
 use crate::error::{Error, Result, Tier};
@@ -21,7 +23,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 
 /// Most skipped keys that are kept for a message.
-const OMITTED_SHOWN: usize = 8;
+const SKIPPED_SHOWN_MAX: usize = 8;
 
 /// A key or prefix below the store's prefix, without slashes at its ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,9 +50,9 @@ impl fmt::Display for Address {
 /// Result of a lookup.
 #[derive(Debug)]
 pub(super) enum AddressLookup {
-    /// No object, or no permission to list them.
+    /// No object exists, or listing is not permitted.
     Nothing,
-    /// Our own records: a published version, or a write in progress.
+    /// Records of modelcache: a published version, or a publish in progress.
     OwnRecords,
     /// Published versions lie below the address. Contains the folder of one of them.
     AboveVersions(String),
@@ -66,24 +68,24 @@ pub(crate) struct Listing {
     pub(super) single: bool,
     pub(super) objects: BTreeMap<FilePath, ObjectIdentity>,
     /// Keys below the address that are not valid file paths.
-    pub(super) left_out: Omitted,
+    pub(super) skipped: SkippedSummary,
 }
 
 /// Number of skipped keys, and the first few of them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Omitted {
+pub(super) struct SkippedSummary {
     pub(super) count: usize,
     pub(super) first: Vec<String>,
 }
 
-impl Omitted {
+impl SkippedSummary {
     fn add(&mut self, key: String) {
-        // A folder marker is not worth a message.
+        // Folder markers are expected and are not reported.
         if key.ends_with('/') {
             return;
         }
         self.count += 1;
-        if self.first.len() < OMITTED_SHOWN {
+        if self.first.len() < SKIPPED_SHOWN_MAX {
             self.first.push(key);
         }
     }
@@ -91,7 +93,7 @@ impl Omitted {
 
 impl Listing {
     fn new(address: &Address) -> Self {
-        Self { address: address.clone(), single: false, objects: BTreeMap::new(), left_out: Omitted::default() }
+        Self { address: address.clone(), single: false, objects: BTreeMap::new(), skipped: SkippedSummary::default() }
     }
 
     /// Returns the key of the listed file `path`, below the store's prefix.
@@ -114,19 +116,19 @@ impl Listing {
         Digest::from_bytes(hasher.finalize().into())
     }
 
-    /// Adds an object as a file, or as a skipped key if its path is not valid.
+    /// Adds an object as a file, or its key as a skipped one if `path` is not a valid file path.
     fn add(&mut self, store: &Store, path: &str, identity: ObjectIdentity) -> Result<()> {
         let usable = FilePath::new(path).ok().filter(|path| store.key(&self.key_of(path.as_str())).is_ok());
         match usable {
             Some(path) => drop(self.objects.insert(path, identity)),
-            None => self.left_out.add(path.to_owned()),
+            None => self.skipped.add(path.to_owned()),
         }
         self.check_size()
     }
 
-    /// Fails if there are too many objects. Skipped keys count, so that a listing of invalid keys only ends, too.
+    /// Fails if the listing has too many objects. Skipped keys count, so that a listing of invalid keys ends, too.
     fn check_size(&self) -> Result<()> {
-        match self.objects.len() + self.left_out.count > limits::FILES_MAX {
+        match self.objects.len() + self.skipped.count > limits::FILES_MAX {
             true => {
                 Err(Error::invalid(format!("more than {} objects below {:?}", limits::FILES_MAX, self.address.base)))
             }
@@ -134,18 +136,24 @@ impl Listing {
         }
     }
 
+    /// Returns the result of the lookup that found this listing.
+    fn into_lookup(self) -> AddressLookup {
+        let listing = self.without_folders();
+        if listing.objects.is_empty() { AddressLookup::Nothing } else { AddressLookup::UnmanagedObjects(listing) }
+    }
+
     /// Removes each object that has other objects below its path, because a file system cannot hold both.
     fn without_folders(mut self) -> Self {
         let folders_of = |path: &FilePath| {
-            let ends: Vec<_> = path.as_str().match_indices('/').map(|(at, _)| path.as_str()[..at].to_owned()).collect();
-            ends
+            let slashes = path.as_str().match_indices('/');
+            slashes.map(|(end, _)| path.as_str()[..end].to_owned()).collect::<Vec<_>>()
         };
         let folders: HashSet<String> = self.objects.keys().flat_map(folders_of).collect();
         self.objects.retain(|path, identity| {
             let is_folder = folders.contains(path.as_str());
-            // An empty one is a folder marker and is dropped silently.
+            // An empty object is a folder marker and is dropped silently.
             if is_folder && identity.object_bytes > 0 {
-                self.left_out.add(path.to_string());
+                self.skipped.add(path.to_string());
             }
             !is_folder
         });
@@ -155,7 +163,7 @@ impl Listing {
     /// Returns the [`Shape`] of the artifact with these `files`, which exclude checksum files.
     pub(super) fn shape(&self, mut files: impl Iterator<Item = FilePath>) -> Shape {
         match (files.next(), files.next()) {
-            (Some(only), None) if self.left_out.count == 0 && !only.as_str().contains('/') => Shape::File,
+            (Some(only), None) if self.skipped.count == 0 && !only.as_str().contains('/') => Shape::File,
             _ => Shape::Tree,
         }
     }
@@ -173,12 +181,13 @@ pub(super) async fn look_up(store: &Store, address: &Address) -> Result<AddressL
         }
         store.head(&store.key(&address.base)?).await
     };
-    // Both requests run concurrently: most addresses need both answers.
+    // Both requests run concurrently, because most addresses need both responses.
     let (single, below) = futures::future::join(single, below(store, address)).await;
     let (single, below) = (single?, below?);
     match single {
         _ if matches!(below, AddressLookup::OwnRecords) => Ok(below),
-        // A non-empty object with the key of the address wins; an empty one only if nothing lies below it.
+        // A non-empty object with the key of the address takes precedence. An empty one counts only if no object lies
+        // below the address.
         Some(identity) if identity.object_bytes > 0 || matches!(below, AddressLookup::Nothing) => {
             let name = address.base.rsplit('/').next().unwrap_or_default();
             let mut listing = Listing { single: true, ..Listing::new(address) };
@@ -189,6 +198,7 @@ pub(super) async fn look_up(store: &Store, address: &Address) -> Result<AddressL
     }
 }
 
+/// Looks up the objects below `address`.
 async fn below(store: &Store, address: &Address) -> Result<AddressLookup> {
     match store.backend().walk(&address.base).await? {
         Some(walked) => below_folder(store, address, walked).await,
@@ -196,21 +206,16 @@ async fn below(store: &Store, address: &Address) -> Result<AddressLookup> {
     }
 }
 
-/// Returns true if `path` is the key of a ref. Refs belong to names and may lie below any address, so they are ignored.
-fn is_ref(path: &str) -> bool {
-    let own = format!("{OWN_FOLDER}/refs/");
-    path.starts_with(&own) || path.contains(&format!("/{own}"))
-}
-
-/// Returns the result of the lookup if `path` below the address is one of our own records.
+/// Returns the result of the lookup if `path` below the address is a record of modelcache.
 fn own_record(address: &Address, path: &str) -> Option<AddressLookup> {
     if path == OWN_FOLDER || path.strip_prefix(OWN_FOLDER).is_some_and(|rest| rest.starts_with('/')) {
         return Some(AddressLookup::OwnRecords);
     }
-    let (above, _) = path.split_once(&format!("/{OWN_FOLDER}/"))?;
-    Some(AddressLookup::AboveVersions(address.below(above)))
+    let (version_folder, _) = path.split_once(&format!("/{OWN_FOLDER}/"))?;
+    Some(AddressLookup::AboveVersions(address.below(version_folder)))
 }
 
+/// Looks up the objects below `address` by listing the store.
 async fn below_prefix(store: &Store, address: &Address) -> Result<AddressLookup> {
     let mut listing = Listing::new(address);
     let base = match address.base.as_str() {
@@ -219,54 +224,53 @@ async fn below_prefix(store: &Store, address: &Address) -> Result<AddressLookup>
     };
     let prefix = base.as_ref().map_or_else(String::new, |base| format!("{base}/"));
     let mut record = None;
-    let permitted = store.pages(base.as_ref(), false, |page| {
+    let permitted = store.for_each_page(base.as_ref(), false, |page| {
         for object in page.objects {
+            // Refs belong to names and may lie below any address.
             let path = object.location.as_ref().strip_prefix(&prefix).filter(|path| !is_ref(path));
             let Some(path) = path else { continue };
-            // One record of ours decides the lookup: stop listing.
-            if let Some(ours) = own_record(address, path) {
-                record = Some(ours);
+            // One record of modelcache decides the lookup: stop listing.
+            if let Some(found) = own_record(address, path) {
+                record = Some(found);
                 return Ok(false);
             }
             listing.add(store, path, store::identity(&object))?;
         }
         // Keys that the backend removed from the page.
-        let odd = page.extensions.get::<LeftOut>().map(|LeftOut(keys)| keys.as_slice()).unwrap_or_default();
-        odd.iter().filter_map(|key| key.strip_prefix(&prefix)).for_each(|key| listing.left_out.add(key.to_owned()));
+        let removed = page.extensions.get::<SkippedKeys>().map(|SkippedKeys(keys)| keys.as_slice()).unwrap_or_default();
+        removed.iter().filter_map(|key| key.strip_prefix(&prefix)).for_each(|key| listing.skipped.add(key.to_owned()));
         listing.check_size().map(|()| true)
     });
     if !permitted.await? {
-        store::warn_ambiguous(store.at(), None);
+        store::warn_ambiguous(store.endpoint_context(), None);
         return Ok(AddressLookup::Nothing);
     }
     if let Some(record) = record {
         return Ok(record);
     }
-    let listing = listing.without_folders();
-    Ok(if listing.objects.is_empty() { AddressLookup::Nothing } else { AddressLookup::UnmanagedObjects(listing) })
+    Ok(listing.into_lookup())
 }
 
-/// Returns the result of a lookup from the files that were found below the address.
+/// Looks up the objects below `address` among the files that a walk of the folder found.
 async fn below_folder(store: &Store, address: &Address, walked: WalkedFiles) -> Result<AddressLookup> {
-    let WalkedFiles { mut paths, left_out } = walked;
+    let WalkedFiles { mut paths, skipped } = walked;
     paths.retain(|path| !is_ref(path));
-    if let Some(ours) = paths.iter().find_map(|path| own_record(address, path)) {
-        return Ok(ours);
+    if let Some(found) = paths.iter().find_map(|path| own_record(address, path)) {
+        return Ok(found);
     }
     let mut listing = Listing::new(address);
-    left_out.into_iter().for_each(|path| listing.left_out.add(path));
+    skipped.into_iter().for_each(|path| listing.skipped.add(path));
     for path in paths {
         let identity = match store.key(&listing.key_of(&path)) {
             Ok(key) => store.head(&key).await?,
-            // Not a valid key: `add` records it as skipped.
+            // Not a valid key: `add` records it as skipped, whatever its identity.
             Err(_) => Some(ObjectIdentity { etag: None, object_bytes: 0 }),
         };
-        // Removed since the walk.
+        // The file was removed since the walk.
         let Some(identity) = identity else { continue };
         listing.add(store, &path, identity)?;
     }
-    let listing = listing.without_folders();
-    Ok(if listing.objects.is_empty() { AddressLookup::Nothing } else { AddressLookup::UnmanagedObjects(listing) })
+    Ok(listing.into_lookup())
 }
 
 /// Returns the manifest published at `address`, or `None`. Does not compare the key in the manifest with the address.

@@ -1,8 +1,8 @@
 //! The remote tier: an S3 bucket, or a local folder with the same layout.
 //!
-//! [`Remote`] states the contract, `Folder` the layout of the objects. The protocols are in `publish.rs`, `claim.rs`,
-//! `evict.rs` and `refs.rs`; `unmanaged.rs` reads objects that another tool uploaded. All of them use `store.rs`, which
-//! retries and translates errors. Below it, `backend/` keeps the objects in a bucket or in a folder.
+//! [`Remote`] documents the contract, and `Folder` the layout of the objects. The protocols are in `publish.rs`,
+//! `claim.rs`, `evict.rs` and `refs.rs`; `unmanaged.rs` reads objects that another tool uploaded. All of them use
+//! `store.rs`, which retries requests and translates errors. Below it, `backend/` accesses the bucket or the folder.
 
 mod backend;
 mod claim;
@@ -34,8 +34,8 @@ pub(crate) use pending_publish::PendingPublish;
 pub(crate) use prefix::PrefixSource;
 pub use refs::{RefKind, RemoteRef};
 pub use source::RemoteSource;
-pub(crate) use streaming_upload::{Proven, StreamingUpload};
-pub(crate) use unmanaged::{AddressContents, REMEDY, UnmanagedObjects, some, unstated};
+pub(crate) use streaming_upload::{StreamingUpload, VerifiedFiles};
+pub(crate) use unmanaged::{ADD_CHECKSUMS_HINT, AddressContents, UnmanagedObjects, quoted_names, without_checksum};
 
 #[cfg(fuzzing)]
 pub(crate) use {
@@ -63,7 +63,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use store::Store;
 use tokio::sync::OnceCell;
 
-/// The remote tier. Clones share clients, credentials and the capabilities found out about the store.
+/// The remote tier. Clones share clients, credentials and the detected capabilities of the store.
 ///
 /// # Contract
 /// - A reader sees one complete published version or none. The manifest is the commit point: it is written last and
@@ -79,14 +79,14 @@ pub struct Remote(Arc<RemoteInner>);
 
 struct RemoteInner {
     config: RemoteConfig,
-    place: RemoteLocation,
+    location: RemoteLocation,
     options: Options,
     retry: Retry,
     store: OnceCell<Arc<Store>>,
-    /// A [`Conditions`] value.
-    conditions: AtomicU8,
+    /// A [`ConditionalWrites`] value, as its number.
+    conditional_writes: AtomicU8,
     read_only: AtomicBool,
-    /// True once the refusal of a write was reported.
+    /// True once the log contains the warning that the store refuses writes.
     refusal_reported: AtomicBool,
     /// The memory budget shared by all uploads.
     upload_memory: multipart::UploadMemory,
@@ -104,11 +104,11 @@ impl fmt::Debug for Remote {
 /// Options of a publish.
 #[derive(Debug, Clone, Default)]
 pub struct PublishOptions {
-    /// Replace other content under the same key.
+    /// Replaces other content under the same key instead of failing.
     pub force: bool,
     /// Files to upload even if size and ETag of their objects match, because a reader found wrong bytes.
     pub rewrite: BTreeSet<FilePath>,
-    /// Write `<file>.sha256` beside every object, for tools that do not read manifests.
+    /// Writes `<file>.sha256` beside every object, for tools that do not read manifests.
     pub sidecars: bool,
 }
 
@@ -121,13 +121,15 @@ pub struct Published {
     pub copied_bytes: u64,
 }
 
-/// Support of the store for conditional writes (`If-None-Match`, `If-Match`), as found by trying.
+/// Support of the store for conditional writes (`If-None-Match`, `If-Match`). The first claim of this process tests it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
-enum Conditions {
-    Untried = 0,
-    Kept = 1,
-    Ignored = 2,
+enum ConditionalWrites {
+    /// Not tested yet.
+    Unknown = 0,
+    Supported = 1,
+    /// The store ignores or rejects the condition.
+    Unsupported = 2,
 }
 
 impl Remote {
@@ -136,15 +138,15 @@ impl Remote {
     /// # Errors
     /// [`ErrorKind::Invalid`] for an invalid address or option.
     pub fn open(config: &RemoteConfig, retry: Retry) -> Result<Self> {
-        let place = RemoteLocation::parse(&config.url)?;
+        let location = RemoteLocation::parse(&config.url)?;
         let options = Options::parse(config)?;
         Ok(Self(Arc::new(RemoteInner {
             config: config.clone(),
-            place,
+            location,
             options,
             retry,
             store: OnceCell::new(),
-            conditions: AtomicU8::new(Conditions::Untried as u8),
+            conditional_writes: AtomicU8::new(ConditionalWrites::Unknown as u8),
             read_only: AtomicBool::new(false),
             refusal_reported: AtomicBool::new(false),
             upload_memory: multipart::UploadMemory::default(),
@@ -180,8 +182,8 @@ impl Remote {
         !self.is_read_only() && !self.refuses_writes()
     }
 
-    /// Returns true at the first call only, so that the refusal is reported once.
-    pub(crate) fn is_first_refusal(&self) -> bool {
+    /// Notes that the refusal is reported. Returns true at the first call only, so that it is reported once.
+    pub(crate) fn mark_refusal_reported(&self) -> bool {
         !self.0.refusal_reported.swap(true, Ordering::Relaxed)
     }
 
@@ -209,13 +211,15 @@ impl Remote {
 
     /// Uploads `files` (path in the artifact -> local file) and publishes `manifest`.
     ///
-    /// Objects that exist already are compared with their record, and uploaded again if they are missing or differ.
-    /// Other files of the manifest are left alone. Local files are hashed while they are sent.
+    /// If a manifest is published, files are skipped whose objects exist as that manifest records them. Files that
+    /// `manifest` lists and `files` does not contain are left as they are on the remote. Local files are hashed while
+    /// they are sent.
     ///
     /// # Errors
     /// [`ErrorKind::Conflict`] if the key has other content (unless `force`), or the folder holds unmanaged objects;
     /// [`ErrorKind::Corrupt`] if a local file does not match its digest; [`ErrorKind::Unavailable`] if another writer
-    /// keeps its claim, or the store does not answer; [`ErrorKind::Unauthorized`].
+    /// holds the claim for too long, or the store does not respond; [`ErrorKind::Unauthorized`] if a permission is
+    /// missing.
     pub async fn publish(
         &self,
         manifest: &Manifest,
@@ -223,13 +227,11 @@ impl Remote {
         options: PublishOptions,
         progress: &Progress,
     ) -> Result<Published> {
-        let named = |error: Error| error.artifact(&manifest.key).tier(Tier::Remote);
-        self.ensure_read_write("leave the remote out: --remote none").map_err(named)?;
-        publish::publish(self, manifest, files, options, None, progress).await.map_err(named)
+        self.publish_pending(manifest, files, options, None, progress).await
     }
 
-    /// Publishes like [`publish`](Self::publish), and uses the claim and the uploads of `pending`, which
-    /// [`begin`](Self::begin) started.
+    /// Publishes as [`publish`](Self::publish) does. With `pending`, uses the claim and the uploads that
+    /// [`begin`](Self::begin) created.
     pub(crate) async fn publish_pending(
         &self,
         manifest: &Manifest,
@@ -238,9 +240,9 @@ impl Remote {
         pending: Option<PendingPublish>,
         progress: &Progress,
     ) -> Result<Published> {
-        let named = |error: Error| error.artifact(&manifest.key).tier(Tier::Remote);
-        self.ensure_read_write("leave the remote out: --remote none").map_err(named)?;
-        publish::publish(self, manifest, files, options, pending, progress).await.map_err(named)
+        let with_key = |error: Error| error.artifact(&manifest.key).tier(Tier::Remote);
+        self.ensure_read_write("leave the remote out: --remote none").map_err(with_key)?;
+        publish::publish(self, manifest, files, options, pending, progress).await.map_err(with_key)
     }
 
     /// Aborts orphaned multipart uploads in version folders if this process published since the last sweep. Errors are
@@ -275,17 +277,18 @@ impl Remote {
         list::list_with_tags(self).await.map_err(|error| error.tier(Tier::Remote))
     }
 
-    /// Returns the origin's last recorded answer for `revision` of `name`, if one is on the remote.
-    pub async fn answer(&self, name: &ArtifactName, revision: &str) -> Result<Option<RemoteRef>> {
-        refs::answer(self, name, revision).await.map_err(|error| error.tier(Tier::Remote))
+    /// Returns the version of `revision` that an origin last returned to any machine of the fleet, or `None` if the
+    /// remote has no record of one.
+    pub async fn origin_answer(&self, name: &ArtifactName, revision: &str) -> Result<Option<RemoteRef>> {
+        refs::origin_answer(self, name, revision).await.map_err(|error| error.tier(Tier::Remote))
     }
 
-    /// Records an origin's answer on the remote for the fleet, unless a newer answer is there.
-    pub async fn write_answer(&self, name: &ArtifactName, answer: &RemoteRef) -> Result<()> {
-        refs::write_answer(self, name, answer).await.map_err(|error| error.tier(Tier::Remote))
+    /// Records an origin's answer on the remote for the fleet, unless the remote has a newer one.
+    pub async fn write_origin_answer(&self, name: &ArtifactName, answer: &RemoteRef) -> Result<()> {
+        refs::write_origin_answer(self, name, answer).await.map_err(|error| error.tier(Tier::Remote))
     }
 
-    /// Returns the tag, or `None` if it does not exist.
+    /// Returns the tag, or `None` if it does not exist or is damaged.
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] if a newer release wrote the tag in a newer format.
@@ -313,21 +316,21 @@ impl Remote {
         refs::refs_of(self, name).await.map_err(|error| error.tier(Tier::Remote))
     }
 
-    /// Returns the key of every artifact that has a manifest, readable or not, ordered by name and version.
+    /// Returns the key of every artifact that has a manifest, valid or damaged, ordered by name and version.
     pub(crate) async fn keys(&self) -> Result<Vec<ArtifactKey>> {
         list::keys(self).await.map_err(|error| error.tier(Tier::Remote))
     }
 
-    /// Reads the objects listed in the manifest of `key`, restricted to the paths that `chosen` accepts, and compares
-    /// them with the manifest. Returns `None` if the artifact is not published.
+    /// Reads the objects listed in the manifest of `key`, restricted to the paths that `is_selected` accepts, and
+    /// compares them with the manifest. Returns `None` if the artifact is not published.
     pub(crate) async fn verify(
         &self,
         key: &ArtifactKey,
-        chosen: &(dyn Fn(&FilePath) -> bool + Sync),
+        is_selected: &(dyn Fn(&FilePath) -> bool + Sync),
         rate_limiter: &RateLimiter,
         progress: &Progress,
     ) -> Result<Option<Verified>> {
-        verify::verify(self, key, chosen, rate_limiter, progress)
+        verify::verify(self, key, is_selected, rate_limiter, progress)
             .await
             .map_err(|error| error.artifact(key).tier(Tier::Remote))
     }
@@ -338,37 +341,40 @@ impl Remote {
         self.0.store.get()?.reported_region()
     }
 
-    /// Returns the store; the first call opens it.
+    /// Returns the store. The first call opens it.
     async fn store(&self) -> Result<&Arc<Store>> {
         self.0
             .store
             .get_or_try_init(|| async {
                 let inner = self.0.clone();
                 // Opening reads AWS files and root certificates, so it runs on a blocking thread.
-                let open = move || Store::open(&inner.config, &inner.place, &inner.options, inner.retry.clone());
+                let open = move || Store::open(&inner.config, &inner.location, &inner.options, inner.retry.clone());
                 let opened = tokio::task::spawn_blocking(open).await;
-                let opened = opened
-                    .map_err(|cause| Error::new(ErrorKind::Other, "opening the remote was cut short").cause(cause))?;
+                let opened = opened.map_err(|cause| {
+                    Error::new(ErrorKind::Other, "the task that opens the remote failed").cause(cause)
+                })?;
                 opened.map(Arc::new)
             })
             .await
     }
 
-    fn conditions(&self) -> Conditions {
-        match self.0.conditions.load(Ordering::Relaxed) {
-            1 => Conditions::Kept,
-            2 => Conditions::Ignored,
-            _ => Conditions::Untried,
+    /// Returns what is known about the store's support for conditional writes.
+    fn conditional_writes(&self) -> ConditionalWrites {
+        match self.0.conditional_writes.load(Ordering::Relaxed) {
+            1 => ConditionalWrites::Supported,
+            2 => ConditionalWrites::Unsupported,
+            _ => ConditionalWrites::Unknown,
         }
     }
 
-    fn learn_conditions(&self, conditions: Conditions) {
-        let before = self.0.conditions.swap(conditions as u8, Ordering::Relaxed);
+    /// Records whether the store supports conditional writes. Warns once if it does not.
+    fn set_conditional_writes(&self, support: ConditionalWrites) {
+        let before = self.0.conditional_writes.swap(support as u8, Ordering::Relaxed);
         // The swap returns the previous value, so that only the first observation warns.
-        if conditions == Conditions::Ignored && before != conditions as u8 {
+        if support == ConditionalWrites::Unsupported && before != support as u8 {
             tracing::warn!(
                 remote = self.url(),
-                "the remote ignores conditional writes; two writers of one artifact at once may conflict"
+                "the remote ignores conditional writes; concurrent writers of one artifact may conflict"
             );
         }
     }
@@ -397,10 +403,12 @@ impl Folder {
         Self { key: key.clone(), base: format!("{}/{}", key.name, key.version) }
     }
 
+    /// Returns the key of the object that holds the file `path`.
     fn object(&self, store: &Store, path: &FilePath) -> Result<Path> {
         store.key(&format!("{}/{path}", self.base))
     }
 
+    /// Returns the key of the record `file` of modelcache.
     fn own(&self, store: &Store, file: &str) -> Result<Path> {
         store.key(&format!("{}/{OWN_FOLDER}/{file}", self.base))
     }
@@ -418,16 +426,18 @@ impl Folder {
             return Ok(None);
         };
         // Parsing a manifest of many files takes long enough to block an async thread.
-        let manifest = blocking(move || Manifest::from_bytes(&bytes)).await.map_err(|error| error.hint(REPAIR))?;
-        // A copied folder carries the manifest of its original.
+        let manifest = blocking(move || Manifest::from_bytes(&bytes)).await.map_err(|error| error.hint(REPAIR_HINT))?;
+        // A folder that was copied to another key contains the manifest of the original key.
         if manifest.key != self.key {
-            return Err(Error::corrupt(format!("the manifest belongs to {}", manifest.key)).hint(REPAIR));
+            return Err(Error::corrupt(format!("the manifest belongs to {}", manifest.key)).hint(REPAIR_HINT));
         }
         Ok(Some((manifest, identity)))
     }
 }
 
+/// Name of the claim object.
+const CLAIM: &str = "claim";
 /// Name of the manifest object, the commit point.
 const MANIFEST: &str = "manifest.json";
 /// Hint for a damaged manifest or object.
-const REPAIR: &str = "publish the artifact again, or evict it from the remote";
+const REPAIR_HINT: &str = "publish the artifact again, or evict it from the remote";

@@ -1,8 +1,8 @@
 //! Multipart uploads: parts are sent in any order and concurrently, and the object appears when the upload is
 //! completed.
 //!
-//! One memory budget, shared by all uploads of a remote, limits the number of parts in flight. An upload that is not
-//! completed is aborted, also if it is dropped. The uploads of a killed process are listed in its claim.
+//! One memory budget, shared by all uploads of a remote, limits the number of parts in flight. An upload that fails or
+//! is dropped is aborted. The uploads of a killed process are listed in its claim.
 
 use super::store::Store;
 use crate::digest::Digest;
@@ -23,27 +23,27 @@ use tokio::task::JoinSet;
 
 /// Files up to this many bytes are uploaded in one request. Also the smallest part size.
 pub(super) const SINGLE_BYTES_MAX: u64 = 8 << 20;
-/// Most parts of an upload; S3 allows 10,000.
+/// Most parts of an upload, below S3's limit of 10,000.
 const PARTS_MAX: u64 = 9_000;
-/// Memory for parts in flight, in KiB, which is the number of semaphore permits.
-const BUFFER_KIB: u32 = 48 * 1024;
+/// Memory for parts in flight, in KiB: six parts of the smallest size. Each KiB is one permit of the semaphore.
+const BUDGET_KIB: u32 = 48 * 1024;
 
 /// Memory budget for parts in flight. Clones share it.
 #[derive(Clone)]
 pub(super) struct UploadMemory {
     free: Arc<Semaphore>,
     kib: u32,
-    spares: Arc<Spares>,
+    pool: Arc<BufferPool>,
 }
 
 impl Default for UploadMemory {
-    /// Returns a budget of [`BUFFER_KIB`]. If the address space is limited, the budget is at most a quarter of the free
+    /// Returns a budget of [`BUDGET_KIB`]. If the address space is limited, the budget is at most a quarter of the free
     /// address space, but at least one part.
     fn default() -> Self {
-        let fitting = |left: u64| u32::try_from(left / 4 / 1024).unwrap_or(BUFFER_KIB);
-        let part = (SINGLE_BYTES_MAX / 1024) as u32;
-        let kib = address_space_left().map_or(BUFFER_KIB, fitting).clamp(part, BUFFER_KIB);
-        Self { free: Arc::new(Semaphore::new(kib as usize)), kib, spares: Arc::default() }
+        let quarter_kib = |left: u64| u32::try_from(left / 4 / 1024).unwrap_or(BUDGET_KIB);
+        let part_kib = (SINGLE_BYTES_MAX / 1024) as u32;
+        let kib = address_space_left().map_or(BUDGET_KIB, quarter_kib).clamp(part_kib, BUDGET_KIB);
+        Self { free: Arc::new(Semaphore::new(kib as usize)), kib, pool: Arc::default() }
     }
 }
 
@@ -52,34 +52,34 @@ impl UploadMemory {
     pub(super) async fn reserve(&self, bytes: u64) -> Result<OwnedSemaphorePermit> {
         let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX).clamp(1, self.kib);
         let permits = self.free.clone().acquire_many_owned(kib).await;
-        permits.map_err(|cause| Error::new(ErrorKind::Other, "uploading was cut short").cause(cause))
+        permits.map_err(|cause| Error::new(ErrorKind::Other, "the memory budget of uploads is closed").cause(cause))
     }
 }
 
-/// Reusable buffers of uploaded parts. The allocator keeps large blocks that one thread allocates and another frees in
-/// per-thread arenas: without reuse an upload occupies several times its budget.
+/// Reusable buffers of uploaded parts. If one thread allocates a large block and another frees it, the allocator keeps
+/// the block in a per-thread arena. Without reuse, an upload would occupy several times its budget.
 #[derive(Default)]
-struct Spares(Mutex<Vec<BytesMut>>);
+struct BufferPool(Mutex<Vec<BytesMut>>);
 
-impl Spares {
+impl BufferPool {
     fn take(&self) -> BytesMut {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
     }
 
     fn put(&self, sent: Bytes) {
-        let mut spares = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let held: usize = spares.iter().map(BytesMut::capacity).sum();
-        // The buffer is reusable only if no clone of it is left, for instance in the HTTP client.
-        if let Ok(spare) = sent.try_into_mut()
-            && held + spare.capacity() <= BUFFER_KIB as usize * 1024
+        let mut pool = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let held: usize = pool.iter().map(BytesMut::capacity).sum();
+        // The buffer is reusable only if no clone of it exists any more, for instance in the HTTP client.
+        if let Ok(buffer) = sent.try_into_mut()
+            && held + buffer.capacity() <= BUDGET_KIB as usize * 1024
         {
-            spares.push(spare);
+            pool.push(buffer);
         }
     }
 }
 
 /// The buffer of one part, and its share of the memory budget.
-pub(crate) struct PartMemory {
+pub(crate) struct PartBuffer {
     index: usize,
     start: u64,
     buffer: BytesMut,
@@ -88,14 +88,14 @@ pub(crate) struct PartMemory {
     permit: OwnedSemaphorePermit,
 }
 
-impl PartMemory {
+impl PartBuffer {
     /// Returns the byte range of the part in the file.
     pub(crate) fn range(&self) -> Range<u64> {
         self.start..self.start + self.buffer.len() as u64
     }
 
-    /// Calls `fill` to write the whole part. If the request must sign the part's digest, `fill` also gets a hasher to
-    /// update, so that part and file are hashed in one pass. Blocks as long as `fill` does.
+    /// Calls `fill` to write the whole part. If the request must sign the part's digest, `fill` also receives a hasher
+    /// to update, so that part and file are hashed in one pass. Blocks until `fill` returns.
     pub(crate) fn fill(&mut self, fill: impl FnOnce(&mut [u8], Option<&mut PartHasher>) -> Result<()>) -> Result<()> {
         let mut hasher = self.wants_digest.then(PartHasher::new);
         fill(&mut self.buffer, hasher.as_mut())?;
@@ -104,11 +104,12 @@ impl PartMemory {
     }
 }
 
-/// State of a part. `Uploaded` contains the part's ETag.
+/// State of a part.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum PartState {
     Unsent,
     InFlight,
+    /// Contains the part's ETag.
     Uploaded(String),
 }
 
@@ -121,19 +122,19 @@ pub(crate) struct Multipart {
     part_bytes: u64,
     memory: UploadMemory,
     sending: JoinSet<Result<(usize, PartId)>>,
-    sent: Vec<PartState>,
+    parts: Vec<PartState>,
     guard: AbortGuard,
 }
 
 impl Multipart {
     /// Creates a multipart upload of `size` bytes to `key`.
     pub(super) async fn begin(store: &Arc<Store>, memory: &UploadMemory, key: &Path, size: u64) -> Result<Self> {
-        let doing = format!("cannot begin to write {key}");
+        let what_failed = format!("cannot begin to write {key}");
         let uploads = store.uploads()?;
         let begin = || async {
             match uploads.create(key).await {
                 Ok(id) => Ok(id),
-                Err(error) => Err(store.failed_write(error, &doing).await),
+                Err(error) => Err(store.failed_write(error, &what_failed).await),
             }
         };
         let id = store.retry().run(begin).await?;
@@ -147,7 +148,7 @@ impl Multipart {
             part_bytes,
             memory: memory.clone(),
             sending: JoinSet::new(),
-            sent: vec![PartState::Unsent; usize::try_from(size.div_ceil(part_bytes)).unwrap_or(usize::MAX)],
+            parts: vec![PartState::Unsent; usize::try_from(size.div_ceil(part_bytes)).unwrap_or(usize::MAX)],
         })
     }
 
@@ -157,13 +158,13 @@ impl Multipart {
     }
 
     /// Returns the number of parts.
-    pub(crate) fn parts(&self) -> usize {
-        self.sent.len()
+    pub(crate) fn part_count(&self) -> usize {
+        self.parts.len()
     }
 
     /// Returns true if [`send`](Self::send) was called for the part.
     pub(super) fn was_sent(&self, index: usize) -> bool {
-        self.sent.get(index).is_some_and(|sent| *sent != PartState::Unsent)
+        self.parts.get(index).is_some_and(|state| *state != PartState::Unsent)
     }
 
     /// Returns the size of every part but the last, in bytes.
@@ -171,14 +172,14 @@ impl Multipart {
         self.part_bytes
     }
 
-    /// Waits for memory and returns the buffer of a part.
-    pub(crate) async fn room(&self, index: usize) -> Result<PartMemory> {
+    /// Waits until the memory budget has room for a part, and returns the buffer of the part.
+    pub(crate) async fn reserve_part(&self, index: usize) -> Result<PartBuffer> {
         let start = index as u64 * self.part_bytes;
         let bytes = self.part_bytes.min(self.size - start);
         let permit = self.memory.reserve(bytes).await?;
-        let mut buffer = self.memory.spares.take();
+        let mut buffer = self.memory.pool.take();
         buffer.resize(usize::try_from(bytes).unwrap_or_default(), 0);
-        Ok(PartMemory {
+        Ok(PartBuffer {
             index,
             start,
             buffer,
@@ -193,19 +194,19 @@ impl Multipart {
     ///
     /// # Errors
     /// The error of an earlier part. The upload has failed then.
-    pub(crate) fn send(&mut self, part: PartMemory, progress: Option<&Progress>) -> Result<()> {
+    pub(crate) fn send(&mut self, part: PartBuffer, progress: Option<&Progress>) -> Result<()> {
         while let Some(ended) = self.sending.try_join_next() {
             self.record_uploaded(ended)?;
         }
-        let PartMemory { index, buffer, sha256, permit, .. } = part;
+        let PartBuffer { index, buffer, sha256, permit, .. } = part;
         let (store, key, id) = (self.store.clone(), self.key.clone(), self.id.clone());
-        self.sent[index] = PartState::InFlight;
-        let (bytes, spares, progress) = (buffer.freeze(), self.memory.spares.clone(), progress.cloned());
+        self.parts[index] = PartState::InFlight;
+        let (bytes, pool, progress) = (buffer.freeze(), self.memory.pool.clone(), progress.cloned());
         self.sending.spawn(async move {
             let part = send_part(&store, &key, &id, index, bytes.clone(), sha256).await?;
             progress.inspect(|progress| progress.done(bytes.len() as u64));
             // Return the buffer before the permit: the next part then reuses it instead of allocating.
-            spares.put(bytes);
+            pool.put(bytes);
             drop(permit);
             Ok((index, part))
         });
@@ -216,9 +217,9 @@ impl Multipart {
         &mut self,
         ended: std::result::Result<Result<(usize, PartId)>, tokio::task::JoinError>,
     ) -> Result<()> {
-        let (index, part) =
-            ended.map_err(|cause| Error::new(ErrorKind::Other, "sending was cut short").cause(cause))??;
-        self.sent[index] = PartState::Uploaded(part.content_id);
+        let (index, part) = ended
+            .map_err(|cause| Error::new(ErrorKind::Other, "the task that uploads a part failed").cause(cause))??;
+        self.parts[index] = PartState::Uploaded(part.content_id);
         Ok(())
     }
 
@@ -231,7 +232,7 @@ impl Multipart {
     }
 
     /// Completes the upload, which makes the object visible. The caller must have verified the digest of the file.
-    /// `before_completion` is called when all parts are uploaded: from then on the object may exist.
+    /// Calls `before_completion` once all parts are uploaded, because the object may exist from then on.
     pub(super) async fn complete(mut self, before_completion: impl FnOnce()) -> Result<ObjectIdentity> {
         let completed = match self.wait_for_parts().await {
             Ok(()) => {
@@ -242,7 +243,7 @@ impl Multipart {
         };
         match completed {
             Ok(identity) => {
-                self.guard.done();
+                self.guard.disarm();
                 Ok(identity)
             }
             Err(error) => {
@@ -254,29 +255,29 @@ impl Multipart {
 
     async fn request_completion(&mut self) -> Result<ObjectIdentity> {
         let (key, id) = (&self.key, &self.id);
-        let doing = format!("cannot finish writing {key}");
-        let part = |sent: PartState| match sent {
+        let what_failed = format!("cannot finish writing {key}");
+        let part = |state: PartState| match state {
             PartState::Uploaded(content_id) => Some(PartId { content_id }),
             PartState::Unsent | PartState::InFlight => None,
         };
-        let parts: Option<Vec<_>> = std::mem::take(&mut self.sent).into_iter().map(part).collect();
+        let parts: Option<Vec<_>> = std::mem::take(&mut self.parts).into_iter().map(part).collect();
         let parts = parts.ok_or_else(|| Error::new(ErrorKind::Other, "a part was not sent"))?;
         let uploads = self.store.uploads()?;
         // A failed attempt may have completed the upload without an answer. A later attempt is then refused (404 for the
         // upload id; some stores answer 403), and the object is checked below.
         let was_tried = AtomicBool::new(false);
-        let put = || async {
+        let complete = || async {
             match uploads.complete(key, id, parts.clone()).await {
                 Ok(etag) => Ok(Ok(etag)),
                 Err(error) => {
-                    let error = self.store.failed(error, &doing).await;
+                    let error = self.store.failed(error, &what_failed).await;
                     let is_refused = matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Unauthorized);
                     let was_tried = was_tried.swap(true, Ordering::Relaxed);
                     if is_refused && was_tried { Ok(Err(error)) } else { Err(error) }
                 }
             }
         };
-        let refusal = match self.store.retry().run(put).await? {
+        let refusal = match self.store.retry().run(complete).await? {
             Ok(etag @ Some(_)) => return Ok(ObjectIdentity { etag, object_bytes: self.size }),
             // No ETag in the answer: read the object's identity.
             Ok(None) => None,
@@ -285,14 +286,14 @@ impl Multipart {
         match self.store.head(key).await? {
             Some(identity) if identity.object_bytes == self.size => Ok(identity),
             _ => {
-                let gone =
-                    Error::unavailable(format!("{doing}: the multipart upload no longer exists")).tier(Tier::Remote);
+                let gone = Error::unavailable(format!("{what_failed}: the multipart upload no longer exists"))
+                    .tier(Tier::Remote);
                 Err(refusal.map_or_else(|| gone.clone(), |refusal| gone.clone().cause(refusal)))
             }
         }
     }
 
-    /// Aborts the upload. Returns true if the store confirmed that it is gone.
+    /// Aborts the upload. Returns true if the store confirmed that the upload no longer exists.
     pub(super) async fn abort(mut self) -> bool {
         self.sending.shutdown().await;
         self.guard.abort().await
@@ -312,12 +313,12 @@ async fn send_part(
     bytes: Bytes,
     sha256: Option<Digest>,
 ) -> Result<PartId> {
-    let doing = format!("cannot write part {} of {key}", index + 1);
+    let what_failed = format!("cannot write part {} of {key}", index + 1);
     let uploads = store.uploads()?;
     let send = || async {
         match uploads.put_part(key, id, index, bytes.clone(), sha256).await {
             Ok(part) => Ok(part),
-            Err(error) => Err(store.failed_write(error, &doing).await),
+            Err(error) => Err(store.failed_write(error, &what_failed).await),
         }
     };
     store.retry().run(send).await
@@ -335,12 +336,12 @@ impl AbortGuard {
         Self { store, key, id: Some(id) }
     }
 
-    /// Disarms the guard after the upload was completed.
-    pub(super) fn done(&mut self) {
+    /// Disarms the guard. Called after the upload was completed.
+    pub(super) fn disarm(&mut self) {
         self.id = None;
     }
 
-    /// Aborts the upload now. Returns true if it is gone.
+    /// Aborts the upload now. Returns true if the store confirmed that it no longer exists.
     pub(super) async fn abort(&mut self) -> bool {
         let Some(id) = &self.id else { return true };
         let is_gone = abort(&self.store, &self.key, id).await;
@@ -360,11 +361,11 @@ impl Drop for AbortGuard {
     }
 }
 
-/// Aborts an upload, which may be gone already. Returns true if the store confirmed that it is gone.
+/// Aborts an upload. Returns true if the store confirmed that the upload no longer exists, now or before.
 pub(super) async fn abort(store: &Store, key: &Path, id: &str) -> bool {
     let Some(uploads) = store.backend().uploads() else { return true };
     let Err(error) = uploads.abort(key, id).await else { return true };
-    let error = store.failed(error, "cannot abort an upload").await;
+    let error = store.failed(error, "cannot abort a multipart upload").await;
     if error.kind() == ErrorKind::NotFound {
         return true;
     }

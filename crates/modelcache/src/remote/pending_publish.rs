@@ -2,13 +2,12 @@
 //! or read for the first time.
 //!
 //! [`Remote::begin`] acquires the claim and creates a multipart upload for each large file. The caller sends the parts.
-//! [`Remote::publish_pending`] then completes the uploads of verified files, and uploads all other files.
-//! Nothing is visible before that. If the pending publish is dropped, its uploads are aborted and its claim is
-//! released.
+//! [`Remote::publish_pending`] then completes the uploads of verified files, and uploads all other files. No object is
+//! visible before that. If the pending publish is dropped, its uploads are aborted and its claim is released.
 
 use super::claim::Claim;
 use super::multipart::{Multipart, SINGLE_BYTES_MAX};
-use super::publish::{LOOKS_IN_FLIGHT, PublishJob, RemoteManifest};
+use super::publish::{PublishJob, RemoteManifest, SMALL_REQUESTS_IN_FLIGHT};
 use super::{Folder, Remote, dedup_source, orphaned_uploads};
 use crate::digest::Digest;
 use crate::disk::LocalFile;
@@ -24,9 +23,9 @@ use std::io::Read as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Longest time for [`Remote::begin`]. A slow remote must not delay the download.
-const BEGIN_MAX: Duration = Duration::from_secs(5);
-/// Size of one read, in bytes.
+/// Timeout of [`Remote::begin`]. A slow remote must not delay the download.
+const BEGIN_TIMEOUT: Duration = Duration::from_secs(5);
+/// Size of one read of a local file, in bytes.
 const SLICE_BYTES: usize = 1 << 20;
 
 /// A publish that holds the claim and uploads files, but is not visible yet.
@@ -41,28 +40,29 @@ impl std::fmt::Debug for PendingPublish {
 struct PendingInner {
     claim: Claim,
     /// True if the version folder was found to hold no unmanaged objects.
-    checked: bool,
-    /// Incomplete uploads.
+    no_unmanaged: bool,
+    /// Uploads whose parts are not all sent.
     uploads: BTreeMap<FilePath, Multipart>,
-    /// Completely sent uploads, with the digest of the file.
+    /// Uploads whose parts are all sent, with the digest of the file.
     sent: BTreeMap<FilePath, (Multipart, Digest)>,
 }
 
 /// The state with which a publish continues under its claim.
-pub(super) struct Opened {
+pub(super) struct ClaimedPublish {
     pub(super) claim: Claim,
     /// True if the version folder was found to hold no unmanaged objects.
-    pub(super) checked: bool,
-    /// Completely sent uploads, with the digest of the file.
+    pub(super) no_unmanaged: bool,
+    /// Uploads whose parts are all sent, with the digest of the file.
     pub(super) sent: BTreeMap<FilePath, (Multipart, Digest)>,
 }
 
 impl Remote {
-    /// Starts to publish the files `paths` of `manifest`. Their digests need not be known. `files` are the local paths
-    /// of files that exist already.
+    /// Starts to publish the files `paths` of `manifest`. Their digests need not be known. `files` contains those that
+    /// exist on this disk already.
     ///
-    /// Returns `None` if no file is large enough to be uploaded early, or if something prevents it, such as a claim of
-    /// another writer. The publish that follows reports the reason if it persists.
+    /// Returns `None` if no file is large enough to be uploaded early, if a manifest is published already, or if an
+    /// early upload is not possible, for instance because another writer holds the claim. The publish that follows
+    /// reports the reason if it persists.
     pub(crate) async fn begin(
         &self,
         manifest: &Manifest,
@@ -73,7 +73,7 @@ impl Remote {
         if self.is_read_only() || self.refuses_writes() {
             return None;
         }
-        match within(BEGIN_MAX, begin(self, manifest, paths, files, sidecars)).await? {
+        match within(BEGIN_TIMEOUT, begin(self, manifest, paths, files, sidecars)).await? {
             Ok(pending) => pending,
             Err(error) => {
                 tracing::debug!(artifact = %manifest.key, %error, "cannot start the upload early");
@@ -98,14 +98,15 @@ async fn begin(
         return Ok(None);
     }
     let (folder, rewrite, progress) = (Folder::new(&manifest.key), BTreeSet::new(), Progress::new());
-    // The job needs only the paths of the files for its checks, not their content.
-    let places: BTreeMap<_, _> = paths.iter().map(|path| (path.clone(), LocalFile::from(PathBuf::new()))).collect();
+    // The checks of the job need the paths in the artifact only, so the local paths are empty.
+    let pathless_files: BTreeMap<_, _> =
+        paths.iter().map(|path| (path.clone(), LocalFile::from(PathBuf::new()))).collect();
     let job = PublishJob {
         remote,
         store,
         folder,
         manifest,
-        files: &places,
+        files: &pathless_files,
         force: false,
         rewrite: &rewrite,
         sidecars,
@@ -116,11 +117,11 @@ async fn begin(
     if !matches!(job.read_manifest().await?, RemoteManifest::Nothing) {
         return Ok(None);
     }
-    let checked = job.refuse_place().await?;
-    // Step 2: select the files that no other version has. The server copies the others later.
-    let (dedup_sources, mut unique) = (dedup_source::candidates(store, &job.folder).await, Vec::new());
+    let no_unmanaged = job.check_version_folder().await?;
+    // Step 2: select the files that no other version contains. The server copies the others at the publish.
+    let (candidates, mut unique) = (dedup_source::candidates(store, &job.folder).await, Vec::new());
     for (path, entry) in large {
-        if !may_be_duplicate(&dedup_sources, entry, files.get(path)).await {
+        if !may_be_duplicate(&candidates, entry, files.get(path)).await {
             unique.push((path.clone(), entry.size));
         }
     }
@@ -133,7 +134,7 @@ async fn begin(
             .await?;
     orphaned_uploads::abort_abandoned(store, &job.folder, &claim).await;
     let mut pending =
-        PendingPublish(Some(PendingInner { claim, checked, uploads: BTreeMap::new(), sent: BTreeMap::new() }));
+        PendingPublish(Some(PendingInner { claim, no_unmanaged, uploads: BTreeMap::new(), sent: BTreeMap::new() }));
     // Step 4: create the multipart uploads and record them in the claim.
     match pending.begin_uploads(&job, unique).await {
         Ok(()) => Ok(Some(pending)),
@@ -144,15 +145,16 @@ async fn begin(
     }
 }
 
-/// Returns true if another version may have this file, so that the server can copy it once its digest is known.
-async fn may_be_duplicate(dedup_sources: &[FileEntry], entry: &FileEntry, file: Option<&LocalFile>) -> bool {
-    for dedup_source in dedup_sources.iter().filter(|dedup_source| dedup_source.size == entry.size) {
-        let differs = match (entry.sha256, dedup_source.sha256, file) {
+/// Returns true if one of `candidates`, the files of other versions, may have the content of `entry`. The server can
+/// then copy the object once the digest is known.
+async fn may_be_duplicate(candidates: &[FileEntry], entry: &FileEntry, file: Option<&LocalFile>) -> bool {
+    for candidate in candidates.iter().filter(|candidate| candidate.size == entry.size) {
+        let differs = match (entry.sha256, candidate.sha256, file) {
             (Some(ours), Some(theirs), _) => ours != theirs,
-            // Size is equal and the digest unknown: compare the first part instead of hashing the whole file.
+            // The size is equal and the digest unknown: compare the first part instead of hashing the whole file.
             (None, Some(_), Some(file)) => {
-                let (file, dedup_source) = (file.clone(), dedup_source.clone());
-                tokio::task::spawn_blocking(move || first_part_differs(&file, &dedup_source)).await.unwrap_or(false)
+                let (file, candidate) = (file.clone(), candidate.clone());
+                tokio::task::spawn_blocking(move || first_part_differs(&file, &candidate)).await.unwrap_or(false)
             }
             _ => false,
         };
@@ -163,10 +165,10 @@ async fn may_be_duplicate(dedup_sources: &[FileEntry], entry: &FileEntry, file: 
     false
 }
 
-/// Returns true if the first part of the local file differs from that of `dedup_source`, according to the first
-/// checkpoint of its ladder. Returns false if there is none or the file cannot be read.
-fn first_part_differs(file: &LocalFile, dedup_source: &FileEntry) -> bool {
-    let Some((ladder, checkpoint)) = dedup_source.ladder.as_ref().and_then(|ladder| Some((ladder, ladder.after(0)?)))
+/// Returns true if the first part of the local file differs from that of `candidate`, according to the first checkpoint
+/// of its ladder. Returns false if `candidate` has no checkpoint or the local file cannot be read.
+fn first_part_differs(file: &LocalFile, candidate: &FileEntry) -> bool {
+    let Some((ladder, checkpoint)) = candidate.ladder.as_ref().and_then(|ladder| Some((ladder, ladder.after(0)?)))
     else {
         return false;
     };
@@ -195,7 +197,7 @@ impl PendingPublish {
         // that the next writer takes it over and lists the uploads of the folder.
         claim.set_leftovers();
         let begins: Vec<_> = files.into_iter().map(begin).collect();
-        let mut begins = futures::stream::iter(begins).buffer_unordered(LOOKS_IN_FLIGHT);
+        let mut begins = futures::stream::iter(begins).buffer_unordered(SMALL_REQUESTS_IN_FLIGHT);
         while let Some(multipart) = begins.next().await {
             let (path, multipart) = multipart?;
             uploads.insert(path, multipart);
@@ -203,7 +205,7 @@ impl PendingPublish {
         drop(begins);
         let ids = uploads.iter().map(|(path, multipart)| (multipart.id().to_owned(), path.clone()));
         claim.upload_registry().register(ids.collect::<Vec<_>>()).await;
-        // Recorded uploads do not count as leftovers: they are aborted by id before the claim is released.
+        // Recorded uploads do not count as leftovers, because they are aborted by id before the claim is released.
         if claim.inherited.is_empty() {
             claim.clear_leftovers();
         }
@@ -211,24 +213,24 @@ impl PendingPublish {
     }
 
     /// Takes the upload of a file, so that the caller can send its parts.
-    pub(crate) fn take(&mut self, path: &FilePath) -> Option<Multipart> {
+    pub(crate) fn take_upload(&mut self, path: &FilePath) -> Option<Multipart> {
         self.0.as_mut()?.uploads.remove(path)
     }
 
-    /// Returns the files that have an upload without parts.
+    /// Returns the files whose upload was created and not taken.
     pub(crate) fn paths(&self) -> Vec<FilePath> {
         self.0.iter().flat_map(|inner| inner.uploads.keys().cloned()).collect()
     }
 
-    /// Returns an upload that failed or is not needed. It is aborted by the publish.
-    pub(crate) fn give_up(&mut self, path: FilePath, multipart: Multipart) {
+    /// Takes back an upload that failed or is not needed. The publish aborts it.
+    pub(crate) fn discard(&mut self, path: FilePath, multipart: Multipart) {
         if let Some(inner) = &mut self.0 {
             inner.uploads.insert(path, multipart);
         }
     }
 
-    /// Returns a completely sent upload, with the digest of the file.
-    pub(crate) fn put_back(&mut self, path: FilePath, multipart: Multipart, sha256: Digest) {
+    /// Takes back an upload whose parts are all sent, with the digest of the file.
+    pub(crate) fn add_sent(&mut self, path: FilePath, multipart: Multipart, sha256: Digest) {
         if let Some(inner) = &mut self.0 {
             inner.sent.insert(path, (multipart, sha256));
         }
@@ -242,11 +244,11 @@ impl PendingPublish {
     }
 
     /// Aborts the incomplete uploads and returns the state for the publish.
-    pub(super) async fn open(mut self) -> Option<Opened> {
+    pub(super) async fn into_claimed(mut self) -> Option<ClaimedPublish> {
         let mut inner = self.0.take()?;
         inner.abort_uploads().await;
-        let PendingInner { claim, checked, sent, .. } = inner;
-        Some(Opened { claim, checked, sent })
+        let PendingInner { claim, no_unmanaged, sent, .. } = inner;
+        Some(ClaimedPublish { claim, no_unmanaged, sent })
     }
 }
 
@@ -268,7 +270,7 @@ impl PendingInner {
         }
     }
 
-    /// Aborts the uploads. If one fails, the claim stays for the next writer, which aborts the rest.
+    /// Aborts the incomplete uploads. If one cannot be aborted, the claim stays, and the next writer aborts it.
     async fn abort_uploads(&mut self) {
         if !abort_all(std::mem::take(&mut self.uploads).into_values()).await {
             self.claim.set_leftovers();
@@ -276,9 +278,9 @@ impl PendingInner {
     }
 }
 
-/// Aborts uploads concurrently. Returns true if all are gone.
+/// Aborts uploads concurrently. Returns true if the store confirmed that none of them exists any more.
 pub(super) async fn abort_all(uploads: impl Iterator<Item = Multipart>) -> bool {
     let aborts: Vec<_> = uploads.map(Multipart::abort).collect();
-    let gone: Vec<bool> = futures::stream::iter(aborts).buffer_unordered(LOOKS_IN_FLIGHT).collect().await;
+    let gone: Vec<bool> = futures::stream::iter(aborts).buffer_unordered(SMALL_REQUESTS_IN_FLIGHT).collect().await;
     gone.into_iter().all(|gone| gone)
 }

@@ -1,7 +1,8 @@
-//! An origin that reads the objects below a prefix of any bucket as an artifact, without manifest and checksums.
+//! [`Source`] implementation for the objects below a prefix of any bucket, read as an artifact of an origin.
 //!
-//! The listing serves as the manifest; a single object is an artifact of one file. Objects are read with `If-Match` and
-//! the listed ETag, so that an object replaced since the listing is detected.
+//! The bucket needs no manifest and no checksums: the listing serves as the manifest. A single object is an artifact of
+//! one file. Objects are read with `If-Match` and the listed ETag, so that an object replaced since the listing is
+//! detected.
 
 use super::backend::{Options, RemoteLocation};
 use super::store::{ReadBody, Store};
@@ -29,7 +30,7 @@ pub(crate) struct PrefixSource {
     found: OnceCell<Option<FoundObjects>>,
 }
 
-/// The bucket, opened, and its listing.
+/// The opened bucket and its listing.
 struct FoundObjects {
     store: Store,
     manifest: Manifest,
@@ -44,35 +45,35 @@ impl fmt::Debug for PrefixSource {
 }
 
 impl PrefixSource {
-    /// Sends no request. `config` supplies options and environment; its address is ignored.
+    /// Returns the source without sending a request. `config` supplies options and environment; its address is ignored.
     pub(crate) fn new(config: RemoteConfig, bucket: &str, prefix: &str, key: ArtifactKey, retry: Retry) -> Self {
         let (bucket, prefix) = (bucket.to_owned(), prefix.trim_matches('/').to_owned());
         Self { config, bucket, prefix, key, retry, found: OnceCell::new() }
     }
 
-    /// Returns the listing; the first call requests it.
+    /// Returns the listing. The first call requests it.
     async fn found(&self) -> Result<Option<&FoundObjects>> {
         Ok(self.found.get_or_try_init(|| self.find()).await?.as_ref())
     }
 
-    /// Opens the bucket and lists the prefix. Returns `None` if there is no object.
+    /// Opens the bucket and lists the prefix. Returns `None` if no object exists.
     async fn find(&self) -> Result<Option<FoundObjects>> {
-        let place = RemoteLocation::Bucket { bucket: self.bucket.clone(), prefix: self.prefix.clone() };
+        let location = RemoteLocation::Bucket { bucket: self.bucket.clone(), prefix: self.prefix.clone() };
         let options = Options::parse(&self.config)?;
         let (config, retry) = (self.config.clone(), self.retry.clone());
-        let opened = tokio::task::spawn_blocking(move || Store::open(&config, &place, &options, retry)).await;
-        let store =
-            opened.map_err(|cause| Error::new(ErrorKind::Other, "opening a bucket was cut short").cause(cause))??;
+        let opened = tokio::task::spawn_blocking(move || Store::open(&config, &location, &options, retry)).await;
+        let store = opened
+            .map_err(|cause| Error::new(ErrorKind::Other, "the task that opens a bucket failed").cause(cause))??;
         let root = store.root();
         let listed = store.list(root.as_ref()).await?.ok_or_else(|| {
             Error::new(ErrorKind::Unauthorized, format!("listing the bucket {} is not permitted", self.bucket))
-                .hint("grant s3:ListBucket on it")
+                .hint("grant s3:ListBucket on the bucket")
         })?;
         let mut rows = Vec::new();
         for object in listed {
             let Some(relative) = store.relative(&object.location) else { continue };
             let path = FilePath::new(relative).map_err(|error| {
-                Error::corrupt(format!("the bucket {} lists {relative:?}: {}", self.bucket, error.message()))
+                Error::corrupt(format!("the bucket {} has an object {relative:?}: {}", self.bucket, error.message()))
             })?;
             rows.push((
                 path,
@@ -80,7 +81,7 @@ impl PrefixSource {
                 ObjectIdentity { etag: object.e_tag, object_bytes: object.size },
             ));
         }
-        // No object below the prefix: it may be the key of a single object.
+        // If no object is below the prefix, the prefix may be the key of a single object.
         let shape = if rows.is_empty() { Shape::File } else { Shape::Tree };
         if let (Shape::File, Some(object)) = (shape, root) {
             let Some(identity) = store.head(&object).await? else { return Ok(None) };
@@ -101,7 +102,7 @@ impl PrefixSource {
 
     /// Opens a byte range of a file.
     async fn open(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
-        let missing = || Error::not_found(format!("there is no object for {path}"));
+        let missing = || Error::not_found(format!("the bucket {} has no object for {path}", self.bucket));
         let found = self.found().await?.ok_or_else(missing)?;
         let (location, identity) = found.objects.get(path).ok_or_else(missing)?;
         if range.end < range.start || range.end > identity.object_bytes {

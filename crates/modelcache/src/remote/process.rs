@@ -1,8 +1,8 @@
-//! Identity of a process, so that another process on the same machine can find out that it ended.
+//! Identity of a process, with which another process on the same machine can detect that the process has ended.
 //!
-//! A writer on the same machine need not wait for the expiry of a killed writer's claim. Nothing is concluded about a
-//! process of another machine, container or boot. If the kernel has reused the process id, the process counts as alive,
-//! which only costs the wait.
+//! A writer on the same machine then need not wait until the claim of a killed writer expires. A process of another
+//! machine, container or boot is never taken for ended. If the kernel has reused the process id, the process counts as
+//! alive, and the next writer waits until the claim expires.
 
 use rustix::io::Errno;
 use rustix::process::{Pid, test_kill_process};
@@ -29,9 +29,9 @@ impl Process {
     /// Returns true if the process has certainly ended.
     pub(super) fn has_ended(&self) -> bool {
         // A process id is meaningful only in the same boot and PID namespace.
-        let is_here = |current: Self| current.boot == self.boot && current.pid_namespace == self.pid_namespace;
+        let shares_pids = |current: Self| current.boot == self.boot && current.pid_namespace == self.pid_namespace;
         let pid = i32::try_from(self.pid).ok().and_then(Pid::from_raw);
-        match pid.filter(|_| Self::current().is_some_and(is_here)) {
+        match pid.filter(|_| Self::current().is_some_and(shares_pids)) {
             // `kill(pid, 0)` sends no signal; `ESRCH` means that there is no such process.
             Some(pid) => test_kill_process(pid) == Err(Errno::SRCH),
             None => false,

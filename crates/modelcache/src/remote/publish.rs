@@ -1,20 +1,20 @@
 //! Publishing: missing files are uploaded under a claim, and the manifest is written last.
 //!
-//! The manifest is the commit point (step 5 below). A failure or a kill before it leaves the old state, and a claim
-//! that lists the leftovers. After it, readers see the new state.
+//! The manifest is the commit point (step 5 below). After a failure or a kill before step 5, readers see the old state,
+//! and the claim lists the leftovers. After step 5, readers see the new state.
 //!
-//! A damaged manifest is replaced by the publish. A manifest in a newer format is an error.
+//! A publish replaces a damaged manifest. A manifest in a newer format is an error.
 
 use super::claim::{self, Claim, ListedFiles};
 use super::dedup_source::{self, DedupSource};
 use super::evict;
 use super::multipart::Multipart;
 use super::orphaned_uploads;
-use super::pending_publish::{Opened, PendingPublish, abort_all};
+use super::pending_publish::{ClaimedPublish, PendingPublish, abort_all};
 use super::refs;
-use super::store::{Condition, Store, Written};
+use super::store::{Condition, PutOutcome, Store};
 use super::upload::{FILES_IN_FLIGHT, Upload, Uploader};
-use super::{Conditions, Folder, MANIFEST, PublishOptions, Published, Remote};
+use super::{ConditionalWrites, Folder, MANIFEST, PublishOptions, Published, Remote};
 use crate::digest::Digest;
 use crate::disk::LocalFile;
 use crate::error::{Error, ErrorKind, Result};
@@ -28,10 +28,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-/// Concurrent HEAD and DELETE requests.
-pub(super) const LOOKS_IN_FLIGHT: usize = 16;
-/// Attempts to merge the manifest while another writer replaces it.
-const MERGES_MAX: usize = 5;
+/// Concurrent requests without large bodies: HEAD, DELETE, sidecars, and the start or abort of multipart uploads.
+pub(super) const SMALL_REQUESTS_IN_FLIGHT: usize = 16;
+/// Attempts to merge the manifest while other writers replace it.
+const MERGE_ATTEMPTS_MAX: usize = 5;
 
 /// The arguments of one publish: the artifact, its local files and the target.
 pub(super) struct PublishJob<'a> {
@@ -48,13 +48,13 @@ pub(super) struct PublishJob<'a> {
 
 /// The manifest on the remote, compared with the one to publish.
 pub(super) enum RemoteManifest {
-    /// There is none.
+    /// No manifest exists.
     Nothing,
-    /// It cannot be parsed, or belongs to another artifact.
+    /// The manifest cannot be parsed, or belongs to another artifact.
     Damaged,
-    /// It describes the same content.
+    /// The manifest describes the same content.
     Same(Manifest),
-    /// It describes other content, which `force` replaces. Contains the difference as an error.
+    /// The manifest describes other content, which `force` replaces. The error describes the difference.
     Other(Manifest, Error),
 }
 
@@ -74,19 +74,19 @@ pub(super) async fn publish(
     let uploads = job.uploads()?;
     job.refuse_sidecar_clash()?;
 
-    // Steps 1 to 3. A pending publish has done them already.
-    let opened = match pending {
-        Some(pending) => pending.open().await,
-        None => job.open(&uploads).await?,
+    // Steps 1 to 3 are in `acquire_claim`. A pending publish has done them already.
+    let claimed = match pending {
+        Some(pending) => pending.into_claimed().await,
+        None => job.acquire_claim(&uploads).await?,
     };
-    let Some(Opened { mut claim, checked, sent }) = opened else { return Ok(Published::default()) };
-    // Steps 4 to 6.
-    let done = job.under_claim(&mut claim, uploads, checked, sent).await;
+    let Some(ClaimedPublish { mut claim, no_unmanaged, sent }) = claimed else { return Ok(Published::default()) };
+    // Steps 4 to 6 are in `publish_under_claim`.
+    let result = job.publish_under_claim(&mut claim, uploads, no_unmanaged, sent).await;
     // Release the claim in every case. After a failure, abort the uploads that it lists first.
-    let released = if done.is_ok() { claim.release().await } else { claim.abandon().await };
-    match (done, released) {
-        (Ok(published), closed) => {
-            if let Err(error) = closed {
+    let released = if result.is_ok() { claim.release().await } else { claim.abandon().await };
+    match (result, released) {
+        (Ok(published), released) => {
+            if let Err(error) = released {
                 tracing::warn!(artifact = %manifest.key, %error, "published, but the claim could not be removed; it expires by itself");
             }
             remote.0.has_published.store(true, Ordering::Relaxed);
@@ -97,31 +97,31 @@ pub(super) async fn publish(
 }
 
 impl PublishJob<'_> {
-    /// Acquires the claim. Returns `None` if the remote holds every file and sidecar already.
-    async fn open(&self, uploads: &BTreeMap<FilePath, Upload>) -> Result<Option<Opened>> {
-        // Step 1: read the manifest. If every file is there and unchanged, no claim is needed.
-        let there = self.read_manifest().await?;
-        if let RemoteManifest::Same(there) = &there
-            && self.missing_sidecars(Some(there)).is_empty()
-            && self.missing_files(there, uploads).await?.is_empty()
+    /// Acquires the claim. Returns `None` if the remote has every file and sidecar already.
+    async fn acquire_claim(&self, uploads: &BTreeMap<FilePath, Upload>) -> Result<Option<ClaimedPublish>> {
+        // Step 1: read the manifest. If every object exists and is unchanged, no claim is needed.
+        let current = self.read_manifest().await?;
+        if let RemoteManifest::Same(current) = &current
+            && self.missing_sidecars(Some(current)).is_empty()
+            && self.missing_files(current, uploads).await?.is_empty()
         {
             return Ok(None);
         }
-        // Step 2: before the first publish of a version, refuse a place that cannot be a version folder.
-        let checked = matches!(there, RemoteManifest::Nothing) && self.refuse_place().await?;
+        // Step 2: before the first publish of a version, check that its folder can be a version folder.
+        let no_unmanaged = matches!(current, RemoteManifest::Nothing) && self.check_version_folder().await?;
         // Step 3: acquire the claim. If an expired one was taken over, abort the uploads of its writer.
-        let claim = Claim::acquire(self.remote, &self.folder, self.files_to_claim(&there)).await?;
+        let claim = Claim::acquire(self.remote, &self.folder, self.files_to_claim(&current)).await?;
         orphaned_uploads::abort_abandoned(self.store, &self.folder, &claim).await;
-        Ok(Some(Opened { claim, checked, sent: BTreeMap::new() }))
+        Ok(Some(ClaimedPublish { claim, no_unmanaged, sent: BTreeMap::new() }))
     }
 
-    /// Refuses a place that cannot be a version folder. Returns true if it holds no unmanaged objects, or false if
-    /// another writer is at work, so that this cannot be decided before the claim is held.
-    pub(super) async fn refuse_place(&self) -> Result<bool> {
+    /// Fails if the folder cannot be a version folder. Returns true if it has no unmanaged objects. Returns false if
+    /// another writer is publishing, so that this can be decided only under the claim.
+    pub(super) async fn check_version_folder(&self) -> Result<bool> {
         self.refuse_nested().await?;
         self.refuse_below_unmanaged().await?;
         self.refuse_object().await?;
-        match self.refuse_unmanaged_unclaimed().await {
+        match self.refuse_unmanaged_before_claim().await {
             // Another writer published the same artifact since step 1: the objects are not unmanaged.
             Err(error)
                 if error.kind() == ErrorKind::Conflict
@@ -129,13 +129,13 @@ impl PublishJob<'_> {
             {
                 Ok(false)
             }
-            checked => checked,
+            result => result,
         }
     }
 
     /// Returns source, target and expected digest of each file.
     fn uploads(&self) -> Result<BTreeMap<FilePath, Upload>> {
-        let one = |(path, file): (&FilePath, &LocalFile)| {
+        let upload_of = |(path, file): (&FilePath, &LocalFile)| {
             let entry = self.manifest.files.get(path);
             let entry = entry.ok_or_else(|| Error::invalid(format!("{path} is not in the manifest")))?;
             let sha256 = entry.sha256.ok_or_else(|| Error::invalid(format!("the digest of {path} is not known")))?;
@@ -143,7 +143,7 @@ impl PublishJob<'_> {
             let upload = Upload { path: path.clone(), object, file: file.clone(), size: entry.size, sha256 };
             Ok((path.clone(), upload))
         };
-        self.files.iter().map(one).collect()
+        self.files.iter().map(upload_of).collect()
     }
 
     /// Reads the manifest and compares its content with the one to publish.
@@ -153,9 +153,9 @@ impl PublishJob<'_> {
     pub(super) async fn read_manifest(&self) -> Result<RemoteManifest> {
         match self.folder.read_manifest(self.store).await {
             Ok(None) => Ok(RemoteManifest::Nothing),
-            Ok(Some((there, _))) => Ok(match there.agrees_with(self.manifest) {
-                Ok(()) => RemoteManifest::Same(there),
-                Err(error) if self.force => RemoteManifest::Other(there, error),
+            Ok(Some((current, _))) => Ok(match current.agrees_with(self.manifest) {
+                Ok(()) => RemoteManifest::Same(current),
+                Err(error) if self.force => RemoteManifest::Other(current, error),
                 Err(error) => return Err(error),
             }),
             Err(error) if error.kind() == ErrorKind::Corrupt => {
@@ -166,9 +166,9 @@ impl PublishJob<'_> {
         }
     }
 
-    /// Returns the files that the claim has to list: all that this publish may write, and with `force` the old objects,
-    /// which a kill may leave behind.
-    pub(super) fn files_to_claim(&self, there: &RemoteManifest) -> ListedFiles {
+    /// Returns the files that the claim must list: all that this publish may write and, with `force`, the old objects.
+    /// A killed publish may leave any of them behind.
+    pub(super) fn files_to_claim(&self, current: &RemoteManifest) -> ListedFiles {
         let mut listed: ListedFiles = self
             .files
             .keys()
@@ -177,63 +177,69 @@ impl PublishJob<'_> {
         if self.sidecars {
             listed.extend(self.files.keys().filter_map(|path| Some((sidecar_of(path).ok()?, None))));
         }
-        if let RemoteManifest::Other(old, _) = there {
+        if let RemoteManifest::Other(old, _) = current {
             listed.extend(evict::held(old));
         }
         listed
     }
 
-    /// Returns the files to upload: not in the manifest `there`, missing on the remote, or different from their record.
+    /// Returns the files to upload: not in the manifest `current`, missing on the remote, or different from their
+    /// record.
     async fn missing_files(
         &self,
-        there: &Manifest,
+        current: &Manifest,
         uploads: &BTreeMap<FilePath, Upload>,
     ) -> Result<BTreeSet<FilePath>> {
-        let looks = uploads.iter().map(|(path, upload)| async move {
-            let recorded = there.files.get(path).and_then(|entry| entry.on_remote());
-            let sound = match recorded.filter(|_| !self.rewrite.contains(path)) {
-                Some(recorded) => self.store.head(&upload.object).await?.is_some_and(|now| same_object(recorded, &now)),
+        let checks = uploads.iter().map(|(path, upload)| async move {
+            let recorded = current.files.get(path).and_then(|entry| entry.on_remote());
+            let is_intact = match recorded.filter(|_| !self.rewrite.contains(path)) {
+                Some(recorded) => {
+                    self.store.head(&upload.object).await?.is_some_and(|found| same_object(recorded, &found))
+                }
                 None => false,
             };
-            Ok((!sound).then(|| path.clone()))
+            Ok((!is_intact).then(|| path.clone()))
         });
-        futures::stream::iter(looks.collect::<Vec<_>>())
-            .buffer_unordered(LOOKS_IN_FLIGHT)
+        futures::stream::iter(checks.collect::<Vec<_>>())
+            .buffer_unordered(SMALL_REQUESTS_IN_FLIGHT)
             .try_filter_map(|path| async { Ok(path) })
             .try_collect()
             .await
     }
 
-    /// Fails if the artifact has a file with the name of a sidecar to write.
+    /// Fails if the artifact has a file with the path of a sidecar to write.
     pub(super) fn refuse_sidecar_clash(&self) -> Result<()> {
         for path in self.files.keys().filter(|_| self.sidecars) {
             let sidecar = sidecar_of(path)?;
             if self.manifest.files.contains_key(&sidecar) {
-                return Err(Error::invalid(format!("the artifact has a file {sidecar} of its own"))
-                    .hint("remove the file, or publish without --sidecar"));
+                return Err(Error::invalid(format!(
+                    "the artifact has a file {sidecar}, which is also the name of a checksum file to write"
+                ))
+                .hint("remove the file, or publish without --sidecar"));
             }
         }
         Ok(())
     }
 
-    /// Returns the files that need a sidecar: requested, and not recorded in the manifest `there`.
-    fn missing_sidecars(&self, there: Option<&Manifest>) -> Vec<(FilePath, Digest)> {
-        let has = |path: &FilePath| there.and_then(|there| there.files.get(path)).is_some_and(|entry| entry.sidecar);
+    /// Returns the files that need a sidecar. Empty if no sidecars are requested or the manifest `current` records all.
+    fn missing_sidecars(&self, current: Option<&Manifest>) -> Vec<(FilePath, Digest)> {
+        let has =
+            |path: &FilePath| current.and_then(|current| current.files.get(path)).is_some_and(|entry| entry.sidecar);
         let missing = self.files.keys().filter(|path| self.sidecars && !has(path));
         missing.filter_map(|path| Some((path.clone(), self.manifest.files.get(path)?.sha256?))).collect()
     }
 
-    /// Refuses a name inside another published version.
+    /// Fails if the name lies inside another published version.
     async fn refuse_nested(&self) -> Result<()> {
         let name = self.folder.key.name.as_str();
-        let ends = name.match_indices('/').map(|(at, _)| at).chain([name.len()]);
-        let looks = ends.map(|end| async move {
+        let ends = name.match_indices('/').map(|(slash, _)| slash).chain([name.len()]);
+        let checks = ends.map(|end| async move {
             let ancestor = &name[..end];
             let key = self.store.key(&format!("{ancestor}/{OWN_FOLDER}/{MANIFEST}"))?;
             Ok(self.store.head(&key).await?.map(|_| ancestor.to_owned()))
         });
-        let found: Vec<String> = futures::stream::iter(looks.collect::<Vec<_>>())
-            .buffer_unordered(LOOKS_IN_FLIGHT)
+        let found: Vec<String> = futures::stream::iter(checks.collect::<Vec<_>>())
+            .buffer_unordered(SMALL_REQUESTS_IN_FLIGHT)
             .try_filter_map(|found: Option<String>| async { Ok(found) })
             .try_collect()
             .await?;
@@ -247,30 +253,32 @@ impl PublishJob<'_> {
         }
     }
 
-    /// Refuses a name below unmanaged objects that are readable as a version. With a published version below them, they
-    /// would no longer be readable.
+    /// Fails if the name lies below unmanaged objects that are readable as a version. A version published below them
+    /// would make them unreadable.
     async fn refuse_below_unmanaged(&self) -> Result<()> {
         let name = self.folder.key.name.as_str();
-        let ends = name.match_indices('/').map(|(at, _)| at).chain([name.len()]);
+        let ends = name.match_indices('/').map(|(slash, _)| slash).chain([name.len()]);
         // Only an ancestor with a slash can be a name and a version.
         for ancestor in ends.map(|end| &name[..end]).filter(|ancestor| ancestor.contains('/')) {
             let key = self.store.key(ancestor)?;
             let found = match self.store.head(&key).await? {
                 Some(_) => Some(ancestor.to_owned()),
-                None => self.store.any_in(&key).await?,
+                None => self.store.first_nonempty_object(&key).await?,
             };
             if let Some(found) = found {
                 return Err(Error::new(
                     ErrorKind::Conflict,
                     format!("lies below {ancestor:?} on the remote, where another tool put {found:?}"),
                 )
-                .hint("choose another name: the objects there could no longer be read as a version"));
+                .hint(
+                    "choose another name: with a version published below them, these objects could no longer be read",
+                ));
             }
         }
         Ok(())
     }
 
-    /// Refuses a version folder with the key of another tool's object, which is readable as that version.
+    /// Fails if another tool's object has the key of the version folder. The object is readable as that version.
     async fn refuse_object(&self) -> Result<()> {
         match self.store.head(&self.store.key(&self.folder.base)?).await? {
             None => Ok(()),
@@ -282,9 +290,9 @@ impl PublishJob<'_> {
         }
     }
 
-    /// Refuses a folder with unmanaged objects before any write. Returns false while another writer holds a valid
-    /// claim, because its objects cannot be distinguished from unmanaged ones.
-    async fn refuse_unmanaged_unclaimed(&self) -> Result<bool> {
+    /// Fails if the folder has unmanaged objects. Called before the claim is acquired. Returns false while another
+    /// writer holds a valid claim, because its objects cannot be distinguished from unmanaged ones.
+    async fn refuse_unmanaged_before_claim(&self) -> Result<bool> {
         match claim::read(self.store, &self.folder).await? {
             Some((record, _)) if !record.has_expired() => Ok(false),
             // The objects listed in an expired claim are leftovers of a killed writer.
@@ -293,9 +301,9 @@ impl PublishJob<'_> {
         }
     }
 
-    /// Fails if the folder holds objects other than the `known` ones and our own records.
+    /// Fails if the folder has objects other than the `known` ones and modelcache's own records.
     async fn refuse_unmanaged(&self, known: &ListedFiles) -> Result<()> {
-        let unmanaged = match self.objects().await? {
+        let unmanaged = match self.objects_in_folder().await? {
             Some(objects) => {
                 objects.into_iter().find(|path| FilePath::new(path).map_or(true, |path| !known.contains_key(&path)))
             }
@@ -303,28 +311,34 @@ impl PublishJob<'_> {
         };
         match unmanaged {
             None => Ok(()),
-            Some(path) if path.ends_with(&format!("{OWN_FOLDER}/manifest.json")) => Err(Error::new(
+            Some(path) if path.ends_with(&format!("{OWN_FOLDER}/{MANIFEST}")) => Err(Error::new(
                 ErrorKind::Conflict,
-                format!("other artifacts are published below it on the remote, for example {:?}", self.below(&path)),
+                format!(
+                    "other artifacts are published below this artifact's folder on the remote, for example {:?}",
+                    self.folder_of_manifest(&path)
+                ),
             )
             .hint("choose another name or version: an artifact may not lie within another")),
             Some(path) => Err(Error::new(
                 ErrorKind::Conflict,
-                format!("the place on the remote holds objects that modelcache did not write, for example {path:?}"),
+                format!(
+                    "the artifact's folder on the remote has objects that modelcache did not write, for example \
+                     {path:?}"
+                ),
             )
             .hint(format!("remove the objects below {:?}, or choose another name or version", self.folder.base))),
         }
     }
 
     /// Returns the folder of the artifact that has its manifest at `path` below this folder.
-    fn below(&self, path: &str) -> String {
-        let inner = path.strip_suffix(&format!("/{OWN_FOLDER}/manifest.json")).unwrap_or(path);
+    fn folder_of_manifest(&self, path: &str) -> String {
+        let inner = path.strip_suffix(&format!("/{OWN_FOLDER}/{MANIFEST}")).unwrap_or(path);
         format!("{}/{inner}", self.folder.base)
     }
 
-    /// Returns the paths of the objects in the version folder, except our own records and the refs of names below it.
-    /// Returns `None` if listing is not permitted.
-    async fn objects(&self) -> Result<Option<Vec<String>>> {
+    /// Returns the paths of the objects in the version folder, except modelcache's own records and the refs of names
+    /// below the folder. Returns `None` if listing is not permitted.
+    async fn objects_in_folder(&self) -> Result<Option<Vec<String>>> {
         let base = self.store.key(&self.folder.base)?;
         let Some(objects) = self.store.list(Some(&base)).await? else { return Ok(None) };
         let inside =
@@ -333,24 +347,26 @@ impl PublishJob<'_> {
         Ok(Some(inside.filter(|path| !path.starts_with(&own) && !refs::is_ref(path)).map(str::to_owned).collect()))
     }
 
-    /// Returns one of the objects that this publish would overwrite, if any exists. Used if listing is not permitted.
+    /// Returns the path of an object that this publish would overwrite, or `None` if none exists. Used if listing is
+    /// not permitted.
     async fn any_target_exists(&self, known: &ListedFiles) -> Result<Option<String>> {
-        let looks = self.files.keys().filter(|path| !known.contains_key(*path)).map(|path| async move {
-            let there = self.store.head(&self.folder.object(self.store, path)?).await?;
-            Ok(there.map(|_| path.to_string()))
+        let checks = self.files.keys().filter(|path| !known.contains_key(*path)).map(|path| async move {
+            let existing = self.store.head(&self.folder.object(self.store, path)?).await?;
+            Ok(existing.map(|_| path.to_string()))
         });
-        let looks = futures::stream::iter(looks.collect::<Vec<_>>()).buffer_unordered(LOOKS_IN_FLIGHT);
+        let checks = futures::stream::iter(checks.collect::<Vec<_>>()).buffer_unordered(SMALL_REQUESTS_IN_FLIGHT);
         let found: Vec<String> =
-            looks.try_filter_map(|found: Option<String>| async { Ok(found) }).try_collect().await?;
+            checks.try_filter_map(|found: Option<String>| async { Ok(found) }).try_collect().await?;
         Ok(found.into_iter().next())
     }
 
-    /// Uploads the missing files and writes the manifest. The caller holds the claim.
-    async fn under_claim(
+    /// Uploads the missing files and writes the manifest. The caller holds the claim. `uploaded` are the completely
+    /// sent multipart uploads of a pending publish.
+    async fn publish_under_claim(
         &self,
         claim: &mut Claim,
         uploads: BTreeMap<FilePath, Upload>,
-        checked: bool,
+        no_unmanaged: bool,
         uploaded: BTreeMap<FilePath, (Multipart, Digest)>,
     ) -> Result<Published> {
         // Remove the temporary objects of killed writers.
@@ -358,48 +374,48 @@ impl PublishJob<'_> {
         self.store.backend().sweep_unfinished(&staging).await;
         // Read the manifest again: the previous holder of the claim may have published.
         let base = match self.read_manifest().await? {
-            RemoteManifest::Same(there) => Some(there),
-            RemoteManifest::Other(old, why) => {
-                tracing::info!(artifact = %self.folder.key, reason = why.message(), "replacing other content on the remote");
-                // The old version disappears before the new one is written: readers never see a mixture of both.
+            RemoteManifest::Same(current) => Some(current),
+            RemoteManifest::Other(old, difference) => {
+                tracing::info!(artifact = %self.folder.key, reason = difference.message(), "replacing other content on the remote");
+                // Remove the old version before the new one is written, so that readers never see a mixture of both.
                 claim.set_leftovers();
                 evict::remove(self.store, &self.folder, evict::held(&old)).await?;
                 None
             }
             RemoteManifest::Damaged => None,
             RemoteManifest::Nothing => {
-                // Not decidable before the claim was held.
-                if !checked {
+                // Step 2 was skipped or found another writer, so the folder is not checked yet.
+                if !no_unmanaged {
                     self.refuse_unmanaged(&claim.inherited).await?;
                 }
                 None
             }
         };
         let missing = match &base {
-            Some(there) => self.missing_files(there, &uploads).await?,
+            Some(current) => self.missing_files(current, &uploads).await?,
             None => uploads.keys().cloned().collect(),
         };
-        self.count_held(&uploads, &missing);
+        self.count_present(&uploads, &missing);
         // Step 4: upload the missing files, or let the server copy them from another version.
         let sent = self.send(claim, staging, uploads, &missing, uploaded).await?;
         let sidecars = self.write_sidecars(claim, base.as_ref()).await?;
         // Do not commit if another writer took the claim over: it may have removed our objects.
-        claim.check()?;
-        let bytes = |copied| {
-            sent.values().filter(|sent| sent.is_copy == copied).map(|sent| sent.identity.object_bytes).sum::<u64>()
+        claim.ensure_held()?;
+        let bytes = |is_copy| {
+            sent.values().filter(|sent| sent.is_copy == is_copy).map(|sent| sent.identity.object_bytes).sum::<u64>()
         };
-        let done = Published { uploaded_bytes: bytes(false), copied_bytes: bytes(true) };
+        let published_bytes = Published { uploaded_bytes: bytes(false), copied_bytes: bytes(true) };
         // Step 5: the commit point.
-        let published = self.write_manifest(sent, &sidecars).await?;
+        let manifest = self.write_manifest(sent, &sidecars).await?;
         // Step 6: remove the leftovers of an earlier writer that the manifest does not list.
-        self.sweep(claim, &published).await;
-        Ok(done)
+        self.sweep(claim, &manifest).await;
+        Ok(published_bytes)
     }
 
-    /// Counts the files that need no upload as done.
-    fn count_held(&self, uploads: &BTreeMap<FilePath, Upload>, missing: &BTreeSet<FilePath>) {
-        let held = uploads.iter().filter(|(path, _)| !missing.contains(*path));
-        self.progress.done(held.map(|(_, upload)| upload.size).sum());
+    /// Adds the files that need no upload to the progress.
+    fn count_present(&self, uploads: &BTreeMap<FilePath, Upload>, missing: &BTreeSet<FilePath>) {
+        let present = uploads.iter().filter(|(path, _)| !missing.contains(*path));
+        self.progress.done(present.map(|(_, upload)| upload.size).sum());
     }
 
     /// Uploads, copies or completes the `missing` files concurrently. `uploaded` are the completely sent multipart
@@ -430,16 +446,16 @@ impl PublishJob<'_> {
         let sends = uploads.into_iter().filter(|(path, _)| missing.contains(path));
         let sends = sends.map(|(path, upload)| (uploaded.remove(&path), path, upload));
         let sends = sends.map(|(uploaded, path, upload)| async move {
-            claim.check()?;
-            // Parts of a pending publish: only the completion is left. An object may exist from then on.
+            claim.ensure_held()?;
+            // A pending publish has uploaded the parts: only the completion is left. The object may exist from then on.
             if let Some((multipart, _)) = uploaded {
                 let identity = multipart.complete(|| claim.set_leftovers()).await?;
                 self.progress.done(upload.size);
                 return Ok((path, SentObject { identity, is_copy: false }));
             }
-            // Every way below creates an object that no manifest lists yet.
+            // The copy or the upload below creates an object that no manifest lists yet.
             claim.set_leftovers();
-            // A file in `rewrite` is uploaded: copies of its bytes may be wrong, too.
+            // A file in `rewrite` is not copied, because the objects of other versions may be wrong, too.
             let dedup_source = dedup_sources.get(&upload.sha256).filter(|_| !self.rewrite.contains(&path));
             if let Some(dedup_source) = dedup_source
                 && let Some(identity) =
@@ -482,21 +498,22 @@ impl PublishJob<'_> {
             self.store.put(&key, Bytes::from(line), Condition::Always).await?;
             Ok(path)
         });
-        let writes = futures::stream::iter(writes.collect::<Vec<_>>()).buffer_unordered(LOOKS_IN_FLIGHT);
+        let writes = futures::stream::iter(writes.collect::<Vec<_>>()).buffer_unordered(SMALL_REQUESTS_IN_FLIGHT);
         writes.try_collect().await
     }
 
-    /// Merges the new objects into the manifest on the remote, replaces it, and returns the result.
+    /// Merges the new objects into the manifest on the remote, and returns the manifest that was written.
     async fn write_manifest(
         &self,
         sent: BTreeMap<FilePath, SentObject>,
         sidecars: &BTreeSet<FilePath>,
     ) -> Result<Manifest> {
         let key = self.folder.manifest(self.store)?;
-        // Optimistic concurrency: read, merge, write on the condition that the manifest is unchanged, or start over.
-        for _ in 0..MERGES_MAX {
+        // Optimistic concurrency: read, merge, and write on the condition that the manifest is unchanged. Start over if
+        // it has changed.
+        for _ in 0..MERGE_ATTEMPTS_MAX {
             let (mut merged, etag) = match self.folder.read_manifest(self.store).await {
-                Ok(Some((there, identity))) => (there, Replaces::Object(identity.etag)),
+                Ok(Some((current, identity))) => (current, Replaces::Object(identity.etag)),
                 // No file is on the remote until this publish has uploaded it.
                 Ok(None) => (self.manifest.clone().without_holdings(), Replaces::Nothing),
                 Err(error) if error.kind() == ErrorKind::Corrupt => {
@@ -523,47 +540,48 @@ impl PublishJob<'_> {
         Err(Error::unavailable("the manifest on the remote keeps changing").transient(false).hint("try again"))
     }
 
-    /// Writes the manifest if the one that it replaces is unchanged. Returns false if another writer was faster.
-    async fn replace(&self, key: &object_store::path::Path, bytes: Bytes, replaces: &Replaces) -> Result<bool> {
+    /// Writes the manifest on the condition that the object that it replaces is unchanged. Returns false if another
+    /// writer was faster.
+    async fn replace(&self, key: &Path, bytes: Bytes, replaces: &Replaces) -> Result<bool> {
         let condition = match replaces {
-            _ if self.remote.conditions() == Conditions::Ignored => Condition::Always,
+            _ if self.remote.conditional_writes() == ConditionalWrites::Unsupported => Condition::Always,
             Replaces::Nothing => Condition::Absent,
             Replaces::Object(Some(etag)) => Condition::Matches(etag),
             Replaces::Object(None) => Condition::Always,
         };
         match self.store.put(key, bytes.clone(), condition).await? {
-            Written::Done(_) => Ok(true),
-            Written::Refused => Ok(false),
-            Written::Unsupported => {
+            PutOutcome::Done(_) => Ok(true),
+            PutOutcome::ConditionFailed => Ok(false),
+            PutOutcome::ConditionUnsupported => {
                 self.store.put(key, bytes, Condition::Always).await?;
                 Ok(true)
             }
         }
     }
 
-    /// On a store that ignores conditional writes, another writer may have replaced the manifest. Its content must then
-    /// agree with ours.
+    /// On a store without conditional writes, reads the manifest back, because another writer may have replaced it.
+    /// Fails if its content differs from `written`.
     async fn confirm(&self, written: Manifest) -> Result<Manifest> {
-        if self.remote.conditions() != Conditions::Ignored {
+        if self.remote.conditional_writes() != ConditionalWrites::Unsupported {
             return Ok(written);
         }
         match self.folder.read_manifest(self.store).await? {
-            Some((there, _)) => there.agrees_with(&written).map(|()| there),
+            Some((current, _)) => current.agrees_with(&written).map(|()| current),
             None => {
                 Err(Error::new(ErrorKind::Conflict, "another writer removed the artifact while it was being published"))
             }
         }
     }
 
-    /// Removes the leftovers of an earlier writer that the manifest does not list. An error does not fail the publish:
-    /// the claim then stays and still lists the leftovers.
+    /// Removes the leftovers of an earlier writer that the manifest does not list. After an error, the publish still
+    /// succeeds, and the claim stays and lists the leftovers.
     async fn sweep(&self, claim: &mut Claim, published: &Manifest) {
         let published = evict::held(published);
-        let holds = |path: &FilePath| published.contains_key(path);
+        let is_listed = |path: &FilePath| published.contains_key(path);
         let leftovers: ListedFiles = claim
             .inherited
             .iter()
-            .filter(|(path, _)| !holds(path))
+            .filter(|(path, _)| !is_listed(path))
             .map(|(path, digest)| (path.clone(), *digest))
             .collect();
         match evict::remove_objects(self.store, &self.folder, &leftovers).await {
@@ -575,7 +593,7 @@ impl PublishJob<'_> {
     }
 }
 
-/// A new object.
+/// An object that this publish uploaded or copied.
 struct SentObject {
     identity: ObjectIdentity,
     /// True if the server copied it from another version.
@@ -584,8 +602,9 @@ struct SentObject {
 
 /// Returns the path of the sidecar (checksum file) of `path`.
 pub(super) fn sidecar_of(path: &FilePath) -> Result<FilePath> {
-    FilePath::new(&format!("{path}.sha256"))
-        .map_err(|error| Error::invalid(format!("{path} can have no sidecar: {}", error.message())))
+    FilePath::new(&format!("{path}.sha256")).map_err(|error| {
+        Error::invalid(format!("the checksum file of {path} would have an invalid path: {}", error.message()))
+    })
 }
 
 /// The object that a manifest replaces: none, or one with this ETag (`None` to overwrite a damaged manifest).
@@ -594,11 +613,11 @@ enum Replaces {
     Object(Option<String>),
 }
 
-/// Returns true if an object is still the one that was `recorded`: same size, and same ETag if both are known.
-pub(super) fn same_object(recorded: &ObjectIdentity, now: &ObjectIdentity) -> bool {
-    let same_etag = match (&recorded.etag, &now.etag) {
-        (Some(recorded), Some(now)) => recorded == now,
+/// Returns true if `current` is still the `recorded` object: same size, and same ETag if both are known.
+pub(super) fn same_object(recorded: &ObjectIdentity, current: &ObjectIdentity) -> bool {
+    let same_etag = match (&recorded.etag, &current.etag) {
+        (Some(recorded), Some(current)) => recorded == current,
         _ => true,
     };
-    recorded.object_bytes == now.object_bytes && same_etag
+    recorded.object_bytes == current.object_bytes && same_etag
 }

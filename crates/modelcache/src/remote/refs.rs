@@ -1,14 +1,14 @@
 //! Refs: small objects on the remote that resolve a movable name to a version, shared by the fleet.
 //!
-//! For a name with an origin, a ref is the origin's last answer. It saves the other machines a request and may be lost.
-//! For a bare name, a ref is a tag. A tag is stored nowhere else: moving it is a rollout, moving it back a rollback. It
-//! records the digest that its version had when the tag was set.
+//! For a name with an origin, a ref records the version that the origin last returned. It saves other machines a
+//! request to the origin, and losing it does no harm. For a bare name, a ref is a tag, which is stored nowhere else. A
+//! tag records the digest that its version had when the tag was set.
 //!
 //! Writes are compare-and-swap by ETag. On a store that ignores conditional writes the last writer wins. A damaged ref
 //! is ignored with a warning and replaced by the next write; a ref in a newer format is left alone.
 
-use super::store::{Condition, Store, Written};
-use super::{Conditions, Remote};
+use super::store::{Condition, PutOutcome, Store};
+use super::{ConditionalWrites, Remote};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::{ArtifactName, OWN_FOLDER, Version, escape};
@@ -19,27 +19,27 @@ use object_store::path::Path;
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Number of this format. Refs with a higher number are left alone. Minor releases never raise it.
+/// Format number of refs. Refs with a higher number are never replaced. Minor releases do not raise the number.
 const FORMAT: u32 = 1;
 /// The folder of refs within [`OWN_FOLDER`].
 const REFS: &str = "refs";
 /// Largest ref accepted, in bytes.
 const REF_BYTES_MAX: u64 = 16 * 1024;
-/// Largest clock difference between two machines that is tolerated.
-const CLOCKS_DIFFER_MAX: Duration = Duration::from_secs(60);
-/// Attempts to set a tag while other writers move it.
-const MOVES_MAX: usize = 5;
+/// Largest tolerated clock difference between two machines.
+const CLOCK_SKEW_MAX: Duration = Duration::from_secs(60);
+/// Attempts to set a tag while other writers change it.
+const SET_TAG_ATTEMPTS_MAX: usize = 5;
 /// Concurrent reads of refs.
-const IN_FLIGHT: usize = 16;
+const READS_IN_FLIGHT: usize = 16;
 
 /// A movable name (a tag or a revision) and the version that it resolves to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RemoteRef {
     /// The movable name. The key of the object contains it in escaped and possibly shortened form.
     pub revision: String,
-    /// The version that it resolves to.
+    /// The version that the movable name resolves to.
     pub version: Version,
-    /// The source of the resolution.
+    /// The source of the resolution: a user or an origin.
     pub kind: RefKind,
     /// Time of the resolution, in seconds since the Unix epoch by the writer's clock.
     pub resolved_at_unix: u64,
@@ -54,7 +54,7 @@ pub struct RemoteRef {
 pub enum RefKind {
     /// A user, with `modelcache tag`.
     Tag,
-    /// The origin's answer.
+    /// An origin, in its answer to a request.
     Origin,
 }
 
@@ -74,21 +74,21 @@ impl RemoteRef {
         Self { revision, version, kind, resolved_at_unix: now.as_secs(), sha256 }
     }
 
-    /// Returns the age of the resolution at `now`. The age is unlimited if its time is further in the future than
-    /// clocks usually differ, so that a wrong clock cannot make a ref fresh forever.
+    /// Returns the age of the resolution at `now`. A resolution time up to [`CLOCK_SKEW_MAX`] in the future counts as
+    /// `now`. The age of a later one is unlimited, so that a wrong clock cannot make a ref fresh forever.
     pub fn age(&self, now: SystemTime) -> Duration {
         let since_epoch = Duration::from_secs(self.resolved_at_unix);
         let at = UNIX_EPOCH.checked_add(since_epoch).unwrap_or(UNIX_EPOCH);
         match now.duration_since(at) {
             Ok(age) => age,
-            Err(ahead) if ahead.duration() <= CLOCKS_DIFFER_MAX => Duration::ZERO,
+            Err(ahead) if ahead.duration() <= CLOCK_SKEW_MAX => Duration::ZERO,
             Err(_) => Duration::MAX,
         }
     }
 
     fn to_bytes(&self) -> Result<Bytes> {
         let text = serde_json::to_vec(&StoredRef { format: FORMAT, reference: self.clone() });
-        text.map(Bytes::from).map_err(|cause| Error::new(ErrorKind::Other, "cannot write a ref").cause(cause))
+        text.map(Bytes::from).map_err(|cause| Error::new(ErrorKind::Other, "cannot serialize a ref").cause(cause))
     }
 }
 
@@ -97,7 +97,7 @@ impl RemoteRef {
 enum RefObject {
     Usable(RemoteRef),
     Damaged,
-    /// It has this format, which is newer than [`FORMAT`].
+    /// A ref with this format number, which is higher than [`FORMAT`].
     Newer(u32),
 }
 
@@ -120,19 +120,23 @@ impl RefObject {
 
 /// A ref object with its ETag.
 struct FoundRef {
-    there: RefObject,
+    stored: RefObject,
     etag: Option<String>,
 }
 
-/// Returns true if `path`, below a name or version, is the key of a ref. Refs do not count as unmanaged objects.
+/// Returns true if `path`, relative to any folder of the remote, is the key of a ref. Refs do not count as unmanaged
+/// objects.
 pub(super) fn is_ref(path: &str) -> bool {
-    path.contains(&format!("/{OWN_FOLDER}/{REFS}/"))
+    let folder = format!("{OWN_FOLDER}/{REFS}/");
+    path.starts_with(&folder) || path.contains(&format!("/{folder}"))
 }
 
+/// Returns the folder of the refs of `name`.
 fn folder(store: &Store, name: &ArtifactName) -> Result<Path> {
     store.key(&format!("{name}/{OWN_FOLDER}/{REFS}"))
 }
 
+/// Returns the key of the ref of `revision`.
 fn object(store: &Store, name: &ArtifactName, revision: &str) -> Result<Path> {
     store.key(&format!("{name}/{OWN_FOLDER}/{REFS}/{}", escape(revision)))
 }
@@ -140,27 +144,28 @@ fn object(store: &Store, name: &ArtifactName, revision: &str) -> Result<Path> {
 async fn read(store: &Store, key: &Path) -> Result<Option<FoundRef>> {
     match store.get(key, REF_BYTES_MAX).await {
         Ok(read) => {
-            Ok(read.map(|(bytes, identity)| FoundRef { there: RefObject::from_bytes(&bytes), etag: identity.etag }))
+            Ok(read.map(|(bytes, identity)| FoundRef { stored: RefObject::from_bytes(&bytes), etag: identity.etag }))
         }
         // Larger than `REF_BYTES_MAX`.
         Err(error) if error.kind() == ErrorKind::Corrupt => {
-            Ok(Some(FoundRef { there: RefObject::Damaged, etag: None }))
+            Ok(Some(FoundRef { stored: RefObject::Damaged, etag: None }))
         }
         Err(error) => Err(error),
     }
 }
 
-/// Reads the ref of `revision`. A ref with another name inside, for instance a copied object, counts as damaged.
+/// Reads the ref of `revision`. A ref that records another revision, for instance a copied object, counts as damaged.
 async fn read_ref(store: &Store, name: &ArtifactName, revision: &str) -> Result<Option<FoundRef>> {
-    // A revision that is no valid key of this remote cannot exist there.
+    // A revision that is not a valid key of this remote has no ref.
     let Ok(key) = object(store, name, revision) else { return Ok(None) };
     let found = read(store, &key).await?;
-    Ok(found.map(|found| match found.there {
-        RefObject::Usable(there) if there.revision != revision => FoundRef { there: RefObject::Damaged, ..found },
-        there => FoundRef { there, ..found },
+    Ok(found.map(|found| match found.stored {
+        RefObject::Usable(stored) if stored.revision != revision => FoundRef { stored: RefObject::Damaged, ..found },
+        stored => FoundRef { stored, ..found },
     }))
 }
 
+/// Returns the error for a ref in a newer format.
 fn newer(format: u32) -> Error {
     Error::invalid(format!("the ref on the remote has format {format}; this release reads up to {FORMAT}"))
         .hint("update modelcache")
@@ -173,24 +178,24 @@ fn warn_damaged(name: &ArtifactName, revision: &str) {
 /// Replaces the ref that was `found` by `bytes`. Returns false if another writer was faster.
 async fn replace(remote: &Remote, store: &Store, key: &Path, bytes: Bytes, found: Option<&FoundRef>) -> Result<bool> {
     let condition = match found {
-        _ if remote.conditions() == Conditions::Ignored => Condition::Always,
+        _ if remote.conditional_writes() == ConditionalWrites::Unsupported => Condition::Always,
         None => Condition::Absent,
         Some(FoundRef { etag: Some(etag), .. }) => Condition::Matches(etag),
         Some(FoundRef { etag: None, .. }) => Condition::Always,
     };
     match store.put(key, bytes.clone(), condition).await? {
-        Written::Done(_) => Ok(true),
-        Written::Refused => Ok(false),
-        Written::Unsupported => store.put(key, bytes, Condition::Always).await.map(|_| true),
+        PutOutcome::Done(_) => Ok(true),
+        PutOutcome::ConditionFailed => Ok(false),
+        PutOutcome::ConditionUnsupported => store.put(key, bytes, Condition::Always).await.map(|_| true),
     }
 }
 
 /// Returns the origin's last recorded answer for `revision`. Damaged refs and refs in a newer format count as absent,
-/// because the origin can be asked again.
-pub(super) async fn answer(remote: &Remote, name: &ArtifactName, revision: &str) -> Result<Option<RemoteRef>> {
+/// because the caller can resolve the revision at the origin.
+pub(super) async fn origin_answer(remote: &Remote, name: &ArtifactName, revision: &str) -> Result<Option<RemoteRef>> {
     let Some(found) = read_ref(remote.store().await?, name, revision).await? else { return Ok(None) };
-    Ok(match found.there {
-        RefObject::Usable(there) => Some(there),
+    Ok(match found.stored {
+        RefObject::Usable(stored) => Some(stored),
         RefObject::Damaged => {
             warn_damaged(name, revision);
             None
@@ -202,18 +207,18 @@ pub(super) async fn answer(remote: &Remote, name: &ArtifactName, revision: &str)
     })
 }
 
-/// Records an origin's answer, unless the recorded one is newer or equal.
-pub(super) async fn write_answer(remote: &Remote, name: &ArtifactName, ours: &RemoteRef) -> Result<()> {
+/// Records an origin's answer, unless the recorded one is newer or equal. A ref in a newer format is left as it is.
+pub(super) async fn write_origin_answer(remote: &Remote, name: &ArtifactName, ours: &RemoteRef) -> Result<()> {
     let store = remote.store().await?;
     let found = read_ref(store, name, &ours.revision).await?;
     let now = SystemTime::now();
-    match found.as_ref().map(|found| &found.there) {
+    match found.as_ref().map(|found| &found.stored) {
         Some(RefObject::Newer(_)) => return Ok(()),
         Some(RefObject::Usable(theirs)) if theirs.age(now) < ours.age(now) || theirs == ours => return Ok(()),
         _ => {}
     }
     let key = object(store, name, &ours.revision)?;
-    // No retry: if another writer was faster, its answer is as recent as ours.
+    // No further attempt: if another writer was faster, its answer is as recent as ours.
     replace(remote, store, &key, ours.to_bytes()?, found.as_ref()).await.map(|_| ())
 }
 
@@ -223,8 +228,8 @@ pub(super) async fn write_answer(remote: &Remote, name: &ArtifactName, ours: &Re
 /// `Invalid` for a tag in a newer format. Treating it as absent could deploy the wrong version.
 pub(super) async fn tag(remote: &Remote, name: &ArtifactName, tag: &str) -> Result<Option<RemoteRef>> {
     let Some(found) = read_ref(remote.store().await?, name, tag).await? else { return Ok(None) };
-    match found.there {
-        RefObject::Usable(there) => Ok(Some(there)),
+    match found.stored {
+        RefObject::Usable(stored) => Ok(Some(stored)),
         RefObject::Newer(format) => Err(newer(format)),
         RefObject::Damaged => {
             warn_damaged(name, tag);
@@ -239,18 +244,18 @@ pub(super) async fn set_tag(remote: &Remote, name: &ArtifactName, ours: &RemoteR
     let key = object(store, name, &ours.revision)?;
     let mut before = None;
     // Compare-and-swap loop: read the tag, then replace it on the condition that it is unchanged.
-    for attempt in 0..MOVES_MAX {
+    for attempt in 0..SET_TAG_ATTEMPTS_MAX {
         let found = read_ref(store, name, &ours.revision).await?;
-        let there = match found.as_ref().map(|found| &found.there) {
+        let stored = match found.as_ref().map(|found| &found.stored) {
             Some(RefObject::Newer(format)) => return Err(newer(*format)),
-            Some(RefObject::Usable(there)) => Some(there.clone()),
+            Some(RefObject::Usable(stored)) => Some(stored.clone()),
             Some(RefObject::Damaged) | None => None,
         };
-        // The write of the previous attempt may have arrived although its answer did not.
-        if attempt > 0 && there.as_ref() == Some(ours) {
+        // The write of the previous attempt may have succeeded although its response was lost.
+        if attempt > 0 && stored.as_ref() == Some(ours) {
             return Ok(before);
         }
-        before = there;
+        before = stored;
         if replace(remote, store, &key, ours.to_bytes()?, found.as_ref()).await? {
             return Ok(before);
         }
@@ -260,8 +265,8 @@ pub(super) async fn set_tag(remote: &Remote, name: &ArtifactName, ours: &RemoteR
         .hint("let one writer at a time move the tag, then try again"))
 }
 
-/// Removes a tag and returns its value. With `only_to`, removes it only if it points to that version. Removes a damaged
-/// tag, too, unless `only_to` is given.
+/// Removes a tag and returns its value. With `only_to`, removes it only if it points to that version. Without
+/// `only_to`, removes a damaged tag, too.
 pub(super) async fn remove_tag(
     remote: &Remote,
     name: &ArtifactName,
@@ -270,18 +275,18 @@ pub(super) async fn remove_tag(
 ) -> Result<Option<RemoteRef>> {
     let store = remote.store().await?;
     let Some(found) = read_ref(store, name, tag).await? else { return Ok(None) };
-    let there = match found.there {
+    let stored = match found.stored {
         RefObject::Newer(format) => return Err(newer(format)),
-        RefObject::Usable(there) => Some(there),
+        RefObject::Usable(stored) => Some(stored),
         RefObject::Damaged => None,
     };
-    if only_to.is_some_and(|only_to| there.as_ref().is_none_or(|there| there.version != *only_to)) {
+    if only_to.is_some_and(|only_to| stored.as_ref().is_none_or(|stored| stored.version != *only_to)) {
         return Ok(None);
     }
-    // The delete is unconditional, so check the ETag just before it. A writer that moves the tag between the two
-    // requests loses its move.
+    // The delete is unconditional, so check the ETag just before it. A move of the tag between the two requests is
+    // lost.
     match read_ref(store, name, tag).await? {
-        Some(now) if now.etag == found.etag => store.delete(&object(store, name, tag)?).await?,
+        Some(current) if current.etag == found.etag => store.delete(&object(store, name, tag)?).await?,
         Some(_) => {
             let message = "another writer moved the tag while it was being removed";
             return Err(Error::unavailable(message).transient(false).hint("check the tag and try again"));
@@ -290,14 +295,14 @@ pub(super) async fn remove_tag(
     }
     // Remove the folders `refs` and `.modelcache` if they are empty.
     store.backend().remove_empty_folders(&folder(store, name)?, 1).await;
-    Ok(there)
+    Ok(stored)
 }
 
 /// Returns the refs of `name`: tags and origins' answers. Returns `None` if listing is not permitted.
 pub(super) async fn refs_of(remote: &Remote, name: &ArtifactName) -> Result<Option<Vec<RemoteRef>>> {
     let store = remote.store().await?;
     let Some(objects) = store.list(Some(&folder(store, name)?)).await? else { return Ok(None) };
-    let refs = refs_among(store, &objects, |of| of == name).await?;
+    let refs = refs_among(store, &objects, |listed| listed == name).await?;
     Ok(Some(refs.into_iter().map(|(_, found)| found).collect()))
 }
 
@@ -307,27 +312,29 @@ pub(super) async fn tags_among(store: &Store, objects: &[ObjectMeta]) -> Result<
     Ok(refs.into_iter().filter(|(_, found)| found.kind == RefKind::Tag).collect())
 }
 
-/// Reads the refs of `wanted` names among listed objects. Returns each with its name. Damaged refs are skipped.
+/// Reads the refs among listed objects whose names `is_wanted` accepts. Returns each with its name. Damaged refs are
+/// skipped.
 async fn refs_among(
     store: &Store,
     objects: &[ObjectMeta],
-    wanted: impl Fn(&ArtifactName) -> bool,
+    is_wanted: impl Fn(&ArtifactName) -> bool,
 ) -> Result<Vec<(ArtifactName, RemoteRef)>> {
     let names = objects.iter().filter_map(|meta| Some((name_of(store.relative(&meta.location)?)?, &meta.location)));
     let reads: Vec<_> =
-        names.filter(|(name, _)| wanted(name)).map(|(name, key)| read_listed(store, name, key)).collect();
-    let read: Vec<Option<_>> = futures::stream::iter(reads).buffered(IN_FLIGHT).try_collect().await?;
+        names.filter(|(name, _)| is_wanted(name)).map(|(name, key)| read_listed(store, name, key)).collect();
+    let read: Vec<Option<_>> = futures::stream::iter(reads).buffered(READS_IN_FLIGHT).try_collect().await?;
     Ok(read.into_iter().flatten().collect())
 }
 
-/// Reads one listed ref. Returns `None` if it was removed, is damaged, or is stored under the key of another ref.
+/// Reads one listed ref. Returns `None` if it was removed, is damaged or in a newer format, or is stored under the key
+/// of another ref.
 async fn read_listed(store: &Store, name: ArtifactName, key: &Path) -> Result<Option<(ArtifactName, RemoteRef)>> {
-    match read(store, key).await?.map(|found| found.there) {
+    match read(store, key).await?.map(|found| found.stored) {
         // Control characters could manipulate the terminal that shows the name.
-        Some(RefObject::Usable(there))
-            if *key == object(store, &name, &there.revision)? && !there.revision.contains(char::is_control) =>
+        Some(RefObject::Usable(stored))
+            if *key == object(store, &name, &stored.revision)? && !stored.revision.contains(char::is_control) =>
         {
-            Ok(Some((name, there)))
+            Ok(Some((name, stored)))
         }
         Some(_) => {
             tracing::warn!(%key, "skipping a ref on the remote that cannot be read");
@@ -385,12 +392,16 @@ mod tests {
     #[test]
     fn small_clock_differences_are_tolerated_and_no_ref_is_fresh_forever() {
         let now = UNIX_EPOCH + Duration::from_secs(1_000_000);
-        let at =
+        let resolved_at =
             |seconds| RemoteRef { resolved_at_unix: seconds, ..RemoteRef::now("a", &version("1"), RefKind::Tag, None) };
-        assert_eq!(at(999_990).age(now), Duration::from_secs(10));
-        assert_eq!(at(1_000_030).age(now), Duration::ZERO);
-        assert_eq!(at(2_000_000).age(now), Duration::MAX);
-        assert_eq!(at(u64::MAX).age(now), Duration::from_secs(1_000_000), "no time at all is the epoch");
+        assert_eq!(resolved_at(999_990).age(now), Duration::from_secs(10));
+        assert_eq!(resolved_at(1_000_030).age(now), Duration::ZERO);
+        assert_eq!(resolved_at(2_000_000).age(now), Duration::MAX);
+        assert_eq!(
+            resolved_at(u64::MAX).age(now),
+            Duration::from_secs(1_000_000),
+            "a time that `SystemTime` cannot represent counts as the epoch"
+        );
     }
 
     #[test]

@@ -3,7 +3,8 @@
 //! Ranges are read with `If-Match` and the ETag that the manifest records. An object with another ETag and the recorded
 //! size is read, too: copying a bucket changes ETags but not bytes, and the caller checks digests.
 //!
-//! Without a manifest, the source reads [unmanaged objects](super::unmanaged), and only as they were listed.
+//! Without a manifest, the source reads [unmanaged objects](super::unmanaged). It fails if one was replaced since it
+//! was listed.
 
 use super::store::ReadBody;
 use super::unmanaged::{self, UnmanagedObjects};
@@ -19,12 +20,12 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::OnceCell;
 
-/// One artifact on the remote. The manifest is requested once and kept.
+/// One artifact on the remote. The manifest is requested once and cached.
 pub struct RemoteSource {
     remote: Remote,
     folder: Folder,
-    known: OnceCell<Option<RemoteContents>>,
-    /// Current ETags of objects, where they differ from the recorded ones.
+    contents: OnceCell<Option<RemoteContents>>,
+    /// The current ETags of the objects whose ETag differs from the recorded one.
     etags: Mutex<HashMap<FilePath, Option<String>>>,
 }
 
@@ -51,12 +52,12 @@ impl fmt::Debug for RemoteSource {
 
 impl RemoteSource {
     pub(super) fn new(remote: Remote, key: ArtifactKey) -> Self {
-        Self { remote, folder: Folder::new(&key), known: OnceCell::new(), etags: Mutex::default() }
+        Self { remote, folder: Folder::new(&key), contents: OnceCell::new(), etags: Mutex::default() }
     }
 
-    /// Returns the content of the version folder; the first call requests it.
-    async fn known(&self) -> Result<Option<&RemoteContents>> {
-        let ask = || async {
+    /// Returns the content of the version folder, or `None` if it has none. The first call requests it.
+    async fn contents(&self) -> Result<Option<&RemoteContents>> {
+        let request = || async {
             let store = self.remote.store().await?;
             if let Some((manifest, _)) = self.folder.read_manifest(store).await? {
                 if manifest.files.is_empty() {
@@ -68,57 +69,59 @@ impl RemoteSource {
             }
             match unmanaged::at_key(store, &self.folder.key).await? {
                 Some(listing) => {
-                    let unmanaged = UnmanagedObjects::describe(store, &self.folder.key, Arc::new(listing)).await?;
+                    let unmanaged = UnmanagedObjects::from_listing(store, &self.folder.key, Arc::new(listing)).await?;
                     Ok(Some(RemoteContents::UnmanagedObjects(unmanaged)))
                 }
                 None => Ok(None),
             }
         };
-        Ok(self.known.get_or_try_init(ask).await?.as_ref())
+        Ok(self.contents.get_or_try_init(request).await?.as_ref())
     }
 
     /// Returns true if the content was requested and consists of unmanaged objects.
     pub(crate) fn is_unmanaged(&self) -> bool {
-        matches!(self.known.get(), Some(Some(RemoteContents::UnmanagedObjects(_))))
+        matches!(self.contents.get(), Some(Some(RemoteContents::UnmanagedObjects(_))))
     }
 
     /// Returns the identity of the object of `path` as recorded in the manifest.
     async fn recorded(&self, path: &FilePath) -> Result<ObjectIdentity> {
-        let known = self.known().await?;
-        let held = known.and_then(|known| known.manifest().files.get(path)?.on_remote());
-        held.cloned().ok_or_else(|| Error::not_found(format!("{path} is not held by the remote")))
+        let contents = self.contents().await?;
+        let recorded = contents.and_then(|contents| contents.manifest().files.get(path)?.on_remote());
+        recorded.cloned().ok_or_else(|| Error::not_found(format!("the remote has no object for {path}")))
     }
 
-    /// Returns the ETag to request: the current one if it was found to differ, else the recorded one.
+    /// Returns the ETag for the next request: the current one if it is known to differ, else the recorded one.
     fn etag(&self, path: &FilePath, recorded: &ObjectIdentity) -> Option<String> {
         let etags = self.etags.lock().unwrap_or_else(PoisonError::into_inner);
         etags.get(path).cloned().unwrap_or_else(|| recorded.etag.clone())
     }
 
-    /// Reads the current ETag of an object that differs from its record.
+    /// Reads the current ETag of an object whose recorded ETag no longer matches, and uses it from then on.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] if its size differs, too.
-    async fn relearn(&self, path: &FilePath, recorded: &ObjectIdentity) -> Result<Option<String>> {
+    async fn accept_current_etag(&self, path: &FilePath, recorded: &ObjectIdentity) -> Result<Option<String>> {
         let store = self.remote.store().await?;
-        let Some(now) = store.head(&self.folder.object(store, path)?).await? else {
-            return Err(Error::not_found(format!("{path} is listed in the manifest but missing")).hint(super::REPAIR));
+        let Some(current) = store.head(&self.folder.object(store, path)?).await? else {
+            return Err(
+                Error::not_found(format!("{path} is listed in the manifest but missing")).hint(super::REPAIR_HINT)
+            );
         };
-        if now.object_bytes != recorded.object_bytes {
+        if current.object_bytes != recorded.object_bytes {
             return Err(Error::corrupt(format!(
-                "{path} has {} bytes on the remote; published with {}",
-                now.object_bytes, recorded.object_bytes
+                "{path} has {} bytes on the remote, but its manifest records {}",
+                current.object_bytes, recorded.object_bytes
             ))
-            .hint(super::REPAIR));
+            .hint(super::REPAIR_HINT));
         }
         tracing::debug!(artifact = %self.folder.key, %path, "the object has another ETag than recorded; its bytes will be checked");
-        self.etags.lock().unwrap_or_else(PoisonError::into_inner).insert(path.clone(), now.etag.clone());
-        Ok(now.etag)
+        self.etags.lock().unwrap_or_else(PoisonError::into_inner).insert(path.clone(), current.etag.clone());
+        Ok(current.etag)
     }
 
     /// Opens a byte range of a file.
     async fn body(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
-        if let Some(RemoteContents::UnmanagedObjects(unmanaged)) = self.known().await? {
+        if let Some(RemoteContents::UnmanagedObjects(unmanaged)) = self.contents().await? {
             return unmanaged.read(self.remote.store().await?, path, range).await;
         }
         let recorded = self.recorded(path).await?;
@@ -126,18 +129,17 @@ impl RemoteSource {
         let object = self.folder.object(store, path)?;
         let wanted = |etag| ObjectIdentity { etag, object_bytes: recorded.object_bytes };
         let etag = self.etag(path, &recorded);
-        let gone = |error: Error| match error.kind() {
-            ErrorKind::NotFound => {
-                Error::not_found(format!("{path} is listed in the manifest but missing: {error}")).hint(super::REPAIR)
-            }
+        let explain_missing = |error: Error| match error.kind() {
+            ErrorKind::NotFound => Error::not_found(format!("{path} is listed in the manifest but missing: {error}"))
+                .hint(super::REPAIR_HINT),
             _ => error,
         };
-        let body = match store.read(&object, range.clone(), &wanted(etag)).await.map_err(gone)? {
+        let body = match store.read(&object, range.clone(), &wanted(etag)).await.map_err(explain_missing)? {
             // The object has another ETag: accept it if the size matches, and read again. The second read fails only if
             // the object was replaced in between.
             ReadBody::Changed => {
-                let etag = self.relearn(path, &recorded).await?;
-                store.read(&object, range, &wanted(etag)).await.map_err(gone)?
+                let etag = self.accept_current_etag(path, &recorded).await?;
+                store.read(&object, range, &wanted(etag)).await.map_err(explain_missing)?
             }
             body => body,
         };
@@ -155,8 +157,8 @@ impl Source for RemoteSource {
     }
 
     async fn manifest(&self) -> Result<Option<Manifest>> {
-        let known = self.known().await.context(&self.folder.key, Tier::Remote)?;
-        Ok(known.map(|known| known.manifest().clone()))
+        let contents = self.contents().await.context(&self.folder.key, Tier::Remote)?;
+        Ok(contents.map(|contents| contents.manifest().clone()))
     }
 
     async fn read(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
@@ -164,7 +166,7 @@ impl Source for RemoteSource {
     }
 
     fn stated_by(&self, path: &FilePath) -> Option<String> {
-        match self.known.get() {
+        match self.contents.get() {
             Some(Some(RemoteContents::UnmanagedObjects(unmanaged))) => unmanaged.stated_by(path).map(str::to_owned),
             _ => None,
         }

@@ -1,14 +1,14 @@
 //! The storage layer over a [`Backend`]: retries, translated errors, and absence as a value.
 //!
-//! Every operation is retried under the process's shared [`Retry`], except [`Store::read`], which the caller retries.
-//! `object_store`'s own retries are off, so that retries do not multiply. Absence is `None`. An unmet condition is the
-//! value [`Written::Refused`], not an error.
+//! Every operation is retried under the process's shared [`Retry`], except [`Store::read`], which the caller retries,
+//! and [`Store::written_at_ms`]. `object_store`'s own retries are off, so that retries do not multiply. Absence is
+//! `None`. An unmet condition is the value [`PutOutcome::ConditionFailed`], not an error.
 //!
-//! A create-only write may be refused because its own first attempt arrived without an answer. The caller must be able
-//! to recognise its own object.
+//! A create-only write may fail its condition because an earlier attempt of the same write succeeded and its response
+//! was lost. The caller must be able to recognise its own object.
 
 use super::backend::{
-    self, Backend, EndpointContext, LeftOut, MultipartUploads, Options, RemoteLocation, StoredChecksums,
+    self, Backend, EndpointContext, MultipartUploads, Options, RemoteLocation, SkippedKeys, StoredChecksums,
 };
 use crate::config::RemoteConfig;
 use crate::error::{Error, ErrorKind, Result, Tier};
@@ -44,31 +44,31 @@ pub(super) struct Store {
 
 impl fmt::Debug for Store {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (at, prefix) = (self.backend.at(), self.backend.prefix());
-        f.debug_struct("Store").field("at", at).field("prefix", &prefix).finish_non_exhaustive()
+        let (endpoint_context, prefix) = (self.backend.endpoint_context(), self.backend.prefix());
+        f.debug_struct("Store").field("at", endpoint_context).field("prefix", &prefix).finish_non_exhaustive()
     }
 }
 
-/// Condition of a write on the present object.
+/// Condition of a write on the existing object.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Condition<'a> {
     /// Unconditional.
     Always,
-    /// There is no object (`If-None-Match: *`).
+    /// No object exists (`If-None-Match: *`).
     Absent,
     /// The object has this ETag (`If-Match`).
     Matches(&'a str),
 }
 
-/// Result of a conditional write.
+/// Result of a write.
 #[derive(Debug)]
-pub(super) enum Written {
+pub(super) enum PutOutcome {
     /// The object was written.
     Done(ObjectIdentity),
-    /// The condition was not met.
-    Refused,
+    /// The condition was not met. Nothing was written.
+    ConditionFailed,
     /// The store does not support the condition. Nothing was written.
-    Unsupported,
+    ConditionUnsupported,
 }
 
 /// Result of reading a range of an object.
@@ -86,25 +86,32 @@ pub(super) enum ReadBody {
 
 impl Store {
     /// Sets up the clients without sending a request. Blocks while it reads AWS files and root certificates.
-    pub(super) fn open(config: &RemoteConfig, place: &RemoteLocation, options: &Options, retry: Retry) -> Result<Self> {
-        Ok(Self::new(backend::open(config, place, options, &retry)?, retry))
+    pub(super) fn open(
+        config: &RemoteConfig,
+        location: &RemoteLocation,
+        options: &Options,
+        retry: Retry,
+    ) -> Result<Self> {
+        Ok(Self::new(backend::open(config, location, options, &retry)?, retry))
     }
 
     pub(super) fn new(backend: Arc<dyn Backend>, retry: Retry) -> Self {
         Self { backend, retry, refusal: OnceLock::new(), listing_is_denied: AtomicBool::new(false) }
     }
 
-    /// Returns the backend, for the operations that need neither retries nor translated errors.
+    /// Returns the backend, for operations that are neither retried nor translated here.
     pub(super) fn backend(&self) -> &dyn Backend {
         &*self.backend
     }
 
-    /// Returns the multipart uploads.
+    /// Returns the backend's interface for multipart uploads.
     ///
     /// # Errors
-    /// [`ErrorKind::Other`] if the backend has none.
+    /// [`ErrorKind::Other`] if the backend does not support them.
     pub(super) fn uploads(&self) -> Result<&dyn MultipartUploads> {
-        self.backend.uploads().ok_or_else(|| Error::new(ErrorKind::Other, "the remote has no multipart uploads"))
+        self.backend
+            .uploads()
+            .ok_or_else(|| Error::new(ErrorKind::Other, "the remote does not support multipart uploads"))
     }
 
     /// Returns the key of `relative`, a path below the remote's prefix.
@@ -133,7 +140,7 @@ impl Store {
         (!prefix.is_empty()).then(|| Path::parse(prefix).ok()).flatten()
     }
 
-    /// Returns `key` without the remote's prefix.
+    /// Returns `key` without the remote's prefix, or `None` if the key is outside it.
     pub(super) fn relative<'a>(&self, key: &'a Path) -> Option<&'a str> {
         match self.backend.prefix() {
             "" => Some(key.as_ref()),
@@ -158,20 +165,20 @@ impl Store {
     }
 
     /// Returns the names of bucket, endpoint and region, for messages.
-    pub(super) fn at(&self) -> &EndpointContext {
-        self.backend.at()
+    pub(super) fn endpoint_context(&self) -> &EndpointContext {
+        self.backend.endpoint_context()
     }
 
-    /// Translates an error of `object_store`. `doing` is the failed operation.
-    pub(super) async fn failed(&self, error: object_store::Error, doing: &str) -> Error {
-        self.backend.explain(error, doing).await
+    /// Translates an error of `object_store`. `what_failed` is the failed operation.
+    pub(super) async fn failed(&self, error: object_store::Error, what_failed: &str) -> Error {
+        self.backend.explain(error, what_failed).await
     }
 
     /// Translates an error of a write as [`failed`](Self::failed) does. Remembers a refusal because of a missing
     /// permission, so that further writes are skipped.
-    pub(super) async fn failed_write(&self, error: object_store::Error, doing: &str) -> Error {
+    pub(super) async fn failed_write(&self, error: object_store::Error, what_failed: &str) -> Error {
         let refused = backend::refuses_write(&error);
-        let error = self.failed(error, doing).await;
+        let error = self.failed(error, what_failed).await;
         if !refused {
             return error;
         }
@@ -187,24 +194,24 @@ impl Store {
     /// `s3:ListBucket`, S3 answers 403 for a missing object, too.
     ///
     /// # Errors
-    /// `Unauthorized` with the server's answer if the object is listed and may not be read.
-    pub(super) async fn present<T>(
+    /// `Unauthorized` with the server's message if the object is listed and may not be read.
+    pub(super) async fn none_if_missing<T>(
         &self,
-        answer: object_store::Result<T>,
+        response: object_store::Result<T>,
         key: &Path,
-        doing: &str,
+        what_failed: &str,
     ) -> Result<Option<T>> {
-        match answer {
+        match response {
             Ok(value) => Ok(Some(value)),
             Err(error) if backend::is_ambiguous(&error) => match self.is_listed(key).await? {
-                Some(true) => Err(self.failed(error, doing).await),
+                Some(true) => Err(self.failed(error, what_failed).await),
                 Some(false) => Ok(None),
                 None => {
-                    warn_ambiguous(self.at(), Some(&self.failed(error, doing).await));
+                    warn_ambiguous(self.endpoint_context(), Some(&self.failed(error, what_failed).await));
                     Ok(None)
                 }
             },
-            Err(error) => match self.failed(error, doing).await {
+            Err(error) => match self.failed(error, what_failed).await {
                 error if error.kind() == ErrorKind::NotFound => Ok(None),
                 error => Err(error),
             },
@@ -234,24 +241,26 @@ impl Store {
     /// # Errors
     /// [`ErrorKind::Corrupt`] if the object is larger.
     pub(super) async fn get(&self, key: &Path, bytes_max: u64) -> Result<Option<(Bytes, ObjectIdentity)>> {
-        let doing = format!("cannot read {key}");
+        let what_failed = format!("cannot read {key}");
         self.retry
             .run(|| async {
-                let Some(answer) = self.present(self.backend.objects().get(key).await, key, &doing).await? else {
+                let Some(response) =
+                    self.none_if_missing(self.backend.objects().get(key).await, key, &what_failed).await?
+                else {
                     return Ok(None);
                 };
-                let identity = identity(&answer.meta);
+                let identity = identity(&response.meta);
                 let too_big = || Error::corrupt(format!("{key} has more than {bytes_max} bytes")).tier(Tier::Remote);
                 if identity.object_bytes > bytes_max {
                     return Err(too_big());
                 }
-                let limits = BodyLimits::answer(bytes_max, self.retry.read_timeout());
-                let (bytes, cut) = read_body(self.stream(answer, doing.clone()), limits).await;
-                if let Some(cut) = cut {
-                    return Err(cut.error(key, |error| error).tier(Tier::Remote));
+                let limits = BodyLimits::metadata(bytes_max, self.retry.read_timeout());
+                let (bytes, body_error) = read_body(self.stream(response, what_failed.clone()), limits).await;
+                if let Some(body_error) = body_error {
+                    return Err(body_error.into_error(key, |error| error).tier(Tier::Remote));
                 }
                 if bytes.len() as u64 != identity.object_bytes {
-                    let message = format!("{doing}: the answer has {} of {} bytes", bytes.len(), identity.object_bytes);
+                    let message = format!("{what_failed}: received {} of {} bytes", bytes.len(), identity.object_bytes);
                     return Err(Error::unavailable(message).tier(Tier::Remote));
                 }
                 Ok(Some((Bytes::from(bytes), identity)))
@@ -261,11 +270,11 @@ impl Store {
 
     /// Returns ETag and size of an object, or `None` if it does not exist.
     pub(super) async fn head(&self, key: &Path) -> Result<Option<ObjectIdentity>> {
-        let doing = format!("cannot examine {key}");
+        let what_failed = format!("cannot get the metadata of {key}");
         self.retry
             .run(|| async {
-                let answer = self.present(self.backend.objects().head(key).await, key, &doing).await?;
-                Ok(answer.map(|meta| identity(&meta)))
+                let response = self.none_if_missing(self.backend.objects().head(key).await, key, &what_failed).await?;
+                Ok(response.map(|meta| identity(&meta)))
             })
             .await
     }
@@ -273,27 +282,27 @@ impl Store {
     /// Returns the modification time of an object in milliseconds since the Unix epoch by the store's clock, or `None`
     /// if the object does not exist. Not retried.
     pub(super) async fn written_at_ms(&self, key: &Path) -> Result<Option<i64>> {
-        let doing = format!("cannot examine {key}");
-        let answer = self.present(self.backend.objects().head(key).await, key, &doing).await?;
-        Ok(answer.map(|meta| meta.last_modified.timestamp_millis()))
+        let what_failed = format!("cannot examine {key}");
+        let response = self.none_if_missing(self.backend.objects().head(key).await, key, &what_failed).await?;
+        Ok(response.map(|meta| meta.last_modified.timestamp_millis()))
     }
 
     /// Returns the names of the folders directly in `folder`, or none if listing is not permitted.
-    pub(super) async fn folders(&self, folder: &Path) -> Result<Vec<String>> {
-        let mut folders = Vec::new();
-        self.pages(Some(folder), true, |page| {
-            folders.extend(page.common_prefixes.iter().filter_map(|path| path.filename().map(str::to_owned)));
-            within_files_max(folders.len()).map(|()| true)
+    pub(super) async fn folder_names(&self, folder: &Path) -> Result<Vec<String>> {
+        let mut folder_names = Vec::new();
+        self.for_each_page(Some(folder), true, |page| {
+            folder_names.extend(page.common_prefixes.iter().filter_map(|path| path.filename().map(str::to_owned)));
+            within_files_max(folder_names.len()).map(|()| true)
         })
         .await?;
-        Ok(folders)
+        Ok(folder_names)
     }
 
-    /// Returns a non-empty object directly in `folder`. Our own records lie one level deeper, and folder markers are
-    /// empty. Returns `None` if there is none or listing is not permitted.
-    pub(super) async fn any_in(&self, folder: &Path) -> Result<Option<String>> {
+    /// Returns the key of a non-empty object directly in `folder`, or `None` if none exists or listing is not
+    /// permitted. Folder markers are empty, and modelcache's own records lie one level deeper.
+    pub(super) async fn first_nonempty_object(&self, folder: &Path) -> Result<Option<String>> {
         let mut found = None;
-        let listed = self.pages(Some(folder), true, |page| {
+        let listed = self.for_each_page(Some(folder), true, |page| {
             found = page.objects.iter().find(|object| object.size > 0).map(|object| object.location.to_string());
             Ok(found.is_none())
         });
@@ -308,12 +317,14 @@ impl Store {
     /// has one.
     pub(super) async fn read(&self, key: &Path, range: Range<u64>, wanted: &ObjectIdentity) -> Result<ReadBody> {
         let etag = wanted.etag.as_deref();
-        // It comes from a manifest or a listing. `object_store` panics if it cannot be sent.
+        // The ETag comes from a manifest or a listing. `object_store` panics on one that is not a valid header value.
         if etag.is_some_and(|etag| http::HeaderValue::from_str(etag).is_err()) {
-            return Err(Error::corrupt(format!("the ETag recorded for {key} has characters that no ETag can have"))
-                .tier(Tier::Remote));
+            return Err(Error::corrupt(format!(
+                "the ETag recorded for {key} contains characters that are invalid in an ETag"
+            ))
+            .tier(Tier::Remote));
         }
-        let doing = format!("cannot read {key}");
+        let what_failed = format!("cannot read {key}");
         let options = |ranged: bool| GetOptions {
             range: ranged.then(|| GetRange::Bounded(range.clone())),
             if_match: etag.map(str::to_owned),
@@ -321,50 +332,53 @@ impl Store {
         };
         // A server without range support sends the whole object, which `object_store` refuses: request it without a
         // range.
-        let answer = match self.backend.objects().get_opts(key, options(true)).await {
+        let response = match self.backend.objects().get_opts(key, options(true)).await {
             Err(error) if backend::ignores_range(&error) => self.backend.objects().get_opts(key, options(false)).await,
-            answer => answer,
+            response => response,
         };
-        match answer {
+        match response {
             // A store that ignores `If-Match` still sends the ETag and the size of the object.
-            Ok(answer)
-                if etag.is_some_and(|etag| is_another(etag, answer.meta.e_tag.as_deref()))
-                    || answer.meta.size != wanted.object_bytes =>
+            Ok(response)
+                if etag.is_some_and(|etag| etag_differs(etag, response.meta.e_tag.as_deref()))
+                    || response.meta.size != wanted.object_bytes =>
             {
                 Ok(ReadBody::Changed)
             }
-            Ok(answer) => Ok(ReadBody::Stream { start: answer.range.start, stream: self.stream(answer, doing) }),
+            Ok(response) => {
+                Ok(ReadBody::Stream { start: response.range.start, stream: self.stream(response, what_failed) })
+            }
             Err(error) if etag.is_some() && backend::condition_failed(&error) => Ok(ReadBody::Changed),
-            Err(error) => Err(self.failed(error, &doing).await),
+            Err(error) => Err(self.failed(error, &what_failed).await),
         }
     }
 
-    /// Returns the body of an answer. Fails if the connection is silent for the read timeout or has nearly stalled.
-    fn stream(&self, answer: object_store::GetResult, doing: String) -> BoxStream<'static, Result<Bytes>> {
-        let at = self.at().clone();
-        let silence = self.retry.read_timeout();
-        match answer.payload {
-            GetResultPayload::File(file, _) => file_stream(file, answer.range, doing, at),
+    /// Returns the body of a response. Fails if the connection is silent for the read timeout or has nearly stalled.
+    fn stream(&self, response: object_store::GetResult, what_failed: String) -> BoxStream<'static, Result<Bytes>> {
+        let endpoint_context = self.endpoint_context().clone();
+        let read_timeout = self.retry.read_timeout();
+        match response.payload {
+            GetResultPayload::File(file, _) => file_stream(file, response.range, what_failed, endpoint_context),
             GetResultPayload::Stream(stream) => {
                 let stream = stream.map_err({
-                    let doing = doing.clone();
-                    move |error| backend::translate(error, &doing, &at)
+                    let what_failed = what_failed.clone();
+                    move |error| backend::translate(error, &what_failed, &endpoint_context)
                 });
-                with_idle_limit(stream.boxed(), silence, doing)
+                with_idle_limit(stream.boxed(), read_timeout, what_failed)
             }
         }
     }
 
-    /// Returns the checksums of an object, or `None` if it does not exist or the backend states none.
+    /// Returns the checksums that the backend stores for an object, or `None` if the object does not exist or the
+    /// backend has no checksums.
     pub(super) async fn stored_checksums(&self, key: &Path) -> Result<Option<StoredChecksums>> {
-        let doing = format!("cannot examine {key}");
-        let ask = || async { self.present(self.backend.stored_checksums(key).await, key, &doing).await };
+        let what_failed = format!("cannot examine {key}");
+        let ask = || async { self.none_if_missing(self.backend.stored_checksums(key).await, key, &what_failed).await };
         self.retry.run(ask).await.map(Option::flatten)
     }
 
     /// Writes a small object in one request.
-    pub(super) async fn put(&self, key: &Path, bytes: Bytes, condition: Condition<'_>) -> Result<Written> {
-        let doing = format!("cannot write {key}");
+    pub(super) async fn put(&self, key: &Path, bytes: Bytes, condition: Condition<'_>) -> Result<PutOutcome> {
+        let what_failed = format!("cannot write {key}");
         let mode = match condition {
             Condition::Always => PutMode::Overwrite,
             Condition::Absent => PutMode::Create,
@@ -374,15 +388,17 @@ impl Store {
             .run(|| async {
                 let options = PutOptions { mode: mode.clone(), ..PutOptions::default() };
                 match self.backend.objects().put_opts(key, bytes.clone().into(), options).await {
-                    Ok(put) => Ok(Written::Done(ObjectIdentity { etag: put.e_tag, object_bytes: bytes.len() as u64 })),
-                    // 412. A 409 (concurrent conditional write) is transient and retried.
+                    Ok(put) => {
+                        Ok(PutOutcome::Done(ObjectIdentity { etag: put.e_tag, object_bytes: bytes.len() as u64 }))
+                    }
+                    // HTTP 412. A 409 (concurrent conditional write) is transient and retried.
                     Err(error) if !matches!(condition, Condition::Always) && backend::condition_failed(&error) => {
-                        Ok(Written::Refused)
+                        Ok(PutOutcome::ConditionFailed)
                     }
-                    Err(error) if !matches!(condition, Condition::Always) && backend::condition_unknown(&error) => {
-                        Ok(Written::Unsupported)
+                    Err(error) if !matches!(condition, Condition::Always) && backend::condition_unsupported(&error) => {
+                        Ok(PutOutcome::ConditionUnsupported)
                     }
-                    Err(error) => Err(self.failed_write(error, &doing).await),
+                    Err(error) => Err(self.failed_write(error, &what_failed).await),
                 }
             })
             .await
@@ -390,12 +406,12 @@ impl Store {
 
     /// Removes an object. Succeeds if it does not exist.
     pub(super) async fn delete(&self, key: &Path) -> Result<()> {
-        let doing = format!("cannot remove {key}");
+        let what_failed = format!("cannot remove {key}");
         self.retry
             .run(|| async {
                 match self.backend.objects().delete(key).await {
                     Ok(()) => Ok(()),
-                    Err(error) => match self.failed(error, &doing).await {
+                    Err(error) => match self.failed(error, &what_failed).await {
                         error if error.kind() == ErrorKind::NotFound => Ok(()),
                         error => Err(error),
                     },
@@ -406,7 +422,7 @@ impl Store {
 
     /// Lists every object below `prefix`. Returns `None` if listing is not permitted.
     pub(super) async fn list(&self, prefix: Option<&Path>) -> Result<Option<Vec<ObjectMeta>>> {
-        self.list_those(prefix, |_| true).await
+        self.list_matching(prefix, |_| true).await
     }
 
     /// Lists the objects below `prefix` that `wanted` accepts. Other objects are not kept in memory. Returns `None` if
@@ -414,13 +430,13 @@ impl Store {
     ///
     /// # Errors
     /// `Invalid` for more than [`limits::FILES_MAX`] accepted objects.
-    pub(super) async fn list_those(
+    pub(super) async fn list_matching(
         &self,
         prefix: Option<&Path>,
         wanted: impl Fn(&ObjectMeta) -> bool,
     ) -> Result<Option<Vec<ObjectMeta>>> {
         let mut objects = Vec::new();
-        let listed = self.pages(prefix, false, |page| {
+        let listed = self.for_each_page(prefix, false, |page| {
             objects.extend(page.objects.into_iter().filter(&wanted));
             within_files_max(objects.len()).map(|()| true)
         });
@@ -431,42 +447,44 @@ impl Store {
         }
     }
 
-    /// Lists the objects below `prefix` and passes each page to `take`, until `take` returns false. With `flat`, lists
-    /// only the objects and folders directly in `prefix`. Returns false if listing is not permitted.
+    /// Lists the objects below `prefix` and passes each page to `handle_page`, until `handle_page` returns false. With
+    /// `flat`, lists only the objects and folders directly in `prefix`. Returns false if listing is not permitted.
     ///
     /// # Errors
     /// `Corrupt` for a listing that does not end, see [`Paging`].
-    pub(super) async fn pages(
+    pub(super) async fn for_each_page(
         &self,
         prefix: Option<&Path>,
         flat: bool,
-        mut take: impl FnMut(ListResult) -> Result<bool>,
+        mut handle_page: impl FnMut(ListResult) -> Result<bool>,
     ) -> Result<bool> {
-        let doing = "cannot list the remote";
+        let what_failed = "cannot list the remote";
         let (mut paging, mut token) = (Paging::default(), None);
         loop {
             let page = self.retry.run(|| async {
                 match self.backend.list_page(prefix, flat, token.clone()).await {
                     Ok(page) => Ok(Some(page)),
                     Err(error) if backend::is_ambiguous(&error) => Ok(None),
-                    Err(error) => Err(self.failed(error, doing).await),
+                    Err(error) => Err(self.failed(error, what_failed).await),
                 }
             });
             let Some(PaginatedListResult { result, page_token }) = page.await? else { return Ok(false) };
-            // The last key of the page, including removed ones and folders. `Paging` checks that the pages advance.
-            let left_out = result.extensions.get::<LeftOut>().and_then(|LeftOut(keys)| keys.last().map(String::as_str));
+            // The last keys of the page: of its objects, its folders and the keys that the backend removed. `Paging`
+            // checks that the pages advance.
+            let skipped =
+                result.extensions.get::<SkippedKeys>().and_then(|SkippedKeys(keys)| keys.last().map(String::as_str));
             let last = [
                 result.objects.last().map(|object| object.location.as_ref()),
                 result.common_prefixes.last().map(AsRef::as_ref),
-                left_out,
+                skipped,
             ];
             let last = last.into_iter().flatten().collect::<Vec<_>>().join("\n");
             let next = page_token.as_deref().filter(|token| !token.is_empty());
             paging
-                .page(Some(last.as_str()).filter(|last| !last.is_empty()), next)
+                .record_page(Some(last.as_str()).filter(|last| !last.is_empty()), next)
                 .map_err(|error| error.tier(Tier::Remote))?;
             token = next.map(str::to_owned);
-            if !take(result)? || token.is_none() {
+            if !handle_page(result)? || token.is_none() {
                 return Ok(true);
             }
         }
@@ -483,52 +501,52 @@ fn within_files_max(entries: usize) -> Result<()> {
     }
 }
 
-/// Returns true if the ETag `now` is known and differs from `etag`. Quotes are ignored, because some stores omit them
-/// in listings.
-pub(super) fn is_another(etag: &str, now: Option<&str>) -> bool {
-    let bare = |etag: &str| etag.trim_matches('"').to_owned();
-    now.is_some_and(|now| bare(now) != bare(etag))
+/// Returns true if the ETag `current` is known and differs from `etag`. Quotes are ignored, because some stores omit
+/// them in listings.
+pub(super) fn etag_differs(etag: &str, current: Option<&str>) -> bool {
+    let unquoted = |etag: &str| etag.trim_matches('"').to_owned();
+    current.is_some_and(|current| unquoted(current) != unquoted(etag))
 }
 
 pub(super) fn identity(meta: &ObjectMeta) -> ObjectIdentity {
     ObjectIdentity { etag: meta.e_tag.clone(), object_bytes: meta.size }
 }
 
-/// Warns about ambiguous 403 answers, and quotes the answer. Once per process, because the bucket answers so for every
-/// missing object.
-pub(super) fn warn_ambiguous(at: &EndpointContext, answer: Option<&Error>) {
+/// Warns about an ambiguous 403, and quotes it. Warns once per process, because the bucket sends one for every missing
+/// object.
+pub(super) fn warn_ambiguous(context: &EndpointContext, response: Option<&Error>) {
     static WARNED: AtomicBool = AtomicBool::new(false);
     if !WARNED.swap(true, Ordering::Relaxed) {
         tracing::warn!(
-            bucket = at.container,
-            answer = answer.map(Error::message),
+            bucket = context.container,
+            response = response.map(Error::message),
             "the remote answers 403 for an object that may just be missing, and listing is not permitted; the object is treated as missing. Grant s3:ListBucket, and s3:GetObject if the object exists"
         );
     }
 }
 
-/// Ends a stream with an error if no bytes arrive for `silence`, or if the connection has nearly stalled.
+/// Ends a stream with an error if no bytes arrive for `read_timeout`, or if the connection has nearly stalled.
 fn with_idle_limit(
     stream: BoxStream<'static, Result<Bytes>>,
-    silence: Duration,
-    doing: String,
+    read_timeout: Duration,
+    what_failed: String,
 ) -> BoxStream<'static, Result<Bytes>> {
-    let stall = StallDetector::new(silence);
-    futures::stream::unfold(Some((stream, doing, stall)), move |state| async move {
-        let (mut stream, doing, mut stall) = state?;
-        let waiting = Instant::now();
-        match tokio::time::timeout(silence, stream.next()).await {
-            Ok(Some(Ok(chunk))) if stall.record(chunk.len() as u64, waiting.elapsed()) => {
-                let error = Error::unavailable(format!("{doing}: the connection has nearly stalled"));
+    let stall = StallDetector::new(read_timeout);
+    futures::stream::unfold(Some((stream, what_failed, stall)), move |state| async move {
+        let (mut stream, what_failed, mut stall) = state?;
+        let wait_start = Instant::now();
+        match tokio::time::timeout(read_timeout, stream.next()).await {
+            Ok(Some(Ok(chunk))) if stall.record(chunk.len() as u64, wait_start.elapsed()) => {
+                let error = Error::unavailable(format!("{what_failed}: the connection has nearly stalled"));
                 Some((Err(error.tier(Tier::Remote)), None))
             }
             Ok(Some(item)) => {
-                let next = item.is_ok().then_some((stream, doing, stall));
+                let next = item.is_ok().then_some((stream, what_failed, stall));
                 Some((item, next))
             }
             Ok(None) => None,
             Err(_) => {
-                let error = Error::unavailable(format!("{doing}: no bytes for {} s", silence.as_secs_f32()));
+                let error = Error::unavailable(format!("{what_failed}: no bytes for {} s", read_timeout.as_secs_f32()));
                 Some((Err(error.tier(Tier::Remote)), None))
             }
         }
@@ -540,13 +558,14 @@ fn with_idle_limit(
 fn file_stream(
     file: std::fs::File,
     range: Range<u64>,
-    doing: String,
-    at: EndpointContext,
+    what_failed: String,
+    endpoint_context: EndpointContext,
 ) -> BoxStream<'static, Result<Bytes>> {
     use std::os::unix::fs::FileExt as _;
     let file = Arc::new(file);
     futures::stream::try_unfold(range.start, move |offset| {
-        let (file, doing, at, end) = (file.clone(), doing.clone(), at.clone(), range.end);
+        let (file, what_failed, endpoint_context, end) =
+            (file.clone(), what_failed.clone(), endpoint_context.clone(), range.end);
         async move {
             let want = usize::try_from(end - offset).unwrap_or(usize::MAX).min(FILE_CHUNK_BYTES);
             if want == 0 {
@@ -564,8 +583,8 @@ fn file_stream(
                     let next = offset + bytes.len() as u64;
                     Ok(Some((bytes, next)))
                 }
-                Ok(Err(io)) => Err(backend::from_io(&io, &doing, &at)),
-                Err(_) => Err(Error::unavailable(format!("{doing}: cancelled")).tier(Tier::Remote)),
+                Ok(Err(io)) => Err(backend::from_io(&io, &what_failed, &endpoint_context)),
+                Err(_) => Err(Error::unavailable(format!("{what_failed}: cancelled")).tier(Tier::Remote)),
             }
         }
     })

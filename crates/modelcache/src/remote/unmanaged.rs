@@ -1,16 +1,16 @@
-//! Unmanaged objects: files that another tool put where an artifact would be. They are read and never written.
+//! Unmanaged objects: objects of another tool at the keys that an artifact would have. They are read and never written.
 //!
 //! Digests come from checksum files (`model.bin.sha256`, `SHA256SUMS` in the same folder or above), else from the
 //! object's metadata, else from the store's checksum. The checksum file nearest to a file takes precedence. Checksum
 //! files are not part of the artifact. Unusable ones are reported in a warning and ignored. A file without a checksum
 //! is trusted on first use: this disk records the digest of its first download.
 //!
-//! Every read is of the object that was listed. If it was replaced since, the read fails with a conflict, and the
+//! A read succeeds only if the object is still the one that was listed. Otherwise it fails with a conflict, and the
 //! caller lists again.
 
 use super::Remote;
 use super::listing::{self, Address, AddressLookup, Listing};
-use super::store::{ReadBody, Store};
+use super::store::{ReadBody, Store, etag_differs};
 use crate::digest::{Digest, Provenance};
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::{ArtifactKey, FilePath};
@@ -23,8 +23,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Concurrent reads of checksum files, and concurrent HEAD requests.
-const LOOKS_IN_FLIGHT: usize = 32;
+/// Concurrent reads of checksum files, and concurrent HEAD requests, of one artifact.
+const SMALL_REQUESTS_IN_FLIGHT: usize = 32;
 /// Largest checksum file for one file, in bytes.
 const SIDECAR_BYTES_MAX: u64 = 64 * 1024;
 /// Most names shown in a message.
@@ -51,36 +51,37 @@ type DigestsByFile = BTreeMap<FilePath, (Digest, String)>;
 struct ChecksumFile {
     /// Digests of existing files.
     found: Vec<(FilePath, Digest)>,
-    /// Files that it lists and that do not exist.
+    /// Files that the checksum file lists and that do not exist.
     absent: Vec<String>,
 }
 
 impl UnmanagedObjects {
-    /// Reads the checksums of the files of `listing` and builds the manifest. Logs a warning for each kind of anomaly.
-    pub(super) async fn describe(store: &Store, key: &ArtifactKey, listing: Arc<Listing>) -> Result<Self> {
+    /// Reads the checksums of the files of `listing` and builds the manifest. Logs a warning for each kind of problem
+    /// found.
+    pub(super) async fn from_listing(store: &Store, key: &ArtifactKey, listing: Arc<Listing>) -> Result<Self> {
         let (files, sidecars) = split(&listing);
         let mut digests = DigestsByFile::new();
-        let (mut useless, mut absent) = (Vec::new(), BTreeSet::new());
+        let (mut unusable, mut absent) = (Vec::new(), BTreeSet::new());
         // Step 1: checksum files, from the lowest precedence to the highest. A later one overrides an earlier one.
-        for (sidecar, stated) in read_all(store, &listing, &sidecars, &files).await? {
-            // For a single object, the other files of the folder were not listed and are not known to be absent.
+        for (sidecar, checksum_file) in read_checksum_files(store, &listing, &sidecars, &files).await? {
+            // For a single object, the other files of the folder were not listed, so it is unknown whether they exist.
             if !listing.single && sidecar.ends_with(SUMS) {
-                absent.extend(stated.absent);
+                absent.extend(checksum_file.absent);
             }
-            if stated.found.is_empty() {
-                useless.push(sidecar);
+            if checksum_file.found.is_empty() {
+                unusable.push(sidecar);
                 continue;
             }
-            for (path, digest) in stated.found {
-                let later = digests.insert(path.clone(), (digest, sidecar.clone()));
-                if let Some((earlier, by)) = later.filter(|(earlier, _)| *earlier != digest) {
-                    tracing::warn!(artifact = %key, %path, "{by} and {sidecar} list different digests ({earlier} and {digest}); {sidecar} counts");
+            for (path, digest) in checksum_file.found {
+                let overridden = digests.insert(path.clone(), (digest, sidecar.clone()));
+                if let Some((earlier, by)) = overridden.filter(|(earlier, _)| *earlier != digest) {
+                    tracing::warn!(artifact = %key, %path, "{by} and {sidecar} list different digests ({earlier} and {digest}); {sidecar} takes precedence");
                 }
             }
         }
         // Step 2: for the files without a digest, ask the store.
-        useless.extend(query_store_checksums(store, &listing, &files, &mut digests).await?);
-        // Step 3: build the manifest, with the listed objects as the held ones.
+        unusable.extend(query_store_checksums(store, &listing, &files, &mut digests).await?);
+        // Step 3: build the manifest. It records every listed object as the remote's.
         let mut manifest = Manifest::new(key.clone(), listing.shape(files.iter().cloned()));
         let mut stated_by = BTreeMap::new();
         for path in &files {
@@ -95,26 +96,27 @@ impl UnmanagedObjects {
         }
         manifest.check()?;
         let unmanaged = Self { listing, manifest, stated_by };
-        unmanaged.warn(&useless, &absent);
+        unmanaged.warn(&unusable, &absent);
         Ok(unmanaged)
     }
 
-    fn warn(&self, useless: &[String], absent: &BTreeSet<String>) {
-        let (artifact, left_out) = (&self.manifest.key, &self.listing.left_out);
-        if left_out.count > 0 {
-            tracing::warn!(%artifact, "{} objects are left out because their keys are not valid file paths: {}", left_out.count, some(&left_out.first));
+    /// Logs a warning for each kind of problem found.
+    fn warn(&self, unusable: &[String], absent: &BTreeSet<String>) {
+        let (artifact, skipped) = (&self.manifest.key, &self.listing.skipped);
+        if skipped.count > 0 {
+            tracing::warn!(%artifact, "skipping {} objects whose keys are not valid file paths: {}", skipped.count, quoted_names(&skipped.first));
         }
-        if !useless.is_empty() {
-            tracing::warn!(%artifact, "ignoring checksums without a usable digest: {}", some(useless));
+        if !unusable.is_empty() {
+            tracing::warn!(%artifact, "ignoring checksums without a usable digest: {}", quoted_names(unusable));
         }
         if !absent.is_empty() {
             let absent: Vec<_> = absent.iter().collect();
-            tracing::warn!(%artifact, "{} files listed in {SUMS} are not there ({}): the upload may be incomplete", absent.len(), some(&absent));
+            tracing::warn!(%artifact, "{} files listed in {SUMS} do not exist ({}): the upload may be incomplete", absent.len(), quoted_names(&absent));
         }
-        let unknown = unstated(&self.manifest);
+        let unknown = without_checksum(&self.manifest);
         if !unknown.is_empty() {
             let files = self.manifest.files.len();
-            tracing::warn!(%artifact, "no checksum available for {} of {files} files ({}), so their content cannot be verified; {REMEDY}", unknown.len(), some(&unknown));
+            tracing::warn!(%artifact, "no checksum available for {} of {files} files ({}), so their content cannot be verified; {ADD_CHECKSUMS_HINT}", unknown.len(), quoted_names(&unknown));
         }
     }
 
@@ -123,6 +125,7 @@ impl UnmanagedObjects {
         self.stated_by.get(path).map(String::as_str)
     }
 
+    /// Reads a byte range of a file.
     pub(super) async fn read(&self, store: &Store, path: &FilePath, range: Range<u64>) -> Result<Body> {
         self.listing.read(store, path, range).await
     }
@@ -154,18 +157,18 @@ impl AddressContents {
 }
 
 impl Remote {
-    /// Returns the content of `address`, or `None` if there is no object.
+    /// Returns the content of `address`, or `None` if no object exists.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] for a folder above published versions.
+    /// [`ErrorKind::Invalid`] if published versions lie below the address.
     pub(crate) async fn find(&self, address: &Address) -> Result<Option<AddressContents>> {
         let store = self.store().await?;
         match listing::look_up(store, address).await? {
             AddressLookup::Nothing => Ok(None),
             AddressLookup::UnmanagedObjects(listing) => Ok(Some(AddressContents::UnmanagedObjects(Arc::new(listing)))),
             AddressLookup::AboveVersions(version) => {
-                Err(Error::invalid(format!("versions are published below it, for example {version:?}"))
-                    .hint("name one of them"))
+                Err(Error::invalid(format!("versions are published below this address, for example {version:?}"))
+                    .hint("use the address of one version"))
             }
             AddressLookup::OwnRecords => {
                 let Some(mut manifest) = listing::published(store, address).await? else { return Ok(None) };
@@ -182,42 +185,46 @@ impl Remote {
 
     /// Reads the checksums of listed objects and returns them as an artifact.
     pub(crate) async fn describe(&self, key: &ArtifactKey, listing: &Arc<Listing>) -> Result<UnmanagedObjects> {
-        UnmanagedObjects::describe(self.store().await?, key, listing.clone()).await
+        UnmanagedObjects::from_listing(self.store().await?, key, listing.clone()).await
     }
 
-    /// Reads a byte range of a file of `found`.
-    pub(crate) async fn read_found(&self, found: &AddressContents, path: &FilePath, range: Range<u64>) -> Result<Body> {
+    /// Reads a byte range of a file of `contents`, which [`find`](Self::find) returned.
+    pub(crate) async fn read_found(
+        &self,
+        contents: &AddressContents,
+        path: &FilePath,
+        range: Range<u64>,
+    ) -> Result<Body> {
         let store = self.store().await?;
-        match found {
+        match contents {
             AddressContents::UnmanagedObjects(listing) => listing.read(store, path, range).await,
             AddressContents::Published(address, manifest) => {
                 let entry = manifest.files.get(path).ok_or_else(|| no_file(path))?;
-                // Read without `If-Match`. The digest is known, and a copied object has another ETag but the same
-                // bytes.
+                // Read without `If-Match`: the manifest has the digest, and a copied object has another ETag but the
+                // same bytes.
                 let held = ObjectIdentity { etag: None, object_bytes: entry.size };
                 read(store, &address.below(path.as_str()), path, &held, range).await
             }
         }
     }
 
-    /// Returns true if another tool put objects where the artifact `key` would be.
+    /// Returns true if the folder of the artifact `key` has objects of another tool.
     pub(crate) async fn has_unmanaged(&self, key: &ArtifactKey) -> Result<bool> {
         Ok(at_key(self.store().await?, key).await?.is_some())
     }
 
-    /// Fails if another tool put objects where the artifact `key` would be. They are not removed.
+    /// Fails if the folder of the artifact `key` has objects of another tool. modelcache does not remove these.
     pub(super) async fn refuse_unmanaged(&self, key: &ArtifactKey) -> Result<()> {
         let Some(listing) = at_key(self.store().await?, key).await? else { return Ok(()) };
-        let message =
-            format!("{:?} was put there by another tool, and is not modelcache's to remove", listing.address.base);
+        let message = format!("{:?} was uploaded by another tool; modelcache does not remove it", listing.address.base);
         Err(Error::new(ErrorKind::Conflict, message).hint(
             "remove it with that tool, for instance `aws s3 rm --recursive`; `--tier disk` removes the local copy only",
         ))
     }
 }
 
-/// Returns the unmanaged objects where the artifact `key` would be, if no manifest is published. Returns `None` for an
-/// artifact of an origin, because other tools do not know the layout of its key.
+/// Returns the unmanaged objects in the folder of the artifact `key`, or `None` if modelcache published it or no object
+/// exists. Returns `None` for an artifact of an origin, because other tools do not use the layout of its key.
 pub(super) async fn at_key(store: &Store, key: &ArtifactKey) -> Result<Option<Listing>> {
     if key.name.scheme().is_some() {
         return Ok(None);
@@ -230,10 +237,11 @@ pub(super) async fn at_key(store: &Store, key: &ArtifactKey) -> Result<Option<Li
 }
 
 fn no_file(path: &FilePath) -> Error {
-    Error::not_found(format!("there is no file {path}"))
+    Error::not_found(format!("the artifact has no file {path}"))
 }
 
 impl Listing {
+    /// Reads a byte range of a listed file.
     async fn read(&self, store: &Store, path: &FilePath, range: Range<u64>) -> Result<Body> {
         let listed = self.objects.get(path).ok_or_else(|| no_file(path))?;
         read(store, &self.key_of(path.as_str()), path, listed, range).await
@@ -241,18 +249,19 @@ impl Listing {
 }
 
 /// Hint for files without a checksum.
-pub(crate) const REMEDY: &str = "add checksums: `sha256sum FILE > FILE.sha256` beside each file, or one SHA256SUMS";
+pub(crate) const ADD_CHECKSUMS_HINT: &str =
+    "add checksums: `sha256sum FILE > FILE.sha256` beside each file, or one SHA256SUMS";
 
 /// Returns the files without a checksum. A digest of the first download (trust on first use) does not count.
-pub(crate) fn unstated(manifest: &Manifest) -> Vec<&FilePath> {
-    let stated = |entry: &FileEntry| {
+pub(crate) fn without_checksum(manifest: &Manifest) -> Vec<&FilePath> {
+    let has_checksum = |entry: &FileEntry| {
         (entry.sha256.is_some() || entry.git_oid.is_some()) && entry.provenance != Some(Provenance::FirstSeen)
     };
-    manifest.files.iter().filter(|(_, entry)| !stated(entry)).map(|(path, _)| path).collect()
+    manifest.files.iter().filter(|(_, entry)| !has_checksum(entry)).map(|(path, _)| path).collect()
 }
 
-/// Returns the first names, quoted and joined, for a message.
-pub(crate) fn some(names: &[impl ToString]) -> String {
+/// Returns the first [`NAMES_SHOWN`] names, quoted and joined, for a message.
+pub(crate) fn quoted_names(names: &[impl ToString]) -> String {
     let mut shown: Vec<String> = names.iter().take(NAMES_SHOWN).map(|name| format!("{:?}", name.to_string())).collect();
     if names.len() > NAMES_SHOWN {
         shown.push("…".into());
@@ -270,7 +279,7 @@ async fn read(store: &Store, key: &str, path: &FilePath, listed: &ObjectIdentity
     }
     let changed = || {
         Error::new(ErrorKind::Conflict, format!("{path} was replaced or removed after it was listed"))
-            .hint("run it again once nothing writes there")
+            .hint("run the command again when no tool changes these objects")
     };
     match store.read(&store.key(key)?, range, listed).await {
         Ok(ReadBody::Stream { start, stream }) => Ok(Body { start, stream }),
@@ -289,7 +298,7 @@ fn split(listing: &Listing) -> (BTreeSet<FilePath>, Vec<FilePath>) {
     };
     let files: BTreeSet<FilePath> = paths().filter(|path| !is_sidecar(path)).collect();
     match (listing.single, files.is_empty()) {
-        // A single object: its neighbours were not listed.
+        // A single object: the other objects of its folder were not listed.
         (true, _) => (paths().collect(), Vec::new()),
         (false, true) => (paths().collect(), Vec::new()),
         (false, false) => (files, paths().filter(is_sidecar).collect()),
@@ -297,9 +306,9 @@ fn split(listing: &Listing) -> (BTreeSet<FilePath>, Vec<FilePath>) {
 }
 
 /// Reads the checksum files and returns each with its content, from the lowest precedence to the highest: those of
-/// folders from the top down, then those of single files. A checksum file that is too large or not UTF-8 has no
-/// content.
-async fn read_all(
+/// folders from the top down, then those of single files. A checksum file that is too large or not UTF-8 counts as
+/// empty.
+async fn read_checksum_files(
     store: &Store,
     listing: &Listing,
     sidecars: &[FilePath],
@@ -310,10 +319,10 @@ async fn read_all(
         (true, Some(file)) => vec![(SUMS.to_owned(), false), (format!("{file}{SIDECAR}"), false)],
         _ => sidecars.iter().map(|path| (path.to_string(), true)).collect(),
     };
-    let rank = |path: &str| (path.ends_with(SIDECAR), path.matches('/').count(), path.to_owned());
-    wanted.sort_by_key(|(path, _)| rank(path));
+    let precedence = |path: &str| (path.ends_with(SIDECAR), path.matches('/').count(), path.to_owned());
+    wanted.sort_by_key(|(path, _)| precedence(path));
     let reads = wanted.into_iter().map(|(path, listed)| async move {
-        let bytes_max = if path.ends_with(SIDECAR) { SIDECAR_BYTES_MAX } else { limits::ANSWER_BYTES_MAX };
+        let bytes_max = if path.ends_with(SIDECAR) { SIDECAR_BYTES_MAX } else { limits::RESPONSE_BYTES_MAX };
         let text = match store.get(&store.key(&listing.key_of(&path))?, bytes_max).await {
             Ok(Some((bytes, _))) => String::from_utf8(bytes.into()).ok(),
             Ok(None) if !listed => return Ok(None),
@@ -324,7 +333,7 @@ async fn read_all(
         let found = text.map(|text| parse_checksum_file(&path, &text, files)).unwrap_or_default();
         Ok(Some((path, found)))
     });
-    let reads = futures::stream::iter(reads.collect::<Vec<_>>()).buffered(LOOKS_IN_FLIGHT);
+    let reads = futures::stream::iter(reads.collect::<Vec<_>>()).buffered(SMALL_REQUESTS_IN_FLIGHT);
     reads.try_filter_map(|read| async { Ok(read) }).try_collect().await
 }
 
@@ -333,21 +342,21 @@ async fn read_all(
 fn parse_checksum_file(sidecar: &str, text: &str, files: &BTreeSet<FilePath>) -> ChecksumFile {
     let folder = sidecar.rsplit_once('/').map_or_else(String::new, |(folder, _)| format!("{folder}/"));
     // The file that the checksum file is named after, if it exists.
-    let own = sidecar.strip_suffix(SIDECAR).and_then(|own| files.get(&FilePath::new(own).ok()?));
-    if let Some(own) = own {
-        let found = sidecar::digest_of(text, own.file_name()).map(|digest| (own.clone(), digest));
+    let target = sidecar.strip_suffix(SIDECAR).and_then(|target| files.get(&FilePath::new(target).ok()?));
+    if let Some(target) = target {
+        let found = sidecar::digest_of(text, target.file_name()).map(|digest| (target.clone(), digest));
         return ChecksumFile { found: found.into_iter().collect(), absent: Vec::new() };
     }
-    let named = sidecar::lines(text)
+    let listed = sidecar::lines(text)
         .filter_map(|line| Some((FilePath::new(&format!("{folder}{}", line.name?)).ok()?, line.digest)));
-    let (found, absent): (Vec<_>, Vec<_>) = named.partition(|(path, _)| files.contains(path));
-    // `sha256sum *` in a folder with checksum files lists those, too. They are not reported as absent.
+    let (found, absent): (Vec<_>, Vec<_>) = listed.partition(|(path, _)| files.contains(path));
+    // `sha256sum *` lists checksum files, too. They are not files of the artifact and are not reported as absent.
     let absent = absent.into_iter().map(|(path, _)| path.to_string());
     ChecksumFile { found, absent: absent.filter(|path| !path.ends_with(SIDECAR) && !path.ends_with(SUMS)).collect() }
 }
 
-/// Requests the store's checksums of the files that no checksum file lists, and adds them to `digests`. Returns the
-/// names of headers with invalid values.
+/// Requests the store's checksums of the files that `digests` lacks, and adds them. Returns the names of headers with
+/// invalid values.
 async fn query_store_checksums(
     store: &Store,
     listing: &Listing,
@@ -355,28 +364,28 @@ async fn query_store_checksums(
     digests: &mut DigestsByFile,
 ) -> Result<Vec<String>> {
     let unknown = files.iter().filter(|path| !digests.contains_key(*path));
-    let asked = unknown.map(|path| async move {
-        let stated = store.stored_checksums(&store.key(&listing.key_of(path.as_str()))?).await?;
-        Ok::<_, Error>(stated.map(|stated| (path, stated)))
+    let requests = unknown.map(|path| async move {
+        let stored = store.stored_checksums(&store.key(&listing.key_of(path.as_str()))?).await?;
+        Ok::<_, Error>(stored.map(|stored| (path, stored)))
     });
-    let answers: Vec<_> = futures::stream::iter(asked.collect::<Vec<_>>())
-        .buffer_unordered(LOOKS_IN_FLIGHT)
-        .try_filter_map(|answer| async { Ok(answer) })
+    let checksums: Vec<_> = futures::stream::iter(requests.collect::<Vec<_>>())
+        .buffer_unordered(SMALL_REQUESTS_IN_FLIGHT)
+        .try_filter_map(|stored| async { Ok(stored) })
         .try_collect()
         .await?;
-    let mut useless = Vec::new();
-    for (path, stated) in answers {
+    let mut unusable = Vec::new();
+    for (path, stored) in checksums {
         // The object was replaced since the listing: its checksum does not apply, and the read will fail.
         let listed = listing.objects.get(path).and_then(|listed| listed.etag.as_deref());
-        if super::store::is_another(listed.unwrap_or_default(), stated.etag.as_deref()) {
+        if etag_differs(listed.unwrap_or_default(), stored.etag.as_deref()) {
             continue;
         }
-        useless.extend(stated.garbage.map(|header| format!("{header} of {path}")));
-        if let Some((digest, header)) = stated.sha256 {
+        unusable.extend(stored.invalid_header.map(|header| format!("{header} of {path}")));
+        if let Some((digest, header)) = stored.sha256 {
             digests.insert(path.clone(), (digest, header.to_owned()));
         }
     }
-    Ok(useless)
+    Ok(unusable)
 }
 
 #[cfg(test)]
@@ -410,7 +419,7 @@ mod tests {
 
     #[test]
     fn long_lists_of_names_are_shortened() {
-        assert_eq!(some(&["a", "b"]), r#""a", "b""#);
-        assert_eq!(some(&["a", "b", "c", "d", "e"]), r#""a", "b", "c", "d", …"#);
+        assert_eq!(quoted_names(&["a", "b"]), r#""a", "b""#);
+        assert_eq!(quoted_names(&["a", "b", "c", "d", "e"]), r#""a", "b", "c", "d", …"#);
     }
 }

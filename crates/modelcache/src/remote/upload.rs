@@ -1,12 +1,12 @@
 //! Upload of local files: each file is read once, in order, and hashed while it is sent.
 //!
-//! An object becomes visible only after the digest of the file was verified: a small file is verified before its
-//! request, a large one before its multipart upload is completed. Multipart uploads are recorded in the claim, so that
-//! the next writer can abort those of a killed process. One memory budget bounds all uploads together.
+//! An object becomes visible only after the digest of the file was verified: a small file is verified before the
+//! request that uploads it, a large one before its multipart upload is completed. Multipart uploads are recorded in the
+//! claim, so that the next writer can abort those of a killed process. One memory budget bounds all uploads together.
 
 use super::claim::UploadRegistry;
-use super::multipart::{Multipart, PartMemory, SINGLE_BYTES_MAX, UploadMemory};
-use super::store::{Condition, Store, Written};
+use super::multipart::{Multipart, PartBuffer, SINGLE_BYTES_MAX, UploadMemory};
+use super::store::{Condition, PutOutcome, Store};
 use crate::digest::Digest;
 use crate::disk::LocalFile;
 use crate::error::{Error, ErrorKind, Result};
@@ -21,7 +21,7 @@ use std::fs::File;
 use std::io::Read as _;
 use std::sync::Arc;
 
-/// Size of one read, in bytes.
+/// Size of one read of a local file, in bytes.
 pub(super) const SLICE_BYTES: usize = 1 << 20;
 /// Concurrent uploads of files.
 pub(super) const FILES_IN_FLIGHT: usize = 32;
@@ -67,7 +67,8 @@ impl Uploader {
     /// Uploads one file.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] if size or digest of the file differ from the expected ones. No object appears then.
+    /// [`ErrorKind::Corrupt`] if size or digest of the file differ from the expected ones. The object is not created
+    /// then.
     pub(super) async fn send(&self, upload: Upload) -> Result<ObjectIdentity> {
         let identity = match self.store.backend().uploads() {
             None => self.whole_file(&upload).await?,
@@ -76,7 +77,7 @@ impl Uploader {
         };
         match identity.etag {
             Some(_) => Ok(identity),
-            // Some stores return no ETag from a write: read it, because the manifest records it.
+            // Some stores return no ETag for a write. Request it, because the manifest records it.
             None => Ok(self.store.head(&upload.object).await?.unwrap_or(identity)),
         }
     }
@@ -84,16 +85,16 @@ impl Uploader {
     /// Uploads a small file in one request.
     async fn single(&self, upload: &Upload) -> Result<ObjectIdentity> {
         let _permit = self.memory.reserve(upload.size).await?;
-        // Verified before the request, which makes the object visible.
+        // Verify the file before the request makes the object visible.
         let bytes = Reader::open(upload).await?.read_verified(upload).await?;
         let length = bytes.len() as u64;
         match self.store.put(&upload.object, bytes, Condition::Always).await? {
-            Written::Done(identity) => {
+            PutOutcome::Done(identity) => {
                 self.progress.done(length);
                 Ok(identity)
             }
-            Written::Refused | Written::Unsupported => {
-                Err(Error::unavailable(format!("the store refused {}", upload.object)))
+            PutOutcome::ConditionFailed | PutOutcome::ConditionUnsupported => {
+                Err(Error::unavailable(format!("the store refused the unconditional write of {}", upload.object)))
             }
         }
     }
@@ -103,8 +104,8 @@ impl Uploader {
         let mut multipart = Multipart::begin(&self.store, &self.memory, &upload.object, upload.size).await?;
         // Record the upload in the claim before its parts cost storage.
         self.registry.register([(multipart.id().to_owned(), upload.path.clone())]).await;
-        match self.parts(&mut multipart, upload).await {
-            // The digest of the whole file is verified now.
+        match self.send_parts(&mut multipart, upload).await {
+            // `send_parts` has verified the digest of the whole file.
             Ok(()) => multipart.complete(|| ()).await,
             Err(error) => {
                 multipart.abort().await;
@@ -114,10 +115,10 @@ impl Uploader {
     }
 
     /// Reads and sends all parts, then verifies the digest of the file.
-    async fn parts(&self, multipart: &mut Multipart, upload: &Upload) -> Result<()> {
+    async fn send_parts(&self, multipart: &mut Multipart, upload: &Upload) -> Result<()> {
         let mut reader = Reader::open(upload).await?;
-        for index in 0..multipart.parts() {
-            let (next, part) = reader.next_part(multipart.room(index).await?).await?;
+        for index in 0..multipart.part_count() {
+            let (next, part) = reader.next_part(multipart.reserve_part(index).await?).await?;
             reader = next;
             multipart.send(part, Some(&self.progress))?;
         }
@@ -128,8 +129,8 @@ impl Uploader {
     async fn whole_file(&self, upload: &Upload) -> Result<ObjectIdentity> {
         self.store.backend().put_file(upload, &self.staging).await?;
         self.progress.done(upload.size);
-        let gone = || Error::unavailable(format!("{} is gone from the remote", upload.object));
-        self.store.head(&upload.object).await?.ok_or_else(gone)
+        let missing = || Error::unavailable(format!("{} was removed from the remote after its upload", upload.object));
+        self.store.head(&upload.object).await?.ok_or_else(missing)
     }
 }
 
@@ -147,7 +148,7 @@ impl Reader {
     }
 
     /// Reads and hashes the next part.
-    async fn next_part(mut self, mut part: PartMemory) -> Result<(Self, PartMemory)> {
+    async fn next_part(mut self, mut part: PartBuffer) -> Result<(Self, PartBuffer)> {
         blocking(move || {
             part.fill(|buffer, part_hasher| self.read(buffer, part_hasher))?;
             Ok((self, part))
@@ -167,13 +168,13 @@ impl Reader {
         .await
     }
 
-    /// Verifies that the file ends here and has the expected digest.
+    /// Verifies that the file has no more bytes and has the expected digest.
     async fn finish(self, upload: &Upload) -> Result<()> {
         let expected = upload.sha256;
         blocking(move || self.check(expected)).await
     }
 
-    /// Fills `buffer` and updates the file's hasher, and `part_hasher` if given.
+    /// Fills `buffer` from the file and updates the file's hasher. Also updates `part_hasher` if it is `Some`.
     fn read(&mut self, buffer: &mut [u8], mut part_hasher: Option<&mut PartHasher>) -> Result<()> {
         for slice in buffer.chunks_mut(SLICE_BYTES) {
             self.file.read_exact(slice).map_err(|cause| match cause.kind() {
@@ -189,8 +190,9 @@ impl Reader {
         Ok(())
     }
 
+    /// Verifies that the file has no more bytes and has the digest `expected`. Blocks.
     fn check(mut self, expected: Digest) -> Result<()> {
-        // A read at the end of the file must return 0.
+        // A read at the end of the file returns 0.
         match self.file.read(&mut [0]) {
             Ok(0) => {}
             Ok(_) => return Err(changed(&self.path, "it is longer")),
@@ -208,8 +210,9 @@ pub(super) fn unreadable(path: &LocalFile, cause: std::io::Error) -> Error {
     Error::new(ErrorKind::Other, format!("cannot read {path}")).cause(cause)
 }
 
-pub(super) fn changed(path: &LocalFile, how: &str) -> Error {
-    Error::corrupt(format!("{path} changed before it was sent: {how}"))
+/// Returns the error for a local file that differs from the expected one; `difference` completes the message.
+pub(super) fn changed(path: &LocalFile, difference: &str) -> Error {
+    Error::corrupt(format!("{path} changed before it was sent: {difference}"))
 }
 
 pub(super) fn ensure_digest(expected: Digest, found: Digest, path: &LocalFile) -> Result<()> {

@@ -1,11 +1,11 @@
 //! Verification of an artifact on the remote: every object in the manifest is streamed, hashed and compared.
 //!
-//! Memory use does not depend on the size of the objects. An interrupted stream is resumed. An object with the right
-//! digest and another ETag than recorded is intact, because copying a bucket changes ETags. The remote is not changed;
-//! callers repair by publishing again.
+//! Memory use does not depend on the size of the objects. An interrupted stream is resumed. An object whose digest is
+//! right is intact even if its ETag differs from the recorded one, because copying a bucket changes ETags. The remote
+//! is not changed; callers repair it by publishing again.
 
 use super::store::{ReadBody, Store};
-use super::{Folder, REPAIR, Remote};
+use super::{Folder, REPAIR_HINT, Remote};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::finding::{BadPart, Finding, Problem, Verified};
 use crate::key::{ArtifactKey, FilePath};
@@ -27,11 +27,12 @@ struct VerifyJob<'a> {
     progress: &'a Progress,
 }
 
-/// Verifies the objects of `key` at the paths that `chosen` accepts. Returns `None` if the artifact is not published.
+/// Verifies the objects of `key` at the paths that `is_selected` accepts. Returns `None` if the artifact is not
+/// published.
 pub(super) async fn verify(
     remote: &Remote,
     key: &ArtifactKey,
-    chosen: &(dyn Fn(&FilePath) -> bool + Sync),
+    is_selected: &(dyn Fn(&FilePath) -> bool + Sync),
     rate_limiter: &RateLimiter,
     progress: &Progress,
 ) -> Result<Option<Verified>> {
@@ -41,11 +42,11 @@ pub(super) async fn verify(
     let manifest = match folder.read_manifest(store).await {
         Ok(None) => return Ok(None),
         Ok(Some((manifest, _))) => manifest,
-        // A damaged manifest is a finding. Without it there is nothing else to compare.
+        // A damaged manifest is a finding. Without a manifest, the objects cannot be compared.
         Err(error) if error.kind() == ErrorKind::Corrupt => {
             verified.findings.push(Finding {
                 detail: Some(error.message().to_owned()),
-                remedy: Some(REPAIR.to_owned()),
+                remedy: Some(REPAIR_HINT.to_owned()),
                 ..Finding::new(None, Problem::DamagedManifest)
             });
             return Ok(Some(verified));
@@ -55,7 +56,7 @@ pub(super) async fn verify(
     let held: Vec<(&FilePath, &FileEntry, &ObjectIdentity)> = manifest
         .files
         .iter()
-        .filter(|(path, _)| chosen(path))
+        .filter(|(path, _)| is_selected(path))
         .filter_map(|(path, entry)| Some((path, entry, entry.on_remote()?)))
         .collect();
     let _phase = progress.enter(Phase::Verify, held.iter().map(|(_, entry, _)| entry.size).sum());
@@ -76,37 +77,39 @@ impl VerifyJob<'_> {
             Some(Finding { expected: entry.sha256, detail, ..Finding::new(Some(path.clone()), problem) })
         };
         // The cheap checks first: existence and size.
-        let Some(now) = self.store.head(&object).await? else { return Ok(finding(Problem::Missing, None)) };
-        if now.object_bytes != entry.size {
-            let detail = format!("{} bytes, published with {}", now.object_bytes, entry.size);
+        let Some(current) = self.store.head(&object).await? else { return Ok(finding(Problem::Missing, None)) };
+        if current.object_bytes != entry.size {
+            let detail = format!("{} bytes; the manifest records {}", current.object_bytes, entry.size);
             return Ok(finding(Problem::WrongSize, Some(detail)));
         }
-        // Another ETag is no problem by itself, only a detail of one.
-        let replaced = match (&now.etag, &recorded.etag) {
-            (Some(now), Some(recorded)) if now != recorded => Some("its ETag is not the one recorded".to_owned()),
+        // Another ETag alone is not a problem. It becomes the detail of a digest mismatch.
+        let etag_note = match (&current.etag, &recorded.etag) {
+            (Some(current), Some(recorded)) if current != recorded => {
+                Some("its ETag is not the one recorded".to_owned())
+            }
             _ => None,
         };
-        let Some(hasher) = self.hash(&object, &now).await? else {
+        let Some(hasher) = self.hash(&object, &current).await? else {
             return Ok(finding(Problem::Missing, Some("it was removed or replaced while it was read".into())));
         };
         let (found, ladder) = hasher.finish();
         if entry.sha256.is_none_or(|expected| expected == found) {
             return Ok(None);
         }
-        // The first checkpoint that differs locates the first wrong part.
+        // The first checkpoint that differs shows which part is the first wrong one.
         let first = entry.ladder.as_ref().and_then(|expected| BadPart::first_between(expected, &ladder, entry.size));
         let bad_parts = first.into_iter().collect();
-        Ok(finding(Problem::WrongBytes, replaced).map(|finding| Finding { found: Some(found), bad_parts, ..finding }))
+        Ok(finding(Problem::WrongBytes, etag_note).map(|finding| Finding { found: Some(found), bad_parts, ..finding }))
     }
 
-    /// Hashes the whole object. Returns `None` if it was removed or replaced since `now`.
-    async fn hash(&self, object: &Path, now: &ObjectIdentity) -> Result<Option<LadderHasher>> {
-        let size = now.object_bytes;
+    /// Hashes the whole object. Returns `None` if it was removed or replaced since `current`.
+    async fn hash(&self, object: &Path, current: &ObjectIdentity) -> Result<Option<LadderHasher>> {
+        let size = current.object_bytes;
         let mut hasher = LadderHasher::new(part_size(size));
         let mut attempts = self.store.retry().attempts();
         while hasher.position() < size {
             let before = hasher.position();
-            match self.read_on(object, now, &mut hasher).await {
+            match self.continue_hashing(object, current, &mut hasher).await {
                 Ok(true) => {}
                 Ok(false) => return Ok(None),
                 Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
@@ -123,26 +126,31 @@ impl VerifyJob<'_> {
     }
 
     /// Streams the object from the position of `hasher` to the end. Returns false if the object was replaced.
-    async fn read_on(&self, object: &Path, now: &ObjectIdentity, hasher: &mut LadderHasher) -> Result<bool> {
-        let size = now.object_bytes;
-        let ReadBody::Stream { start, mut stream } = self.store.read(object, hasher.position()..size, now).await?
+    async fn continue_hashing(
+        &self,
+        object: &Path,
+        current: &ObjectIdentity,
+        hasher: &mut LadderHasher,
+    ) -> Result<bool> {
+        let size = current.object_bytes;
+        let ReadBody::Stream { start, mut stream } = self.store.read(object, hasher.position()..size, current).await?
         else {
             return Ok(false);
         };
-        // A server that ignores ranges sends the object from its start: skip the bytes hashed already.
+        // A server that ignores ranges sends the object from its start: skip the bytes that are hashed already.
         let mut skip = hasher.position().saturating_sub(start);
         while let Some(chunk) = stream.try_next().await? {
             let skipped = skip.min(chunk.len() as u64);
             skip -= skipped;
             let left = usize::try_from(size - hasher.position()).unwrap_or(usize::MAX);
-            let fresh = &chunk[usize::try_from(skipped).unwrap_or(chunk.len())..];
-            if fresh.len() > left {
-                return Err(Error::corrupt(format!("{object}: the server sent more than was asked for")));
+            let unhashed = &chunk[usize::try_from(skipped).unwrap_or(chunk.len())..];
+            if unhashed.len() > left {
+                return Err(Error::corrupt(format!("{object}: the server sent more bytes than requested")));
             }
-            hasher.update(fresh);
-            self.progress.received(Tier::Remote, fresh.len() as u64);
-            self.progress.done(fresh.len() as u64);
-            self.rate_limiter.wait(fresh.len() as u64).await;
+            hasher.update(unhashed);
+            self.progress.received(Tier::Remote, unhashed.len() as u64);
+            self.progress.done(unhashed.len() as u64);
+            self.rate_limiter.wait(unhashed.len() as u64).await;
         }
         match hasher.position() {
             position if position == size => Ok(true),

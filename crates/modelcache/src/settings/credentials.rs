@@ -26,7 +26,7 @@ pub fn netrc_path(environment: &Environment) -> Option<PathBuf> {
     }
 }
 
-/// Gathers the credentials from files and netrc. An earlier file overrides a later one.
+/// Gathers the credentials from the configuration files and the netrc. An earlier file overrides a later one.
 pub(super) fn gather(
     files: &[File],
     environment: &Environment,
@@ -41,7 +41,7 @@ pub(super) fn gather(
                 Error::invalid(format!("{place}: {}", error.message())).hint(format!("accepted: {ACCEPTS}"))
             };
             match credential(table, environment, read_secret).map_err(refuse)? {
-                Ok(credential) => credentials.state(server, credential).map_err(refuse)?,
+                Ok(credential) => credentials.add(server, credential).map_err(refuse)?,
                 Err(why) => warnings.push(format!("{place} is not used: {why}")),
             }
         }
@@ -60,19 +60,20 @@ pub(super) fn gather(
     Ok(credentials)
 }
 
-/// Returns true if a text looks like the name of a variable and not like a secret.
-fn is_variable(text: &str) -> bool {
+/// Returns true if a text looks like the name of a variable and not like a secret, so that a message may quote it.
+fn is_variable_name(text: &str) -> bool {
     text.bytes().all(|byte| byte.is_ascii_uppercase() || byte == b'_' || byte.is_ascii_digit())
 }
 
-/// Reads one table. Invalid keys are an error. If the secret cannot be read, returns the reason, and the table is not
-/// used.
+/// Reads one table. Fails if its keys are invalid. If the secret cannot be read, returns the reason as `Ok(Err(…))`,
+/// and the table is not used.
 fn credential(
     table: &BTreeMap<String, String>,
     environment: &Environment,
     read_secret: &impl Fn(&Path) -> io::Result<Option<String>>,
 ) -> Result<Result<Credential, String>> {
-    let stated = |what: &str| {
+    // Returns the key and value that define the bearer or the password: directly, by a variable or by a file.
+    let definition = |what: &str| {
         let keys = CREDENTIAL_KEYS
             .iter()
             .filter(|key| key.strip_suffix("_env").or(key.strip_suffix("_file")).unwrap_or(key) == what);
@@ -82,9 +83,10 @@ fn credential(
             (found, _) => Ok(found),
         }
     };
+    // Returns the secret that a key and value define.
     let secret = |(key, value): (&str, &String)| match key {
         _ if key.ends_with("_env") => {
-            environment.get(value).map(str::to_owned).ok_or_else(|| match is_variable(value) {
+            environment.get(value).map(str::to_owned).ok_or_else(|| match is_variable_name(value) {
                 true => format!("{value} is not set"),
                 false => format!("{key} is not the name of a variable"),
             })
@@ -103,10 +105,10 @@ fn credential(
         }
         _ => Ok(value.clone()),
     };
-    Ok(match (stated("bearer")?, table.get("username"), stated("password")?) {
+    Ok(match (definition("bearer")?, table.get("username"), definition("password")?) {
         (Some(bearer), None, None) => secret(bearer).map(|token| Credential::Bearer(Secret::new(token))),
         (None, Some(username), Some(password)) => secret(password)
             .map(|password| Credential::Basic { username: username.clone(), password: Secret::new(password) }),
-        _ => return Err(Error::invalid("has neither a bearer alone nor a username with its password")),
+        _ => return Err(Error::invalid("needs either a bearer, or a username and a password")),
     })
 }

@@ -16,7 +16,9 @@ pub(super) const CREDENTIAL_KEYS: [&str; 7] =
 /// A parsed configuration file.
 pub(super) struct File {
     pub(super) path: PathBuf,
+    /// The values of settings by key.
     pub(super) values: BTreeMap<String, String>,
+    /// The options of the object store by name.
     pub(super) options: BTreeMap<String, String>,
     /// Tables of credentials by scheme, host and port.
     pub(super) credentials: BTreeMap<String, BTreeMap<String, String>>,
@@ -34,34 +36,35 @@ impl File {
         let mut file = Self { path: path.to_owned(), values, options, credentials };
         for (key, value) in table {
             match (key.as_str(), value) {
-                ("remote", toml::Value::Table(remote)) => file.take_remote(remote)?,
-                (CREDENTIALS_KEY, toml::Value::Table(servers)) => file.take_credentials(servers)?,
-                (_, value) => file.take(&key, &value)?,
+                ("remote", toml::Value::Table(remote)) => file.read_remote(remote)?,
+                (CREDENTIALS_KEY, toml::Value::Table(servers)) => file.read_credentials(servers)?,
+                (_, value) => file.read_value(&key, &value)?,
             }
         }
         Ok(file)
     }
 
-    /// Reads the table `[remote]`, which has `url` and `options`. It replaces `remote = "…"` if options are needed.
-    fn take_remote(&mut self, remote: toml::Table) -> Result<()> {
+    /// Reads the table `[remote]`, which has `url` and `options`. A file without options may have `remote = "…"`
+    /// instead.
+    fn read_remote(&mut self, remote: toml::Table) -> Result<()> {
         for (key, value) in remote {
             match (key.as_str(), value) {
-                ("url", value) => self.take("remote", &value)?,
+                ("url", value) => self.read_value("remote", &value)?,
                 ("options", toml::Value::Table(options)) => {
                     for (name, value) in options {
                         let key = format!("{OPTIONS_KEY}.{name}");
-                        let text = one_text(&value).ok_or_else(|| self.wrong_type(&key, &value))?;
+                        let text = scalar_text(&value).ok_or_else(|| self.wrong_type(&key, &value))?;
                         self.options.insert(name, text);
                     }
                 }
-                (_, value) => self.take(&format!("remote.{key}"), &value)?,
+                (_, value) => self.read_value(&format!("remote.{key}"), &value)?,
             }
         }
         Ok(())
     }
 
     /// Reads the tables `[credentials."https://host"]`. No message quotes a value.
-    fn take_credentials(&mut self, servers: toml::Table) -> Result<()> {
+    fn read_credentials(&mut self, servers: toml::Table) -> Result<()> {
         for (server, value) in servers {
             let key = format!("{CREDENTIALS_KEY}.{:?}", redact::setting(&server));
             let toml::Value::Table(table) = value else { return Err(self.wrong_type(CREDENTIALS_KEY, &value)) };
@@ -76,7 +79,7 @@ impl File {
                         Error::invalid(format!("{}: {key}: unknown key {name:?}", self.path.display())).hint(hint)
                     );
                 }
-                let text = one_text(&value).ok_or_else(|| self.wrong_type(&format!("{key}.{name}"), &value))?;
+                let text = scalar_text(&value).ok_or_else(|| self.wrong_type(&format!("{key}.{name}"), &value))?;
                 texts.insert(name, text);
             }
             self.credentials.insert(server, texts);
@@ -85,13 +88,15 @@ impl File {
     }
 
     /// Reads the value of `key`. An array becomes a list separated by commas.
-    fn take(&mut self, key: &str, value: &toml::Value) -> Result<()> {
+    fn read_value(&mut self, key: &str, value: &toml::Value) -> Result<()> {
         if !SETTINGS.iter().any(|setting| setting.key == key) {
             return Err(self.unknown(key));
         }
         let text = match value {
-            toml::Value::Array(items) => items.iter().map(one_text).collect::<Option<Vec<_>>>().map(|t| t.join(",")),
-            value => one_text(value),
+            toml::Value::Array(items) => {
+                items.iter().map(scalar_text).collect::<Option<Vec<_>>>().map(|texts| texts.join(","))
+            }
+            value => scalar_text(value),
         };
         let text = text
             .filter(|_| ![OPTIONS_KEY, CREDENTIALS_KEY].contains(&key))
@@ -119,7 +124,7 @@ impl File {
 }
 
 /// Returns a string, integer or boolean as text. Returns `None` for other types.
-fn one_text(value: &toml::Value) -> Option<String> {
+fn scalar_text(value: &toml::Value) -> Option<String> {
     match value {
         toml::Value::String(text) => Some(text.clone()),
         toml::Value::Integer(number) => Some(number.to_string()),

@@ -1,7 +1,6 @@
-//! Reads the files of settings, for front ends.
+//! Reads the environment and the configuration files for front ends.
 //!
-//! The front end passes the environment. A file that exists but cannot be read is an error. A missing file counts as
-//! empty, unless the user named it.
+//! A file that exists but cannot be read is an error. A missing file is skipped, unless the user named it.
 
 use super::{ConfigFiles, Settings, netrc_path};
 use crate::config::Environment;
@@ -11,8 +10,8 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// Returns the variables as text. Fails if a `MODEL_CACHE_*` variable is not UTF-8. Other variables that are not UTF-8
-/// are ignored.
+/// Converts environment variables to text. Fails if a `MODEL_CACHE_*` variable is not UTF-8. Ignores other variables
+/// that are not UTF-8.
 pub fn environment(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Result<Environment> {
     let mut environment = Environment::default();
     for (name, value) in variables {
@@ -30,7 +29,7 @@ pub fn environment(variables: impl IntoIterator<Item = (OsString, OsString)>) ->
     Ok(environment)
 }
 
-/// Reads the configuration files. Returns their paths and texts.
+/// Reads the configuration files. Returns the path and text of each file that exists.
 pub fn read_files(files: ConfigFiles) -> Result<Vec<(PathBuf, String)>> {
     let refuse = |path: &Path, cause: io::Error| {
         Error::invalid(format!("cannot read the configuration file {}", path.display())).cause(cause)
@@ -64,7 +63,7 @@ impl Settings {
     /// cache directory absolute.
     pub fn placed(mut self, environment: &Environment) -> Result<Self> {
         if netrc_path(environment).is_some_and(|path| others_may_read(&path)) {
-            self.config.credentials.netrc_is_open();
+            self.config.credentials.mark_netrc_readable_by_others();
         }
         self.config.dir = std::path::absolute(&self.config.dir).map_err(|cause| {
             Error::new(ErrorKind::Directory, "the current folder cannot be determined").cause(cause)
@@ -84,7 +83,7 @@ mod tests {
     use std::os::unix::ffi::OsStringExt;
 
     #[test]
-    fn only_modelcache_variables_must_be_utf8() {
+    fn only_modelcache_variables_must_be_utf_8() {
         let bad = || OsString::from_vec(vec![0xff]);
         let read = environment([("LESS".into(), bad()), (bad(), "x".into()), ("A".into(), "b".into())]);
         assert_eq!(read.expect("environment").get("A"), Some("b"));

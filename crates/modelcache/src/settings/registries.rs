@@ -1,7 +1,7 @@
 //! Settings of model registries: MLflow's variables and docker's `config.json`.
 //!
 //! Invalid settings are an error only when a registry is used. On many machines `MLFLOW_TRACKING_URI` is a folder or a
-//! Databricks profile, and docker's file belongs to docker. Neither may break a command that uses no registry.
+//! Databricks profile, and `config.json` belongs to docker. Neither may break a command that uses no registry.
 
 use super::{Draft, SettingValue, expand_home};
 use crate::config::{Environment, OciLogin, Secret};
@@ -15,8 +15,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// Returns the URL of a server. The value `none` overrides a URL with a lower precedence.
-pub(super) fn server(given: &SettingValue) -> Option<Secret> {
-    (given.text != "none").then(|| Secret::new(given.text.as_str()))
+pub(super) fn server(value: &SettingValue) -> Option<Secret> {
+    (value.text != "none").then(|| Secret::new(value.text.as_str()))
 }
 
 /// Parses the list of registries without TLS.
@@ -29,8 +29,9 @@ pub(super) fn plain_http(text: &str) -> Result<Vec<String>> {
     names.map(checked).collect()
 }
 
-/// Reads the credentials that have no setting, because they should not be in a configuration file.
-pub(super) fn take_logins(
+/// Reads the credentials of model registries into the draft: from MLflow's variables and docker's `config.json`. They
+/// have no settings, because they should not be in a configuration file.
+pub(super) fn read_credentials(
     environment: &Environment,
     read_secret: impl Fn(&Path) -> std::io::Result<Option<String>>,
     draft: &mut Draft,
@@ -49,12 +50,13 @@ pub(super) fn take_logins(
             draft.config.oci.helper = docker.creds_store.filter(|helper| !helper.is_empty());
         }
         Err(error) => {
-            draft.config.oci.trouble = Some(format!("docker's file {} cannot be read: {error}", path.display()))
+            draft.config.oci.trouble =
+                Some(format!("docker's configuration {} cannot be read: {error}", path.display()))
         }
     }
 }
 
-/// Returns the path of docker's configuration, which compatible tools share.
+/// Returns the path of docker's configuration, which other OCI tools use, too.
 fn docker_file(environment: &Environment) -> Option<PathBuf> {
     let folder = environment.get("DOCKER_CONFIG").map(|folder| expand_home(folder, environment));
     let folder = folder.or_else(|| Some(Path::new(environment.get("HOME")?).join(".docker")))?;
@@ -65,11 +67,15 @@ fn docker_file(environment: &Environment) -> Option<PathBuf> {
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 struct Docker {
+    /// Credentials by registry.
     auths: BTreeMap<String, Auth>,
+    /// Names of credential helpers by registry.
     cred_helpers: BTreeMap<String, String>,
+    /// The name of the credential helper for all other registries.
     creds_store: Option<String>,
 }
 
+/// The credentials of one registry.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Auth {
@@ -81,9 +87,9 @@ struct Auth {
 }
 
 impl Docker {
-    /// Parses the file. The error has the line number, but quotes nothing.
+    /// Parses the file. The error contains the line number, but none of the file's text.
     fn parse(text: &str) -> Result<Self, String> {
-        serde_json::from_str(text).map_err(|error| format!("line {}: not in the format of docker", error.line()))
+        serde_json::from_str(text).map_err(|error| format!("line {}: not a valid docker configuration", error.line()))
     }
 
     /// Returns the credentials by registry. A key that is exactly the registry's name takes precedence over a key with
@@ -92,6 +98,7 @@ impl Docker {
         let helpers = self.cred_helpers.iter().map(|(key, helper)| (key, OciLogin::Helper(helper.clone())));
         let auths = self.auths.iter().filter_map(|(key, auth)| Some((key, auth.login()?)));
         let mut logins = BTreeMap::new();
+        // Sorted so that exact names come last and replace the others.
         let mut rows: Vec<(bool, String, OciLogin)> = auths
             .chain(helpers)
             .filter_map(|(key, login)| {
@@ -154,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn logins_are_read_in_the_format_of_docker() {
+    fn credentials_are_read_from_docker_s_configuration() {
         let encoded = STANDARD.encode("me:pass:word");
         let logins = docker(&format!(
             r#"{{"auths": {{

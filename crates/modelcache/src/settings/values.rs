@@ -4,10 +4,15 @@ use crate::config::ByteBound;
 use crate::error::{Error, Result};
 use std::time::Duration;
 
+/// The values that [`parse_size`] accepts, for documentation and hints.
 pub(super) const SIZE_ACCEPTS: &str = "14GB, 1.5TiB, 80% of the filesystem, or a number of bytes";
+/// The values that [`parse_duration`] accepts, for documentation and hints.
 pub(super) const DURATION_ACCEPTS: &str = "for example 500ms, 30s, 1.5m, 1h30m, 7d, or a number of seconds";
-
+/// The values that [`parse_switch`] accepts, for documentation and hints.
 pub(super) const SWITCH_ACCEPTS: &str = "1, true, yes or on; 0, false, no or off";
+
+/// Maximum number of digits after the decimal point of a size: the twelfth is one byte of a terabyte.
+const FRACTION_DIGITS_MAX: usize = 12;
 
 /// Parses a size: a number of bytes, a number with a unit, or a whole percentage.
 ///
@@ -39,7 +44,7 @@ pub fn parse_size(text: &str) -> Result<ByteBound> {
         _ => return Err(refuse()),
     };
     let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
-    if fraction.len() > 12 || (whole.is_empty() && fraction.is_empty()) {
+    if fraction.len() > FRACTION_DIGITS_MAX || (whole.is_empty() && fraction.is_empty()) {
         return Err(refuse());
     }
     let digits = |digits: &str| if digits.is_empty() { Ok(0) } else { digits.parse::<u64>().map(u128::from) };
@@ -48,7 +53,7 @@ pub fn parse_size(text: &str) -> Result<ByteBound> {
     u64::try_from(whole + fraction).map(ByteBound::Bytes).map_err(|_| Error::invalid("too large"))
 }
 
-/// Parses a switch.
+/// Parses a switch. See [`SWITCH_ACCEPTS`].
 pub(super) fn parse_switch(text: &str) -> Result<bool> {
     match text.trim().to_ascii_lowercase().as_str() {
         "1" | "true" | "yes" | "on" => Ok(true),
@@ -72,6 +77,7 @@ pub fn parse_duration(text: &str) -> Result<Duration> {
         let unit_seconds = match unit {
             "ms" => 0.001,
             "s" | "sec" => 1.0,
+            // A number without a unit must be the whole text.
             "" if number.len() == text.trim().len() => 1.0,
             "m" | "min" => 60.0,
             "h" => 3600.0,
@@ -81,13 +87,13 @@ pub fn parse_duration(text: &str) -> Result<Duration> {
         seconds += number.parse::<f64>().map_err(|_| refuse())? * unit_seconds;
         rest = tail.trim_start();
     }
-    // Round to microseconds: binary fractions add spurious nanoseconds.
+    // Round to microseconds, because binary fractions add spurious nanoseconds.
     Duration::try_from_secs_f64(seconds)
         .map(|duration| Duration::from_micros(u64::try_from((duration.as_nanos() + 500) / 1000).unwrap_or(u64::MAX)))
         .map_err(|_| refuse())
 }
 
-/// Returns the name in `known` that is closest to `name`, if it is close enough to be a typing error.
+/// Returns the name in `known` that is closest to `name`, if at most a third of its characters differ (1 to 3).
 pub(super) fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let (distance, near) = known.into_iter().map(|known| (edit_distance(name, known), known)).min()?;
     (distance <= (name.chars().count() / 3).clamp(1, 3)).then_some(near)

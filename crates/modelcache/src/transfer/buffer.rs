@@ -1,7 +1,7 @@
 //! Pool of page-aligned buffers, shared by all fills: it bounds the memory of all downloads.
 //!
-//! The pool has [`BUFFERS_MAX`] buffers, or fewer if address space is limited. A task that needs a buffer while all are
-//! in use waits; received bytes stay in the kernel meanwhile. Deadlock cannot occur, because no task waits for a second
+//! The pool has [`BUFFERS_MAX`] buffers, or fewer if address space is limited. If all are in use, a task that needs a
+//! buffer waits, and bytes that arrive stay in the kernel. Deadlock cannot occur, because no task waits for a second
 //! buffer while it holds a first one.
 
 use crate::disk::ALIGNMENT;
@@ -11,7 +11,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Size of a slice, the unit of I/O: the bytes that are received, hashed and written at a time.
 pub(crate) const SLICE_BYTES: usize = 512 << 10;
-/// Number of buffers in the pool: 24 MiB in total.
+/// Maximum number of buffers in the pool: 24 MiB in total.
 const BUFFERS_MAX: usize = 48;
 /// Lower bound on the number of buffers, however little address space is left.
 const BUFFERS_MIN: usize = 8;
@@ -19,8 +19,11 @@ const BUFFERS_MIN: usize = 8;
 /// A pool of reusable buffers. Clones share one pool.
 #[derive(Debug, Clone)]
 pub(crate) struct BufferPool {
+    /// The memory of free buffers that were used before.
     idle: Arc<Mutex<Vec<Vec<u8>>>>,
-    left: Arc<Semaphore>,
+    /// One permit for each free buffer.
+    permits: Arc<Semaphore>,
+    /// Number of buffers, in use and free.
     buffers: usize,
 }
 
@@ -31,8 +34,8 @@ pub(crate) struct Buffer {
     start: usize,
     len: usize,
     idle: Arc<Mutex<Vec<Vec<u8>>>>,
-    /// Returns the slot to the pool on drop. `None` only if the semaphore were closed, which never happens.
-    _taken: Option<OwnedSemaphorePermit>,
+    /// Returns the permit to the pool on drop. `None` only if the semaphore were closed, which never happens.
+    _permit: Option<OwnedSemaphorePermit>,
 }
 
 impl BufferPool {
@@ -40,50 +43,51 @@ impl BufferPool {
     pub(crate) fn new(address_space_left: Option<u64>) -> Self {
         let fitting = |left: u64| usize::try_from(left / 4 / SLICE_BYTES as u64).unwrap_or(BUFFERS_MAX);
         let buffers = address_space_left.map_or(BUFFERS_MAX, fitting).clamp(BUFFERS_MIN, BUFFERS_MAX);
-        Self { idle: Arc::default(), left: Arc::new(Semaphore::new(buffers)), buffers }
+        Self { idle: Arc::default(), permits: Arc::new(Semaphore::new(buffers)), buffers }
     }
 
     /// Returns an empty buffer. Waits until one is free.
     pub(crate) async fn take(&self) -> Buffer {
-        self.buffer(self.left.clone().acquire_owned().await.ok())
+        self.buffer(self.permits.clone().acquire_owned().await.ok())
     }
 
     /// Returns a second buffer, for use while the workers have the first one, or `None` if half of the pool is in use:
     /// that half is reserved for first buffers.
     pub(crate) fn spare(&self) -> Option<Buffer> {
-        if self.is_tight() {
+        if self.is_half_used() {
             return None;
         }
-        Some(self.buffer(Some(self.left.clone().try_acquire_owned().ok()?)))
+        Some(self.buffer(Some(self.permits.clone().try_acquire_owned().ok()?)))
     }
 
     /// Returns true if half of the pool or more is in use, so that second buffers should be returned.
-    pub(crate) fn is_tight(&self) -> bool {
-        self.left.available_permits() <= self.buffers / 2
+    pub(crate) fn is_half_used(&self) -> bool {
+        self.permits.available_permits() <= self.buffers / 2
     }
 
-    fn buffer(&self, taken: Option<OwnedSemaphorePermit>) -> Buffer {
+    /// Returns a buffer, reusing the memory of an earlier one if possible.
+    fn buffer(&self, permit: Option<OwnedSemaphorePermit>) -> Buffer {
         let reused = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let storage = reused.unwrap_or_else(|| vec![0; SLICE_BYTES + ALIGNMENT]);
         // O_DIRECT needs aligned memory. The storage has `ALIGNMENT` spare bytes, so that an aligned start exists in
         // it.
         let start = storage.as_ptr().align_offset(ALIGNMENT);
-        Buffer { storage, start, len: 0, idle: self.idle.clone(), _taken: taken }
+        Buffer { storage, start, len: 0, idle: self.idle.clone(), _permit: permit }
     }
 }
 
 impl Buffer {
     /// Appends bytes until the buffer is full or holds `limit` bytes. Returns the number of bytes taken from `bytes`.
     pub(crate) fn fill(&mut self, bytes: &[u8], limit: usize) -> usize {
-        let take = bytes.len().min(limit.min(SLICE_BYTES) - self.len);
-        let at = self.start + self.len;
-        self.storage[at..at + take].copy_from_slice(&bytes[..take]);
-        self.len += take;
-        take
+        let taken = bytes.len().min(limit.min(SLICE_BYTES) - self.len);
+        let end = self.start + self.len;
+        self.storage[end..end + taken].copy_from_slice(&bytes[..taken]);
+        self.len += taken;
+        taken
     }
 
     /// Returns a mutable slice of `len` bytes (at most [`SLICE_BYTES`]) to write into, replacing the previous content.
-    pub(crate) fn room(&mut self, len: usize) -> &mut [u8] {
+    pub(crate) fn space(&mut self, len: usize) -> &mut [u8] {
         self.len = len.min(SLICE_BYTES);
         &mut self.storage[self.start..self.start + self.len]
     }
@@ -114,7 +118,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn buffers_are_aligned_bounded_and_used_again() {
+    fn buffers_are_aligned_bounded_and_reused() {
         let pool = BufferPool::new(None);
         for _ in 0..2 {
             let mut buffer = pool.spare().expect("there is one");

@@ -10,7 +10,7 @@ use super::engine::Engine;
 use super::order::{Order, PartQueue};
 use super::part::PartTask;
 use super::part_sink::PartSink;
-use super::partial_file::{NEXT_DEMAND_WAIT, Next, PartialFile};
+use super::partial_file::{NEXT_DEMAND_WAIT, NextPart, PartialFile};
 use super::retry::Retry;
 use crate::config::WriteMode;
 use crate::digest::Provenance;
@@ -33,7 +33,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 /// Maximum number of parts between the in-order hash and the part to request next. Parts that arrive early are read
-/// back for hashing, and the bound makes it likely that they are still in the page cache.
+/// back for hashing. With this bound they are probably still in the page cache.
 const HASH_LAG_PARTS_MAX: u64 = 64;
 /// Maximum number of received parts that may wait for the in-order hash if hashing is slower than the network. Does not
 /// apply to a resumed file: its parts were received long ago.
@@ -104,7 +104,7 @@ pub(super) struct LocalBytes {
 }
 
 impl LocalBytes {
-    fn bytes(&self) -> u64 {
+    fn total(&self) -> u64 {
         self.resumed.load(Ordering::Relaxed) + self.copied.load(Ordering::Relaxed)
     }
 }
@@ -142,7 +142,7 @@ impl Downloader {
     ) -> Result<Vec<DownloadedFile>> {
         let bytes = files.iter().map(|file| file.entry.size).sum();
         let run = DownloadRun { purpose, bytes, is_alone: files.len() == 1 };
-        // In a random order, so that not all nodes of a fleet begin with the same file.
+        // Use a random order, so that not all nodes of a fleet begin with the same file.
         files.shuffle(&mut rand::rng());
         let (mut waiting, mut running) = (files.into_iter(), FuturesUnordered::new());
         let files_max = self.engine.limiter.concurrent_files_max();
@@ -171,15 +171,15 @@ impl Downloader {
         let file = Arc::new(file);
         let outcome = self.try_sources(&file, run, progress).await;
         if outcome.is_err() {
-            // Before the file is removed, so that no reader opens a file that is about to vanish.
-            file.partial_file.failed();
+            // Do this before the file is removed, so that no reader opens a file that is about to be removed.
+            file.partial_file.mark_failed();
         }
         // Wrong bytes must not be resumed by the next fill.
         if matches!(&outcome, Err(error) if error.kind() == ErrorKind::Corrupt) {
             let target = file.target.clone();
-            blocking(move || StagedWriter::forget(&target)).await?;
+            blocking(move || StagedWriter::remove_staged(&target)).await?;
         }
-        outcome.inspect(|_| file.partial_file.proven())
+        outcome.inspect(|_| file.partial_file.mark_verified())
     }
 
     /// Downloads one file, with further attempts as long as they can help.
@@ -210,8 +210,8 @@ impl Downloader {
             let local = Arc::new(LocalBytes::default());
             let error = match self.attempt(file, attempt, local.clone(), progress).await {
                 Ok((entry, identity)) => {
-                    let bad_tiers = failures.bad();
-                    let fetched_bytes = entry.size - local.bytes();
+                    let bad_tiers = failures.bad_tiers();
+                    let fetched_bytes = entry.size - local.total();
                     return Ok(DownloadedFile {
                         target: file.target.clone(),
                         entry,
@@ -225,9 +225,10 @@ impl Downloader {
                     one_stream = true;
                     continue;
                 }
-                Err(PartFailure::IgnoresRanges) => {
-                    Error::unavailable("the server ignores ranges and starts elsewhere").transient(false)
-                }
+                Err(PartFailure::IgnoresRanges) => Error::unavailable(
+                    "the server ignores the Range header, and its response does not begin at the requested byte",
+                )
+                .transient(false),
                 Err(PartFailure::Failed(error) | PartFailure::Storage(error) | PartFailure::RestartFile(error)) => {
                     error
                 }
@@ -239,7 +240,7 @@ impl Downloader {
             // Without a ladder, the mismatch may come from resumed bytes. Download again without them; this does not
             // count as a mismatch of the sources.
             if may_resume && !checked_by_ladder && local.resumed.load(Ordering::Relaxed) > 0 {
-                tracing::warn!(%error, "the partial download of an earlier run is corrupt; fetching the file again");
+                tracing::warn!(%error, "the partial download of an earlier run is corrupt; downloading the file again");
                 continue;
             }
             if checked_by_ladder {
@@ -252,14 +253,14 @@ impl Downloader {
             // After two mismatches drop the first of the remaining sources.
             if mismatches >= 2 {
                 if let Some(source) = file.sources.get(skipped) {
-                    failures.note_bad(source.tier());
+                    failures.record_bad(source.tier());
                 }
                 (skipped, mismatches) = (skipped + 1, 0);
             }
             if skipped >= file.sources.len() {
                 return Err(error);
             }
-            tracing::warn!(%error, "fetching the file again");
+            tracing::warn!(%error, "the file is wrong; downloading it again");
         }
     }
 
@@ -276,7 +277,7 @@ impl Downloader {
         let (run, write_mode, may_resume) = (attempt.run, self.write_mode, attempt.resume && !attempt.one_stream);
         let (path, git) = (file.target.clone(), file.entry.sha256.is_none() && file.entry.git_oid.is_some());
         let partial_file = file.partial_file.clone();
-        let (writer, left_over, generation) = blocking(move || {
+        let (writer, resumable_parts, generation) = blocking(move || {
             // Resume the staged file of an earlier fill if there is a usable one, else create it. A new generation
             // begins before the old file is removed.
             let direct = goes_direct(write_mode, run.purpose, size, run.bytes, in_order);
@@ -302,7 +303,7 @@ impl Downloader {
             ladder: attempt.ladder,
             part_size,
             one_stream: attempt.one_stream,
-            left_over: Arc::new(left_over),
+            resumable_parts: Arc::new(resumable_parts),
             failures: attempt.failures,
             reported_bytes: Arc::default(),
             local,
@@ -325,15 +326,16 @@ pub(super) struct Failures {
 }
 
 impl Failures {
-    pub(super) fn note_bad(&self, tier: Tier) {
+    /// Records that `tier` delivered wrong bytes, or lacks a file that it lists.
+    pub(super) fn record_bad(&self, tier: Tier) {
         self.bad.lock().unwrap_or_else(PoisonError::into_inner).insert(tier);
     }
 
-    fn bad(&self) -> BTreeSet<Tier> {
+    fn bad_tiers(&self) -> BTreeSet<Tier> {
         self.bad.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Returns true on the first call for `tier`: its failure is then to be logged as a warning.
+    /// Returns true on the first call for `tier`, whose failure must then be logged as a warning.
     pub(super) fn is_first_report(&self, tier: Tier) -> bool {
         self.reported.lock().unwrap_or_else(PoisonError::into_inner).insert(tier)
     }
@@ -351,10 +353,12 @@ struct Attempt {
 }
 
 impl Attempt {
+    /// Returns the part size for a file of `size` bytes: that of the ladder, if there is one.
     fn part_size(&self, size: u64) -> u64 {
         self.ladder.as_ref().map_or_else(|| part_size(size), |ladder| ladder.part_size())
     }
 
+    /// Returns the order in which the parts are requested.
     fn order(&self) -> Order {
         match (&self.ladder, self.run.is_alone) {
             (Some(_), _) => Order::Any,
@@ -370,7 +374,7 @@ impl Attempt {
 /// `Corrupt` if the digests differ.
 fn verify_whole_file(file: &DownloadFile, hashed: Hashed) -> Result<FileEntry> {
     let mut entry = file.entry.clone();
-    let demanded = entry.provenance == Some(Provenance::Caller);
+    let is_expected_by_caller = entry.provenance == Some(Provenance::Caller);
     let mismatch = |what: &str, expected: String, got: String| {
         let tiers: Vec<String> = file.sources.iter().map(|source| source.tier().to_string()).collect();
         let sidecar = file.sources.iter().find_map(|source| source.stated_by(&file.path));
@@ -383,11 +387,11 @@ fn verify_whole_file(file: &DownloadFile, hashed: Hashed) -> Result<FileEntry> {
             _ if sidecar.is_some() => {
                 "either the file was replaced without its checksum, or it is damaged; correct the one that is wrong"
             }
-            _ if demanded => {
+            _ if is_expected_by_caller => {
                 "the content does not match the digest in the reference; check where that digest came from"
             }
-            [only] if only == "remote" => "the copy there is damaged; `modelcache put --force` replaces it",
-            _ => "the copy there is damaged, or a proxy on the way alters it; nothing was kept",
+            [only] if only == "remote" => "the copy on the remote is damaged; `modelcache put --force` replaces it",
+            _ => "the copy at the source is damaged, or a proxy alters it; the download was discarded",
         };
         Error::corrupt(format!(
             "{what} mismatch for {} from {}: expected {expected}, got {got}; discarded",
@@ -462,23 +466,25 @@ async fn download_parts(task: &PartTask, order: Order) -> Result<(), PartFailure
     Ok(())
 }
 
-/// Returns the part to request now, or the time after which to ask again.
+/// Returns the part to request now, or `None` and the time after which to try again.
 fn next_part(task: &PartTask, queue: &mut PartQueue, request_bytes: u64, is_idle: bool) -> (Option<u64>, Duration) {
     let next = task.file.partial_file.next(queue, request_bytes);
     let in_order = queue.peek();
-    let lags = |part: u64| {
+    // True if the in-order hash is so far behind that `part` should not be requested yet.
+    let hash_lags = |part: u64| {
         let ahead = task.writer.hashed_bytes().saturating_add(HASH_LAG_PARTS_MAX * request_bytes);
-        part * request_bytes > ahead || task.left_over.is_empty() && task.writer.parts_behind() > UNHASHED_PARTS_MAX
+        part * request_bytes > ahead
+            || task.resumable_parts.is_empty() && task.writer.parts_behind() > UNHASHED_PARTS_MAX
     };
     match next {
         // A waiting reader is served regardless of how far the hash lags behind.
-        Next::Demanded(part) => (Some(part), Duration::ZERO),
+        NextPart::Demanded(part) => (Some(part), Duration::ZERO),
         // Nothing is being downloaded: request a part in any case, so that the download always makes progress.
         _ if is_idle => (in_order, Duration::ZERO),
-        Next::Wait => (None, NEXT_DEMAND_WAIT),
+        NextPart::Wait => (None, NEXT_DEMAND_WAIT),
         // Hashing is the bottleneck: wait for it instead of widening the gap.
-        Next::Any if in_order.is_some_and(lags) => (None, HASH_POLL_INTERVAL),
-        Next::Any => (in_order, Duration::MAX),
+        NextPart::Any if in_order.is_some_and(hash_lags) => (None, HASH_POLL_INTERVAL),
+        NextPart::Any => (in_order, Duration::MAX),
     }
 }
 
@@ -500,13 +506,13 @@ mod tests {
     use std::collections::VecDeque;
     use std::ops::Range;
 
-    /// A server that sends a file from the start of the requested range to the file's end; each request gets the next
-    /// file of the list.
+    /// A source that sends a file from the start of the requested range to the end of the file. Each request gets the
+    /// next file of the list.
     #[derive(Debug)]
-    struct Endless(Mutex<VecDeque<Vec<u8>>>);
+    struct RestOfFile(Mutex<VecDeque<Vec<u8>>>);
 
     #[async_trait]
-    impl Source for Endless {
+    impl Source for RestOfFile {
         fn tier(&self) -> Tier {
             Tier::Origin
         }
@@ -516,15 +522,15 @@ mod tests {
         }
 
         async fn read(&self, _: &FilePath, range: Range<u64>) -> Result<Body> {
-            let mut answers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            let answer = answers.pop_front().ok_or_else(|| Error::unavailable("no more").transient(false))?;
-            let sent = answer[usize::try_from(range.start).unwrap_or_default()..].to_vec();
+            let mut files = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let file = files.pop_front().ok_or_else(|| Error::unavailable("no more").transient(false))?;
+            let sent = file[usize::try_from(range.start).unwrap_or_default()..].to_vec();
             Ok(Body { start: range.start, stream: stream::iter([Ok(Bytes::from(sent))]).boxed() })
         }
     }
 
     /// A file to download from one source, without any digest.
-    fn undigested(folder: &RootedPath, size: u64, answers: Vec<Vec<u8>>) -> DownloadFile {
+    fn file_without_digest(folder: &RootedPath, size: u64, sent_files: Vec<Vec<u8>>) -> DownloadFile {
         let owner = FileLock::try_exclusive(&folder.join("owner")).expect("locks").expect("is free");
         let target = folder.join("file");
         DownloadFile {
@@ -532,21 +538,25 @@ mod tests {
             entry: FileEntry::with(size, FileDetails::default()),
             target: target.clone(),
             owner: Arc::new(owner),
-            sources: vec![Arc::new(Endless(Mutex::new(answers.into())))],
+            sources: vec![Arc::new(RestOfFile(Mutex::new(sent_files.into())))],
             on_part: None,
-            partial_file: PartialFile::new(target, size, super::super::ReadGate::Proven),
+            partial_file: PartialFile::new(target, size, super::super::ReadGate::Verified),
         }
     }
 
-    /// For a file of one slice, which is held back until the response ends, and for a file of several slices, the first
-    /// of which are already hashed when the surplus bytes arrive.
+    /// Tests a file of one slice, which is held back until the response ends, and a file of several slices, whose first
+    /// slices are already hashed when the surplus bytes arrive.
     #[tokio::test(flavor = "multi_thread")]
     async fn bytes_of_a_response_that_is_too_long_are_discarded_even_without_a_digest() {
         for bytes in [1000, 1_400_000_u32] {
             let folder = tempfile::tempdir().expect("a folder");
             let right: Vec<u8> = (0..bytes).map(|at| (at % 251) as u8).collect();
             let too_long = [b"OTHER BYTES ".as_slice(), &right].concat();
-            let file = undigested(&RootedPath::root(folder.path()), right.len() as u64, vec![too_long, right.clone()]);
+            let file = file_without_digest(
+                &RootedPath::root(folder.path()),
+                right.len() as u64,
+                vec![too_long, right.clone()],
+            );
             let (target, downloader) =
                 (file.target.clone(), Downloader::new(Retry::new(RetryConfig::default()), WriteMode::Buffered));
             let downloaded =
@@ -581,12 +591,12 @@ mod tests {
             entry,
             target: target.clone(),
             owner: Arc::new(owner),
-            sources: vec![Arc::new(Endless(Mutex::new([damaged, right.clone()].into())))],
+            sources: vec![Arc::new(RestOfFile(Mutex::new([damaged, right.clone()].into())))],
             on_part: None,
             partial_file: PartialFile::new(target.clone(), size, super::super::ReadGate::ByPart),
         };
         let downloader = Downloader::new(Retry::new(RetryConfig::default()), WriteMode::Buffered);
-        downloader.download(vec![file], Purpose::Read, &Progress::new()).await.expect("the second answer is right");
+        downloader.download(vec![file], Purpose::Read, &Progress::new()).await.expect("the second response is right");
         assert!(std::fs::read(target.full()).expect("is there") == right, "wrong bytes were taken for right");
     }
 }

@@ -1,7 +1,7 @@
 //! Download engine: the limiter, buffers and workers that all fills of a process share.
 //!
-//! The engine lives as long as any cache that uses it. A forked child creates its own, because the requests and worker
-//! threads of its parent do not exist in it.
+//! The engine lives as long as any cache that uses it. A forked child creates its own engine, because it does not
+//! inherit the requests and worker threads of its parent.
 
 use super::buffer::BufferPool;
 use super::limiter::Limiter;

@@ -58,7 +58,7 @@ impl<'a> HedgedRead<'a> {
         std::mem::take(&mut self.wasted_bytes)
     }
 
-    /// Returns the next bytes, which belong at offset `wanted`. Ends or fails when the last connection does.
+    /// Returns the next bytes, which belong at offset `wanted`. Returns the end or the failure of the last connection.
     pub(super) async fn next(&mut self, wanted: u64) -> Option<Result<Bytes>> {
         poll_fn(|context| self.poll(wanted, context)).await
     }

@@ -27,9 +27,11 @@ const BACKOFF_WINDOWS: u32 = 2;
 const BACKOFF_WINDOWS_MAX: u32 = 32;
 /// Windows to wait after a server throttled requests or the workers fell behind.
 const THROTTLED_WINDOWS: u32 = 10;
-/// Bytes credited to each completed request, in addition to its body.
+/// Bytes credited to each completed request in addition to its body; see [`Limiter::record_completed`].
 const REQUEST_CREDIT_BYTES: u64 = 64 << 10;
-/// Number of recent requests to compare the pace of others with.
+/// Upper bound on files that are downloaded concurrently. Each keeps a few descriptors open.
+const CONCURRENT_FILES_MAX: usize = 64;
+/// Number of recently completed requests with which the pace of a request is compared.
 const PEERS_MAX: usize = 32;
 /// Number of completed requests needed before another one can be judged slow.
 const PEERS_MIN: usize = 3;
@@ -37,7 +39,7 @@ const PEERS_MIN: usize = 3;
 const SLOW_FACTOR: f64 = 4.0;
 /// Minimum duration of a request before it can be judged slow.
 const SLOW_MIN: Duration = Duration::from_secs(1);
-/// Latency of a request expressed in bytes, for comparing requests of different lengths.
+/// Latency of a request, expressed in bytes (1 MiB). It makes requests of different lengths comparable.
 const LATENCY_BYTES: f64 = 1_048_576.0;
 
 /// The adaptive request limit. Clones share one limiter.
@@ -51,7 +53,7 @@ struct SharedLimiter {
     window_bytes: AtomicU64,
     /// Slices handed to the workers in the current window.
     slices: AtomicU64,
-    /// Those of them that were queued behind a backlog.
+    /// The slices among them that were queued behind a backlog.
     waiting_slices: AtomicU64,
     state: Mutex<LimiterState>,
 }
@@ -121,7 +123,7 @@ impl Limiter {
 
     /// Returns the number of files to download concurrently: enough small files to keep all permits in use.
     pub(super) fn concurrent_files_max(&self) -> usize {
-        2 * self.state().controller.limit_max.min(32)
+        (2 * self.state().controller.limit_max).min(CONCURRENT_FILES_MAX)
     }
 
     /// Records `bytes` received and, at the end of a window, adjusts the limit.
@@ -137,9 +139,9 @@ impl Limiter {
             (self.0.slices.swap(0, Ordering::Relaxed), self.0.waiting_slices.swap(0, Ordering::Relaxed));
         // A backlog for more than a quarter of the slices means that hashing or disk writes are the bottleneck.
         let is_behind = 4 * waiting > slices;
-        // Goodput of a window in which permits were unused is no evidence about the right limit.
+        // The goodput of a window in which permits were unused says nothing about the right limit.
         let is_full = !self.has_free_permits() && !is_behind;
-        // More requests would only buffer bytes in memory.
+        // Then more requests would only buffer bytes in memory.
         if is_behind && state.controller.limit > CONCURRENCY_INITIAL {
             let limit = state.controller.reset_to(CONCURRENCY_INITIAL);
             self.adjust(&mut state, limit);
@@ -152,7 +154,7 @@ impl Limiter {
         (state.window_start, state.was_full) = (Instant::now(), is_full);
     }
 
-    /// Records that a slice was handed to the workers. `waits`: it was queued behind a backlog.
+    /// Records that a slice was handed to the workers. `waits` is true if it was queued behind a backlog.
     pub(super) fn record_queued_slice(&self, waits: bool) {
         self.0.slices.fetch_add(1, Ordering::Relaxed);
         self.0.waiting_slices.fetch_add(u64::from(waits), Ordering::Relaxed);
@@ -168,7 +170,7 @@ impl Limiter {
         state.last_halved = Some(Instant::now());
         let limit = state.controller.halve();
         self.adjust(&mut state, limit);
-        tracing::debug!(limit, "a server throttles; fewer requests at once");
+        tracing::debug!(limit, "a server throttled a request; halving the limit on concurrent requests");
     }
 
     /// Records that a request for `bytes` was completed after `took`.
@@ -198,14 +200,14 @@ impl Limiter {
 
     /// Changes the total number of permits, used and free, to `limit`.
     fn adjust(&self, state: &mut LimiterState, limit: usize) {
-        let now = state.controller.applied_limit;
-        if limit > now {
+        let applied = state.controller.applied_limit;
+        if limit > applied {
             // First keep permits that were to be discarded, then create new ones.
-            let reused = state.surplus_permits.min(limit - now);
+            let reused = state.surplus_permits.min(limit - applied);
             state.surplus_permits -= reused;
-            self.0.permits.add_permits(limit - now - reused);
+            self.0.permits.add_permits(limit - applied - reused);
         } else {
-            let surplus = now - limit;
+            let surplus = applied - limit;
             // Free permits are removed now, those in use when they are returned (`Permit::drop`).
             state.surplus_permits += surplus - self.0.permits.forget_permits(surplus);
         }
@@ -308,10 +310,12 @@ impl ConcurrencyController {
         Phase::Settle(from)
     }
 
+    /// Halves the limit and returns the result.
     fn halve(&mut self) -> usize {
         self.reset_to((self.limit / 2).max(CONCURRENCY_MIN))
     }
 
+    /// Sets the limit and waits before the next probe.
     fn reset_to(&mut self, limit: usize) -> usize {
         (self.limit, self.phase, self.never_reverted) = (limit, Phase::Backoff(THROTTLED_WINDOWS), false);
         limit
@@ -336,19 +340,19 @@ mod tests {
         // 60 MB/s a connection, 3 GB/s in all.
         let shaped = |limit: usize| (limit as f64 * 60e6).min(3e9);
         let found = controller_after(12, shaped).limit;
-        assert!(shaped(found) >= 0.95 * 3e9, "{found} at once");
+        assert!(shaped(found) >= 0.95 * 3e9, "limit {found}");
     }
 
     #[test]
     fn a_raised_limit_is_reverted_when_goodput_does_not_grow() {
         let mut controller = controller_after(3, |_| 1e9);
-        assert_eq!(controller.limit, CONCURRENCY_INITIAL, "after one try");
-        let tries = (0..100).filter(|_| controller.end_window(1e9) > CONCURRENCY_INITIAL).count();
-        assert!((1..30).contains(&tries), "seldom tried again, and never for long: {tries}");
+        assert_eq!(controller.limit, CONCURRENCY_INITIAL, "after one probe");
+        let probes = (0..100).filter(|_| controller.end_window(1e9) > CONCURRENCY_INITIAL).count();
+        assert!((1..30).contains(&probes), "{probes} of 100 windows probe a higher limit");
     }
 
     #[test]
-    fn a_throttled_limiter_halves_down_to_its_least_and_recovers() {
+    fn a_throttled_limiter_halves_down_to_the_minimum_and_recovers() {
         let mut controller = controller_after(0, |_| 0.0);
         let halved: Vec<_> = (0..4).map(|_| controller.halve()).collect();
         assert_eq!(halved, [8, 4, 4, 4]);
@@ -395,7 +399,7 @@ mod tests {
     fn slow_is_far_slower_than_the_peers() {
         let limiter = Limiter::new(None);
         let (mib, second) = (1 << 20, Duration::from_secs(1));
-        assert!(!limiter.is_slow(8 * mib, 60 * second), "no peers, no judgement");
+        assert!(!limiter.is_slow(8 * mib, 60 * second), "without peers no request is slow");
         (0..PEERS_MIN).for_each(|_| limiter.record_completed(8 * mib, second));
         assert!(!limiter.is_slow(8 * mib, 3 * second) && limiter.is_slow(8 * mib, 5 * second));
         assert!(!limiter.is_slow(80 * mib, 5 * second), "ten times the bytes may take longer");

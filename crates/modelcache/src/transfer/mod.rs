@@ -5,12 +5,12 @@
 //! one gets a second connection, and in which order parts are requested; they do no I/O. `retry.rs` holds the only
 //! retry policy, and `pauses.rs` the waits that servers ask for. `partial_file.rs` connects a download with the readers of a file that is not complete yet.
 
-mod answer;
 mod buffer;
 mod cleanup;
 mod download;
 mod engine;
 mod hedge;
+mod http_response;
 mod limiter;
 mod network_failure;
 mod order;
@@ -22,10 +22,10 @@ mod pauses;
 mod retry;
 mod workers;
 
-pub(crate) use answer::{BodyLimits, Cut, StallDetector, check_headers, content_range, read_body};
 pub(crate) use cleanup::spawn_cleanup;
 pub use cleanup::wait_for_cleanup;
 pub(crate) use download::{DownloadFile, DownloadedFile, Downloader};
+pub(crate) use http_response::{BodyError, BodyLimits, StallDetector, check_headers, content_range, read_body};
 pub(crate) use network_failure::{tls_error, with_lookup_deadline};
 pub(crate) use paging::Paging;
 pub(crate) use part_sink::{CompletedPart, PartSink};

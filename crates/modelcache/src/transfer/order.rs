@@ -2,7 +2,7 @@
 //!
 //! If all nodes of a fleet start together and use one order, they all read the same part at the same time. A random
 //! order spreads the load over all parts. Parts that are verified by a ladder may be requested in any order. A file
-//! that is hashed in order is requested nearly sequentially. Parts that a reader waits for are requested first
+//! that is hashed in order is requested nearly sequentially. Parts that a reader waits for come before this order
 //! (`partial_file.rs`).
 
 use rand::seq::SliceRandom;
@@ -26,7 +26,9 @@ pub(super) enum Order {
 /// The parts of a file that have not been requested yet.
 #[derive(Debug)]
 pub(super) struct PartQueue {
+    /// All parts in order. Parts that were requested out of order are still in it.
     in_order: std::vec::IntoIter<u64>,
+    /// The parts that are still queued.
     parts: BTreeSet<u64>,
 }
 
@@ -48,7 +50,7 @@ impl PartQueue {
     /// Returns the next part in order without removing it.
     pub(super) fn peek(&mut self) -> Option<u64> {
         while let Some(part) = self.in_order.as_slice().first() {
-            // Parts that were requested out of order are still in `in_order`; skip them.
+            // Skip parts that were requested out of order.
             if self.parts.contains(part) {
                 return Some(*part);
             }
@@ -63,12 +65,12 @@ impl PartQueue {
     }
 }
 
-/// Returns the parts `0..count` in the given order.
+/// Returns the parts `0..count`, ordered by `order`.
 fn parts(count: u64, order: Order) -> Vec<u64> {
     let mut parts: Vec<u64> = (0..count).collect();
     match order {
         Order::Any => parts.shuffle(&mut rand::rng()),
-        Order::Windowed => parts.chunks_mut(SHUFFLE_WINDOW).for_each(|few| few.shuffle(&mut rand::rng())),
+        Order::Windowed => parts.chunks_mut(SHUFFLE_WINDOW).for_each(|window| window.shuffle(&mut rand::rng())),
         Order::Sequential => {}
     }
     parts
@@ -90,15 +92,16 @@ mod tests {
     }
 
     #[test]
-    fn every_part_comes_once_and_orders_differ_within_their_bounds() {
+    fn every_part_is_queued_once_and_shuffled_within_its_window() {
         for order in [Order::Any, Order::Windowed, Order::Sequential] {
             let (one, other) = (parts(1000, order), parts(1000, order));
             assert_eq!(one == other, order == Order::Sequential, "{order:?}");
             let mut sorted = one.clone();
             sorted.sort_unstable();
             assert_eq!(sorted, parts(1000, Order::Sequential));
-            let early = (0..).zip(&one).map(|(at, part): (u64, _)| at.abs_diff(*part)).max();
-            assert_eq!(early < Some(SHUFFLE_WINDOW as u64), order != Order::Any, "{order:?} strays by {early:?}");
+            let displacement = (0..).zip(&one).map(|(at, part): (u64, _)| at.abs_diff(*part)).max();
+            let is_bounded = displacement < Some(SHUFFLE_WINDOW as u64);
+            assert_eq!(is_bounded, order != Order::Any, "{order:?}: displaced by {displacement:?}");
         }
     }
 }

@@ -21,12 +21,12 @@ impl Paging {
     ///
     /// # Errors
     /// `Corrupt` if a token or a last entry repeats, because such pages form a cycle, and above [`PAGES_MAX`] pages.
-    pub(crate) fn page(&mut self, last: Option<&str>, next: Option<&str>) -> Result<()> {
+    pub(crate) fn record_page(&mut self, last: Option<&str>, next: Option<&str>) -> Result<()> {
         self.pages += 1;
         let page = self.pages;
         let no_end = |why: &str| {
             Error::corrupt(format!("the server's listing does not end: {why} (page {page})"))
-                .hint("check the server, and any proxy on the way, for answers from a cache")
+                .hint("a proxy or cache between this machine and the server may repeat pages; check it and the server")
         };
         let observed = [("entry", last), ("token", next)];
         for (field, text) in observed.into_iter().filter_map(|(field, text)| Some((field, text?))) {
@@ -49,15 +49,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_listing_that_goes_in_a_circle_ends_with_an_error() {
+    fn a_listing_that_repeats_pages_ends_with_an_error() {
         let mut paging = Paging::default();
-        paging.page(Some("a"), Some("a")).expect("an entry is no token");
-        paging.page(Some("b"), Some("2")).expect("goes on");
-        assert!(paging.page(Some("c"), Some("a")).is_err(), "the token of the first page");
-        assert!(paging.page(Some("b"), Some("3")).is_err(), "the second page with a new token");
+        paging.record_page(Some("a"), Some("a")).expect("an entry is no token");
+        paging.record_page(Some("b"), Some("2")).expect("goes on");
+        assert!(paging.record_page(Some("c"), Some("a")).is_err(), "the token of the first page");
+        assert!(paging.record_page(Some("b"), Some("3")).is_err(), "the second page with a new token");
         let mut paging = Paging::default();
-        let pages = (0..PAGES_MAX + 1).take_while(|at| paging.page(None, Some(&at.to_string())).is_ok());
+        let pages = (0..PAGES_MAX + 1).take_while(|at| paging.record_page(None, Some(&at.to_string())).is_ok());
         assert_eq!(pages.count(), PAGES_MAX - 1, "empty pages with new tokens");
-        Paging::default().page(None, None).expect("an empty listing");
+        Paging::default().record_page(None, None).expect("an empty listing");
     }
 }

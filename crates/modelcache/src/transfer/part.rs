@@ -1,18 +1,18 @@
 //! Download of one part: reads its range from the first source that delivers it correctly, in one or more requests.
 //!
-//! Received bytes are collected in slices. The workers hash and write one slice while the next one is received; a range
+//! Received bytes are collected in slices. The workers hash and write one slice while the next one is received. A range
 //! has at most one slice with the workers, so that it is hashed in order. An interrupted range continues where it
 //! stopped, a range that fails verification is downloaded once more, and a range that is far slower than others gets a
 //! second connection (`hedge.rs`).
 
-use super::answer::StallDetector;
 use super::buffer::{Buffer, SLICE_BYTES};
 use super::download::{DownloadFile, Failures, LocalBytes, PartFailure};
 use super::engine::Engine;
 use super::hedge::HedgedRead;
+use super::http_response::StallDetector;
 use super::limiter::Permit;
 use super::retry::{Attempts, Retry};
-use super::workers::{CheckpointPair, Hash, Pending, Slice, SliceOutcome, Work, slice_len};
+use super::workers::{CheckpointPair, Hash, PendingSlice, Slice, SliceOutcome, Work, slice_len};
 use crate::disk::StagedWriter;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::FilePath;
@@ -48,7 +48,7 @@ pub(super) struct PartTask {
     /// True if the file is downloaded as one stream, because the server ignores ranges.
     pub(super) one_stream: bool,
     /// Parts that an earlier fill wrote, according to its journal. They are not trusted until verified.
-    pub(super) left_over: Arc<BTreeSet<u64>>,
+    pub(super) resumable_parts: Arc<BTreeSet<u64>>,
     pub(super) failures: Arc<Failures>,
     /// Bytes that this attempt has reported as done to the progress display.
     pub(super) reported_bytes: Arc<AtomicU64>,
@@ -70,15 +70,17 @@ impl PartTask {
         if let Some(sink) = &self.file.on_part {
             sink.notify(&self.file.path, self.generation, range);
         }
-        // The part just written may close the gap at the hash cursor. Then this task hashes the parts behind it.
+        // If this part closed the gap at the hash cursor, this task hashes the parts that arrived before it.
         if part.must_catch_up { Ok(self.catch_up().await?) } else { Ok(()) }
     }
 
+    /// Adds `bytes` to the progress display.
     fn report_done(&self, bytes: u64) {
         self.reported_bytes.fetch_add(bytes, Ordering::Relaxed);
         self.progress.done(bytes);
     }
 
+    /// Takes `bytes` back from the progress display.
     fn report_undone(&self, bytes: u64) {
         self.reported_bytes.fetch_sub(bytes, Ordering::Relaxed);
         self.progress.undone(bytes);
@@ -88,7 +90,7 @@ impl PartTask {
     /// ladder, if its bytes are wrong.
     async fn resume_part(&self, range: &Range<u64>, part: &mut PartProgress) -> Result<bool, PartFailure> {
         let index = range.start / self.part_size;
-        if !self.left_over.contains(&index) {
+        if !self.resumable_parts.contains(&index) {
             return Ok(false);
         }
         if self.ladder.is_some() {
@@ -97,12 +99,12 @@ impl PartTask {
                 let buffer = part.buffer(self).await?;
                 part.submit(self, range, Work::ReadBack(slice_len(&(part.next..range.end))), buffer).await?;
             }
-            if !part.settle(self).await? {
+            if !part.wait_for_slice(self).await? {
                 part.restart(self, range);
                 return Ok(false);
             }
         } else {
-            // Without one, it is hashed when the in-order hash gets there; the whole file is verified at the end.
+            // Without a ladder, the part is hashed when the in-order hash reaches it, and verified with the whole file.
             let writer = self.writer.clone();
             part.must_catch_up = blocking(move || writer.part_done(index)).await?;
             self.report_done(range.end - range.start);
@@ -115,14 +117,14 @@ impl PartTask {
     async fn catch_up(&self) -> Result<()> {
         let Some(range) = self.writer.next_to_catch_up() else { return Ok(()) };
         let slice = Slice::catch_up(self.writer.clone(), &range, self.engine.buffers.take().await);
-        self.engine.workers.submit(slice).done().await.map(drop)
+        self.engine.workers.submit(slice).outcome().await.map(drop)
     }
 
     /// Downloads and verifies one range from the first source that delivers it correctly.
     async fn fetch_part(&self, range: &Range<u64>, permit: Permit, part: &mut PartProgress) -> Result<(), PartFailure> {
         let (mut failure, mut permit): (Option<Error>, _) = (None, Some(permit));
-        for (at, source) in self.sources.iter().enumerate() {
-            let is_last = at + 1 == self.sources.len();
+        for (index, source) in self.sources.iter().enumerate() {
+            let is_last = index + 1 == self.sources.len();
             let mut attempts = self.retry.attempts();
             let mut mismatched = false;
             loop {
@@ -143,29 +145,29 @@ impl PartTask {
                 if error.throttled_by().is_some() {
                     self.engine.limiter.record_throttled();
                 }
-                // Wrong bytes are fetched once more from the same source, without a pause. A copy that is too short is
-                // given up if there is another source. All other failures are retried under the retry policy; when that
-                // gives up, the next source is used.
+                // Wrong bytes are downloaded once more from the same source, without a pause. If a copy is too short,
+                // the next source, if any, is used at once. All other failures are retried under the retry policy, and
+                // then the next source is used.
                 if error.kind() == ErrorKind::Corrupt && !mismatched && error.is_transient() {
-                    tracing::warn!(%error, "fetching the part again");
+                    tracing::warn!(%error, "the part is wrong; downloading it again from the same source");
                     mismatched = true;
                 } else if !is_last && part.is_short() {
-                    self.note_bad(source.tier(), &Error::corrupt(error.message()));
+                    self.record_failure(source.tier(), &Error::corrupt(error.message()));
                     failure = Some(more_informative(failure, error));
-                    part.empty_ends = 0;
+                    part.empty_responses = 0;
                     break;
                 } else if let Err(error) = {
                     permit = None;
                     self.pause(&mut attempts, error).await
                 } {
-                    self.note_bad(source.tier(), &error);
+                    self.record_failure(source.tier(), &error);
                     failure = Some(more_informative(failure, error.tier(source.tier())));
                     break;
                 }
             }
         }
-        let nowhere = || Error::not_found(format!("no source holds {}", self.file.path));
-        Err(PartFailure::Failed(failure.unwrap_or_else(nowhere)))
+        let no_source = || Error::not_found(format!("no source has {}", self.file.path));
+        Err(PartFailure::Failed(failure.unwrap_or_else(no_source)))
     }
 
     /// Pauses before a retry, or returns `error` if it must not be retried. Waiting does not help against corrupt
@@ -175,9 +177,9 @@ impl PartTask {
     }
 
     /// Logs that a source failed, as a warning once per tier, and marks a tier with a wrong or missing copy as bad.
-    fn note_bad(&self, tier: Tier, error: &Error) {
+    fn record_failure(&self, tier: Tier, error: &Error) {
         if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::NotFound) {
-            self.failures.note_bad(tier);
+            self.failures.record_bad(tier);
         }
         match self.sources.len() > 1 {
             true if self.failures.is_first_report(tier) => {
@@ -195,19 +197,19 @@ impl PartTask {
         range: &Range<u64>,
         part: &mut PartProgress,
     ) -> Result<(), PartFailure> {
-        let want = part.next..range.end;
+        let requested = part.next..range.end;
         let must_stop = || source.ignores_ranges() && range.end - range.start < self.file.entry.size;
         if must_stop() {
             return Err(PartFailure::IgnoresRanges);
         }
-        let reader = ResponseReader::start(self, source, want.clone());
-        let body = reader.first(source.read(&self.file.path, want.clone())).await?;
+        let reader = ResponseReader::start(self, source, requested.clone());
+        let body = reader.first(source.read(&self.file.path, requested.clone())).await?;
         // Only the response may have revealed that the server ignores ranges.
         if must_stop() {
             return Err(PartFailure::IgnoresRanges);
         }
-        if body.start != want.start {
-            // The response begins elsewhere. It is usable only if it is the whole file and the whole file was
+        if body.start != requested.start {
+            // The response begins at another offset. It is usable only if it is the whole file, and the whole file was
             // requested.
             if body.start != 0 || part.next != range.start {
                 part.restart(self, range);
@@ -220,9 +222,9 @@ impl PartTask {
         }
         let received = self.receive(reader, HedgedRead::new(body.stream, part.next), range, part).await;
         // Wait for the slice that the workers still have, even if the stream failed.
-        let holds = part.settle(self).await?;
+        let matches = part.wait_for_slice(self).await?;
         part.spare = None;
-        if !holds {
+        if !matches {
             // The part is complete and wrong, however the stream ended.
             part.restart(self, range);
             let expected = self.file.entry.sha256.map(|digest| digest.short()).unwrap_or_default();
@@ -245,7 +247,7 @@ impl PartTask {
             received => received?,
         }
         if part.next < range.end {
-            return Err(part.ended_early(&self.file.path, want.start, range.end, source.tier()).into());
+            return Err(part.ended_early(&self.file.path, requested.start, range.end, source.tier()).into());
         }
         Ok(())
     }
@@ -291,20 +293,22 @@ impl PartTask {
                 }
             }
             if !rest.is_empty() && range.start == 0 && range.end < self.file.entry.size {
-                // The server may have sent the whole file. Requested as one stream, its length can be checked.
+                // The server may have sent the whole file. As one stream it can be requested and its length checked.
                 return Err(PartFailure::IgnoresRanges);
             }
             if !rest.is_empty() {
-                let error = Error::corrupt("the server sent more than was asked for").tier(tier).transient(true);
+                let error = Error::corrupt("the server sent more bytes than requested").tier(tier).transient(true);
                 return Err(error.into());
             }
         }
         if let Some(last) = filling.filter(|buffer| part.next + buffer.len() as u64 == range.end) {
             part.submit(self, range, Work::Write, last).await?;
         }
-        // Only undisturbed network requests are a measure for the pace of others.
+        // Only network requests without a hedge are a measure for the pace of others.
         if part.next == range.end && !hedged.is_hedged() && tier != Tier::Disk {
-            self.engine.limiter.record_completed(reader.want.end - reader.want.start, reader.began.elapsed());
+            self.engine
+                .limiter
+                .record_completed(reader.requested.end - reader.requested.start, reader.started.elapsed());
         }
         Ok(())
     }
@@ -314,16 +318,23 @@ impl PartTask {
 struct ResponseReader<'a> {
     task: &'a PartTask,
     source: &'a dyn Source,
-    want: Range<u64>,
-    began: Instant,
+    requested: Range<u64>,
+    started: Instant,
     last_peer_check: Instant,
     stall: StallDetector,
 }
 
 impl<'a> ResponseReader<'a> {
-    fn start(task: &'a PartTask, source: &'a dyn Source, want: Range<u64>) -> Self {
-        let began = Instant::now();
-        Self { task, source, want, began, last_peer_check: began, stall: StallDetector::new(task.retry.read_timeout()) }
+    fn start(task: &'a PartTask, source: &'a dyn Source, requested: Range<u64>) -> Self {
+        let started = Instant::now();
+        Self {
+            task,
+            source,
+            requested,
+            started,
+            last_peer_check: started,
+            stall: StallDetector::new(task.retry.read_timeout()),
+        }
     }
 
     /// Returns the error for a server that sent no bytes within the read timeout.
@@ -348,14 +359,14 @@ impl<'a> ResponseReader<'a> {
 
     /// Returns the next bytes, which belong at offset `position`; `None` at the end.
     async fn next(&mut self, hedged: &mut HedgedRead<'a>, position: u64) -> Result<Option<Bytes>> {
-        let (timeout, waiting) = (self.task.retry.read_timeout(), Instant::now());
+        let (timeout, wait_start) = (self.task.retry.read_timeout(), Instant::now());
         let chunk = loop {
             if self.last_peer_check.elapsed() >= PEER_CHECK_INTERVAL {
                 self.last_peer_check = Instant::now();
                 self.hedge(hedged, position);
             }
             // Wake up regularly, because a hedge may be needed while no bytes arrive.
-            let remaining = timeout.saturating_sub(waiting.elapsed());
+            let remaining = timeout.saturating_sub(wait_start.elapsed());
             match tokio::time::timeout(remaining.min(PEER_CHECK_INTERVAL), hedged.next(position)).await {
                 Ok(None) => return Ok(None),
                 Ok(Some(chunk)) => break chunk?,
@@ -368,7 +379,7 @@ impl<'a> ResponseReader<'a> {
         if self.source.tier() != Tier::Disk {
             self.task.engine.limiter.record_received(received);
         }
-        if self.stall.record(received, waiting.elapsed()) {
+        if self.stall.record(received, wait_start.elapsed()) {
             return Err(Error::unavailable("the connection has nearly stalled").tier(self.source.tier()));
         }
         Ok(Some(chunk))
@@ -377,19 +388,20 @@ impl<'a> ResponseReader<'a> {
     /// Requests the rest over a second connection, once, if this one is far slower than others were and a permit is
     /// free.
     fn hedge(&self, hedged: &mut HedgedRead<'a>, position: u64) {
-        let (engine, bytes) = (&self.task.engine, self.want.end - self.want.start);
+        let (engine, bytes) = (&self.task.engine, self.requested.end - self.requested.start);
         if hedged.is_hedged()
             || self.task.one_stream
-            || position == self.want.end
+            || position == self.requested.end
             || self.source.tier() == Tier::Disk
-            || !engine.limiter.is_slow(bytes, self.began.elapsed())
+            || !engine.limiter.is_slow(bytes, self.started.elapsed())
         {
             return;
         }
         let Some(permit) = engine.limiter.try_acquire() else { return };
-        if self.task.retry.may_hedge() {
-            tracing::debug!(file = %self.task.file.path, position, "far slower than its peers; hedging the rest");
-            hedged.add(self.reread(position..self.want.end), position, permit);
+        if self.task.retry.spend_for_hedge() {
+            let message = "request far slower than its peers; requesting the rest on a second connection";
+            tracing::debug!(file = %self.task.file.path, position, "{message}");
+            hedged.add(self.reread(position..self.requested.end), position, permit);
         }
     }
 
@@ -416,17 +428,17 @@ struct PartProgress {
     /// The hash so far. `None` while the workers have it, and always without a ladder.
     hasher: Option<PartHasher>,
     /// The slice that the workers have, and its length in bytes.
-    in_flight: Option<(u64, Pending)>,
+    in_flight: Option<(u64, PendingSlice)>,
     /// An empty buffer that the workers returned.
     spare: Option<Buffer>,
     /// Bytes of the range reported as done to the progress display.
     reported_bytes: u64,
     /// Number of consecutive responses that ended without an error and without a byte.
-    empty_ends: u32,
+    empty_responses: u32,
     /// True if this task must hash the parts that arrived early.
     must_catch_up: bool,
     /// False once a checkpoint of the ladder did not match.
-    holds: bool,
+    matches: bool,
 }
 
 impl PartProgress {
@@ -438,9 +450,9 @@ impl PartProgress {
             in_flight: None,
             spare: None,
             reported_bytes: 0,
-            empty_ends: 0,
+            empty_responses: 0,
             must_catch_up: false,
-            holds: true,
+            matches: true,
         }
     }
 
@@ -451,24 +463,25 @@ impl PartProgress {
     }
 
     /// Records a response that ended without an error but too early, and returns the error for it.
-    fn ended_early(&mut self, path: &FilePath, began: u64, end: u64, tier: Tier) -> Error {
-        self.empty_ends = if self.next == began { self.empty_ends + 1 } else { 0 };
+    fn ended_early(&mut self, path: &FilePath, start: u64, end: u64, tier: Tier) -> Error {
+        self.empty_responses = if self.next == start { self.empty_responses + 1 } else { 0 };
         Error::unavailable(format!("{path} ended {} bytes early", end - self.next)).tier(tier)
     }
 
     /// Returns true if the copy is shorter than listed. One empty response may be caused by the network, two may not.
     fn is_short(&self) -> bool {
-        self.empty_ends >= 2
+        self.empty_responses >= 2
     }
 
     /// Starts the range over. The workers must not have a slice of it.
     fn restart(&mut self, task: &PartTask, range: &Range<u64>) {
         task.report_undone(self.reported_bytes);
-        let empty_ends = self.empty_ends;
-        *self = Self { empty_ends, ..Self::new(task, range) };
+        let empty_responses = self.empty_responses;
+        *self = Self { empty_responses, ..Self::new(task, range) };
     }
 
-    /// Returns a spare buffer if the workers have the first one. The first buffer must be waited for instead.
+    /// Returns a second buffer from the pool if the workers have the first one. Otherwise the caller must wait for a
+    /// first buffer.
     fn spare_buffer(&self, task: &PartTask) -> Option<Buffer> {
         self.in_flight.as_ref().and_then(|_| task.engine.buffers.spare())
     }
@@ -478,7 +491,7 @@ impl PartProgress {
         if let Some(buffer) = self.spare.take().or_else(|| self.spare_buffer(task)) {
             return Ok(buffer);
         }
-        self.settle(task).await?;
+        self.wait_for_slice(task).await?;
         match self.spare.take() {
             Some(buffer) => Ok(buffer),
             None => Ok(task.engine.buffers.take().await),
@@ -493,7 +506,7 @@ impl PartProgress {
         work: Work,
         buffer: Buffer,
     ) -> Result<(), PartFailure> {
-        self.settle(task).await?;
+        self.wait_for_slice(task).await?;
         let len = work.bytes_to_read_back().unwrap_or(buffer.len()) as u64;
         let (writer, offset) = (task.writer.clone(), self.next);
         let hash = self.hasher.take().map_or(Hash::InOrder, Hash::Part);
@@ -503,26 +516,27 @@ impl PartProgress {
         task.engine.limiter.record_queued_slice(task.engine.workers.are_behind());
         let pending = task.engine.workers.submit(Slice { writer, offset, buffer, work, hash, end });
         (self.next, self.in_flight) = (offset + len, Some((len, pending)));
-        // Return the second buffer if others need it more.
-        if task.engine.buffers.is_tight() {
+        // Return the second buffer if few are free.
+        if task.engine.buffers.is_half_used() {
             self.spare = None;
         }
         Ok(())
     }
 
-    /// Waits for the slice that the workers have, if any. Returns false if a checkpoint of the ladder ever did not
-    /// match.
-    async fn settle(&mut self, task: &PartTask) -> Result<bool, PartFailure> {
-        let Some((len, pending)) = self.in_flight.take() else { return Ok(self.holds) };
-        let SliceOutcome { buffer, hash, holds, must_catch_up } = pending.done().await.map_err(PartFailure::Storage)?;
+    /// Waits for the slice that the workers have, if any. Returns false if a checkpoint of the ladder did not match,
+    /// now or before.
+    async fn wait_for_slice(&mut self, task: &PartTask) -> Result<bool, PartFailure> {
+        let Some((len, pending)) = self.in_flight.take() else { return Ok(self.matches) };
+        let SliceOutcome { buffer, hash, matches, must_catch_up } =
+            pending.outcome().await.map_err(PartFailure::Storage)?;
         if let Hash::Part(hasher) = hash {
             self.hasher = Some(hasher);
         }
         (self.spare, self.reported_bytes) = (Some(buffer), self.reported_bytes + len);
         self.must_catch_up |= must_catch_up;
-        self.holds &= holds;
+        self.matches &= matches;
         task.report_done(len);
-        Ok(self.holds)
+        Ok(self.matches)
     }
 }
 

@@ -16,7 +16,7 @@ pub(crate) struct CompletedPart {
 
 /// Sends notifications of completed parts, without ever waiting for the receiver.
 ///
-/// A completed part is not yet proven: the file may still fail verification as a whole and be downloaded again, as
+/// A completed part is provisional: the file may still fail verification as a whole and be downloaded again, as
 /// another generation.
 #[derive(Debug, Clone)]
 pub(crate) struct PartSink(mpsc::UnboundedSender<CompletedPart>);

@@ -2,7 +2,7 @@
 //!
 //! The download records received ranges and takes the demands of readers into account when it chooses the next part.
 //! Locks are held only briefly, so that no reader delays a fill. Which bytes may be read before the whole file is
-//! proven is decided here and nowhere else, from three facts: the [`ReadGate`] of the file, whether a ladder verified
+//! verified is decided here and nowhere else, from three facts: the [`ReadGate`] of the file, whether a ladder verified
 //! the bytes, and whether the reader accepts unverified bytes.
 //!
 //! A file that fails verification is downloaded again as a new *generation*; bytes of an earlier generation must not be
@@ -21,21 +21,21 @@ use tokio::sync::{Notify, watch};
 const AHEAD_PARTS: u64 = 4;
 /// Largest gap, in bytes, between two reads that still count as sequential.
 const GAP_BYTES: u64 = 1 << 20;
-/// Time to wait for a reader's next demand after its last one was satisfied, before parts without a demand are
+/// Time to wait for a reader's next demand after its last one was satisfied. After it, parts without a demand are
 /// requested.
 pub(super) const NEXT_DEMAND_WAIT: Duration = Duration::from_millis(20);
-/// Longest time for which a waiting reader keeps the rest of the file from being requested. It is limited because the
-/// connection of the demanded part may have stalled.
+/// Longest time for which only demanded parts are requested while a reader waits. It is limited because the connection
+/// of the demanded part may have stalled.
 const DEMAND_PRIORITY_MAX: Duration = Duration::from_secs(1);
 
-/// When readers that want only verified bytes may read a file that is being downloaded. The variants are ordered from
-/// the earliest to the latest.
+/// The time from which readers of verified bytes may read a file that is being downloaded. The variants are ordered
+/// from the earliest to the latest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum ReadGate {
     /// Each part, once the ladder verified it.
     ByPart,
     /// All bytes, once the whole file is verified.
-    Proven,
+    Verified,
     /// Only after all files of the fill are published.
     Published,
 }
@@ -65,7 +65,7 @@ struct Received {
     has_ladder: bool,
     /// The written ranges: the end of each range, keyed by its start. Ranges neither overlap nor touch.
     spans: BTreeMap<u64, u64>,
-    is_proven: bool,
+    is_verified: bool,
 }
 
 /// The reading position and the demand of one reader.
@@ -75,10 +75,10 @@ struct Demand {
     unchecked: bool,
     /// The range that the reader waits for.
     range: Option<Range<u64>>,
-    /// The range that it has read sequentially.
+    /// The range that the reader has read sequentially.
     read: Range<u64>,
-    /// Time at which it last began or ended to wait.
-    touched: Instant,
+    /// Time at which the reader last started or stopped waiting.
+    wait_changed_at: Instant,
 }
 
 /// One reader of the incomplete file. Dropping it withdraws its demand.
@@ -91,12 +91,12 @@ pub(crate) struct PartialReader {
 
 /// The part that the download should request next.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Next {
+pub(super) enum NextPart {
     /// A part that a reader waits for or is expected to read soon.
     Demanded(u64),
     /// The next part in the usual order.
     Any,
-    /// No part: the demanded part is already being downloaded and gets the bandwidth for itself.
+    /// No part: the demanded part is already being downloaded and gets the whole bandwidth.
     Wait,
 }
 
@@ -120,7 +120,7 @@ impl PartialFile {
     /// Returns true if all bytes are written and verified.
     pub(crate) fn is_complete(&self) -> bool {
         let received = self.received.borrow();
-        received.is_proven || received.has_ladder && received.has(&(0..self.size))
+        received.is_verified || received.has_ladder && received.contains(&(0..self.size))
     }
 
     /// Starts a new generation and returns its number. All bytes received before become invalid.
@@ -155,29 +155,29 @@ impl PartialFile {
         let received = self.received.borrow();
         // Satisfied demands end now, even if their readers have not woken up yet.
         for demand in self.demands().values_mut() {
-            if demand.range.as_ref().is_some_and(|range| received.has(range)) {
-                (demand.range, demand.touched) = (None, Instant::now());
+            if demand.range.as_ref().is_some_and(|range| received.contains(range)) {
+                (demand.range, demand.wait_changed_at) = (None, Instant::now());
             }
         }
     }
 
     /// Records that the whole staged file is verified.
-    pub(crate) fn proven(&self) {
-        self.replace(0, Received { exists: true, is_proven: true, ..Received::default() });
+    pub(crate) fn mark_verified(&self) {
+        self.replace(0, Received { exists: true, is_verified: true, ..Received::default() });
     }
 
     /// Returns true if the whole file is verified and belongs to `generation`.
-    pub(crate) fn is_proven(&self, generation: u64) -> bool {
+    pub(crate) fn is_verified(&self, generation: u64) -> bool {
         let received = self.received.borrow();
-        received.is_proven && received.current() == Some(generation)
+        received.is_verified && received.current() == Some(generation)
     }
 
-    /// Records that the download failed: no bytes may be read any more.
-    pub(crate) fn failed(&self) {
+    /// Records that the download failed. No bytes may be read any more.
+    pub(crate) fn mark_failed(&self) {
         self.replace(0, Received::default());
     }
 
-    /// Replaces the received bytes, adds `increment` to the generation and returns it.
+    /// Replaces the received bytes. Adds `increment` to the generation and returns the result.
     fn replace(&self, increment: u64, received: Received) -> u64 {
         let generation = self.received.borrow().generation + increment;
         self.received.send_replace(Received { generation, ..received });
@@ -188,7 +188,7 @@ impl PartialFile {
     pub(crate) fn read(self: &Arc<Self>, unchecked: bool) -> PartialReader {
         // Demand the first byte at once, so that the first part is requested before the reader asks for it.
         let first = Some(0..self.size.min(1)).filter(|first| !first.is_empty());
-        let demand = Demand { unchecked, range: first, read: 0..0, touched: Instant::now() };
+        let demand = Demand { unchecked, range: first, read: 0..0, wait_changed_at: Instant::now() };
         let mut demands = self.demands();
         let id = demands.last_key_value().map_or(0, |(last, _)| last + 1);
         demands.insert(id, demand);
@@ -198,21 +198,21 @@ impl PartialFile {
     }
 
     /// Returns which of the queued parts to request next.
-    pub(super) fn next(&self, queue: &PartQueue, part_size: u64) -> Next {
+    pub(super) fn next(&self, queue: &PartQueue, part_size: u64) -> NextPart {
         let by_part = self.is_readable_by_part();
         let demands = self.demands();
-        // A reader that has to wait for the whole file anyway must not disturb the order in which it is hashed.
+        // A reader that must wait for the whole file does not change the order of requests, which follows the hash.
         let relevant: Vec<&Demand> = demands.values().filter(|demand| demand.unchecked || by_part).collect();
         let parts = |range: Range<u64>| range.start / part_size..range.end.div_ceil(part_size);
         // Ranges that readers wait for come before ranges that they are expected to read next.
         let waited_for = relevant.iter().filter_map(|demand| demand.range.clone());
         let ahead = relevant.iter().map(|demand| demand.ahead(part_size));
         if let Some(part) = waited_for.chain(ahead).find_map(|range| queue.first_in(parts(range))) {
-            return Next::Demanded(part);
+            return NextPart::Demanded(part);
         }
         match relevant.iter().any(|demand| demand.is_urgent()) {
-            true => Next::Wait,
-            false => Next::Any,
+            true => NextPart::Wait,
+            false => NextPart::Any,
         }
     }
 
@@ -241,42 +241,44 @@ impl Received {
     fn add(&mut self, range: &Range<u64>) {
         let (mut start, mut end) = (range.start, range.end);
         // Merge with the range that begins before this one.
-        if let Some((before, its_end)) = self.spans.range(..=start).next_back().map(|(start, end)| (*start, *end))
-            && its_end >= start
+        if let Some((before, other_end)) = self.spans.range(..=start).next_back().map(|(start, end)| (*start, *end))
+            && other_end >= start
         {
-            (start, end) = (before, end.max(its_end));
+            (start, end) = (before, end.max(other_end));
         }
         // Merge with all ranges that begin within it.
-        while let Some((next, its_end)) = self.spans.range(start..=end).next().map(|(start, end)| (*start, *end)) {
+        while let Some((next, other_end)) = self.spans.range(start..=end).next().map(|(start, end)| (*start, *end)) {
             self.spans.remove(&next);
-            end = end.max(its_end);
+            end = end.max(other_end);
         }
         self.spans.insert(start, end);
     }
 
-    fn has(&self, range: &Range<u64>) -> bool {
-        self.is_proven
+    /// Returns true if all bytes of `range` are written.
+    fn contains(&self, range: &Range<u64>) -> bool {
+        self.is_verified
             || range.is_empty()
             || self.spans.range(..=range.start).next_back().is_some_and(|(_, end)| *end >= range.end)
     }
 }
 
 impl Demand {
-    /// Returns the range that the reader will probably need next: as long as it has read sequentially, plus some parts.
+    /// Returns the range that the reader will probably need next. It is as long as the range read sequentially so far,
+    /// plus [`AHEAD_PARTS`] parts.
     fn ahead(&self, part_size: u64) -> Range<u64> {
-        let read = self.read.end - self.read.start;
-        self.read.end..self.read.end.saturating_add(read).saturating_add(AHEAD_PARTS * part_size)
+        let read_bytes = self.read.end - self.read.start;
+        self.read.end..self.read.end.saturating_add(read_bytes).saturating_add(AHEAD_PARTS * part_size)
     }
 
     /// Returns true if parts without a demand should not be requested yet.
     fn is_urgent(&self) -> bool {
-        self.touched.elapsed() < if self.range.is_some() { DEMAND_PRIORITY_MAX } else { NEXT_DEMAND_WAIT }
+        self.wait_changed_at.elapsed() < if self.range.is_some() { DEMAND_PRIORITY_MAX } else { NEXT_DEMAND_WAIT }
     }
 
     /// Records that the reader reads `range`, continuing its sequence or starting a new one.
     fn record_read(&mut self, range: &Range<u64>) {
-        let goes_on = self.read.start..=self.read.end.saturating_add(GAP_BYTES);
-        match goes_on.contains(&range.start) {
+        let continuation = self.read.start..=self.read.end.saturating_add(GAP_BYTES);
+        match continuation.contains(&range.start) {
             true => self.read.end = self.read.end.max(range.end),
             false => self.read = range.clone(),
         }
@@ -284,7 +286,7 @@ impl Demand {
 }
 
 impl PartialReader {
-    /// Returns the file that is read.
+    /// Returns the file that this reader reads.
     pub(crate) fn partial_file(&self) -> &PartialFile {
         &self.partial_file
     }
@@ -299,9 +301,9 @@ impl PartialReader {
         let generation = {
             let (received, read_gate) = (self.partial_file.received.borrow(), self.partial_file.read_gate);
             let is_readable = match read_gate {
-                _ if self.unchecked => received.has(range),
-                ReadGate::ByPart => received.is_proven || received.has_ladder && received.has(range),
-                ReadGate::Proven => received.is_proven,
+                _ if self.unchecked => received.contains(range),
+                ReadGate::ByPart => received.is_verified || received.has_ladder && received.contains(range),
+                ReadGate::Verified => received.is_verified,
                 ReadGate::Published => false,
             };
             received.current().filter(|_| is_readable)?
@@ -316,7 +318,7 @@ impl PartialReader {
     pub(crate) fn demand(&self, range: &Range<u64>) {
         if let Some(demand) = self.partial_file.demands().get_mut(&self.id) {
             demand.record_read(range);
-            (demand.range, demand.touched) = (Some(range.clone()), Instant::now());
+            (demand.range, demand.wait_changed_at) = (Some(range.clone()), Instant::now());
         }
         self.partial_file.demand_changed.notify_one();
     }
@@ -340,7 +342,7 @@ pub(crate) struct ReceivedWatch(watch::Receiver<Received>);
 
 impl ReceivedWatch {
     /// Marks the present state as seen, so that [`changed`](Self::changed) waits for a later one.
-    pub(crate) fn look(&mut self) {
+    pub(crate) fn mark_seen(&mut self) {
         self.0.mark_unchanged();
     }
 
@@ -372,19 +374,21 @@ mod tests {
 
     fn request_next(partial_file: &PartialFile, queue: &mut PartQueue) -> Option<u64> {
         match partial_file.next(queue, PART) {
-            Next::Demanded(part) => {
+            NextPart::Demanded(part) => {
                 queue.mark_requested(part);
                 Some(part)
             }
-            Next::Any => queue.peek().inspect(|part| queue.mark_requested(*part)),
-            Next::Wait => None,
+            NextPart::Any => queue.peek().inspect(|part| queue.mark_requested(*part)),
+            NextPart::Wait => None,
         }
     }
 
     fn all_demanded(partial_file: &PartialFile, queue: &mut PartQueue) -> Vec<u64> {
         std::iter::from_fn(|| match partial_file.next(queue, PART) {
-            Next::Demanded(part) => request_next(partial_file, queue).inspect(|requested| assert_eq!(*requested, part)),
-            Next::Any | Next::Wait => None,
+            NextPart::Demanded(part) => {
+                request_next(partial_file, queue).inspect(|requested| assert_eq!(*requested, part))
+            }
+            NextPart::Any | NextPart::Wait => None,
         })
         .collect()
     }
@@ -396,11 +400,11 @@ mod tests {
             received.add(&range);
         }
         assert_eq!(received.spans, BTreeMap::from([(0, 9)]));
-        assert!(received.has(&(3..9)) && !received.has(&(3..10)) && received.has(&(20..20)));
+        assert!(received.contains(&(3..9)) && !received.contains(&(3..10)) && received.contains(&(20..20)));
     }
 
     #[test]
-    fn demanded_parts_are_requested_first_then_those_that_follow_and_no_others_meanwhile() {
+    fn demanded_parts_are_requested_first_then_the_read_ahead_and_no_other_parts() {
         let partial_file = partial_file(ReadGate::ByPart);
         let mut queue = PartQueue::new(100, Order::Any);
         let reading = partial_file.read(false);
@@ -412,10 +416,10 @@ mod tests {
         part(&partial_file, 50);
         part(&partial_file, 51);
         assert_eq!(request_next(&partial_file, &mut queue), None, "the reader's next demand is expected");
-        partial_file.demands().values_mut().for_each(|demand| demand.touched -= 2 * NEXT_DEMAND_WAIT);
-        assert_eq!(partial_file.next(&queue, PART), Next::Any);
+        partial_file.demands().values_mut().for_each(|demand| demand.wait_changed_at -= 2 * NEXT_DEMAND_WAIT);
+        assert_eq!(partial_file.next(&queue, PART), NextPart::Any);
         drop(reading);
-        assert_eq!(partial_file.next(&queue, PART), Next::Any);
+        assert_eq!(partial_file.next(&queue, PART), NextPart::Any);
     }
 
     #[test]
@@ -438,7 +442,7 @@ mod tests {
 
     #[test]
     fn single_parts_are_readable_only_if_a_trusted_ladder_verifies_them() {
-        let (trusted, doubted) = (partial_file(ReadGate::ByPart), partial_file(ReadGate::Proven));
+        let (trusted, doubted) = (partial_file(ReadGate::ByPart), partial_file(ReadGate::Verified));
         for (partial_file, unchecked, expected) in
             [(&trusted, false, true), (&doubted, false, false), (&doubted, true, true), (&trusted, true, true)]
         {
@@ -454,28 +458,28 @@ mod tests {
         trusted.part_received(2, &(PART..2 * PART));
         assert_eq!(reading.may_read(&(0..PART)), None, "it belongs to an earlier generation");
         assert_eq!(reading.may_read(&(PART..2 * PART)), None, "no ladder checked it");
-        trusted.proven();
+        trusted.mark_verified();
         assert_eq!(reading.may_read(&(0..100 * PART)), Some(2));
-        assert!(trusted.is_proven(2) && !trusted.is_proven(1));
+        assert!(trusted.is_verified(2) && !trusted.is_verified(1));
     }
 
     #[test]
-    fn with_the_gate_published_a_proven_file_is_not_readable_yet() {
+    fn with_the_gate_published_a_verified_file_is_not_readable_yet() {
         let partial_file = partial_file(ReadGate::Published);
         let (reading, unchecked_reader) = (partial_file.read(false), partial_file.read(true));
         part(&partial_file, 0);
-        partial_file.proven();
+        partial_file.mark_verified();
         assert_eq!(reading.may_read(&(0..PART)), None);
         assert_eq!(unchecked_reader.may_read(&(0..PART)), Some(1));
     }
 
     #[test]
     fn demands_do_not_change_the_order_of_a_file_that_is_hashed_in_order() {
-        let partial_file = partial_file(ReadGate::Proven);
+        let partial_file = partial_file(ReadGate::Verified);
         let reading = partial_file.read(false);
         reading.demand(&(50 * PART..51 * PART));
-        assert_eq!(partial_file.next(&PartQueue::new(100, Order::Sequential), PART), Next::Any);
+        assert_eq!(partial_file.next(&PartQueue::new(100, Order::Sequential), PART), NextPart::Any);
         let _unchecked_reader = partial_file.read(true);
-        assert_eq!(partial_file.next(&PartQueue::new(100, Order::Sequential), PART), Next::Demanded(0));
+        assert_eq!(partial_file.next(&PartQueue::new(100, Order::Sequential), PART), NextPart::Demanded(0));
     }
 }

@@ -32,7 +32,7 @@ const REPORT_AFTER: Duration = Duration::from_secs(2);
 const REPORT_INTERVAL: Duration = Duration::from_secs(5);
 
 tokio::task_local! {
-    /// Time after which [`within`] allows no further retry.
+    /// Time from which [`within`] allows no further retry.
     static RETRY_DEADLINE: Instant;
 }
 
@@ -91,27 +91,27 @@ impl Retry {
         Attempts { retry: self.clone(), first_failure: None, failures: 0 }
     }
 
-    /// Takes the cost of a retry from the budget for a hedged request (a second one for the same bytes). Returns false
+    /// Takes the cost of a retry from the budget, for a hedged request: a second one for the same bytes. Returns false
     /// if the budget is spent.
-    pub(crate) fn may_hedge(&self) -> bool {
-        self.pay()
+    pub(crate) fn spend_for_hedge(&self) -> bool {
+        self.spend_retry_cost()
     }
 
     /// Takes the cost of a retry from the budget. Returns false if the budget is spent.
-    fn pay(&self) -> bool {
-        let pay = |tokens: i64| (tokens >= RETRY_COST).then_some(tokens - RETRY_COST);
-        self.tokens.fetch_update(Ordering::Relaxed, Ordering::Relaxed, pay).is_ok()
+    fn spend_retry_cost(&self) -> bool {
+        let spend = |tokens: i64| (tokens >= RETRY_COST).then_some(tokens - RETRY_COST);
+        self.tokens.fetch_update(Ordering::Relaxed, Ordering::Relaxed, spend).is_ok()
     }
 
-    /// Returns true if a wait may be reported now. Many requests meet the same failure, so reports are limited to one
-    /// per [`REPORT_INTERVAL`].
-    fn may_report(&self) -> bool {
+    /// Returns true if a wait may be reported now, and records the report. Many requests meet the same failure, so
+    /// reports are limited to one per [`REPORT_INTERVAL`].
+    fn take_report_turn(&self) -> bool {
         let mut last_report = self.last_report.lock().unwrap_or_else(PoisonError::into_inner);
-        let due = last_report.is_none_or(|last| last.elapsed() >= REPORT_INTERVAL);
-        if due {
+        let is_due = last_report.is_none_or(|last| last.elapsed() >= REPORT_INTERVAL);
+        if is_due {
             *last_report = Some(Instant::now());
         }
-        due
+        is_due
     }
 
     /// Runs `request` until it succeeds, fails permanently, or the deadline or the budget is spent.
@@ -133,9 +133,9 @@ impl Attempts {
     /// Sleeps before the next attempt, or returns `error` if there must be no other attempt.
     pub async fn pause(&mut self, error: Error) -> Result<()> {
         let Some(wait) = self.wait_after(&error, Instant::now()) else { return Err(error) };
-        if (error.wait().is_some() || self.is_worth_reporting(wait)) && self.retry.may_report() {
+        if (error.wait().is_some() || self.is_worth_reporting(wait)) && self.retry.take_report_turn() {
             let wait_s = wait.as_secs_f32().ceil();
-            tracing::info!(%error, wait_s, attempt = self.failures, "waiting before another try");
+            tracing::info!(%error, wait_s, attempt = self.failures, "waiting before the next attempt");
         } else {
             tracing::debug!(%error, wait_ms = wait.as_millis() as u64, attempt = self.failures, "retrying");
         }
@@ -166,15 +166,15 @@ impl Attempts {
         // A wait that the server requested (`Retry-After`) is never shortened.
         let wait =
             error.wait().map_or(jittered, |requested| requested.saturating_add(jittered.min(Duration::from_secs(1))));
-        // Fail now rather than sleep until the deadline.
-        if now.checked_add(wait).is_none_or(|then| then > deadline) {
+        // Fail now instead of sleeping past the deadline.
+        if now.checked_add(wait).is_none_or(|end| end > deadline) {
             return None;
         }
         self.failures += 1;
         // A wait that the host has stated to another request, too, is paid once.
         let is_new =
             error.throttled_by().zip(error.wait()).is_none_or(|(host, wait)| self.retry.pauses.begin(host, wait));
-        (!is_new || self.retry.pay()).then_some(wait)
+        (!is_new || self.retry.spend_retry_cost()).then_some(wait)
     }
 }
 
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn transient_failures_are_tried_again_and_others_are_not() {
+    async fn transient_failures_are_retried_and_others_are_not() {
         let calls = AtomicU32::new(0);
         let value = retry(Duration::from_secs(60))
             .run(|| async {
@@ -216,9 +216,9 @@ mod tests {
         let policy = retry(Duration::from_secs(60));
         let mut attempts = policy.attempts();
         let error = Error::unavailable("throttled").retry_after(Duration::from_secs(3));
-        let wait = attempts.wait_after(&error, Instant::now()).expect("it is tried again");
+        let wait = attempts.wait_after(&error, Instant::now()).expect("it is retried");
         assert!(attempts.is_worth_reporting(wait) && !attempts.is_worth_reporting(Duration::from_millis(10)));
-        assert_eq!([policy.may_report(), policy.clone().may_report()], [true, false]);
+        assert_eq!([policy.take_report_turn(), policy.clone().take_report_turn()], [true, false]);
     }
 
     #[test]
@@ -235,7 +235,7 @@ mod tests {
             within(Duration::from_millis(800), retry.run(|| async { Err::<(), _>(Error::unavailable("busy")) })).await;
         assert_eq!(busy.expect("in time").expect_err("busy").message(), "busy");
         let silent = within(Duration::from_millis(800), retry.run(std::future::pending::<Result<()>>)).await;
-        assert!(silent.is_none(), "silence is cut short");
+        assert!(silent.is_none(), "the request never responds");
     }
 
     #[test]

@@ -2,8 +2,8 @@
 //!
 //! The slices of all fills wait in one queue. A worker hashes two slices of different streams interleaved on one core,
 //! which takes little longer than hashing one. The number of workers that hash concurrently is limited, so that pairs
-//! form; more workers may be writing at the same time. A worker is a blocking task that ends when the queue is empty,
-//! so no thread stays behind and a forked process loses nothing.
+//! form. More workers may write at the same time. A worker is a blocking task that ends when the queue is empty, so no
+//! thread remains that a forked process would lack.
 //!
 //! The slices of a dropped stream are discarded unwritten. An error affects only the stream that the slice belongs to.
 
@@ -103,8 +103,8 @@ pub(super) struct SliceOutcome {
     pub(super) buffer: Buffer,
     pub(super) hash: Hash,
     /// False if the hash does not match the checkpoint after the part.
-    pub(super) holds: bool,
-    /// True if the caller must now hash the parts that arrived early. No other task is asked to.
+    pub(super) matches: bool,
+    /// True if the caller must now hash the parts that arrived early. Only one task gets this value.
     pub(super) must_catch_up: bool,
 }
 
@@ -133,7 +133,7 @@ impl CheckpointPair {
 
     /// Returns true if `hasher`, which has hashed the part, matches the checkpoint after it, or the file's digest after
     /// the last part.
-    fn holds(&self, hasher: PartHasher) -> bool {
+    fn matches(&self, hasher: PartHasher) -> bool {
         match self.ladder.after(self.index) {
             Some(after) => hasher.state() == Some(after),
             None => Some(hasher.finish()) == self.sha256,
@@ -145,7 +145,7 @@ impl Workers {
     /// Creates a pool for a machine with `cores` cores.
     pub(super) fn new(cores: usize) -> Self {
         let workers_max = (2 * cores).clamp(WORKERS_MIN, WORKERS_MAX);
-        // Half of the cores receive. A core that hashes pairs keeps up with one that receives.
+        // Half of the cores receive. A core that hashes pairs keeps up with a core that receives.
         let hashing_max = (cores / 2).clamp(1, workers_max / 2);
         Self(Arc::new(WorkerPool { state: Mutex::default(), freed: Condvar::new(), workers_max, hashing_max }))
     }
@@ -156,12 +156,12 @@ impl Workers {
     }
 
     /// Queues a slice. The returned value resolves to its outcome.
-    pub(super) fn submit(&self, slice: Slice) -> Pending {
+    pub(super) fn submit(&self, slice: Slice) -> PendingSlice {
         let (reply, pending) = oneshot::channel();
         let mut state = self.0.lock();
         state.queue.push_back(SliceJob { slice, reply });
         self.0.wake_worker(state);
-        Pending(pending)
+        PendingSlice(pending)
     }
 
     #[cfg(test)]
@@ -170,14 +170,16 @@ impl Workers {
     }
 }
 
-/// A submitted slice. Dropping it cancels the slice if no worker has taken it yet.
+/// A submitted slice. Dropping this value cancels the slice if no worker has taken it yet.
 #[derive(Debug)]
-pub(super) struct Pending(oneshot::Receiver<Result<SliceOutcome>>);
+pub(super) struct PendingSlice(oneshot::Receiver<Result<SliceOutcome>>);
 
-impl Pending {
+impl PendingSlice {
     /// Waits for the outcome of the slice.
-    pub(super) async fn done(self) -> Result<SliceOutcome> {
-        self.0.await.map_err(|cause| Error::new(ErrorKind::Other, "background work ended unexpectedly").cause(cause))?
+    pub(super) async fn outcome(self) -> Result<SliceOutcome> {
+        self.0
+            .await
+            .map_err(|cause| Error::new(ErrorKind::Other, "the worker of a slice ended unexpectedly").cause(cause))?
     }
 }
 
@@ -186,12 +188,12 @@ impl WorkerPool {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Starts or wakes a worker after a job was added to the queue. Takes the lock under which that happened.
+    /// Starts or wakes a worker after a job was added to the queue. `state` is the lock under which the job was added.
     fn wake_worker(self: &Arc<Self>, mut state: MutexGuard<'_, QueueState>) {
         if state.workers < self.workers_max {
             // Count the new worker under the lock, so that no more than `workers_max` are started.
             state.workers += 1;
-            let worker = Worker { shared: self.clone(), is_counted: true };
+            let worker = Worker { pool: self.clone(), is_counted: true };
             drop(state);
             tokio::task::spawn_blocking(move || worker.run());
         } else {
@@ -202,7 +204,7 @@ impl WorkerPool {
 
 /// One worker. It is counted in [`QueueState::workers`] until it finds the queue empty.
 struct Worker {
-    shared: Arc<WorkerPool>,
+    pool: Arc<WorkerPool>,
     is_counted: bool,
 }
 
@@ -218,8 +220,8 @@ struct Batch<'a> {
 
 impl Worker {
     fn run(mut self) {
-        let shared = self.shared.clone();
-        while let Some(batch) = self.next(&shared) {
+        let pool = self.pool.clone();
+        while let Some(batch) = self.next(&pool) {
             let Batch { jobs, slot } = batch;
             // 1. Load the bytes that are to be read back.
             let mut jobs: Vec<SliceJob> = jobs.into_iter().filter_map(SliceJob::load_bytes).collect();
@@ -229,51 +231,52 @@ impl Worker {
                 drop(slot);
             }
             // 3. Requeue catch-up jobs that have more to hash, before the slow writes below.
-            let (chains, others): (Vec<SliceJob>, Vec<SliceJob>) = jobs.into_iter().partition(SliceJob::catches_up);
-            let chains: Vec<SliceJob> = chains.into_iter().filter_map(SliceJob::next_slice).collect();
-            if !chains.is_empty() {
-                let mut state = shared.lock();
-                chains.into_iter().for_each(|chain| state.requeue_chain(chain));
+            let (catch_up_jobs, others): (Vec<SliceJob>, Vec<SliceJob>) =
+                jobs.into_iter().partition(SliceJob::catches_up);
+            let unfinished: Vec<SliceJob> = catch_up_jobs.into_iter().filter_map(SliceJob::next_slice).collect();
+            if !unfinished.is_empty() {
+                let mut state = pool.lock();
+                unfinished.into_iter().for_each(|job| state.requeue_catch_up(job));
                 if !others.is_empty() {
-                    // This worker writes next, so another one may continue the chain.
-                    shared.wake_worker(state);
+                    // This worker writes next, so another one may continue the catch-up job.
+                    pool.wake_worker(state);
                 }
             }
-            // 4. Verify, write and answer the other jobs.
+            // 4. Verify and write the slices of the other jobs, and send their outcomes.
             others.into_iter().for_each(SliceJob::complete);
         }
     }
 
     /// Returns the next batch, or `None` if the queue is empty; then this worker is no longer counted. Waits while all
     /// queued jobs need a hashing slot and none is free.
-    fn next<'a>(&mut self, shared: &'a WorkerPool) -> Option<Batch<'a>> {
-        let mut state = shared.lock();
+    fn next<'a>(&mut self, pool: &'a WorkerPool) -> Option<Batch<'a>> {
+        let mut state = pool.lock();
         loop {
             // Discard the slices of dropped streams.
             state.queue.retain(|job| !job.reply.is_closed());
             if state.queue.is_empty() {
                 (state.workers, self.is_counted) = (state.workers - 1, false);
                 // Other workers may still wait for a slot although the queue is empty; let them end, too.
-                shared.freed.notify_all();
+                pool.freed.notify_all();
                 return None;
             }
             // Take the first job that can run now. Without a free slot that is one that needs no hashing.
-            let is_free = state.hashing < shared.hashing_max;
-            let Some(at) = state.queue.iter().position(|job| is_free || !job.hashes()) else {
-                state = shared.freed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            let is_free = state.hashing < pool.hashing_max;
+            let Some(at) = state.queue.iter().position(|job| is_free || !job.can_hash()) else {
+                state = pool.freed.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
             };
             let mut jobs: Vec<SliceJob> = state.queue.remove(at).into_iter().collect();
-            if !is_free || !jobs.iter().all(SliceJob::hashes) {
+            if !is_free || !jobs.iter().all(SliceJob::can_hash) {
                 return Some(Batch { jobs, slot: None });
             }
             // Pair it with a second job that needs hashing, if there is one. Never wait for it.
-            if let Some(at) = state.queue.iter().position(SliceJob::hashes) {
+            if let Some(at) = state.queue.iter().position(SliceJob::can_hash) {
                 jobs.extend(state.queue.remove(at));
                 state.pairs += 1;
             }
             state.hashing += 1;
-            return Some(Batch { jobs, slot: Some(Slot(shared)) });
+            return Some(Batch { jobs, slot: Some(Slot(pool)) });
         }
     }
 }
@@ -281,13 +284,13 @@ impl Worker {
 impl QueueState {
     /// Puts a catch-up job back into the queue.
     ///
-    /// It goes to the front: its slices depend on each other, and each wait in the queue would delay all that follow.
-    /// Its worker mostly takes it again itself. If another catch-up job is in front, this one queues at the end, so
-    /// that two long chains cannot occupy every slot.
-    fn requeue_chain(&mut self, chain: SliceJob) {
+    /// The job goes to the front, because its slices depend on each other, and each wait delays all that follow.
+    /// Usually the same worker takes it again. If another catch-up job is in front, this one goes to the end, so that
+    /// two long jobs cannot occupy every slot.
+    fn requeue_catch_up(&mut self, job: SliceJob) {
         match self.queue.front() {
-            Some(first) if first.catches_up() => self.queue.push_back(chain),
-            _ => self.queue.push_front(chain),
+            Some(first) if first.catches_up() => self.queue.push_back(job),
+            _ => self.queue.push_front(job),
         }
     }
 }
@@ -295,7 +298,7 @@ impl QueueState {
 impl Drop for Worker {
     fn drop(&mut self) {
         if self.is_counted {
-            self.shared.lock().workers -= 1;
+            self.pool.lock().workers -= 1;
         }
     }
 }
@@ -308,8 +311,8 @@ impl Drop for Slot<'_> {
 }
 
 impl SliceJob {
-    /// Returns true if the slice can be hashed now.
-    fn hashes(&self) -> bool {
+    /// Returns true if the slice can be hashed now: as a part, or because the in-order hash has reached it.
+    fn can_hash(&self) -> bool {
         match self.slice.hash {
             Hash::Part(_) => true,
             Hash::InOrder => self.slice.writer.is_next(self.slice.offset),
@@ -324,7 +327,7 @@ impl SliceJob {
     /// Reads the bytes back if necessary. Returns `None` if that failed; the error was then sent to the stream.
     fn load_bytes(mut self) -> Option<Self> {
         if let Some(len) = self.slice.work.bytes_to_read_back()
-            && let Err(error) = self.slice.writer.load(self.slice.offset, self.slice.buffer.room(len))
+            && let Err(error) = self.slice.writer.load(self.slice.offset, self.slice.buffer.space(len))
         {
             self.fail(error);
             return None;
@@ -375,25 +378,25 @@ impl Slice {
     /// Verifies and writes the slice, and marks the parts that it completes.
     fn complete(self) -> Result<SliceOutcome> {
         let Self { writer, offset, mut buffer, work, hash, end } = self;
-        let holds = match (&end, &hash) {
-            (Some((Some(checkpoints), _)), Hash::Part(hasher)) => checkpoints.holds(hasher.clone()),
+        let matches = match (&end, &hash) {
+            (Some((Some(checkpoints), _)), Hash::Part(hasher)) => checkpoints.matches(hasher.clone()),
             // There is a ladder, but no checkpoint for the part, so it cannot be verified.
             (Some((Some(_), _)), Hash::InOrder) => false,
             _ => true,
         };
         // The last slice of a part that fails verification is not written.
-        if holds && work == Work::Write {
+        if matches && work == Work::Write {
             writer.store(offset, &buffer)?;
         }
         let mut must_catch_up = false;
         // Mark the parts only now, after all their bytes are written and verified.
-        if holds && let Some((_, parts)) = end {
+        if matches && let Some((_, parts)) = end {
             for part in parts {
                 must_catch_up |= writer.part_done(part)?;
             }
         }
         buffer.clear();
-        Ok(SliceOutcome { buffer, hash, holds, must_catch_up })
+        Ok(SliceOutcome { buffer, hash, matches, must_catch_up })
     }
 }
 
@@ -438,7 +441,7 @@ fn hash_target(job: &mut SliceJob) -> Option<(HashTarget<'_>, &[u8])> {
     let Slice { writer, offset, buffer, hash, .. } = &mut job.slice;
     let target = match hash {
         Hash::Part(hasher) => HashTarget::Part(hasher),
-        Hash::InOrder => HashTarget::InOrder(writer.at_cursor(*offset)?),
+        Hash::InOrder => HashTarget::InOrder(writer.take_cursor(*offset)?),
     };
     Some((target, buffer))
 }
@@ -485,8 +488,8 @@ mod tests {
 
     fn writer(folder: &TempDir, name: &str, size: usize, in_order: bool) -> Arc<StagedWriter> {
         let (path, size) = (RootedPath::root(folder.path()).join(name), size as u64);
-        let draft = StagedFileSpec { path, size, part_size: PART, in_order, git: false, direct: false };
-        Arc::new(StagedWriter::create(draft, None).expect("creates"))
+        let spec = StagedFileSpec { path, size, part_size: PART, in_order, git: false, direct: false };
+        Arc::new(StagedWriter::create(spec, None).expect("creates"))
     }
 
     async fn slice(pool: &BufferPool, writer: &Arc<StagedWriter>, offset: usize, bytes: &[u8], hash: Hash) -> Slice {
@@ -495,9 +498,9 @@ mod tests {
         Slice { writer: writer.clone(), offset: offset as u64, buffer, work: Work::Write, hash, end: None }
     }
 
-    /// Two files in order and a part of a third, all at once and by so many slices that pairs are found.
+    /// Two files are hashed in order and a third by its ladder, at the same time, with enough slices to form pairs.
     #[tokio::test(flavor = "multi_thread")]
-    async fn streams_hashed_side_by_side_come_to_what_each_is() {
+    async fn interleaved_hashing_gives_the_digest_of_each_stream() {
         let (folder, pool, workers) = (TempDir::new().expect("folder"), BufferPool::new(None), Workers::new(1));
         let contents: Vec<_> = (1..=3).map(|seed| bytes(PART as usize + 1000 * usize::from(seed), seed)).collect();
         let digests: Vec<_> = contents.iter().map(|content| Digest::of(content)).collect();
@@ -519,8 +522,8 @@ mod tests {
                     let mut slice = slice(&pool, &writer, offset, &content[offset..end], hash).await;
                     let checkpoints = (at == 2).then(|| checkpoints.clone());
                     slice.end = (end == last).then_some((checkpoints, 0..1));
-                    let done = workers.submit(slice).done().await.expect("works");
-                    assert!(done.holds && done.buffer.is_empty());
+                    let done = workers.submit(slice).outcome().await.expect("works");
+                    assert!(done.matches && done.buffer.is_empty());
                     hash = done.hash;
                 }
                 if at < 2 {
@@ -546,7 +549,7 @@ mod tests {
         }
         drop(Slot(&workers.0));
         for pending in pending {
-            pending.done().await.expect("works");
+            pending.outcome().await.expect("works");
         }
         assert_eq!(workers.pairs(), 4);
         assert!(writers.iter().all(|writer| writer.hashed().sha256 == Digest::of(&content)));
@@ -564,7 +567,7 @@ mod tests {
                 let end = (offset + SLICE_BYTES).min(range.end);
                 let mut slice = slice(&pool, &writer, offset, &content[offset..end], Hash::InOrder).await;
                 slice.end = (end == range.end).then(|| (None, part as u64..part as u64 + 1));
-                let done = workers.submit(slice).done().await.expect("works");
+                let done = workers.submit(slice).outcome().await.expect("works");
                 if end == range.end {
                     outcomes.push((done.must_catch_up, writer.parts_behind()));
                 }
@@ -574,12 +577,12 @@ mod tests {
         let range = writer.next_to_catch_up().expect("the second part");
         assert_eq!((range.clone(), writer.parts_behind()), (PART..2 * PART, 2), "a job is at work");
         let slice = Slice::catch_up(writer.clone(), &range, pool.take().await);
-        workers.submit(slice).done().await.expect("works");
+        workers.submit(slice).outcome().await.expect("works");
         assert_eq!((writer.next_to_catch_up(), writer.parts_behind()), (None, 0));
         assert_eq!(writer.hashed().sha256, Digest::of(&content));
     }
 
-    /// Otherwise two long chains would occupy every slot until their ends.
+    /// Otherwise two long catch-up jobs would occupy every slot until their ends.
     #[tokio::test]
     async fn only_one_catch_up_job_is_in_front_of_the_queue() {
         let (folder, pool) = (TempDir::new().expect("folder"), BufferPool::new(None));
@@ -587,13 +590,13 @@ mod tests {
         for name in ["other", "one", "two"] {
             let writer = writer(&folder, name, SLICE_BYTES, true);
             let mut slice = slice(&pool, &writer, 0, &[1], Hash::InOrder).await;
-            let (reply, answer) = oneshot::channel();
-            pending.push(answer);
+            let (reply, receiver) = oneshot::channel();
+            pending.push(receiver);
             if name == "other" {
                 state.queue.push_back(SliceJob { slice, reply });
             } else {
                 slice.work = Work::CatchUp(1);
-                state.requeue_chain(SliceJob { slice, reply });
+                state.requeue_catch_up(SliceJob { slice, reply });
             }
         }
         let order: Vec<bool> = state.queue.iter().map(SliceJob::catches_up).collect();
@@ -617,9 +620,9 @@ mod tests {
         let other = writer(&folder, "other", SLICE_BYTES, true);
         let fine = slice(&pool, &other, 0, &content[..SLICE_BYTES], Hash::InOrder).await;
         let [wrong, beyond, fine] = [wrong, beyond, fine].map(|slice| workers.submit(slice));
-        assert!(!wrong.done().await.expect("is no failure").holds);
-        assert!(beyond.done().await.is_err());
-        assert!(fine.done().await.expect("works").holds);
+        assert!(!wrong.outcome().await.expect("is no failure").matches);
+        assert!(beyond.outcome().await.is_err());
+        assert!(fine.outcome().await.expect("works").matches);
         let journal = fs::read(folder.path().join("part.parts")).expect("journal");
         assert!(!journal.contains(&b'1'), "{journal:?}");
     }
@@ -633,7 +636,7 @@ mod tests {
         drop(workers.submit(slice(&pool, &writer, 0, &content, Hash::InOrder).await));
         drop(Slot(&workers.0));
         let last = slice(&pool, &writer, 0, &content[..1], Hash::InOrder).await;
-        workers.submit(last).done().await.expect("works");
+        workers.submit(last).outcome().await.expect("works");
         assert!(writer.is_next(1), "the dropped slice was not hashed");
     }
 }

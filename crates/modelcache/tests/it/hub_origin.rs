@@ -377,7 +377,7 @@ async fn files_with_names_that_cannot_be_kept_are_left_out() {
     let hub = Hub::start().await.unwrap();
     let names = ["onnx\\model.onnx", "a\\..\\b", ".modelcache.json", ".modelcache/manifest.json"];
     let commit = hub.repo("org/odd").commit().plain("fine.txt", "1");
-    names.iter().fold(commit, |commit, name| commit.plain(*name, "2")).publish().unwrap();
+    names.iter().fold(commit, |commit, name| commit.plain(name, "2")).publish().unwrap();
     let source = resolve(&hub, "hf://org/odd").await.unwrap().source;
     let manifest = source.manifest().await.unwrap().unwrap();
     assert!(manifest.files.keys().eq([&path("fine.txt")]), "{:?}", manifest.files);

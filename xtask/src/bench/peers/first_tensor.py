@@ -1,9 +1,9 @@
-"""Loads a safetensors file from S3 and measures when its first and its last tensor can be read.
+"""Loads a safetensors file from S3 and measures the time until its first and its last tensor are in memory.
 
 usage: first_tensor.py SIZE open REFERENCE FILE | SIZE get REFERENCE FILE | SIZE runai URL
 
-SIZE is the size of all tensors. Prints as JSON the seconds to the first and to the last tensor, the bytes that the
-server had sent at the first, and core-seconds. The start of Python and the imports are not included.
+SIZE is the size of all tensors. Prints as JSON the seconds until the first and the last tensor are in memory, the bytes
+that the server had sent by the first tensor, and core-seconds. The start of Python and the imports are not included.
 """
 
 import json
@@ -31,7 +31,7 @@ def with_get(reference, path):
 
 
 def with_runai(url):
-    """Run:ai's streamer, into memory. Its first tensor is the first one that arrives."""
+    """The Run:ai streamer, into memory. Its first tensor is the first one that arrives."""
     engine = Engine()
 
     def read(at, size):
@@ -48,7 +48,7 @@ def with_runai(url):
     engine.end()
 
 
-size, how, *what = sys.argv[1:]
+size, how, *source = sys.argv[1:]
 if how == "runai":
     from runai_engine import Engine
 
@@ -61,11 +61,11 @@ else:
 
 measured.touch(int(size))
 watch = measured.Stopwatch()
-coming = load(*what)
-kept = [next(coming)]
+tensors_in_order = load(*source)
+loaded = [next(tensors_in_order)]
 figures = {"first_s": watch.seconds(), "first_sent": measured.bytes_sent()}
-for tensor in coming:
-    kept.append(tensor)
+for tensor in tensors_in_order:
+    loaded.append(tensor)
     # After every tensor, because the generator closes the cache after the last one, which is not part of loading.
     figures.update(whole_s=watch.seconds(), core_seconds=watch.core_seconds())
-print(json.dumps({**figures, "bytes": sum(tensor.nbytes for tensor in kept)}))
+print(json.dumps({**figures, "bytes": sum(tensor.nbytes for tensor in loaded)}))

@@ -1,6 +1,9 @@
 """huggingface_hub: measures hf_hub_download of a cached file, in process.
 
-usage: hub_warm.py REPO FILE FOLDER RUNS   RUNS 0 fills the cache; otherwise offline, by HF_HUB_OFFLINE or by argument
+usage: hub_warm.py REPO FILE FOLDER RUNS
+
+If RUNS is 0, the file is downloaded into the cache. Otherwise the calls are offline: by HF_HUB_OFFLINE=1 if that is
+set, else by the argument local_files_only.
 """
 
 import os

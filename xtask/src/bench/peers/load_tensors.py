@@ -2,8 +2,8 @@
 
 usage: load_tensors.py HOW SIZE FILE | HOW SIZE REFERENCE FILE   HOW: safe_open, load_file, runai, runai-packed
 
-SIZE is the size of all tensors. With REFERENCE, modelcache is opened and returns the folder of FILE. Prints seconds and
-core-seconds to the last tensor as JSON. The start of Python and the imports are not included.
+SIZE is the size of all tensors. With REFERENCE, modelcache is opened and returns the folder of FILE. Prints as JSON the
+seconds and core-seconds until the last tensor is in memory. The start of Python and the imports are not included.
 """
 
 import json
@@ -22,9 +22,10 @@ def with_safe_open(path):
 
 
 def with_runai(path):
-    """Lays the tensors out like the streamer's Python API.
+    """Lays the tensors out in memory like the Python API of the streamer.
 
-    If address and file offset of a tensor differ by a multiple of the block size, it is read past the page cache.
+    If the address and the file offset of a tensor differ by a multiple of the block size, the engine reads it with
+    O_DIRECT.
     """
     engine = Engine()
     with open(path, "rb") as file:
@@ -52,12 +53,12 @@ def check(loaded, path):
             array = loaded[name]
             ends = os.pread(file.fileno(), 4, at), os.pread(file.fileno(), 4, at + size - 4)
             if array.nbytes != size or (array[:1].tobytes(), array[-1:].tobytes()) != ends:
-                sys.exit(f"{name} was not loaded")
+                sys.exit(f"{name} was not loaded correctly")
     if len(loaded) != len(rows):
-        sys.exit("not all was loaded")
+        sys.exit(f"{len(loaded)} of {len(rows)} tensors were loaded")
 
 
-how, size, *what = sys.argv[1:]
+how, size, *source = sys.argv[1:]
 if how == "safe_open":
     from safetensors import safe_open
 
@@ -68,12 +69,12 @@ else:
     from runai_engine import Engine
 
     load = with_runai
-if len(what) == 2:
+if len(source) == 2:
     from modelcache import ModelCache
 
 measured.touch(int(size))
 watch = measured.Stopwatch()
-path = str(ModelCache().get(what[0]) / what[1]) if len(what) == 2 else what[0]
+path = str(ModelCache().get(source[0]) / source[1]) if len(source) == 2 else source[0]
 loaded = load(path)
 figures = {"seconds": watch.seconds(), "core_seconds": watch.core_seconds()}
 check(loaded, path)

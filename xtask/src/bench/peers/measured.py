@@ -8,17 +8,17 @@ from urllib.parse import urlsplit
 
 
 def calls(call, runs):
-    """Repeats a call and prints percentiles of its microseconds, and its mean core-microseconds."""
+    """Repeats a call. Prints percentiles of its duration in microseconds, and its mean processor time."""
     times, clock = [], time.perf_counter_ns
-    spent = time.process_time()
+    core_started = time.process_time()
     for _ in range(runs):
         started = clock()
         call()
         times.append(clock() - started)
-    spent = time.process_time() - spent
+    core_seconds = time.process_time() - core_started
     times.sort()
-    figures = {f"p{share}_us": times[(runs - 1) * share // 100] / 1e3 for share in (10, 50, 90, 99)}
-    print(json.dumps({**figures, "core_us": spent * 1e6 / runs}))
+    figures = {f"p{percent}_us": times[(runs - 1) * percent // 100] / 1e3 for percent in (10, 50, 90, 99)}
+    print(json.dumps({**figures, "core_us": core_seconds * 1e6 / runs}))
 
 
 def bytes_sent():

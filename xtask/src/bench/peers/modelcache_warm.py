@@ -9,11 +9,11 @@ from modelcache import ModelCache
 
 import measured
 
-runs, what = int(sys.argv[1]), sys.argv[2:]
+runs, wanted = int(sys.argv[1]), sys.argv[2:]
 cache = ModelCache()
-if len(what) == 2:
-    name, version = what
+if len(wanted) == 2:
+    name, version = wanted
     measured.calls(lambda: cache.get(name, version), runs)
 else:
-    reference = what[0]
+    reference = wanted[0]
     measured.calls(lambda: cache.get(reference), runs)

@@ -2,8 +2,8 @@
 
 usage: obstore_copy.py get BUCKET KEY FILE | tree BUCKET PREFIX FOLDER | put BUCKET KEY FILE   [CONCURRENCY PART_MIB]
 
-Without CONCURRENCY and PART_MIB, it makes the calls of obstore's documentation: one stream per file. With them, it gets
-ranges in threads.
+Without CONCURRENCY and PART_MIB, a file is one stream, as in the documentation of obstore. With them, its ranges are
+downloaded in threads.
 """
 
 import os
@@ -16,8 +16,8 @@ from obstore.store import S3Store
 
 verb, bucket, key, path = sys.argv[1:5]
 workers, part = (int(sys.argv[5]), int(sys.argv[6]) * 1024 * 1024) if len(sys.argv) > 5 else (0, 0)
-# obstore trusts only its built-in root certificates, so verification is off. Its cost is negligible beside the
-# transfer.
+# obstore trusts only its built-in root certificates, so certificates are not verified. The cost of the verification is
+# negligible beside that of the transfer.
 client = {"allow_http": True, "allow_invalid_certificates": True, "timeout": "300s"}
 store = S3Store(bucket, endpoint=os.environ["AWS_ENDPOINT_URL"], client_options=client)
 

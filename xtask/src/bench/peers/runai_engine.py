@@ -1,7 +1,8 @@
-"""Run:ai Model Streamer without its Python API, which imports torch: 5 GB to install and seconds to start.
+"""The engine of the Run:ai Model Streamer without its Python API, which imports torch: 5 GB to install and seconds to
+start.
 
-Moving bytes needs neither. The engine is called as the API calls it: ranges of a file or an S3 object go into memory,
-with one answer per range.
+The engine needs neither. It is called as the API calls it: it reads ranges of a file or an S3 object into memory and
+reports each range that has arrived.
 """
 
 import importlib.util
@@ -30,7 +31,7 @@ class Engine:
         self._streamer = runai_start()
 
     def direct_block(self, path):
-        """Returns the block size. A range is read past the page cache if offset and address differ by a multiple."""
+        """Returns the block size. A range is read with O_DIRECT if offset and address differ by a multiple of it."""
         return runai_probe_direct_block_size(self._streamer, [path])
 
     def read(self, path, offsets, sizes, addresses):
@@ -39,7 +40,7 @@ class Engine:
         for _ in offsets:
             code, _, _, number, _ = runai_response(self._streamer)
             if code:
-                sys.exit(f"the streamer answered {code}")
+                sys.exit(f"the streamer failed with code {code}")
             yield number
 
     def end(self):

@@ -1,4 +1,4 @@
-"""Run:ai Model Streamer: loads one S3 object into memory, in ranges of 64 MiB, by its engine alone.
+"""Run:ai Model Streamer: loads one S3 object into memory, in ranges of 64 MiB, with its engine alone.
 
 usage: runai_load.py URL SIZE [CONCURRENCY]
 """

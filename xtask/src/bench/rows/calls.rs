@@ -1,6 +1,6 @@
-//! Figures of a call that a script repeats in one process: hits, which take microseconds.
+//! Figures of a call that a script repeats in one process, because a hit takes only microseconds.
 
-use crate::bench::contest::median;
+use crate::bench::comparison::median;
 use crate::bench::usage::{Figures, Run};
 use anyhow::Result;
 use std::process::Command;
@@ -33,6 +33,6 @@ impl Calls {
 }
 
 /// Returns the median of one figure over several processes.
-pub(super) fn middle(calls: &[Calls], figure: fn(&Calls) -> f64) -> Option<f64> {
+pub(super) fn median_of(calls: &[Calls], figure: fn(&Calls) -> f64) -> Option<f64> {
     median(calls.iter().map(figure).collect())
 }

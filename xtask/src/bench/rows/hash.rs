@@ -1,51 +1,47 @@
-//! Row for the hash alone, measured by the library's own benchmark.
+//! Row for SHA-256 without I/O, measured by the library's own benchmark `hash`.
 
 use crate::bench::page::Section;
 use crate::bench::setup::Setup;
-use crate::repository::{cargo, root};
+use crate::repository::cargo;
 use crate::table::markdown;
 use anyhow::{Context, Result, ensure};
 use std::process::Stdio;
 
-const SOURCE: &str = "crates/modelcache/benches/hash.rs";
-
 pub(crate) fn section(setup: &Setup) -> Result<Section> {
-    let mut section = Section {
-        row: "hash",
-        title: "The hash alone".into(),
-        what: "`cargo bench --bench hash`, by criterion: SHA-256 as the ladder uses it, on one core.".into(),
-        tables: Vec::new(),
-        bars: Vec::new(),
-        notes: Vec::new(),
-    };
-    if !root().join(SOURCE).exists() {
-        section.notes.push("There is no such benchmark.".into());
-        return Ok(section);
-    }
     let mut command = cargo();
     command.args(["bench", "--quiet", "--package", "modelcache", "--bench", "hash", "--"]);
     if setup.quick {
         command.arg("--quick");
     }
     let output = command.stderr(Stdio::inherit()).output().context("cannot run cargo")?;
-    ensure!(output.status.success(), "the benchmark of the hash failed");
+    ensure!(output.status.success(), "`cargo bench --bench hash` failed");
     let rows = figures(&String::from_utf8(output.stdout)?);
-    section.tables.push(markdown(&["what", "time", "throughput"], &rows));
-    Ok(section)
+    Ok(Section {
+        row: "hash",
+        title: "SHA-256 without I/O".into(),
+        what:
+            "SHA-256 on one core, over bytes in memory (`cargo bench --bench hash`). A ladder is the list of SHA-256 \
+               checkpoints at the part boundaries of a file; a part is verified from the checkpoint before it."
+                .into(),
+        tables: vec![markdown(&["benchmark", "time", "throughput"], &rows)],
+        targets: Vec::new(),
+        notes: Vec::new(),
+    })
 }
 
-/// Returns name, time and throughput of each benchmark. Criterion prints three figures; this is the one in the middle.
+/// Returns name, time and throughput of each benchmark. Criterion prints a lower bound, an estimate and an upper bound;
+/// this is the estimate.
 fn figures(printed: &str) -> Vec<Vec<String>> {
-    let middle = |line: &str, label: &str| {
+    let estimate = |line: &str, label: &str| {
         let words: Vec<&str> = line.split_once(label)?.1.split(['[', ']']).nth(1)?.split_whitespace().collect();
         Some(format!("{} {}", words.get(2)?, words.get(3)?))
     };
     let (mut rows, mut name): (Vec<Vec<String>>, &str) = (Vec::new(), "");
     for line in printed.lines() {
-        if let Some(time) = middle(line, "time:") {
+        if let Some(time) = estimate(line, "time:") {
             let before = line.split("time:").next().unwrap_or_default().trim();
             rows.push(vec![if before.is_empty() { name } else { before }.to_owned(), time, String::new()]);
-        } else if let Some(throughput) = middle(line, "thrpt:") {
+        } else if let Some(throughput) = estimate(line, "thrpt:") {
             rows.last_mut().into_iter().for_each(|row| row[2].clone_from(&throughput));
         } else if !line.starts_with(' ') && !line.trim().is_empty() {
             // Criterion prints a long name on a line of its own.

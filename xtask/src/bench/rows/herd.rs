@@ -1,10 +1,10 @@
 //! Row for 50 processes that get the same artifact at once, into one directory that does not have it.
 
-use super::pull::{REFERENCE, Stage};
+use super::pull::{REFERENCE, ServedFile};
 use super::{progress, size};
-use crate::bench::contest::median;
-use crate::bench::page::{Bar, Section};
-use crate::bench::served::Kind;
+use crate::bench::comparison::median;
+use crate::bench::page::{Section, Target};
+use crate::bench::server_process::Kind;
 use crate::bench::setup::Setup;
 use crate::bench::usage::{Run, Running};
 use crate::table::markdown;
@@ -14,12 +14,12 @@ const PROCESSES: usize = 50;
 
 pub(crate) fn section(setup: &Setup) -> Result<Section> {
     progress(setup, "herd");
-    let stage = Stage::set(setup, Kind::Plain)?;
+    let served = ServedFile::start(setup, Kind::Plain)?;
     let (mut alone, mut slowest, mut ratios, mut spent) =
         (Vec::new(), Vec::new(), Vec::new(), [Vec::new(), Vec::new()]);
     for round in 1..=setup.rounds {
-        let (one, bytes_alone) = herd(&stage, 1)?;
-        let (many, bytes) = herd(&stage, PROCESSES)?;
+        let (one, bytes_alone) = herd(&served, 1)?;
+        let (many, bytes) = herd(&served, PROCESSES)?;
         alone.push(one[0].seconds);
         slowest.push(many.iter().map(|run| run.seconds).fold(0.0, f64::max));
         ratios.push(bytes as f64 / bytes_alone as f64);
@@ -32,17 +32,26 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
     let (alone, slowest, ratio) = (median(alone), median(slowest), median(ratios));
     let shown = |seconds: Option<f64>| seconds.map_or_else(String::new, |seconds| format!("{seconds:.2}"));
     let rows = [
-        vec!["one alone".into(), shown(alone), format!("{spent_alone:.2}"), "1".into()],
-        vec![format!("the slowest of {PROCESSES}"), shown(slowest), format!("{spent_herd:.2}"), ratio_shown(ratio)],
+        vec!["1".into(), shown(alone), format!("{spent_alone:.2}"), "1".into()],
+        vec![format!("{PROCESSES}, the slowest"), shown(slowest), format!("{spent_herd:.2}"), ratio_shown(ratio)],
     ];
     Ok(Section {
         row: "herd",
-        title: format!("{PROCESSES} processes want the same {}, one directory", size(setup.sizes.file)),
-        what: "All are started at once; core-seconds are those of all of them. Bytes are counted by the server.".into(),
-        tables: vec![markdown(&["who", "median s", "core-s", "remote bytes, x one alone"], &rows)],
-        bars: vec![
-            Bar::at_most("remote bytes", ratio, " x", 1.01, None),
-            Bar::at_most("the slowest", slowest.zip(alone).map(|(slowest, alone)| slowest / alone), " x", 1.25, None),
+        title: format!("{PROCESSES} processes get the same {} file into one directory", size(setup.sizes.file)),
+        what: "All processes start at the same time and share one directory that does not have the file, so one of \
+               them downloads it and the others wait. The time is that of the slowest process, core-seconds are the \
+               sum of all processes. The server counts the bytes that it sends."
+            .into(),
+        tables: vec![markdown(&["processes", "median s", "core-s", "bytes sent, relative to one process"], &rows)],
+        targets: vec![
+            Target::at_most("bytes sent, relative to one process", ratio, " x", 1.01, None),
+            Target::at_most(
+                "time of the slowest process, relative to one process",
+                slowest.zip(alone).map(|(slowest, alone)| slowest / alone),
+                " x",
+                1.25,
+                None,
+            ),
         ],
         notes: Vec::new(),
     })
@@ -53,11 +62,11 @@ fn ratio_shown(ratio: Option<f64>) -> String {
 }
 
 /// Runs `count` processes at once. Returns the usage of each, and the bytes that the server sent.
-fn herd(stage: &Stage<'_>, count: usize) -> Result<(Vec<Run>, u64)> {
-    let folder = stage.setup.scratch.fresh("run")?;
-    stage.served.forget_counts()?;
+fn herd(served: &ServedFile<'_>, count: usize) -> Result<(Vec<Run>, u64)> {
+    let folder = served.setup.scratch.fresh("run")?;
+    served.server.reset_counts()?;
     let start = |_| {
-        let mut command = stage.setup.with_remote(&folder.join("cache"), &stage.served);
+        let mut command = served.setup.with_remote(&folder.join("cache"), &served.server);
         Running::start(command.args(["get", REFERENCE, "--quiet"]))
     };
     let running = (0..count).map(start).collect::<Result<Vec<_>>>()?;
@@ -69,7 +78,7 @@ fn herd(stage: &Stage<'_>, count: usize) -> Result<(Vec<Run>, u64)> {
         ensure!(status.success(), "one of the herd ended with {status}: {}", output[1]);
         runs.push(run);
     }
-    let bytes = stage.served.counted()?.bytes_sent;
+    let bytes = served.server.counts()?.bytes_sent;
     crate::bench::scratch::remove(&folder)?;
     Ok((runs, bytes))
 }

@@ -1,12 +1,12 @@
-//! Row for a model from the Hub to disk, cold, through the redirect to its CDN.
+//! Row for the first download of a model from the Hub to disk, through the redirect to its CDN.
 
 use super::calls::Calls;
-use super::pull::the_file;
+use super::pull::large_file;
 use super::{DEFAULTS, durable, progress, size};
-use crate::bench::contest::{Entry, Line, OURS, best_peer, contest_to_disk, ours, table};
-use crate::bench::page::{Bar, Section};
-use crate::bench::served::{Kind, Served};
-use crate::bench::setup::{Setup, has_bytes, sync};
+use crate::bench::comparison::{Entry, Line, OURS, best_peer, compare_to_disk, ours, table};
+use crate::bench::page::{Section, Target};
+use crate::bench::server_process::{Kind, ServerProcess};
+use crate::bench::setup::{Setup, check_size, sync};
 use crate::bench::usage::measure;
 use anyhow::{Context, Result};
 use modelcache_testkit::{Content, Hub};
@@ -17,54 +17,60 @@ const REPO: &str = "bench/model";
 const FILE: &str = "model.safetensors";
 const FOLDER: &str = "hub";
 
-/// A Hub in this process, which only redirects, and the bench server as its CDN.
-pub(super) struct HubStage<'a> {
+/// A repository on a stand-in for the Hub in this process, which only redirects, and the bench server as its CDN.
+pub(super) struct ServedRepo<'a> {
     setup: &'a Setup,
     hub: Hub,
-    _cdn: Served,
+    _cdn: ServerProcess,
     commit: String,
     bytes: u64,
 }
 
-impl<'a> HubStage<'a> {
-    pub(super) fn set(setup: &'a Setup, bytes: u64) -> Result<Self> {
+impl<'a> ServedRepo<'a> {
+    pub(super) fn start(setup: &'a Setup, bytes: u64) -> Result<Self> {
         let folder = setup.scratch.memory.join(FOLDER);
         std::fs::create_dir_all(folder.join("cdn"))?;
         let whole = bytes == setup.sizes.file;
-        let file = if whole { the_file(setup)? } else { setup.scratch.data("hub/model", 1, bytes)? };
+        let file = if whole { large_file(setup)? } else { setup.scratch.data("hub/model", 1, bytes)? };
         let content = Content::on_disk(&file)?;
         // The Hub redirects to `cdn/<sha256>` on the server.
         std::fs::hard_link(&file, folder.join("cdn").join(content.sha256()?))?;
-        let (hub, cdn) = (Hub::start_on(0)?, Served::start(&folder, Kind::Plain)?);
+        let (hub, cdn) = (Hub::start_on(0)?, ServerProcess::start(&folder, Kind::Plain)?);
         hub.cdn_elsewhere(&format!("{}/cdn", cdn.url()));
         let commit = hub.repo(REPO).commit().file(FILE, content).publish()?;
         Ok(Self { setup, hub, _cdn: cdn, commit, bytes })
     }
 
-    fn ours(&'a self, setting: &str, waits: &'static str, change: fn(&mut Command) -> &mut Command) -> Entry<'a> {
+    fn ours(&'a self, setting: &str, durability: &'static str, change: fn(&mut Command) -> &mut Command) -> Entry<'a> {
         let run = move |folder: &Path| {
             let mut command = self.setup.modelcache(&folder.join("cache"));
             command.env("HF_ENDPOINT", self.hub.url());
             let (used, path) = self.setup.get(change(&mut command), &format!("hf://{REPO}"))?;
-            has_bytes(&path.join(FILE), self.bytes)?;
+            check_size(&path.join(FILE), self.bytes)?;
             Ok(vec![used])
         };
-        Entry { who: OURS, setting: setting.into(), checked: "SHA-256", steps: vec![("", waits)], run: Box::new(run) }
+        Entry {
+            program: OURS,
+            setting: setting.into(),
+            verified: "SHA-256",
+            steps: vec![("", durability)],
+            run: Box::new(run),
+        }
     }
 
-    fn theirs(&'a self, workers: Option<u32>) -> Entry<'a> {
+    fn peer(&'a self, workers: Option<u32>) -> Entry<'a> {
         let run = move |folder: &Path| {
-            self.setup.peers.want("huggingface_hub")?;
+            self.setup.peers.require("huggingface_hub")?;
             let mut command = self.script("hub_snapshot.py", folder);
             command.args([REPO]).arg(folder).args(workers.map(|workers| workers.to_string()));
             let used = measure(&mut command)?;
-            let file = found(folder)?;
-            has_bytes(&file, self.bytes)?;
+            let file = downloaded_file(folder)?;
+            check_size(&file, self.bytes)?;
             Ok(vec![used, used.then(sync(&file)?)])
         };
         let setting = workers.map_or(DEFAULTS.to_owned(), |workers| format!("max_workers {workers}"));
         let steps = vec![("", "no"), (" + sync", "yes")];
-        Entry { who: "huggingface_hub", setting, checked: "no", steps, run: Box::new(run) }
+        Entry { program: "huggingface_hub", setting, verified: "no", steps, run: Box::new(run) }
     }
 
     fn script(&self, name: &str, home: &Path) -> Command {
@@ -74,29 +80,30 @@ impl<'a> HubStage<'a> {
         command
     }
 
-    /// Downloads the file by `hf_hub_download` into a cache in `folder`.
-    pub(super) fn fill_theirs(&self, folder: &Path) -> Result<()> {
-        measure(&mut self.their_calls(folder, 0)?).map(drop)
+    /// Downloads the file with `hf_hub_download` into a cache in `folder`.
+    pub(super) fn fill_peer_cache(&self, folder: &Path) -> Result<()> {
+        measure(&mut self.peer_script(folder, 0)?).map(drop)
     }
 
-    /// Measures `hf_hub_download` of the file cached in `folder`. Offline mode is set by variable or by argument.
-    pub(super) fn call_theirs(&self, folder: &Path, runs: usize, by_variable: bool) -> Result<Calls> {
-        let mut command = self.their_calls(folder, runs)?;
+    /// Measures `hf_hub_download` of the file cached in `folder`, in offline mode. The mode is set by `HF_HUB_OFFLINE`
+    /// if `by_variable`, otherwise by the argument `local_files_only`.
+    pub(super) fn measure_peer_calls(&self, folder: &Path, runs: usize, by_variable: bool) -> Result<Calls> {
+        let mut command = self.peer_script(folder, runs)?;
         if by_variable {
             command.env("HF_HUB_OFFLINE", "1");
         }
         Calls::of(&mut command)
     }
 
-    fn their_calls(&self, folder: &Path, runs: usize) -> Result<Command> {
-        self.setup.peers.want("huggingface_hub")?;
+    fn peer_script(&self, folder: &Path, runs: usize) -> Result<Command> {
+        self.setup.peers.require("huggingface_hub")?;
         let mut command = self.script("hub_warm.py", folder);
         command.args([REPO, FILE]).arg(folder).arg(runs.to_string());
         Ok(command)
     }
 
-    /// Downloads the file by our program into the cache directory `dir`.
-    pub(super) fn fill_ours(&self, dir: &Path) -> Result<()> {
+    /// Downloads the file with our program into the cache directory `dir`.
+    pub(super) fn fill_our_cache(&self, dir: &Path) -> Result<()> {
         let mut command = self.setup.modelcache(dir);
         self.setup.get(command.env("HF_ENDPOINT", self.hub.url()), &self.uri("main")).map(drop)
     }
@@ -112,14 +119,14 @@ impl<'a> HubStage<'a> {
     }
 }
 
-impl Drop for HubStage<'_> {
+impl Drop for ServedRepo<'_> {
     fn drop(&mut self) {
         let _ = crate::bench::scratch::remove(&self.setup.scratch.memory.join(FOLDER));
     }
 }
 
 /// Returns the path of the file in a Hugging Face cache.
-fn found(folder: &Path) -> Result<PathBuf> {
+fn downloaded_file(folder: &Path) -> Result<PathBuf> {
     let snapshots = folder.join("models--bench--model/snapshots");
     let snapshot = std::fs::read_dir(&snapshots)?.next().context("huggingface_hub left no snapshot")??;
     Ok(snapshot.path().join(FILE).canonicalize()?)
@@ -127,25 +134,31 @@ fn found(folder: &Path) -> Result<PathBuf> {
 
 pub(crate) fn section(setup: &Setup) -> Result<Section> {
     progress(setup, "hub");
-    let stage = HubStage::set(setup, setup.sizes.file)?;
+    let served = ServedRepo::start(setup, setup.sizes.file)?;
     let entries = [
-        stage.ours(DEFAULTS, "after", |command| command),
-        stage.ours("durable", "yes", durable),
-        stage.theirs(None),
-        stage.theirs(Some(16)),
+        served.ours(DEFAULTS, "after", |command| command),
+        served.ours("durable", "yes", durable),
+        served.peer(None),
+        served.peer(Some(16)),
     ];
-    let lines = contest_to_disk(setup, setup.sizes.file, &entries)?;
+    let lines = compare_to_disk(setup, setup.sizes.file, &entries)?;
     let best = best_peer(&lines, |_| true);
     let ratio = best.zip(ours(&lines, DEFAULTS).and_then(Line::seconds)).map(|(best, seconds)| best / seconds);
     Ok(Section {
         row: "hub",
-        title: format!("One {} file, Hub to disk, cold", size(setup.sizes.file)),
-        what:
-            "The Hub answers with a redirect to another server, as the real one does; no xet. Seen for the first time, \
-               the file has no ladder: it is hashed in order, and never written past the page cache."
-                .into(),
+        title: format!("One {} file, Hub to disk, first download", size(setup.sizes.file)),
+        what: "A stand-in for the Hugging Face Hub redirects the download to another server, as the real Hub does; \
+               xet is off. modelcache has no ladder (SHA-256 checkpoints) for a file that it downloads for the first \
+               time, so it hashes the bytes in order and writes them through the page cache."
+            .into(),
         tables: vec![table(&lines, best)],
-        bars: vec![Bar::at_least("defaults: times huggingface_hub as it is", ratio, " x", 4.0, None)],
+        targets: vec![Target::at_least(
+            &format!("`{DEFAULTS}`: speed, relative to huggingface_hub"),
+            ratio,
+            " x",
+            4.0,
+            None,
+        )],
         notes: Vec::new(),
     })
 }

@@ -1,11 +1,11 @@
-//! Row for one large file to S3, where the bytes are counted and discarded.
+//! Row for the upload of one large file to S3. The server counts the bytes and discards them.
 
-use super::pull::the_file;
+use super::pull::large_file;
 use super::{DEFAULTS, progress, size};
-use crate::bench::contest::{Entry, Line, OURS, best_peer, contest, ours, table};
-use crate::bench::page::{Bar, Section};
-use crate::bench::rivals::{ALL, Way, url};
-use crate::bench::served::{Kind, Served};
+use crate::bench::comparison::{Entry, Line, OURS, best_peer, compare, ours, table};
+use crate::bench::copiers::{COPIERS, Operation, url};
+use crate::bench::page::{Section, Target};
+use crate::bench::server_process::{Kind, ServerProcess};
 use crate::bench::setup::Setup;
 use crate::bench::usage::measure;
 use anyhow::{Result, ensure};
@@ -14,57 +14,59 @@ use std::process::Command;
 
 pub(crate) fn section(setup: &Setup) -> Result<Section> {
     progress(setup, "upload");
-    let file = the_file(setup)?;
+    let file = large_file(setup)?;
     let folder = setup.scratch.memory.join("sink");
     std::fs::create_dir_all(&folder)?;
-    let served = Served::start(&folder, Kind::Plain)?;
+    let server = ServerProcess::start(&folder, Kind::Plain)?;
     let bytes = setup.sizes.file;
     let number = Cell::new(0);
-    // A new prefix for each upload: content that a remote has is not uploaded again.
-    let next = || {
+    // A new prefix for each upload, because modelcache does not upload content again that the remote has.
+    let next_prefix = || {
         number.set(number.get() + 1);
         format!("upload-{}", number.get())
     };
-    let counted = |command: &mut Command| {
-        served.forget_counts()?;
+    let measure_upload = |command: &mut Command| {
+        server.reset_counts()?;
         let used = measure(command)?;
-        let taken = served.counted()?.bytes_taken;
-        ensure!(taken >= bytes, "sent {taken} bytes, not {bytes}");
+        let taken = server.counts()?.bytes_taken;
+        ensure!(taken >= bytes, "the program sent {taken} bytes, not {bytes}");
         Ok(vec![used])
     };
-    let (counted, next, file, served) = (&counted, &next, &file, &served);
+    let (measure_upload, next_prefix, file, server) = (&measure_upload, &next_prefix, &file, &server);
     let steps = || vec![("", "remote")];
     let ours_run = move |folder: &std::path::Path| {
-        let mut put = setup.with_remote(&folder.join("cache"), served);
-        put.env("MODEL_CACHE_REMOTE", url(&next()));
-        counted(put.args(["put", "bench/model@1", "--tier", "remote", "--quiet"]).arg(file))
+        let mut put = setup.with_remote(&folder.join("cache"), server);
+        put.env("MODEL_CACHE_REMOTE", url(&next_prefix()));
+        measure_upload(put.args(["put", "bench/model@1", "--tier", "remote", "--quiet"]).arg(file))
     };
     let mut entries = vec![Entry {
-        who: OURS,
+        program: OURS,
         setting: DEFAULTS.into(),
-        checked: "SHA-256",
+        verified: "SHA-256",
         steps: steps(),
         run: Box::new(ours_run),
     }];
-    for rival in ALL {
-        let run = move |_: &std::path::Path| counted(&mut rival.command(setup, served, Way::Put, &next(), file)?);
-        let setting = rival.setting();
-        entries.push(Entry { who: rival.who, setting, checked: "no", steps: steps(), run: Box::new(run) });
+    for copier in COPIERS {
+        let run = move |_: &std::path::Path| {
+            measure_upload(&mut copier.command(setup, server, Operation::Put, &next_prefix(), file)?)
+        };
+        let setting = copier.setting();
+        entries.push(Entry { program: copier.program, setting, verified: "no", steps: steps(), run: Box::new(run) });
     }
-    let lines = contest(setup, bytes, &entries)?;
+    let lines = compare(setup, bytes, &entries)?;
     drop(entries);
     crate::bench::scratch::remove(&folder)?;
     let best = best_peer(&lines, |_| true);
     let ratio = best.zip(ours(&lines, DEFAULTS).and_then(Line::seconds)).map(|(best, seconds)| best / seconds);
     Ok(Section {
         row: "upload",
-        title: format!("One {} file to S3", size(bytes)),
-        what:
-            "From memory (tmpfs) to a server that counts bodies and throws them away. Ours reads the file, hashes it, \
-               and publishes it with its manifest (`put --tier remote`); the others copy it, most with a CRC."
-                .into(),
+        title: format!("Upload of one {} file to S3", size(bytes)),
+        what: "The file is read from memory (tmpfs), and the server counts the bytes it receives and discards them. \
+               modelcache hashes the file with SHA-256 and publishes it with its manifest (`put --tier remote`). The \
+               other programs copy it, most of them with a CRC."
+            .into(),
         tables: vec![table(&lines, best)],
-        bars: vec![Bar::at_least("times the best peer", ratio, " x", 1.2, None)],
+        targets: vec![Target::at_least("speed, relative to the fastest peer", ratio, " x", 1.2, None)],
         notes: Vec::new(),
     })
 }

@@ -1,11 +1,11 @@
 //! Row for the verification of a cached file, compared with reading the disk and with hashing alone.
 
-use super::pull::{REFERENCE, Stage};
+use super::pull::{REFERENCE, ServedFile};
 use super::{durable, progress, size};
-use crate::bench::contest::{Entry, Line, OURS, contest, ours, table};
-use crate::bench::page::{Bar, Section};
+use crate::bench::comparison::{Entry, Line, OURS, compare, ours, table};
+use crate::bench::page::{Section, Target};
 use crate::bench::scratch::drop_cached;
-use crate::bench::served::Kind;
+use crate::bench::server_process::Kind;
 use crate::bench::setup::{Setup, read};
 use crate::bench::usage::{Run, measure, run};
 use anyhow::{Context, Result};
@@ -17,9 +17,9 @@ const READ: &str = "O_DIRECT read";
 
 pub(crate) fn section(setup: &Setup) -> Result<Section> {
     progress(setup, "verify");
-    let stage = Stage::set(setup, Kind::Plain)?;
+    let served = ServedFile::start(setup, Kind::Plain)?;
     let cache = setup.scratch.fresh("verify")?;
-    let (_, file) = setup.get(durable(&mut setup.with_remote(&cache, &stage.served)), REFERENCE)?;
+    let (_, file) = setup.get(durable(&mut setup.with_remote(&cache, &served.server)), REFERENCE)?;
     let (file, cache) = (file.as_path(), cache.as_path());
     let verify = move |_: &Path| {
         drop_cached(file)?;
@@ -32,40 +32,40 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
             Ok(vec![measure(Command::new(program).args(arguments).arg(file))?])
         }
     };
-    let entry = |who: &'static str, setting: &str, checked, run| Entry {
-        who,
+    let entry = |program: &'static str, setting: &str, verified, run| Entry {
+        program,
         setting: setting.to_owned(),
-        checked,
+        verified,
         steps: vec![("", "")],
         run,
     };
     let entries: Vec<Entry<'_>> = vec![
         entry(OURS, SETTING, "SHA-256", Box::new(verify)),
         entry("this bench", READ, "no", Box::new(move |_| Ok(vec![read(file, true)?]))),
-        entry("fio", "4 MiB, 8 deep, O_DIRECT", "no", Box::new(move |_| Ok(vec![fio(file, setup.sizes.file)?]))),
+        entry("fio", "4 MiB, queue depth 8, O_DIRECT", "no", Box::new(move |_| Ok(vec![fio(file, setup.sizes.file)?]))),
         entry("sha256sum", "from the page cache", "SHA-256", Box::new(hash("sha256sum", &[]))),
         entry("openssl", "from the page cache", "SHA-256", Box::new(hash("openssl", &["dgst", "-sha256"]))),
     ];
-    let lines = contest(setup, setup.sizes.file, &entries)?;
+    let lines = compare(setup, setup.sizes.file, &entries)?;
     drop(entries);
     crate::bench::scratch::remove(cache)?;
     let fastest = |names: [&str; 2]| {
-        let those = lines.iter().filter(|line| names.contains(&line.who));
-        those.filter_map(Line::seconds).min_by(f64::total_cmp)
+        let candidates = lines.iter().filter(|line| names.contains(&line.program));
+        candidates.filter_map(Line::seconds).min_by(f64::total_cmp)
     };
     let (read_s, hash_s) = (fastest(["this bench", "fio"]), fastest(["sha256sum", "openssl"]));
     let bound_s = read_s.zip(hash_s).map(|(read, hash)| read.max(hash));
     let share = bound_s.zip(ours(&lines, SETTING).and_then(Line::seconds)).map(|(bound, ours)| 100.0 * bound / ours);
     Ok(Section {
         row: "verify",
-        title: format!("A cached {} file, verified", size(setup.sizes.file)),
-        what:
-            "Not in the page cache when `modelcache verify` starts. The bound is the slower of two rates: the disk's, \
-               read in order past the page cache, and that of one stream of SHA-256 (the faster of `sha256sum` and \
-               `openssl`) over cached bytes."
-                .into(),
+        title: format!("Verification of a cached {} file", size(setup.sizes.file)),
+        what: "The file is on disk, but not in the page cache, when `modelcache verify` starts. Two rates limit the \
+               verification: reading the file in order with O_DIRECT (the faster of this bench and `fio`), and \
+               hashing it in one SHA-256 stream from the page cache (the faster of `sha256sum` and `openssl`). The \
+               target refers to the slower of the two."
+            .into(),
         tables: vec![table(&lines, None)],
-        bars: vec![Bar::at_least("share of the bound's rate", share, " %", 90.0, None)],
+        targets: vec![Target::at_least("speed, as a share of the slower rate", share, " %", 90.0, None)],
         notes: Vec::new(),
     })
 }

@@ -1,9 +1,9 @@
 //! Row for hits: the time to get the path of an artifact that is on disk.
 
 use super::calls::Calls;
-use super::hub::HubStage;
-use crate::bench::contest::median;
-use crate::bench::page::{Bar, Section};
+use super::hub::ServedRepo;
+use crate::bench::comparison::median;
+use crate::bench::page::{Section, Target};
 use crate::bench::setup::Setup;
 use crate::bench::usage::measure;
 use crate::repository::cargo;
@@ -11,8 +11,10 @@ use crate::table::markdown;
 use anyhow::{Context, Result, ensure};
 use std::process::Stdio;
 
-/// Size of the file for the hits of the whole command and of huggingface_hub, which do not read it.
+/// Size of the cached file for the whole command and for huggingface_hub. Neither reads it.
 const FILE_BYTES: u64 = 1 << 20;
+/// Name of the line for huggingface_hub.
+const HUB_CALL: &str = "hf_hub_download in process, offline";
 
 pub(crate) fn section(setup: &Setup) -> Result<Section> {
     let runs = if setup.quick { 20 } else { 200 };
@@ -21,28 +23,28 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
     rows.extend(in_process.clone());
     rows.push(match hub_calls(setup, if setup.quick { 100 } else { 2000 }) {
         Ok(Calls { p10_us, p50_us, p90_us, .. }) => {
-            let what = "hf_hub_download in process, offline";
-            vec![what.into(), format!("{p50_us:.1} us"), format!("p10 {p10_us:.1} us, p90 {p90_us:.1} us")]
+            vec![HUB_CALL.into(), format!("{p50_us:.1} us"), format!("p10 {p10_us:.1} us, p90 {p90_us:.1} us")]
         }
-        Err(error) => vec!["hf_hub_download in process, offline".into(), format!("{error:#}")],
+        Err(error) => vec![HUB_CALL.into(), format!("{error:#}")],
     });
     let hits = hits(&in_process);
+    let median_of = |count: u64| format!("warm get in process, {count} artifacts: median");
     let [least, most] = [hits.iter().min_by_key(|(count, _)| *count), hits.iter().max_by_key(|(count, _)| *count)];
-    // The target is for 100 artifacts; the smallest measured directory may have fewer.
-    let hundred = hits.iter().find(|(count, _)| *count == 100).or(least);
-    let growth = hundred.zip(most).filter(|(few, many)| few.0 < many.0).map(|(few, many)| many.1 / few.1);
-    let most_count = most.map_or(0, |(count, _)| *count);
+    // The target is for 100 artifacts. Without that measurement, the smallest directory takes its place.
+    let few = hits.iter().find(|(count, _)| *count == 100).or(least);
+    let growth = few.zip(most).filter(|(few, most)| few.0 < most.0).map(|(few, most)| most.1 / few.1);
+    let [few_count, most_count] = [few, most].map(|hit| hit.map_or(0, |(count, _)| *count));
     Ok(Section {
         row: "warm",
-        title: "Warm: an artifact that is on disk".into(),
-        what:
-            "In process: `Cache::get` with all that belongs to it (lease, one stat a file, last use), by `cargo bench \
-               --bench directory`. The whole command: from exec to exit."
-                .into(),
-        tables: vec![markdown(&["what", "median", "spread", "", "notes"], &rows)],
-        bars: vec![
-            Bar::at_most("in process, p50", hundred.map(|(_, us)| *us), " us", 20.0, None),
-            Bar::at_most(&format!("with {most_count} artifacts, against few"), growth, " x", 2.0, None),
+        title: "Warm get: an artifact that is on disk".into(),
+        what: "`in process` is one `Cache::get` in a running process, including the lease, one `stat` of each file, \
+               and the record of the last use (`cargo bench --bench directory`). `the whole command` is `modelcache \
+               get` from exec to exit."
+            .into(),
+        tables: vec![markdown(&["operation", "median", "percentiles", "notes"], &rows)],
+        targets: vec![
+            Target::at_most(&median_of(few_count), few.map(|(_, us)| *us), " us", 20.0, None),
+            Target::at_most(&format!("{}, relative to {few_count}", median_of(most_count)), growth, " x", 2.0, None),
         ],
         notes: Vec::new(),
     })
@@ -57,22 +59,22 @@ fn command(setup: &Setup, runs: usize) -> Result<Vec<String>> {
     let mut times = (0..runs).map(once).collect::<Result<Vec<f64>>>()?;
     crate::bench::scratch::remove(&dir)?;
     times.sort_by(f64::total_cmp);
-    let at = |share: usize| times[(times.len() - 1) * share / 100];
-    let spread = format!("p10 {:.1} ms, p90 {:.1} ms", at(10), at(90));
+    let percentile = |share: usize| times[(times.len() - 1) * share / 100];
+    let spread = format!("p10 {:.1} ms, p90 {:.1} ms", percentile(10), percentile(90));
     let middle = median(times.clone()).unwrap_or_default();
-    Ok(vec!["the whole command".into(), format!("{middle:.1} ms"), spread, String::new(), format!("{runs} runs")])
+    Ok(vec!["the whole command".into(), format!("{middle:.1} ms"), spread, format!("{runs} runs")])
 }
 
 /// Measures `hf_hub_download` of a cached file.
 fn hub_calls(setup: &Setup, runs: usize) -> Result<Calls> {
-    let (stage, folder) = (HubStage::set(setup, FILE_BYTES)?, setup.scratch.fresh("hub-warm")?);
-    stage.fill_theirs(&folder)?;
-    let calls = stage.call_theirs(&folder, runs, false)?;
+    let (served, folder) = (ServedRepo::start(setup, FILE_BYTES)?, setup.scratch.fresh("hub-warm")?);
+    served.fill_peer_cache(&folder)?;
+    let calls = served.measure_peer_calls(&folder, runs, false)?;
     crate::bench::scratch::remove(&folder)?;
     Ok(calls)
 }
 
-/// Runs the library's own benchmark in process. Returns its lines, split into cells at `|`.
+/// Runs the library's own benchmark `directory`. Returns its lines, split into cells at `|`.
 fn in_process(quick: bool) -> Result<Vec<Vec<String>>> {
     let mut command = cargo();
     command.args(["bench", "--quiet", "--package", "modelcache", "--bench", "directory"]);
@@ -80,18 +82,19 @@ fn in_process(quick: bool) -> Result<Vec<Vec<String>>> {
         command.args(["--", "--quick"]);
     }
     let output = command.stderr(Stdio::inherit()).output().context("cannot run cargo")?;
-    ensure!(output.status.success(), "the benchmark of the directory failed");
+    ensure!(output.status.success(), "`cargo bench --bench directory` failed");
     let text = String::from_utf8(output.stdout)?;
     let lines = text.lines().filter(|line| line.contains('|'));
     Ok(lines.map(|line| line.split('|').map(|cell| cell.trim().to_owned()).collect()).collect())
 }
 
-/// Returns number of artifacts and microseconds from the lines about a warm get: `… 10,000 artifacts | 18 us | …`.
+/// Returns the number of artifacts and the microseconds of each line about a warm get, such as
+/// `warm get in process, 10,000 artifacts|18 us|…`.
 fn hits(rows: &[Vec<String>]) -> Vec<(u64, f64)> {
     let number = |text: &str| text.chars().filter(char::is_ascii_digit).collect::<String>().parse().ok();
     let hit = |row: &Vec<String>| {
-        let what = row.first().filter(|what| what.contains("warm get"))?;
-        let words: Vec<&str> = what.split_whitespace().collect();
+        let operation = row.first().filter(|operation| operation.contains("warm get"))?;
+        let words: Vec<&str> = operation.split_whitespace().collect();
         let at = words.iter().position(|word| word.starts_with("artifact"))?;
         let us = row.get(1)?.strip_suffix(" us")?.trim().parse().ok()?;
         Some((number(words.get(at.checked_sub(1)?)?)?, us))

@@ -5,17 +5,20 @@ use std::time::{SystemTime, UNIX_EPOCH};
 const DAYS: [&str; 7] = ["Thu", "Fri", "Sat", "Sun", "Mon", "Tue", "Wed"];
 const MONTHS: [&str; 12] = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
 
+/// A time in the Gregorian calendar.
 struct Civil {
     year: u64,
     /// From 1, like the day.
     month: u64,
     day: u64,
     weekday: &'static str,
+    /// Hour, minute and second.
     clock: [u64; 3],
 }
 
 impl Civil {
-    /// Converts a time to the calendar. Years are counted from March, so that a leap day is the last day of its year.
+    /// Converts a time to the calendar. The calculation counts years from March, so that a leap day is the last day of
+    /// its year (Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms", `civil_from_days`).
     fn of(time: SystemTime) -> Self {
         let seconds = time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let (days, second) = (seconds / 86_400, seconds % 86_400);
@@ -35,20 +38,20 @@ impl Civil {
     }
 }
 
-/// `Thu, 01 Jan 1970 00:00:00 GMT`
+/// Formats a time for an HTTP header: `Thu, 01 Jan 1970 00:00:00 GMT`.
 pub(super) fn http(time: SystemTime) -> String {
     let Civil { year, month, day, weekday, clock: [hour, minute, second] } = Civil::of(time);
     let month = MONTHS[(month - 1) as usize];
     format!("{weekday}, {day:02} {month} {year} {hour:02}:{minute:02}:{second:02} GMT")
 }
 
-/// `1970-01-01T00:00:00.000Z`
+/// Formats a time for the XML of S3: `1970-01-01T00:00:00.000Z`.
 pub(super) fn xml(time: SystemTime) -> String {
     let Civil { year, month, day, clock: [hour, minute, second], .. } = Civil::of(time);
     format!("{year}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.000Z")
 }
 
-/// `1970-01-01`
+/// Formats the day of a time: `1970-01-01`.
 pub(super) fn day(time: SystemTime) -> String {
     let Civil { year, month, day, .. } = Civil::of(time);
     format!("{year}-{month:02}-{day:02}")

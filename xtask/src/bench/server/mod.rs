@@ -1,12 +1,13 @@
 //! `cargo xtask bench-server`: an S3 server with little overhead, in a separate process.
 //!
-//! Serves a folder by S3, and by plain range requests, on one address: `sendfile(2)` from tmpfs or the page cache, one
-//! thread per connection, no signature checks. Bodies of uploads are counted and discarded, except small ones, which
-//! become files. Its ETags are consistent, so that a version can be published through it. It can be shaped (time to the
-//! first byte, and rate per connection) and can speak TLS.
+//! Serves a folder with S3 and with plain range requests on one address: `sendfile(2)` from tmpfs or the page cache,
+//! one thread per connection, no signature checks. Bodies of uploads are counted and discarded, except small ones,
+//! which become files. The ETags of an object stay the same, so that a version can be published through the server.
+//! Traffic can be shaped (time to the first byte, and rate of each connection), and TLS can be used.
 //!
-//! Reads commands from standard input, one word per line (`stats`, `reset`), and exits when it is closed, so that a
-//! bench that dies leaves no server behind. A measured program gets the counts by `GET /?bench-stats`.
+//! The server reads commands from standard input, one word per line (`stats`, `reset`). It exits when standard input is
+//! closed, so that a bench that dies leaves no server behind. A measured program gets the counts with
+//! `GET /?bench-stats`.
 
 mod date;
 mod objects;
@@ -29,7 +30,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tokio_rustls::rustls::{ServerConfig, ServerConnection, StreamOwned};
 
-/// Answers of at least this many bytes count as transfers. The highest number of concurrent transfers is reported.
+/// Responses of at least this many bytes count as transfers. The highest number of concurrent transfers is reported.
 const TRANSFER_BYTES: u64 = 64 * 1024;
 
 /// Serve a folder to a bench
@@ -38,10 +39,10 @@ pub(crate) struct ServerArguments {
     /// The folder; a bucket is a folder in it
     #[arg(long)]
     folder: PathBuf,
-    /// Speak TLS, and write the authority's certificate to this file
+    /// Use TLS, and write the certificate of the authority to this file
     #[arg(long)]
     tls_authority: Option<PathBuf>,
-    /// Time to the first byte of an answer, in milliseconds
+    /// Time to the first byte of a response, in milliseconds
     #[arg(long, default_value_t = 0)]
     first_byte_ms: u64,
     /// Bytes per second on each connection; 0 is unlimited
@@ -52,14 +53,14 @@ pub(crate) struct ServerArguments {
 /// State shared by all connections.
 pub(super) struct Shared {
     objects: Objects,
-    shape: Shape,
+    shaping: Shaping,
     tls: Option<Arc<ServerConfig>>,
     counts: Counts,
 }
 
-/// Artificial limits of the server.
+/// Traffic shaping.
 #[derive(Clone, Copy)]
-pub(super) struct Shape {
+pub(super) struct Shaping {
     first_byte: Duration,
     bytes_per_s: u64,
 }
@@ -70,7 +71,9 @@ struct Counts {
     transfers: AtomicU64,
     bytes_sent: AtomicU64,
     bytes_taken: AtomicU64,
+    /// Transfers in progress.
     busy: AtomicU64,
+    /// Highest value of `busy`.
     busy_max: AtomicU64,
 }
 
@@ -84,9 +87,9 @@ impl ServerArguments {
                 Some(authority.server(&["localhost", "127.0.0.1"])?)
             }
         };
-        let shape = Shape { first_byte: Duration::from_millis(self.first_byte_ms), bytes_per_s: self.bytes_per_s };
+        let shaping = Shaping { first_byte: Duration::from_millis(self.first_byte_ms), bytes_per_s: self.bytes_per_s };
         let objects = Objects::new(self.folder.clone());
-        let shared = Arc::new(Shared { objects, shape, tls, counts: Counts::default() });
+        let shared = Arc::new(Shared { objects, shaping, tls, counts: Counts::default() });
         let listener = TcpListener::bind("127.0.0.1:0").context("cannot listen on loopback")?;
         // The parent process reads the address from the first line.
         reply(&listener.local_addr()?.to_string())?;
@@ -94,8 +97,8 @@ impl ServerArguments {
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 let shared = serving.clone();
-                // Errors are expected: a client disconnected.
-                std::thread::spawn(move || drop(shared.connection(stream)));
+                // The error is that the client disconnected, which is expected.
+                std::thread::spawn(move || drop(shared.serve_connection(stream)));
             }
         });
         for line in std::io::stdin().lines() {
@@ -145,7 +148,7 @@ impl Counts {
 
 impl Shared {
     /// Answers the requests of one connection in turn, until the client closes it.
-    fn connection(&self, stream: TcpStream) -> Result<()> {
+    fn serve_connection(&self, stream: TcpStream) -> Result<()> {
         stream.set_nodelay(true)?;
         let wire = match &self.tls {
             None => Wire::Plain(stream),
@@ -155,7 +158,7 @@ impl Shared {
         while let Some(request) = Request::read(&mut wire)? {
             self.counts.requests.fetch_add(1, Ordering::SeqCst);
             let keep = !request.wants_close();
-            self.answer(&mut wire, request)?;
+            self.respond(&mut wire, request)?;
             if !keep {
                 break;
             }
@@ -172,7 +175,7 @@ impl Shared {
         at: u64,
         size: u64,
     ) -> Result<()> {
-        std::thread::sleep(self.shape.first_byte);
+        std::thread::sleep(self.shaping.first_byte);
         let transfer = size >= TRANSFER_BYTES;
         if transfer {
             self.counts.transfers.fetch_add(1, Ordering::SeqCst);
@@ -189,15 +192,15 @@ impl Shared {
     fn send_body(&self, wire: &mut Wire, head: &str, file: &std::fs::File, at: u64, size: u64) -> Result<()> {
         wire.write_all(head.as_bytes())?;
         // Small steps keep the rate of a shaped connection even.
-        let step = if self.shape.bytes_per_s > 0 { 256 * 1024 } else { 8 << 20 };
+        let step = if self.shaping.bytes_per_s > 0 { 256 * 1024 } else { 8 << 20 };
         let (started, mut sent) = (Instant::now(), 0);
         while sent < size {
             let now = wire.send_file(file, at + sent, step.min(size - sent))?;
             sent += now;
             self.counts.bytes_sent.fetch_add(now, Ordering::SeqCst);
-            if self.shape.bytes_per_s > 0 {
+            if self.shaping.bytes_per_s > 0 {
                 // Sleep until the shaped rate allows the bytes sent so far.
-                let due = Duration::from_secs_f64(sent as f64 / self.shape.bytes_per_s as f64);
+                let due = Duration::from_secs_f64(sent as f64 / self.shaping.bytes_per_s as f64);
                 std::thread::sleep(due.saturating_sub(started.elapsed()));
             }
         }

@@ -1,8 +1,8 @@
 //! The objects of the server: files below a folder, and the sizes of discarded uploads.
 //!
-//! Small bodies become files. The ETag of a small object is a hash of its content. Of a large upload only name and size
-//! remain, so the ETag of a large object is a hash of these; a file that is later linked in its place has the same
-//! ETag, and is served.
+//! Small bodies become files. The ETag of a small object is a hash of its content. Of a large upload only the name and
+//! the size are kept, so the ETag of a large object is a hash of these. A file that is later linked at its path has the
+//! same ETag, and its content is served.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
@@ -12,7 +12,7 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-/// Largest body that is kept, in bytes.
+/// Largest body that is stored, in bytes.
 pub(super) const SMALL_BYTES_MAX: u64 = 1 << 20;
 
 pub(super) struct Objects {
@@ -20,11 +20,11 @@ pub(super) struct Objects {
     state: Mutex<State>,
 }
 
-/// Uploads and discarded objects. It is locked during every write.
+/// Uploads and discarded objects. Locked during every write.
 #[derive(Default)]
 pub(super) struct State {
     /// Sizes and times of discarded objects, by bucket and key.
-    thrown_away: BTreeMap<String, (u64, SystemTime)>,
+    discarded: BTreeMap<String, (u64, SystemTime)>,
     pub(super) uploads: HashMap<String, Upload>,
     uploads_begun: u64,
 }
@@ -65,7 +65,7 @@ impl Objects {
                 Some(Object { size, etag, modified, file: Some(file) })
             }
             None => {
-                let (size, modified) = *state.thrown_away.get(path)?;
+                let (size, modified) = *state.discarded.get(path)?;
                 Some(Object { size, etag: named_etag(path, size), modified, file: None })
             }
         }
@@ -77,25 +77,25 @@ impl Objects {
     }
 
     /// Stores a small body as a file and returns its ETag.
-    pub(super) fn keep(&self, state: &mut State, path: &str, body: &[u8]) -> io::Result<String> {
+    pub(super) fn store(&self, state: &mut State, path: &str, body: &[u8]) -> io::Result<String> {
         let file = self.file(path).ok_or(io::ErrorKind::InvalidInput)?;
         std::fs::create_dir_all(file.parent().ok_or(io::ErrorKind::InvalidInput)?)?;
         // Write and rename, so that no reader sees a part of the object.
         let mut temporary = tempfile::NamedTempFile::new_in(&self.folder)?;
         io::Write::write_all(&mut temporary, body)?;
         temporary.persist(&file)?;
-        state.thrown_away.remove(path);
+        state.discarded.remove(path);
         Ok(etag(body))
     }
 
     /// Records the size of a discarded object and returns its ETag.
-    pub(super) fn forget(&self, state: &mut State, path: &str, size: u64) -> String {
-        state.thrown_away.insert(path.to_owned(), (size, SystemTime::now()));
+    pub(super) fn record_discarded(&self, state: &mut State, path: &str, size: u64) -> String {
+        state.discarded.insert(path.to_owned(), (size, SystemTime::now()));
         named_etag(path, size)
     }
 
     pub(super) fn remove(&self, state: &mut State, path: &str) {
-        state.thrown_away.remove(path);
+        state.discarded.remove(path);
         if let Some(file) = self.file(path) {
             // The file may not exist.
             let _ = std::fs::remove_file(file);
@@ -106,9 +106,9 @@ impl Objects {
     pub(super) fn list(&self, state: &State, bucket: &str, prefix: &str) -> BTreeSet<String> {
         let begin = format!("{bucket}/{prefix}");
         let strip = |path: &str| path[bucket.len() + 1..].to_owned();
-        let gone = state.thrown_away.keys().filter(|path| path.starts_with(&begin));
-        let mut keys: BTreeSet<String> = gone.map(|path| strip(path)).collect();
-        // Start at the deepest folder that the prefix names in full.
+        let discarded = state.discarded.keys().filter(|path| path.starts_with(&begin));
+        let mut keys: BTreeSet<String> = discarded.map(|path| strip(path)).collect();
+        // Start at the deepest folder that the prefix names completely.
         let start = begin.rfind('/').map_or("", |slash| &begin[..slash]);
         let mut folders = Vec::from_iter(self.file(start));
         while let Some(folder) = folders.pop() {

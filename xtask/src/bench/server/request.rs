@@ -27,8 +27,8 @@ impl Request {
             return Ok(None);
         }
         let mut words = line.split_ascii_whitespace();
-        let method = words.next().context("no method")?.to_owned();
-        let target = words.next().context("no target")?;
+        let method = words.next().context("the request line has no method")?.to_owned();
+        let target = words.next().context("the request line has no target")?;
         // The target may be a full URL.
         let target = target
             .find("://")
@@ -43,14 +43,14 @@ impl Request {
         let mut headers = HashMap::new();
         loop {
             let mut line = String::new();
-            ensure!(head.read_line(&mut line)? > 0, "a head without an end");
+            ensure!(head.read_line(&mut line)? > 0, "the request head has no end");
             match line.trim_end().split_once(':') {
                 None => break,
                 Some((name, value)) => headers.insert(name.to_ascii_lowercase(), value.trim().to_owned()),
             };
         }
         let request = Self { method, path, query, headers };
-        // The client sends the body only after this.
+        // The client sends the body only after this response.
         if request.header("expect").is_some() {
             wire.get_mut().write_all(b"HTTP/1.1 100 Continue\r\n\r\n")?;
         }
@@ -61,7 +61,8 @@ impl Request {
         self.headers.get(name).map(String::as_str)
     }
 
-    pub(super) fn asks(&self, name: &str) -> Option<&str> {
+    /// Returns the value of a query parameter.
+    pub(super) fn query_value(&self, name: &str) -> Option<&str> {
         self.query.get(name).map(String::as_str)
     }
 
@@ -81,8 +82,8 @@ impl Request {
         self.header("connection").is_some_and(|value| value.eq_ignore_ascii_case("close"))
     }
 
-    /// Returns first byte and length that a `Range` header requests of `size` bytes. `None` is the whole content; an
-    /// error means that the range is unsatisfiable.
+    /// Returns the first byte and the length that the `Range` header requests of an object of `size` bytes. Returns
+    /// `None` if it requests the whole object, and an error if the range is unsatisfiable.
     pub(super) fn range(&self, size: u64) -> Result<Option<(u64, u64)>, ()> {
         let Some((first, last)) = self.header("range").and_then(|range| range.strip_prefix("bytes=")?.split_once('-'))
         else {

@@ -1,7 +1,7 @@
-//! A connection, plain or with TLS, with fast bulk transfer in both directions.
+//! A connection, plain or with TLS, that transfers large bodies with little processor time.
 //!
-//! Without TLS, a file is sent by `sendfile(2)` and a discarded body is dropped by the kernel, so neither is copied
-//! into this process. With TLS both are copied, as in any server without kernel TLS.
+//! Without TLS, a file is sent with `sendfile(2)`, and the kernel drops the body of an upload, so neither is copied
+//! into this process. With TLS, both are copied, as in any server without kernel TLS.
 
 use std::fs::File;
 use std::io::{self, BufRead as _, BufReader, Read, Write};
@@ -10,6 +10,7 @@ use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileExt as _;
 use tokio_rustls::rustls::{ServerConnection, StreamOwned};
 
+/// Bytes that are copied at a time with TLS.
 const TLS_CHUNK: u64 = 256 * 1024;
 
 pub(super) enum Wire {

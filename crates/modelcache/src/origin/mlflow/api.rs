@@ -6,7 +6,7 @@ use crate::key::{ArtifactKey, FilePath};
 use crate::limits;
 use crate::manifest::{FileEntry, Manifest, Shape};
 use crate::origin::authorization;
-use crate::origin::http::{self, Answer, ErrorResponse, Http, Request, Server};
+use crate::origin::http::{self, ErrorResponse, Fetched, Http, Request, Server};
 use crate::printable;
 use crate::reference::{MlflowModel, MlflowVersion};
 use crate::transfer::Retry;
@@ -17,15 +17,15 @@ use url::Url;
 
 /// Maximum number of folders of one model. Real models have a few.
 const FOLDERS_MAX: usize = 10_000;
-/// Maximum depth of folders in a model. It ends the listing of a folder that lists itself.
+/// Maximum depth of folders in a model, so that the listing of a folder that contains itself ends.
 const FOLDER_DEPTH_MAX: usize = 32;
-/// Maximum number of `runs:/` and `models:/` URIs between a version and its files.
+/// Maximum number of `runs:/` and `models:/` URIs to follow from a version to its files.
 const INDIRECTIONS_MAX: usize = 8;
 /// The call that returns the artifact URI of a version.
 const DOWNLOAD_URI: &str = "mlflow/model-versions/get-download-uri";
 /// The call that lists and serves artifact files.
 pub(super) const ARTIFACTS: &str = "mlflow-artifacts/artifacts";
-/// Text in the error response of a server that does not serve artifacts.
+/// Text in the error response of a server that was started without `--serve-artifacts`.
 const PROXY_DISABLED_MARKER: &str = "--serve-artifacts";
 
 /// A client for the configured tracking and registry servers.
@@ -70,7 +70,7 @@ impl Mlflow {
     /// Returns the registry server, by default the tracking server.
     pub(super) fn registry(&self) -> Result<MlflowServer> {
         match &self.config.registry_uri {
-            Some(uri) => self.place(uri, "MLFLOW_REGISTRY_URI"),
+            Some(uri) => self.parse_server(uri, "MLFLOW_REGISTRY_URI"),
             None => self.tracking(),
         }
     }
@@ -78,21 +78,21 @@ impl Mlflow {
     /// Returns the tracking server.
     pub(super) fn tracking(&self) -> Result<MlflowServer> {
         match &self.config.tracking_uri {
-            Some(uri) => self.place(uri, "MLFLOW_TRACKING_URI"),
+            Some(uri) => self.parse_server(uri, "MLFLOW_TRACKING_URI"),
             None => Err(Error::invalid("no MLflow server is configured")
                 .hint("set MLFLOW_TRACKING_URI to its address, for instance https://mlflow.example")),
         }
     }
 
-    /// Parses the URL of a server. A login in the URL takes precedence over configured credentials. Errors name only
-    /// the variable, because the URL may contain a password.
-    fn place(&self, uri: &Secret, variable: &str) -> Result<MlflowServer> {
+    /// Parses the URL of a server. A login in the URL takes precedence over configured credentials. Error messages name
+    /// `variable`, not the URL, because the URL may contain a password.
+    fn parse_server(&self, uri: &Secret, variable: &str) -> Result<MlflowServer> {
         let url =
             Url::parse(uri.expose()).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
         let mut url = url.ok_or_else(|| {
-            Error::invalid(format!("{variable} is no web address")).hint(
-                "it must name an `mlflow server`, for instance https://mlflow.example; folders, databases and \
-                 Databricks are not supported",
+            Error::invalid(format!("{variable} is not an http or https URL")).hint(
+                "set it to the address of an `mlflow server`, for instance https://mlflow.example; folders, databases \
+                 and Databricks are not supported",
             )
         })?;
         let decode = |text: &str| percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned();
@@ -107,7 +107,7 @@ impl Mlflow {
         };
         // Remove the login from the URL, which appears in logs, and normalize the URL, which becomes part of keys.
         let cleared = url.set_username("").and_then(|()| url.set_password(None));
-        cleared.map_err(|()| Error::invalid(format!("{variable} is no web address")))?;
+        cleared.map_err(|()| Error::invalid(format!("{variable} is not an http or https URL")))?;
         url.set_query(None);
         url.set_fragment(None);
         let path = url.path().trim_end_matches('/').to_owned();
@@ -116,43 +116,46 @@ impl Mlflow {
     }
 
     /// Calls the API, with retries, and parses the response.
-    async fn api<T: DeserializeOwned>(&self, place: &MlflowServer, path: &str, query: &[(&str, &str)]) -> Result<T> {
-        let mut url = place.url_for(&format!("api/2.0/{path}"));
+    async fn api<T: DeserializeOwned>(&self, server: &MlflowServer, path: &str, query: &[(&str, &str)]) -> Result<T> {
+        let mut url = server.url_for(&format!("api/2.0/{path}"));
         url.query_pairs_mut().extend_pairs(query);
-        self.retry.run(|| self.request(place, url.clone())).await
+        self.retry.run(|| self.request(server, url.clone())).await
     }
 
     /// Sends one API request and parses the response.
-    async fn request<T: DeserializeOwned>(&self, place: &MlflowServer, url: Url) -> Result<T> {
-        let authorization = place.authorization.as_ref();
-        let request = Request { headers: HeaderMap::new(), home: &place.url, authorization, same_origin_only: true };
-        let answer = self.http.follow(url, request).await?;
-        if !answer.response.status().is_success() {
-            return Err(self.error_of(answer).await);
+    async fn request<T: DeserializeOwned>(&self, server: &MlflowServer, url: Url) -> Result<T> {
+        let authorization = server.authorization.as_ref();
+        let request =
+            Request { headers: HeaderMap::new(), credential_url: &server.url, authorization, same_origin_only: true };
+        let fetched = self.http.follow(url, request).await?;
+        if !fetched.response.status().is_success() {
+            return Err(self.error_of(fetched).await);
         }
-        let body = self.http.body(answer.response, &answer.url, limits::ANSWER_BYTES_MAX).await?;
+        let body = self.http.body(fetched.response, &fetched.url, limits::RESPONSE_BYTES_MAX).await?;
         serde_json::from_slice(&body).map_err(|cause| {
-            Error::corrupt(format!("{} does not answer in the format of MLflow", Server(&place.url)))
+            Error::corrupt(format!("the response of {} is not in the format of MLflow", Server(&server.url)))
                 .cause(cause)
-                .hint("check MLFLOW_TRACKING_URI: does `mlflow server` answer there?")
+                .hint("check that MLFLOW_TRACKING_URI is the address of an `mlflow server`")
         })
     }
 
     /// Converts an error response into an error with a remedy. All statuses and error codes of MLflow are mapped here.
-    pub(super) async fn error_of(&self, answer: Answer) -> Error {
+    pub(super) async fn error_of(&self, fetched: Fetched) -> Error {
         #[derive(Deserialize)]
         struct ErrorBody {
             error_code: String,
             message: Option<String>,
         }
-        let Answer { response, url, at_home, .. } = answer;
+        let Fetched { response, url, is_same_origin, .. } = fetched;
         // The texts of a redirect target are not quoted.
-        let mut response = ErrorResponse::read(&self.http, response, at_home).await;
+        let mut response = ErrorResponse::read(&self.http, response, is_same_origin).await;
         let error_body: Option<ErrorBody> = serde_json::from_slice(&response.body).ok();
         let code = error_body.as_ref().map(|error_body| error_body.error_code.as_str());
         // Artifacts may be redirected to a signed URL of a bucket.
-        if !at_home {
-            return response.error(&url).hint("MLflow redirected there; check the clock of this machine");
+        if !is_same_origin {
+            return response
+                .error(&url)
+                .hint("the URL that MLflow redirected to may have expired; check the clock of this machine");
         }
         if let Some(message) = error_body.as_ref().and_then(|error_body| error_body.message.as_deref()) {
             response.message = Some(printable::quote(message));
@@ -162,20 +165,21 @@ impl Mlflow {
         let has_credentials = self.config.token.is_some() || self.config.login.is_some();
         match (response.status.as_u16(), code) {
             (_, Some("RESOURCE_DOES_NOT_EXIST")) => {
-                Error::not_found(response.message.clone().unwrap_or_else(|| "there is no such object".into()))
+                Error::not_found(response.message.clone().unwrap_or_else(|| "MLflow has no such object".into()))
             }
             (400, Some("INVALID_PARAMETER_VALUE")) => {
-                Error::invalid(response.message.clone().unwrap_or_else(|| "the server refuses a value".into()))
+                Error::invalid(response.message.clone().unwrap_or_else(|| "the server rejects a parameter".into()))
             }
             // The server was started without `--serve-artifacts`; retrying does not help.
             (503, _) if is_proxy_disabled => {
                 Error::unavailable(format!("{} does not serve artifacts", Server(&url))).transient(false).hint(
-                    "run `mlflow server` with --serve-artifacts, or name the server that does in MLFLOW_TRACKING_URI",
+                    "run `mlflow server` with --serve-artifacts, or set MLFLOW_TRACKING_URI to a server that serves \
+                     artifacts",
                 )
             }
             (401 | 403, _) if has_credentials => response.error(&url).hint(
-                "check MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD: may they read \
-                 this model?",
+                "check that MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, are valid \
+                 and may read this model",
             ),
             (401 | 403, _) => response
                 .error(&url)
@@ -183,7 +187,7 @@ impl Mlflow {
             // A 404 without an error code is not from MLflow.
             (404, None) => Error::unavailable(format!("{} answered 404 in another format than MLflow", Server(&url)))
                 .transient(false)
-                .hint("check MLFLOW_TRACKING_URI: does `mlflow server` answer there?"),
+                .hint("check that MLFLOW_TRACKING_URI is the address of an `mlflow server`"),
             _ => response.error(&url),
         }
     }
@@ -191,34 +195,38 @@ impl Mlflow {
     /// Returns the version number that an alias, a stage or `latest` points to now.
     pub(super) async fn version(&self, registry: &MlflowServer, model: &MlflowModel) -> Result<u64> {
         let (name, by_name) = (&model.name, [("name", model.name.as_str())]);
-        const CHECK: &str = "check the model's name and its versions in MLflow";
+        const HINT: &str = "check the model's name and its versions in MLflow";
         match &model.version {
             MlflowVersion::Number(number) => Ok(*number),
             MlflowVersion::Alias(alias) => {
                 let query = [by_name[0], ("alias", alias)];
-                let answer = self.api(registry, "mlflow/registered-models/alias", &query).await;
-                let what = || format!("there is no alias {alias:?} of model {name:?} at {}", Server(&registry.url));
+                let response = self.api(registry, "mlflow/registered-models/alias", &query).await;
+                let message = || format!("there is no alias {alias:?} of model {name:?} at {}", Server(&registry.url));
                 let hint = "check the model's name and its aliases in MLflow";
-                let VersionAnswer { model_version } = answer.map_err(|error| as_not_found(error, what(), hint))?;
+                let VersionResponse { model_version } =
+                    response.map_err(|error| as_not_found(error, message(), hint))?;
                 let version = model_version.version;
-                version.parse().map_err(|_| Error::corrupt(format!("the alias {alias:?} leads to version {version:?}")))
+                version.parse().map_err(|_| {
+                    Error::corrupt(format!("the alias {alias:?} points to version {version:?}, which is not a number"))
+                })
             }
             MlflowVersion::Latest => {
-                let nothing = || Error::not_found(format!("the model {name:?} has no versions")).hint(CHECK);
-                self.highest_version(registry, name, &by_name).await?.ok_or_else(nothing)
+                let no_versions = || Error::not_found(format!("the model {name:?} has no versions")).hint(HINT);
+                self.highest_version(registry, name, &by_name).await?.ok_or_else(no_versions)
             }
             MlflowVersion::Stage(stage) => {
-                let nothing = || {
+                let no_version = || {
                     Error::not_found(format!("no version of model {name:?} is in stage {stage}")).hint(
                         "check the stages of its versions in MLflow; aliases (models:/name@alias) have replaced stages",
                     )
                 };
-                self.highest_version(registry, name, &[by_name[0], ("stages", stage)]).await?.ok_or_else(nothing)
+                self.highest_version(registry, name, &[by_name[0], ("stages", stage)]).await?.ok_or_else(no_version)
             }
         }
     }
 
-    /// Returns the highest number among the newest versions of each stage; `None` if there are no versions.
+    /// Returns the highest version number that the query finds; `None` if it finds no versions. MLflow returns the
+    /// newest version of each stage.
     async fn highest_version(
         &self,
         registry: &MlflowServer,
@@ -226,14 +234,14 @@ impl Mlflow {
         query: &[(&str, &str)],
     ) -> Result<Option<u64>> {
         #[derive(Deserialize)]
-        struct VersionsAnswer {
+        struct VersionsResponse {
             #[serde(default)]
             model_versions: Vec<VersionInfo>,
         }
-        let answer = self.api(registry, "mlflow/registered-models/get-latest-versions", query).await;
-        let what = || format!("there is no model {name:?} at {}", Server(&registry.url));
-        let VersionsAnswer { model_versions } =
-            answer.map_err(|error| as_not_found(error, what(), "check the model's name in MLflow"))?;
+        let response = self.api(registry, "mlflow/registered-models/get-latest-versions", query).await;
+        let message = || format!("there is no model {name:?} at {}", Server(&registry.url));
+        let VersionsResponse { model_versions } =
+            response.map_err(|error| as_not_found(error, message(), "check the model's name in MLflow"))?;
         Ok(model_versions.iter().filter_map(|info| info.version.parse().ok()).max())
     }
 
@@ -242,14 +250,14 @@ impl Mlflow {
         let registry = self.registry()?;
         let query = [("name", model), ("version", version)];
         let no_version = |error: Error| {
-            let what = format!("there is no version {version} of model {model:?} at {}", Server(&registry.url));
+            let message = format!("there is no version {version} of model {model:?} at {}", Server(&registry.url));
             as_not_found(
                 error,
-                what,
+                message,
                 "check the model's name and its versions in MLflow; a deleted version does not come back",
             )
         };
-        let info: Result<VersionAnswer> = self.api(&registry, "mlflow/model-versions/get", &query).await;
+        let info: Result<VersionResponse> = self.api(&registry, "mlflow/model-versions/get", &query).await;
         // A version that is not ready has incomplete files.
         let status = info.map_err(no_version)?.model_version.status;
         if let Some(status) = status.filter(|status| status != "READY") {
@@ -257,7 +265,7 @@ impl Mlflow {
             return Err(Error::not_found(format!(
                 "version {version} of model {model:?} is not ready: its status is {status}"
             ))
-            .hint("wait until MLflow shows it as ready; one whose registration failed has to be registered again"));
+            .hint("wait until MLflow shows it as ready; if its registration failed, register the version again"));
         }
         let download: Result<DownloadUri> = self.api(&registry, DOWNLOAD_URI, &query).await;
         // The URI may refer to a run or a model, which may refer further.
@@ -269,13 +277,15 @@ impl Mlflow {
                 _ => return Ok(uri),
             };
         }
-        Err(Error::corrupt(format!("version {version} of model {model:?} leads from one URI to the next without end")))
+        Err(Error::corrupt(format!(
+            "the URI of version {version} of model {model:?} does not lead to files after {INDIRECTIONS_MAX} steps"
+        )))
     }
 
     /// Resolves `runs:/<run>/<path>` to a URI below the artifact folder of the run.
     async fn run_artifact_uri(&self, rest: &str) -> Result<String> {
         #[derive(Deserialize)]
-        struct Answer {
+        struct RunResponse {
             run: Run,
         }
         #[derive(Deserialize)]
@@ -287,19 +297,19 @@ impl Mlflow {
             artifact_uri: String,
         }
         let (run, path) = rest.trim_start_matches('/').split_once('/').unwrap_or((rest.trim_start_matches('/'), ""));
-        let answer: Answer =
+        let response: RunResponse =
             self.api(&self.tracking()?, "mlflow/runs/get", &[("run_id", run)]).await.map_err(|error| {
                 error.hint(
-                    "the run that the model was logged in is gone; restore it in MLflow, or register the model again",
+                    "the run that logged the model was deleted; restore the run in MLflow, or register the model again",
                 )
             })?;
-        Ok(format!("{}/{path}", answer.run.info.artifact_uri.trim_end_matches('/')).trim_end_matches('/').to_owned())
+        Ok(format!("{}/{path}", response.run.info.artifact_uri.trim_end_matches('/')).trim_end_matches('/').to_owned())
     }
 
     /// Resolves `models:/<name>/<version>` and `models:/<id of a logged model>` to a URI.
     async fn model_artifact_uri(&self, rest: &str) -> Result<String> {
         #[derive(Deserialize)]
-        struct Logged {
+        struct LoggedModelResponse {
             model: Model,
         }
         #[derive(Deserialize)]
@@ -311,16 +321,17 @@ impl Mlflow {
             artifact_uri: String,
         }
         match rest.trim_start_matches('/').split_once('/') {
-            // A version in the registry, else the id of a logged model.
+            // With a slash it is a version in the registry, without one the id of a logged model.
             Some((name, version)) => {
                 let query = [("name", name), ("version", version)];
-                let answer: DownloadUri = self.api(&self.registry()?, DOWNLOAD_URI, &query).await?;
-                Ok(answer.artifact_uri)
+                let response: DownloadUri = self.api(&self.registry()?, DOWNLOAD_URI, &query).await?;
+                Ok(response.artifact_uri)
             }
             None => {
-                let id = http::one_segment(rest.trim_start_matches('/'));
-                let answer: Logged = self.api(&self.tracking()?, &format!("mlflow/logged-models/{id}"), &[]).await?;
-                Ok(answer.model.info.artifact_uri)
+                let id = http::encode_segment(rest.trim_start_matches('/'));
+                let response: LoggedModelResponse =
+                    self.api(&self.tracking()?, &format!("mlflow/logged-models/{id}"), &[]).await?;
+                Ok(response.model.info.artifact_uri)
             }
         }
     }
@@ -341,9 +352,9 @@ impl Mlflow {
             #[serde(default)]
             file_size: u64,
         }
-        // Depth-first, with `None` for the root folder.
+        // The folders to list, `None` for the root. The traversal is depth-first.
         let mut manifest = Manifest::new(key.clone(), Shape::Tree);
-        let (mut folders, mut seen) = (vec![None::<FilePath>], 0);
+        let (mut folders, mut folder_count) = (vec![None::<FilePath>], 0);
         while let Some(folder) = folders.pop() {
             let join_folder =
                 |path: &str| folder.as_ref().map_or_else(|| path.to_owned(), |folder| format!("{folder}/{path}"));
@@ -354,23 +365,28 @@ impl Mlflow {
             for entry in listing.files {
                 let refuse = |why: &str| {
                     Error::corrupt(format!("MLflow lists {:?}: {why}", entry.path))
-                        .hint("nothing of this model was fetched; such a name is refused as a whole")
+                        .hint("nothing was downloaded: a model with an invalid entry is rejected as a whole")
                 };
                 // Paths come from the server: `FilePath` rejects those that leave the artifact.
                 let path = FilePath::new(&join_folder(&entry.path)).map_err(|error| refuse(error.message()))?;
                 if entry.is_dir {
-                    seen += 1;
+                    folder_count += 1;
                     if path.as_str().matches('/').count() >= FOLDER_DEPTH_MAX {
-                        return Err(refuse("more than 32 folders deep; does a folder list itself?"));
+                        return Err(refuse(&format!(
+                            "more than {FOLDER_DEPTH_MAX} folders deep; a folder may contain itself"
+                        )));
                     }
                     folders.push(Some(path));
                 } else if manifest.files.insert(path, FileEntry::of(entry.file_size)).is_some() {
                     return Err(refuse("listed twice"));
                 }
             }
-            // Checked after each folder, so that a listing without end stops.
-            if seen > FOLDERS_MAX || manifest.files.len() > limits::FILES_MAX {
-                return Err(Error::corrupt("the list of files does not end"));
+            // Check after each folder, so that an endless listing stops.
+            if folder_count > FOLDERS_MAX || manifest.files.len() > limits::FILES_MAX {
+                return Err(Error::corrupt(format!(
+                    "MLflow lists more than {FOLDERS_MAX} folders or {} files",
+                    limits::FILES_MAX
+                )));
             }
         }
         manifest.check()?;
@@ -387,7 +403,7 @@ impl MlflowServer {
     }
 }
 
-/// A version as returned by the registry.
+/// A version in a response of the registry.
 #[derive(Deserialize)]
 struct VersionInfo {
     version: String,
@@ -395,7 +411,7 @@ struct VersionInfo {
 }
 
 #[derive(Deserialize)]
-struct VersionAnswer {
+struct VersionResponse {
     model_version: VersionInfo,
 }
 
@@ -443,9 +459,9 @@ mod tests {
     #[test]
     fn credentials_are_chosen_as_by_the_client_of_mlflow() {
         let shown = |uri: &str, change: fn(&mut MlflowConfig)| {
-            let place = mlflow(Some(uri), change).tracking().expect("a place");
-            assert!(!place.url.to_string().contains("canary"), "{}", place.url);
-            place.authorization.map(|value| value.to_str().expect("text").to_owned())
+            let server = mlflow(Some(uri), change).tracking().expect("a server");
+            assert!(!server.url.to_string().contains("canary"), "{}", server.url);
+            server.authorization.map(|value| value.to_str().expect("text").to_owned())
         };
         let token = |config: &mut MlflowConfig| config.token = Some(Secret::new("canary"));
         let both = |config: &mut MlflowConfig| {
@@ -462,7 +478,7 @@ mod tests {
     fn the_error_for_an_unusable_url_names_its_variable_and_not_the_url() {
         let error = mlflow(None, |_| ()).registry().map(|_| ()).expect_err("none");
         assert!(error.hint_text().is_some_and(|hint| hint.contains("MLFLOW_TRACKING_URI")), "{error}");
-        let error = mlflow(Some("postgres://u:canary@h"), |_| ()).registry().map(|_| ()).expect_err("no web address");
+        let error = mlflow(Some("postgres://u:canary@h"), |_| ()).registry().map(|_| ()).expect_err("not http");
         assert!(error.to_string().contains("MLFLOW_TRACKING_URI"), "{error}");
         assert!(!format!("{error:?}").contains("canary"), "{error:?}");
         let bad = mlflow(Some("https://h"), |config| config.token = Some(Secret::new("canary\nx")));

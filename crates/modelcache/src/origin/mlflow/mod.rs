@@ -21,7 +21,6 @@ use crate::remote::PrefixSource;
 use crate::source::{Body, Source};
 use api::{ARTIFACTS, Mlflow, MlflowServer, authority};
 use async_trait::async_trait;
-use futures::stream::BoxStream;
 use futures::{StreamExt as _, TryStreamExt as _};
 use percent_encoding::percent_decode_str;
 use reqwest::StatusCode;
@@ -55,12 +54,12 @@ impl Origin for Arc<Mlflow> {
         };
         let model = MlflowModel { server: Some(authority(&registry.url)), ..model.clone() };
         let key = model.key_at(number).unwrap_or_else(|| Err(Error::invalid("the server has no name")))?;
-        Ok(Some(Resolved { source: MlflowSource::of_key(self, &model.name, &key), key }))
+        Ok(Some(Resolved { source: MlflowSource::for_key(self, &model.name, &key), key }))
     }
 
     fn source(&self, reference: &Reference, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
         let Target::Mlflow(model) = &reference.target else { return None };
-        Some(MlflowSource::of_key(self, &model.name, key))
+        Some(MlflowSource::for_key(self, &model.name, key))
     }
 
     /// The listed form is `mlflow/<server>/<model>@<number>`.
@@ -69,12 +68,12 @@ impl Origin for Arc<Mlflow> {
         let number = key.version.as_str().parse().ok()?;
         let name = percent_decode_str(model).decode_utf8().ok()?.into_owned();
         let model = MlflowModel { server: self.server(), name, version: MlflowVersion::Number(number) };
-        // The key must be exactly the one that this model would get here.
-        let ours = model.server.as_deref() == Some(server) && model.key_at(number)?.ok()? == *key;
-        ours.then(|| MlflowSource::of_key(self, &model.name, key))
+        // The key must be exactly the one that this client would give to the model.
+        let is_same = model.server.as_deref() == Some(server) && model.key_at(number)?.ok()? == *key;
+        is_same.then(|| MlflowSource::for_key(self, &model.name, key))
     }
 
-    /// Adds the server, which is part of the key.
+    /// Adds the registry server to the reference, because it is part of the key.
     fn complete(&self, target: &mut Target) {
         if let Target::Mlflow(model) = target {
             model.server = self.server();
@@ -93,9 +92,10 @@ struct MlflowSource {
 /// The files of a version and their location.
 struct ModelFiles {
     manifest: Manifest,
-    bytes: FileLocation,
+    location: FileLocation,
 }
 
+/// The location of the files of a version.
 enum FileLocation {
     /// Below this path on the tracking server.
     Server(Box<MlflowServer>, String),
@@ -126,21 +126,23 @@ impl Source for MlflowSource {
     }
 
     fn ignores_ranges(&self) -> bool {
-        self.found.get().is_some_and(|found| matches!(found.bytes, FileLocation::Server(..)))
+        self.found.get().is_some_and(|found| matches!(found.location, FileLocation::Server(..)))
     }
 }
 
 impl MlflowSource {
     /// Returns a source for `key`, which is a version of the model `name`.
-    fn of_key(mlflow: &Arc<Mlflow>, name: &str, key: &ArtifactKey) -> Arc<dyn Source> {
+    fn for_key(mlflow: &Arc<Mlflow>, name: &str, key: &ArtifactKey) -> Arc<dyn Source> {
         let (mlflow, name, key) = (mlflow.clone(), name.to_owned(), key.clone());
         Arc::new(Self { mlflow, name, key, found: OnceCell::new() })
     }
 
+    /// Returns the files of the version, finding them at the first call.
     async fn found(&self) -> Result<&ModelFiles> {
         self.found.get_or_try_init(|| self.find()).await
     }
 
+    /// Requests the artifact URI of the version and lists its files.
     async fn find(&self) -> Result<ModelFiles> {
         let uri = self.mlflow.artifact_uri(&self.name, self.key.version.as_str()).await?;
         let found = self.locate(&uri).await?;
@@ -154,12 +156,12 @@ impl MlflowSource {
     /// Returns the error for a version without files.
     fn no_files(&self, uri: &str) -> Error {
         no_files(format!("the model has no files at {uri:?}"))
-            .hint("check whether they were deleted or moved; register the model again with their present location")
+            .hint("check whether the files were deleted or moved; if they were moved, register the model again")
     }
 
     /// Lists the files at `uri` and determines how to read them.
     async fn locate(&self, uri: &str) -> Result<ModelFiles> {
-        // A bare path is a folder of the server's machine, which may be this one.
+        // A bare path is a folder on the machine of the server, which may be this machine.
         if uri.starts_with('/') {
             return self.folder(uri, uri).await;
         }
@@ -167,9 +169,9 @@ impl MlflowSource {
         match scheme {
             "mlflow-artifacts" => {
                 let tracking = self.mlflow.tracking()?;
-                let root = root_at(&tracking.url, rest)?;
+                let root = artifact_root(&tracking.url, rest)?;
                 let manifest = self.mlflow.list(&tracking, &self.key, &root).await?;
-                Ok(ModelFiles { manifest, bytes: FileLocation::Server(Box::new(tracking), root) })
+                Ok(ModelFiles { manifest, location: FileLocation::Server(Box::new(tracking), root) })
             }
             "s3" => self.use_source(Arc::new(self.bucket(uri, rest)?), uri).await,
             "file" => {
@@ -189,9 +191,9 @@ impl MlflowSource {
     /// Takes the list of files from the source of a bucket or folder.
     async fn use_source(&self, source: Arc<dyn Source>, uri: &str) -> Result<ModelFiles> {
         let manifest = source.manifest().await?.ok_or_else(|| self.no_files(uri))?;
-        // The version of the source (for instance of a folder's present state) is replaced by that of the model.
+        // The key of the source, for instance of a folder, is replaced by the key of the model version.
         let manifest = Manifest { key: self.key.clone(), ..manifest };
-        Ok(ModelFiles { manifest, bytes: FileLocation::Elsewhere(source) })
+        Ok(ModelFiles { manifest, location: FileLocation::Elsewhere(source) })
     }
 
     /// Returns a source for the files below a prefix of a bucket. MLflow has its own variable for the S3 endpoint.
@@ -199,7 +201,7 @@ impl MlflowSource {
         let (bucket, prefix) =
             rest.trim_start_matches('/').split_once('/').unwrap_or((rest.trim_start_matches('/'), ""));
         if !is_bucket_name(bucket) || prefix.trim_matches('/').is_empty() {
-            return Err(Error::corrupt(format!("the model's files are at {uri:?}, which names no prefix of a bucket")));
+            return Err(Error::corrupt(format!("the model's files are at {uri:?}, which is not a prefix of a bucket")));
         }
         let environment = self.mlflow.config.environment.clone();
         let endpoint = environment.get("MLFLOW_S3_ENDPOINT_URL").map(|url| ("endpoint".to_owned(), url.to_owned()));
@@ -225,11 +227,11 @@ impl MlflowSource {
         if !path.starts_with('/') || !is_below {
             return Err(Error::new(
                 ErrorKind::Other,
-                format!("the model's files are in the folder {path:?} of the server's machine"),
+                format!("the model's files are in the folder {path:?} on the machine of the MLflow server"),
             )
             .hint(
                 "run `mlflow server` with --serve-artifacts and log the model again, or keep models in S3; if the \
-                 folder is on this machine, set MODEL_CACHE_MLFLOW_LOCAL_ROOT to it or to one above it",
+                 folder is on this machine, set MODEL_CACHE_MLFLOW_LOCAL_ROOT to that folder or to a parent of it",
             ));
         }
         Ok(path.trim_end_matches('/').to_owned())
@@ -241,10 +243,10 @@ impl MlflowSource {
         let Some(entry) = found.manifest.files.get(path) else {
             return Err(Error::not_found(format!("there is no file {path} in the model")));
         };
-        if let Some(body) = Body::unasked(path, &range, Some(entry.size))? {
+        if let Some(body) = Body::for_empty_range(path, &range, Some(entry.size))? {
             return Ok(body);
         }
-        let (server, root) = match &found.bytes {
+        let (server, root) = match &found.location {
             FileLocation::Elsewhere(source) => return source.read(path, range).await,
             FileLocation::Server(server, root) => (server, root),
         };
@@ -256,8 +258,8 @@ impl MlflowSource {
             path: path.clone(),
             size: entry.size,
         };
-        // Request ranges from the beginning and ranges up to the end (to resume a broken stream). For any other range
-        // the file is requested from its beginning, lazily: nothing is sent until the body is read.
+        // A range that starts at 0, or ends at the end of the file (a resumed stream), is requested as it is. For any
+        // other range the file is requested from its beginning, and only once the body is read.
         if range.start == 0 || range.end == entry.size {
             return request.open(range).await;
         }
@@ -285,59 +287,38 @@ impl FileRequest {
         }
         let (server, http) = (&self.server, &self.mlflow.http);
         let authorization = server.authorization.as_ref();
-        let answer = http
-            .follow(self.url, Request { headers, home: &server.url, authorization, same_origin_only: false })
+        let fetched = http
+            .follow(self.url, Request { headers, credential_url: &server.url, authorization, same_origin_only: false })
             .await?;
-        let status = answer.response.status();
+        let status = fetched.response.status();
         if !status.is_success() && status != StatusCode::RANGE_NOT_SATISFIABLE {
-            let error = self.mlflow.error_of(answer).await;
-            return Err(error.hint(format!("{} is listed, but may have been deleted since", self.path)));
+            let error = self.mlflow.error_of(fetched).await;
+            return Err(error.hint(format!("{} was listed before, but may have been deleted since", self.path)));
         }
-        let start = http::body_start(status, answer.response.headers(), &range, Some(self.size))
+        let start = http::body_start(status, fetched.response.headers(), &range, Some(self.size))
             .map_err(|error| Error::new(error.kind(), format!("{}: {}", self.path, error.message())))?;
-        let stream = http::body_stream(answer.response, &answer.url);
+        let stream = http::body_stream(fetched.response, &fetched.url);
         // Cut the body only if more than the range was requested. A body longer than the file is another file, and the
         // reader must notice that.
-        let stream = if range.end < self.size { first_bytes(stream, range.end - start) } else { stream };
+        let stream = if range.end < self.size { http::first_bytes(stream, range.end - start) } else { stream };
         Ok(Body { start, stream })
     }
-}
-
-/// Cuts a stream after `bytes` bytes.
-fn first_bytes(
-    stream: BoxStream<'static, Result<bytes::Bytes>>,
-    bytes: u64,
-) -> BoxStream<'static, Result<bytes::Bytes>> {
-    let limited = stream.scan(bytes, |left, chunk| {
-        let limited = match chunk {
-            // End the stream, which also drops the rest of the response.
-            _ if *left == 0 => None,
-            Err(error) => Some(Err(error)),
-            Ok(mut chunk) => {
-                chunk.truncate(usize::try_from(*left).unwrap_or(usize::MAX));
-                *left -= chunk.len() as u64;
-                Some(Ok(chunk))
-            }
-        };
-        futures::future::ready(limited)
-    });
-    limited.boxed()
 }
 
 /// Returns the path of a model on the server, from the part of the URI after `mlflow-artifacts:`.
 ///
 /// # Errors
 /// `Other` if the URI names a server other than the configured one, `Corrupt` for an unsafe path.
-fn root_at(tracking: &Url, rest: &str) -> Result<String> {
+fn artifact_root(tracking: &Url, rest: &str) -> Result<String> {
     let path = match rest.strip_prefix("//") {
         Some(rest) => {
             let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
             // A URI without a port names the configured server at any port.
             let named = Url::parse(&format!("{}://{host}/", tracking.scheme())).ok();
-            let ours = named.is_some_and(|named| {
+            let is_configured = named.is_some_and(|named| {
                 named.host() == tracking.host() && (named.port().is_none() || named.port() == tracking.port())
             });
-            if !host.is_empty() && !ours {
+            if !host.is_empty() && !is_configured {
                 return Err(Error::new(
                     ErrorKind::Other,
                     format!(
@@ -345,7 +326,9 @@ fn root_at(tracking: &Url, rest: &str) -> Result<String> {
                         printable::quote(host)
                     ),
                 )
-                .hint("name that server in MLFLOW_TRACKING_URI, and the one of the registry in MLFLOW_REGISTRY_URI"));
+                .hint(
+                    "set MLFLOW_TRACKING_URI to that server, and MLFLOW_REGISTRY_URI to the server of the registry",
+                ));
             }
             path
         }
@@ -354,7 +337,7 @@ fn root_at(tracking: &Url, rest: &str) -> Result<String> {
     let path = path.trim_matches('/');
     if path.split('/').any(|segment| matches!(segment, "" | "." | "..")) {
         return Err(Error::corrupt(format!(
-            "the model's files are at {path:?}, which is empty, climbs (`..`) or has an empty segment"
+            "the model's files are at {path:?}, which is empty, or has an empty segment, `.` or `..`"
         )));
     }
     Ok(path.to_owned())
@@ -369,7 +352,7 @@ mod tests {
     #[test]
     fn only_paths_on_the_configured_server_are_accepted() {
         let tracking = Url::parse("http://h:5000/base").expect("url");
-        let root = |rest: &str| root_at(&tracking, rest);
+        let root = |rest: &str| artifact_root(&tracking, rest);
         assert_eq!(root("/1/run/artifacts/a b").expect("plain"), "1/run/artifacts/a b");
         assert_eq!(root("//h:5000/1/x/").expect("named"), "1/x");
         assert_eq!(root("//h/1/x").expect("without port"), "1/x");
@@ -396,7 +379,7 @@ mod tests {
         for good in [inside.clone(), format!("{inside}/")] {
             assert_eq!(folder(Some(root.path()), &good).expect("inside"), inside);
         }
-        assert!(folder(None, &inside).is_err(), "nothing is named");
+        assert!(folder(None, &inside).is_err(), "no root is configured");
         let out = root.path().join("mlruns/out/bin").display().to_string();
         for bad in ["other/mlruns", "/usr/bin", &format!("{inside}/../../../.."), &out, ""] {
             assert!(folder(Some(root.path()), bad).is_err(), "{bad}");

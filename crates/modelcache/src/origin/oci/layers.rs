@@ -1,7 +1,7 @@
 //! Parsing of registry manifests: the files of an artifact and the blob of each.
 //!
 //! Each layer is one file, named by its annotation or, without one, by its digest. The configuration blob is not a
-//! file. A layer that is an archive is stored as the archive, and its name gets the ending of one.
+//! file. An archive is stored packed, and its file name ends with `.tar`, `.tar.gz` or `.tar.zst`.
 
 use crate::digest::{Digest, Provenance};
 use crate::error::{Error, ErrorKind, Result};
@@ -73,10 +73,10 @@ impl Document {
 ///
 /// # Errors
 /// `NotFound` if there is none. `Invalid` if there are several; the hint lists them, so that the caller can select one.
-pub(super) fn only_choice(repo: &OciRepo, manifests: Vec<Descriptor>) -> Result<Digest> {
-    let has_no_platform =
+pub(super) fn single_manifest(repo: &OciRepo, manifests: Vec<Descriptor>) -> Result<Digest> {
+    let is_attestation =
         |entry: &Descriptor| entry.platform.as_ref().is_some_and(|platform| platform.os.as_deref() == Some("unknown"));
-    let choices: Vec<Descriptor> = manifests.into_iter().filter(|entry| !has_no_platform(entry)).collect();
+    let choices: Vec<Descriptor> = manifests.into_iter().filter(|entry| !is_attestation(entry)).collect();
     match choices.as_slice() {
         [only] => only.digest(),
         [] => Err(Error::not_found("the index lists no manifest")),
@@ -102,6 +102,7 @@ impl Descriptor {
         })
     }
 
+    /// Returns the value of an annotation.
     fn annotation(&self, name: &str) -> Option<&str> {
         Some(self.annotations.as_ref()?.get(name)?.as_str())
     }
@@ -118,7 +119,7 @@ impl Descriptor {
     }
 
     /// Returns the file name ending for an archive of this media type; `None` if it is not an archive.
-    fn archive(&self) -> Option<&'static str> {
+    fn archive_ending(&self) -> Option<&'static str> {
         let media_type = self.media_type.as_str();
         // OCI writes `+gzip`, docker `.gzip`.
         [(".tar", ".tar"), (".tar+gzip", ".tar.gz"), (".tar.gzip", ".tar.gz"), (".tar+zstd", ".tar.zst")]
@@ -140,25 +141,26 @@ impl Descriptor {
     fn path(&self, digest: &Digest) -> Result<FilePath> {
         const NAMES: [&str; 3] =
             ["org.cncf.model.filepath", "org.cnai.model.filepath", "org.opencontainers.image.title"];
-        let archive = self.archive();
+        let archive_ending = self.archive_ending();
         // The name given by ModelPack comes before the one of ORAS.
         let named = NAMES.iter().find_map(|name| self.annotation(name)).filter(|name| !name.is_empty());
-        let Some(name) = named else { return FilePath::new(&format!("{digest}{}", archive.unwrap_or(".bin"))) };
-        // ORAS keeps the form in which the path was given.
+        let Some(name) = named else { return FilePath::new(&format!("{digest}{}", archive_ending.unwrap_or(".bin"))) };
+        // ORAS keeps a leading `./` of the path that was pushed.
         let plain = name.strip_prefix("./").unwrap_or(name);
         let plain = if self.is_packed_content() { plain.trim_end_matches('/') } else { plain };
-        let path = match archive.filter(|_| self.is_packed_content()) {
-            // An archive keeps its name if that already ends as one.
+        let path = match archive_ending.filter(|_| self.is_packed_content()) {
+            // The name of an archive may have the ending already.
             Some(ending) if !has_archive_ending(plain) => format!("{plain}{ending}"),
             _ => plain.to_owned(),
         };
         FilePath::new(&path).map_err(|error| {
             Error::corrupt(format!("the manifest names a layer {name:?}: {}", error.message()))
-                .hint("nothing of this artifact was fetched; such a name is refused as a whole")
+                .hint("nothing was downloaded: an artifact with an unsafe file name is rejected as a whole")
         })
     }
 }
 
+/// Returns true if `name` ends like the name of an archive.
 fn has_archive_ending(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
     [".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst"].iter().any(|ending| name.ends_with(ending))
@@ -192,7 +194,7 @@ impl Layers {
     pub(super) fn require_files(&self, digest: &Digest) -> Result<()> {
         match self.manifest.files.is_empty() {
             true => Err(no_files(format!("the manifest sha256:{digest} lists no files"))
-                .hint("check the reference: it is an artifact without layers, for instance a signature")),
+                .hint("check the reference: it is an artifact without files, for instance a signature")),
             false => Ok(()),
         }
     }
@@ -300,7 +302,7 @@ mod tests {
             let Ok(Document::Index(rows)) = Document::parse(json!({"manifests": rows}).to_string().as_bytes()) else {
                 panic!("no index")
             };
-            only_choice(&repo, rows)
+            single_manifest(&repo, rows)
         };
         assert_eq!(choose(vec![entry("linux", HEX), entry("unknown", &other)]).expect("one").to_string(), HEX);
         let error = choose(vec![entry("linux", HEX), entry("windows", &other)]).expect_err("two");

@@ -9,7 +9,7 @@ mod registry;
 
 use registry::Registries;
 
-use super::http::{self, Answer, Request};
+use super::http::{self, Fetched, Request};
 use super::{BuiltIn, Origin, Resolved};
 use crate::digest::Digest;
 use crate::error::{Context as _, Error, Result, Tier};
@@ -18,7 +18,7 @@ use crate::manifest::Manifest;
 use crate::reference::{OciAt, OciRepo, Reference, Scheme, Target, oci};
 use crate::source::{Body, Source};
 use async_trait::async_trait;
-use layers::{Document, Layers, only_choice};
+use layers::{Document, Layers, single_manifest};
 use reqwest::StatusCode;
 use reqwest::header::{HeaderMap, RANGE};
 use std::collections::HashMap;
@@ -28,7 +28,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::OnceCell;
 use url::Url;
 
-/// The registration of OCI registries. Registries can be used without configuration, too, anonymously.
+/// The registration of OCI registries. A registry that is not configured is used anonymously.
 pub(super) const BUILT_IN: BuiltIn = BuiltIn {
     scheme: &oci::SCHEME,
     open: |config, retry| Arc::new(Arc::new(Registries::new(config.oci.clone(), retry))),
@@ -51,7 +51,7 @@ impl Origin for Arc<Registries> {
             }
         };
         let key = repo.key_at(&digest)?;
-        // The caller stores the digest of a tag, so a manifest without files must fail before that.
+        // The caller records the digest that the tag points to. A manifest without files must fail before that.
         if let Some(Document::Layers(layers)) = bytes.as_deref().and_then(|bytes| Document::parse(bytes).ok())
             && let Ok(layers) = Layers::new(&key, layers)
         {
@@ -77,7 +77,7 @@ struct OciSource {
     key: ArtifactKey,
     digest: Digest,
     /// The bytes of the manifest, if they were read to resolve a tag.
-    bytes: Option<Vec<u8>>,
+    manifest_bytes: Option<Vec<u8>>,
     layers: OnceCell<Layers>,
     /// The target of the last redirect of each layer.
     redirects: Mutex<HashMap<Digest, Url>>,
@@ -113,10 +113,10 @@ impl OciSource {
         repo: OciRepo,
         key: ArtifactKey,
         digest: Digest,
-        bytes: Option<Vec<u8>>,
+        manifest_bytes: Option<Vec<u8>>,
     ) -> Self {
         let (layers, redirects) = (OnceCell::new(), Mutex::default());
-        Self { registries: registries.clone(), repo, key, digest, bytes, layers, redirects }
+        Self { registries: registries.clone(), repo, key, digest, manifest_bytes, layers, redirects }
     }
 
     /// Returns the layers, reading the manifest at the first call.
@@ -124,17 +124,17 @@ impl OciSource {
         self.layers.get_or_try_init(|| self.find_layers()).await
     }
 
-    /// Reads the manifest, following an index, and parses its layers.
+    /// Reads the manifest, or the single manifest of an index, and parses its layers.
     async fn find_layers(&self) -> Result<Layers> {
         let mut digest = self.digest;
-        let mut bytes = match &self.bytes {
+        let mut bytes = match &self.manifest_bytes {
             Some(bytes) => bytes.clone(),
-            None => self.fetch(digest).await?,
+            None => self.fetch_manifest(digest).await?,
         };
         // An index with a single manifest stands for that manifest. No known tool pushes an index inside an index.
         if let Document::Index(manifests) = Document::parse(&bytes)? {
-            digest = only_choice(&self.repo, manifests)?;
-            bytes = self.fetch(digest).await?;
+            digest = single_manifest(&self.repo, manifests)?;
+            bytes = self.fetch_manifest(digest).await?;
         }
         match Document::parse(&bytes)? {
             Document::Layers(layers) => {
@@ -147,70 +147,74 @@ impl OciSource {
     }
 
     /// Reads the manifest with `digest`, with retries.
-    async fn fetch(&self, digest: Digest) -> Result<Vec<u8>> {
+    async fn fetch_manifest(&self, digest: Digest) -> Result<Vec<u8>> {
         let at = OciAt::Digest(digest);
         self.registries.retry.run(|| self.registries.manifest(&self.repo, &at)).await
     }
 
-    /// Makes one attempt to read `range`: from the target of the last redirect, else by way of the registry.
+    /// Makes one attempt to read `range`: from the target of the last redirect, else through the registry.
     async fn open(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
         let layers = self.layers().await?;
         let (Some(entry), Some(blob)) = (layers.manifest.files.get(path), layers.blobs.get(path)) else {
             return Err(Error::not_found(format!("there is no file {path} in {}", self.repo)));
         };
-        if let Some(body) = Body::unasked(path, &range, Some(entry.size))? {
+        if let Some(body) = Body::for_empty_range(path, &range, Some(entry.size))? {
             return Ok(body);
         }
         let headers = HeaderMap::from_iter([(RANGE, http::range_header(&range)?)]);
         // 1. Request the last redirect target directly, without credentials.
-        if let Some(redirect) = self.redirect(blob) {
-            let home = self.registries.home(&self.repo)?;
-            let request =
-                Request { headers: headers.clone(), home: &home, authorization: None, same_origin_only: false };
-            let answer = self.registries.http.follow(redirect, request).await?;
-            // An expired URL is answered with one of these, depending on the CDN.
-            if !matches!(answer.response.status().as_u16(), 400 | 401 | 403 | 404 | 410) {
-                return self.body(path, &range, entry.size, answer).await;
+        if let Some(redirect_url) = self.redirect_url(blob) {
+            let base_url = self.registries.base_url(&self.repo)?;
+            let request = Request {
+                headers: headers.clone(),
+                credential_url: &base_url,
+                authorization: None,
+                same_origin_only: false,
+            };
+            let fetched = self.registries.http.follow(redirect_url, request).await?;
+            // CDNs answer a request for an expired URL with one of these statuses.
+            if !matches!(fetched.response.status().as_u16(), 400 | 401 | 403 | 404 | 410) {
+                return self.body(path, &range, entry.size, fetched).await;
             }
             // 2. The URL expired: forget it and let the registry redirect again.
-            let status = answer.response.status().as_u16();
+            let status = fetched.response.status().as_u16();
             tracing::debug!(%path, status, "redirect target refused; requesting the layer from the registry");
-            self.forget(blob);
-            http::drain(answer.response).await;
+            self.forget_redirect(blob);
+            http::drain(fetched.response).await;
         }
         // 3. Request the layer from the registry.
-        let url = registry::below(
-            &self.registries.home(&self.repo)?,
+        let url = registry::url_for(
+            &self.registries.base_url(&self.repo)?,
             &format!("v2/{}/blobs/sha256:{blob}", self.repo.repository),
         )?;
-        let answer = self.registries.request(&self.repo, url, headers, false).await?;
+        let fetched = self.registries.request(&self.repo, url, headers, false).await?;
         // Only a redirect target is worth remembering.
-        if !answer.at_home && answer.response.status().is_success() {
-            self.remember(*blob, answer.url.clone());
+        if !fetched.is_same_origin && fetched.response.status().is_success() {
+            self.remember_redirect(*blob, fetched.url.clone());
         }
-        self.body(path, &range, entry.size, answer).await
+        self.body(path, &range, entry.size, fetched).await
     }
 
     /// Checks a response against the size of the layer and returns the bytes.
-    async fn body(&self, path: &FilePath, range: &Range<u64>, size: u64, answer: Answer) -> Result<Body> {
-        let status = answer.response.status();
+    async fn body(&self, path: &FilePath, range: &Range<u64>, size: u64, fetched: Fetched) -> Result<Body> {
+        let status = fetched.response.status();
         if !status.is_success() && status != StatusCode::RANGE_NOT_SATISFIABLE {
-            return Err(self.registries.error_of(answer, &self.repo, &format!("blob for {path}")).await);
+            return Err(self.registries.error_of(fetched, &self.repo, &format!("blob for {path}")).await);
         }
-        let start = http::body_start(status, answer.response.headers(), range, Some(size))
+        let start = http::body_start(status, fetched.response.headers(), range, Some(size))
             .map_err(|error| Error::new(error.kind(), format!("{path}: {}", error.message())))?;
-        Ok(Body { start, stream: http::body_stream(answer.response, &answer.url) })
+        Ok(Body { start, stream: http::body_stream(fetched.response, &fetched.url) })
     }
 
-    fn redirect(&self, blob: &Digest) -> Option<Url> {
+    fn redirect_url(&self, blob: &Digest) -> Option<Url> {
         self.redirects.lock().unwrap_or_else(PoisonError::into_inner).get(blob).cloned()
     }
 
-    fn remember(&self, blob: Digest, url: Url) {
+    fn remember_redirect(&self, blob: Digest, url: Url) {
         self.redirects.lock().unwrap_or_else(PoisonError::into_inner).insert(blob, url);
     }
 
-    fn forget(&self, blob: &Digest) {
+    fn forget_redirect(&self, blob: &Digest) {
         self.redirects.lock().unwrap_or_else(PoisonError::into_inner).remove(blob);
     }
 }

@@ -1,14 +1,14 @@
-//! Client for OCI registries: URLs, challenges, tokens, and errors for responses.
+//! Client for OCI registries: URLs, authentication challenges, tokens, and errors for responses.
 //!
-//! The password is sent to the registry, and to the token server that it names if that server uses TLS or is on the
-//! host of a registry without TLS. (A registry authenticated by its certificate could request the password itself.) The
-//! token is sent to the registry only. Redirect targets, mostly a CDN, get neither.
+//! The password is sent to the registry. It is sent to the token server that the registry names only if that server
+//! uses TLS, or is on the host of a registry without TLS. The token is sent to the registry only. Redirect targets,
+//! mostly a CDN, get neither.
 
 use crate::config::{OciConfig, OciLogin};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::origin::authorization;
-use crate::origin::http::{self, Answer, ErrorResponse, Http, Request, Server};
+use crate::origin::http::{self, ErrorResponse, Fetched, Http, Request, Server};
 use crate::printable;
 use crate::reference::{OciAt, OciRepo};
 use crate::transfer::Retry;
@@ -24,7 +24,7 @@ const MANIFEST_BYTES_MAX: u64 = 4 * 1024 * 1024;
 /// Largest response of a token server, in bytes.
 const TOKEN_BYTES_MAX: u64 = 256 * 1024;
 /// The supported media types of manifests.
-const MANIFESTS: &str = "application/vnd.oci.image.manifest.v1+json, application/vnd.oci.image.index.v1+json, \
+const MANIFEST_TYPES: &str = "application/vnd.oci.image.manifest.v1+json, application/vnd.oci.image.index.v1+json, \
      application/vnd.oci.artifact.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json, \
      application/vnd.docker.distribution.manifest.list.v2+json";
 /// The API host of the registry `docker.io`.
@@ -53,12 +53,12 @@ impl Registries {
     }
 
     /// Returns the base URL of a registry: https, or plain http if configured or if the host is this machine.
-    pub(super) fn home(&self, repo: &OciRepo) -> Result<Url> {
+    pub(super) fn base_url(&self, repo: &OciRepo) -> Result<Url> {
         let registry = repo.registry.as_str();
         let host = if registry == "docker.io" { DOCKER_HUB_HOST } else { registry };
         let no_host = || Error::invalid(format!("{registry} is not a valid registry name"));
         let plain = Url::parse(&format!("http://{host}/")).map_err(|_| no_host())?;
-        // TLS unless plain http was configured, because the credentials depend on it.
+        // Use TLS unless plain http is configured, because credentials are sent to this URL.
         let plain_allowed = self.config.plain_http.iter().any(|name| name == registry) || is_this_machine(&plain);
         if plain_allowed {
             return Ok(plain);
@@ -69,77 +69,87 @@ impl Registries {
     /// Returns the bytes of a manifest, verified against the requested digest and against the header
     /// `Docker-Content-Digest`, if present.
     pub(super) async fn manifest(&self, repo: &OciRepo, at: &OciAt) -> Result<Vec<u8>> {
-        let home = self.home(repo)?;
+        let base_url = self.base_url(repo)?;
         let name = match at {
             OciAt::Tag(tag) => tag.clone(),
             OciAt::Digest(digest) => format!("sha256:{digest}"),
         };
-        let url = below(&home, &format!("v2/{}/manifests/{name}", repo.repository))?;
-        let headers = HeaderMap::from_iter([(ACCEPT, HeaderValue::from_static(MANIFESTS))]);
-        let answer = self.request(repo, url, headers, true).await?;
-        if !answer.response.status().is_success() {
-            return Err(self.error_of(answer, repo, &format!("manifest {at}")).await);
+        let url = url_for(&base_url, &format!("v2/{}/manifests/{name}", repo.repository))?;
+        let headers = HeaderMap::from_iter([(ACCEPT, HeaderValue::from_static(MANIFEST_TYPES))]);
+        let fetched = self.request(repo, url, headers, true).await?;
+        if !fetched.response.status().is_success() {
+            return Err(self.error_of(fetched, repo, &format!("manifest {at}")).await);
         }
         // Read the header before the body consumes the response.
-        let stated = http::header(answer.response.headers(), "docker-content-digest").map(str::to_owned);
-        let bytes = self.http.body(answer.response, &answer.url, MANIFEST_BYTES_MAX).await?;
+        let stated = http::header(fetched.response.headers(), "docker-content-digest").map(str::to_owned);
+        let bytes = self.http.body(fetched.response, &fetched.url, MANIFEST_BYTES_MAX).await?;
         let found = Digest::of(&bytes);
-        let contradicts = |requested: &str| {
+        let mismatch = |requested: &str| {
             Error::corrupt(format!(
-                "{} answered with another manifest: requested {requested}, got sha256:{found}",
-                Server(&home)
+                "{} sent another manifest than requested: expected {requested}, got sha256:{found}",
+                Server(&base_url)
             ))
         };
         match at {
-            OciAt::Digest(digest) if *digest != found => Err(contradicts(&format!("sha256:{digest}"))),
+            OciAt::Digest(digest) if *digest != found => Err(mismatch(&format!("sha256:{digest}"))),
             // A registry may state the digest in another algorithm, which cannot be checked here.
             _ => match stated.filter(|stated| stated.starts_with("sha256:")) {
-                Some(stated) if !stated.eq_ignore_ascii_case(&format!("sha256:{found}")) => Err(contradicts(&stated)),
+                Some(stated) if !stated.eq_ignore_ascii_case(&format!("sha256:{found}")) => Err(mismatch(&stated)),
                 _ => Ok(bytes),
             },
         }
     }
 
-    /// Sends a request, answering a challenge of the registry. `same_origin_only`: fail if it redirects elsewhere.
+    /// Sends a request and, if the registry demands authentication, sends it again with a credential. With
+    /// `same_origin_only`, fails if the registry redirects to another scheme, host or port.
     pub(super) async fn request(
         &self,
         repo: &OciRepo,
         url: Url,
         headers: HeaderMap,
         same_origin_only: bool,
-    ) -> Result<Answer> {
-        let home = self.home(repo)?;
+    ) -> Result<Fetched> {
+        let base_url = self.base_url(repo)?;
         let repo_id = (repo.registry.clone(), repo.repository.clone());
         let sent = self.authorizations.lock().await.get(&repo_id).cloned();
-        let request =
-            |authorization| Request { headers: headers.clone(), home: &home, authorization, same_origin_only };
-        let answer = self.http.follow(url.clone(), request(sent.as_ref())).await?;
+        let request = |authorization| Request {
+            headers: headers.clone(),
+            credential_url: &base_url,
+            authorization,
+            same_origin_only,
+        };
+        let fetched = self.http.follow(url.clone(), request(sent.as_ref())).await?;
         // Only a challenge of the registry itself is answered.
-        if answer.response.status() != StatusCode::UNAUTHORIZED || !answer.at_home {
-            return Ok(answer);
+        if fetched.response.status() != StatusCode::UNAUTHORIZED || !fetched.is_same_origin {
+            return Ok(fetched);
         }
-        let Some(challenge) = Challenge::read(answer.response.headers()) else { return Ok(answer) };
+        let Some(challenge) = Challenge::read(fetched.response.headers()) else { return Ok(fetched) };
         // Hold the lock while the token is fetched, so that concurrent requests wait for it instead of fetching
         // another.
         let mut cached = self.authorizations.lock().await;
         let newer = cached.get(&repo_id).cloned();
         let authorization = match newer.filter(|newer| Some(newer) != sent.as_ref()) {
-            // Another request has fetched a token since ours was sent.
+            // Another request has fetched a token since this one was sent.
             Some(newer) => newer,
-            None => match self.authorization(repo, &home, &challenge).await? {
+            None => match self.authorization(repo, &base_url, &challenge).await? {
                 Some(authorization) => authorization,
-                None => return Ok(answer),
+                None => return Ok(fetched),
             },
         };
         cached.insert(repo_id, authorization.clone());
         drop(cached);
         // Repeat the request with the credential, on the same connection if possible.
-        http::drain(answer.response).await;
+        http::drain(fetched.response).await;
         self.http.follow(url, request(Some(&authorization))).await
     }
 
     /// Returns the `Authorization` value that answers a challenge; `None` without a login for Basic authentication.
-    async fn authorization(&self, repo: &OciRepo, home: &Url, challenge: &Challenge) -> Result<Option<HeaderValue>> {
+    async fn authorization(
+        &self,
+        repo: &OciRepo,
+        base_url: &Url,
+        challenge: &Challenge,
+    ) -> Result<Option<HeaderValue>> {
         let login = match self.config.logins.get(&repo.registry) {
             Some(OciLogin::Password(user, password)) => {
                 Some(authorization::basic(user, password.expose(), "the password for the registry")?)
@@ -149,7 +159,7 @@ impl Registries {
         match challenge {
             Challenge::Basic => Ok(login),
             Challenge::Bearer { realm, service } => {
-                let token = self.token(repo, home, realm, service.as_deref(), login.as_ref()).await?;
+                let token = self.token(repo, base_url, realm, service.as_deref(), login.as_ref()).await?;
                 Ok(Some(authorization::bearer(&token, "the registry's token")?))
             }
         }
@@ -159,13 +169,13 @@ impl Registries {
     async fn token(
         &self,
         repo: &OciRepo,
-        home: &Url,
+        base_url: &Url,
         realm: &str,
         service: Option<&str>,
         login: Option<&HeaderValue>,
     ) -> Result<String> {
         // The realm comes from the server, so check it before the password is sent there.
-        let realm = checked_realm(home, realm)?;
+        let realm = checked_realm(base_url, realm)?;
         let mut url = realm.clone();
         url.query_pairs_mut()
             .extend_pairs(service.map(|service| ("service", service)))
@@ -185,14 +195,16 @@ impl Registries {
         let token: Option<Token> = serde_json::from_slice(&body).ok();
         // Registries use either field.
         let token = token.and_then(|token| token.token.or(token.access_token)).filter(|token| !token.is_empty());
-        token.ok_or_else(|| Error::corrupt(format!("{} answered without a token", Server(&realm))))
+        token.ok_or_else(|| Error::corrupt(format!("the response of {} has no token", Server(&realm))))
     }
 
     /// Converts an error response of the token server into an error with a remedy.
     async fn token_error(&self, response: reqwest::Response, realm: &Url, repo: &OciRepo, has_login: bool) -> Error {
         let response = read_error_response(&self.http, response, true).await;
         match response.status.as_u16() {
-            401 | 403 if has_login => response.error(realm).hint(format!("`docker login {}` again", repo.registry)),
+            401 | 403 if has_login => {
+                response.error(realm).hint(format!("log in again with `docker login {}`", repo.registry))
+            }
             401 | 403 => response.error(realm).hint(self.login_hint(&repo.registry)),
             status if (300..400).contains(&status) => {
                 Error::unavailable(format!("{} redirects a request for a token; not followed", Server(realm)))
@@ -202,11 +214,12 @@ impl Registries {
         }
     }
 
-    /// Converts an error response into an error with a remedy. All statuses of registries are mapped here.
-    pub(super) async fn error_of(&self, answer: Answer, repo: &OciRepo, what: &str) -> Error {
-        let Answer { response, url, at_home, .. } = answer;
-        let response = read_error_response(&self.http, response, at_home).await;
-        if !at_home {
+    /// Converts an error response into an error with a remedy. All statuses of registries are mapped here. `what` is
+    /// the object that was requested.
+    pub(super) async fn error_of(&self, fetched: Fetched, repo: &OciRepo, what: &str) -> Error {
+        let Fetched { response, url, is_same_origin, .. } = fetched;
+        let response = read_error_response(&self.http, response, is_same_origin).await;
+        if !is_same_origin {
             return redirect_target_error(&response, &url);
         }
         let has_login = matches!(self.config.logins.get(&repo.registry), Some(OciLogin::Password(..)));
@@ -218,7 +231,7 @@ impl Registries {
                     .hint("check the names of registry and repository"),
                 Some(_) => Error::not_found(format!("there is no {what} in {place}"))
                     .hint("check the tag or digest; without either it is the tag latest"),
-                None => response.error(&url).hint(format!("check the name: is there a registry at {}?", repo.registry)),
+                None => response.error(&url).hint(format!("check that {} is the address of a registry", repo.registry)),
             },
             401 | 403 if has_login => response.error(&url).hint(format!(
                 "check that {place} exists and that the account may read it; `docker login {}` logs in again",
@@ -226,7 +239,7 @@ impl Registries {
             )),
             401 | 403 => response.error(&url).hint(self.login_hint(&repo.registry)),
             429 if !has_login => response.error(&url).hint(self.login_hint(&repo.registry)),
-            429 => response.error(&url).hint("ask less often, or use a plan with higher limits"),
+            429 => response.error(&url).hint("send fewer requests, or use a plan with higher limits"),
             _ => response.error(&url),
         }
     }
@@ -255,11 +268,11 @@ impl Registries {
 }
 
 /// Returns the URL of `path`, which needs no encoding, below the registry.
-pub(super) fn below(home: &Url, path: &str) -> Result<Url> {
-    home.join(path).map_err(|cause| Error::invalid(format!("{path:?} is not a valid URL path")).cause(cause))
+pub(super) fn url_for(base_url: &Url, path: &str) -> Result<Url> {
+    base_url.join(path).map_err(|cause| Error::invalid(format!("{path:?} is not a valid URL path")).cause(cause))
 }
 
-/// Returns true if the host is this machine by name or loopback address, so that no other machine can answer.
+/// Returns true if the host is this machine by name or loopback address, so that no other machine can respond.
 fn is_this_machine(url: &Url) -> bool {
     match url.host() {
         Some(url::Host::Domain(name)) => name == "localhost",
@@ -269,16 +282,17 @@ fn is_this_machine(url: &Url) -> bool {
     }
 }
 
-/// Parses the URL of the token server. It gets the password, so it must use TLS or be on the host of a registry without
-/// TLS.
-fn checked_realm(home: &Url, realm: &str) -> Result<Url> {
+/// Parses the URL of the token server. The password is sent to it, so it must use TLS, or be on the host of a registry
+/// without TLS.
+fn checked_realm(base_url: &Url, realm: &str) -> Result<Url> {
     let refuse = |why: String| {
-        Error::new(ErrorKind::Unauthorized, format!("{} wants a token {why}; not requested", Server(home)))
-            .hint("the registry is misconfigured, or a proxy alters its answers")
+        let message = format!("{} asks for a token {why}; no token was requested", Server(base_url));
+        Error::new(ErrorKind::Unauthorized, message)
+            .hint("the registry is misconfigured, or a proxy alters its responses")
     };
     let Ok(url) = Url::parse(realm) else { return Err(refuse("from an invalid URL".into())) };
-    // A password that already goes to this host in the clear may also go to another port of it.
-    let is_plain_on_same_host = url.scheme() == "http" && home.scheme() == "http" && url.host() == home.host();
+    // The password is already sent to this host in the clear, so another port of the host may get it, too.
+    let is_plain_on_same_host = url.scheme() == "http" && base_url.scheme() == "http" && url.host() == base_url.host();
     match (url.scheme(), url.has_host()) {
         (_, true) if is_plain_on_same_host => Ok(url),
         ("https", true) => Ok(url),
@@ -287,8 +301,8 @@ fn checked_realm(home: &Url, realm: &str) -> Result<Url> {
     }
 }
 
-/// Converts an error response of a redirect target. It needs no credentials, so 401 and 403 mean an expired URL, never
-/// missing access.
+/// Converts an error response of a redirect target. Such a URL needs no credentials, so 401 and 403 mean that it
+/// expired, never that the user lacks access.
 fn redirect_target_error(response: &ErrorResponse, url: &Url) -> Error {
     let what = format!("{} refused a URL that the registry has just issued ({})", Server(url), response.status);
     match response.status.as_u16() {
@@ -306,14 +320,14 @@ enum Challenge {
 }
 
 impl Challenge {
-    /// Returns the challenge to answer: Bearer before Basic.
+    /// Returns the challenge that the client responds to: Bearer if it is offered, else Basic.
     fn read(headers: &HeaderMap) -> Option<Self> {
         let values = headers.get_all(WWW_AUTHENTICATE).into_iter().filter_map(|value| value.to_str().ok());
         let mut found: Vec<Self> = values.filter_map(Self::parse).collect();
         // A token has fewer rights than the password, so prefer it.
         let bearer = found.iter().position(|challenge| matches!(challenge, Self::Bearer { .. }));
         match bearer {
-            Some(at) => Some(found.swap_remove(at)),
+            Some(index) => Some(found.swap_remove(index)),
             None => found.pop(),
         }
     }
@@ -352,7 +366,7 @@ pub(super) fn fuzz(text: &str) {
 }
 
 /// Reads an error response, including the error code and message in the registry's format.
-async fn read_error_response(http: &Http, response: reqwest::Response, at_home: bool) -> ErrorResponse {
+async fn read_error_response(http: &Http, response: reqwest::Response, is_same_origin: bool) -> ErrorResponse {
     #[derive(Deserialize)]
     struct Errors {
         errors: Vec<ErrorItem>,
@@ -362,7 +376,7 @@ async fn read_error_response(http: &Http, response: reqwest::Response, at_home: 
         code: Option<String>,
         message: Option<String>,
     }
-    let mut response = ErrorResponse::read(http, response, at_home).await;
+    let mut response = ErrorResponse::read(http, response, is_same_origin).await;
     let errors: Option<Errors> = serde_json::from_slice(&response.body).ok();
     if let Some(item) = errors.and_then(|errors| errors.errors.into_iter().next()) {
         response.code = item.code.as_deref().map(printable::quote);
@@ -394,26 +408,26 @@ mod tests {
     #[test]
     fn plain_http_is_used_only_for_this_machine_and_configured_registries() {
         let registries = registries(|config| config.plain_http = vec!["lab:5000".into()]);
-        let home = |text: &str| registries.home(&repo(text)).expect(text).to_string();
-        assert_eq!(home("oci://registry.example/m"), "https://registry.example/");
-        assert_eq!(home("oci://registry.example:5000/m"), "https://registry.example:5000/");
-        assert_eq!(home("oci://lab:5000/m"), "http://lab:5000/");
-        assert_eq!(home("oci://lab/m"), "https://lab/", "another port is another registry");
-        assert_eq!(home("oci://localhost:5000/m"), "http://localhost:5000/");
-        assert_eq!(home("oci://127.9.9.9/m"), "http://127.9.9.9/");
-        assert_eq!(home("oci://[::1]:5000/m"), "http://[::1]:5000/");
-        assert_eq!(home("oci://localhost.example/m"), "https://localhost.example/");
-        assert_eq!(home("oci://docker.io/m"), "https://registry-1.docker.io/");
+        let base_url = |text: &str| registries.base_url(&repo(text)).expect(text).to_string();
+        assert_eq!(base_url("oci://registry.example/m"), "https://registry.example/");
+        assert_eq!(base_url("oci://registry.example:5000/m"), "https://registry.example:5000/");
+        assert_eq!(base_url("oci://lab:5000/m"), "http://lab:5000/");
+        assert_eq!(base_url("oci://lab/m"), "https://lab/", "another port is another registry");
+        assert_eq!(base_url("oci://localhost:5000/m"), "http://localhost:5000/");
+        assert_eq!(base_url("oci://127.9.9.9/m"), "http://127.9.9.9/");
+        assert_eq!(base_url("oci://[::1]:5000/m"), "http://[::1]:5000/");
+        assert_eq!(base_url("oci://localhost.example/m"), "https://localhost.example/");
+        assert_eq!(base_url("oci://docker.io/m"), "https://registry-1.docker.io/");
     }
 
     #[test]
     fn a_password_goes_to_a_token_server_with_tls_or_on_the_registrys_own_host() {
-        let to = |home: &str, realm: &str| checked_realm(&Url::parse(home).expect(home), realm).is_ok();
+        let to = |base_url: &str, realm: &str| checked_realm(&Url::parse(base_url).expect(base_url), realm).is_ok();
         assert!(to("https://r.example", "https://auth.example/token?x=y"));
         assert!(to("https://r.example", "https://r.example/token"));
         assert!(to("http://127.0.0.1:5000", "http://127.0.0.1:5001/token"));
         assert!(to("http://127.0.0.1:5000", "https://auth.example/token"));
-        for (home, realm) in [
+        for (base_url, realm) in [
             ("https://r.example", "http://r.example/token"),
             ("https://r.example", "http://auth.example/token"),
             ("http://127.0.0.1:5000", "http://127.0.0.2:5000/token"),
@@ -423,7 +437,7 @@ mod tests {
             ("https://r.example", "/token"),
             ("https://r.example", "data:,x"),
         ] {
-            assert!(!to(home, realm), "{home} {realm}");
+            assert!(!to(base_url, realm), "{base_url} {realm}");
         }
     }
 

@@ -1,17 +1,17 @@
 //! Translation of store failures into [`Error`]: the only place that maps transport and file errors to an
-//! [`ErrorKind`]. `s3/refusal.rs` does so for error answers of a server.
+//! [`ErrorKind`]. `s3/error_response.rs` does so for error responses of a server.
 //!
 //! A missing bucket or a wrong region is never a missing artifact: only a 404 for the object itself is `NotFound`. A
-//! 403 without a specific code is ambiguous, because S3 answers 403 for a missing key without `s3:ListBucket`. The
-//! caller decides with [`is_ambiguous`].
+//! 403 without a specific code is ambiguous, because without `s3:ListBucket` S3 sends 403 for a missing key, too.
+//! Callers that can treat the object as missing test for this with [`is_ambiguous`].
 
-use super::s3::Refusal;
+use super::s3::ErrorResponse;
 use crate::error::{Error, ErrorKind, FILE_SIZE_HINT, Tier};
 use crate::transfer::{tls_error, with_lookup_deadline};
 use object_store::client::{HttpError, HttpErrorKind};
 use std::error::Error as StdError;
 
-/// The target of a request, for messages.
+/// Bucket, endpoint and region of a request, for messages.
 #[derive(Debug, Clone)]
 pub(in crate::remote) struct EndpointContext {
     /// The bucket or folder.
@@ -34,33 +34,34 @@ fn find<'a, T: StdError + 'static>(error: &'a (dyn StdError + 'static)) -> Optio
     None
 }
 
-/// Returns the server's error answer, if the server answered.
-pub(in crate::remote) fn refusal(error: &object_store::Error) -> Option<&Refusal> {
+/// Returns the server's error response, or `None` if the error has another cause.
+pub(in crate::remote) fn error_response(error: &object_store::Error) -> Option<&ErrorResponse> {
     find(error)
 }
 
 /// Returns true if a condition of the request (create-only, `If-Match`) was not met.
 pub(in crate::remote) fn condition_failed(error: &object_store::Error) -> bool {
-    match refusal(error) {
-        Some(refusal) => matches!(refusal.status, 412 | 304),
+    match error_response(error) {
+        Some(response) => matches!(response.status, 412 | 304),
         None => matches!(error, object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }),
     }
 }
 
-/// Returns true if the store answered that it does not support the condition.
-pub(in crate::remote) fn condition_unknown(error: &object_store::Error) -> bool {
-    let refused = refusal(error)
-        .is_some_and(|refusal| refusal.status == 501 || refusal.code.as_deref() == Some("NotImplemented"));
-    refused || matches!(error, object_store::Error::NotImplemented { .. } | object_store::Error::NotSupported { .. })
+/// Returns true if the store reported that it does not support the condition.
+pub(in crate::remote) fn condition_unsupported(error: &object_store::Error) -> bool {
+    let is_unsupported = error_response(error)
+        .is_some_and(|response| response.status == 501 || response.code.as_deref() == Some("NotImplemented"));
+    is_unsupported
+        || matches!(error, object_store::Error::NotImplemented { .. } | object_store::Error::NotSupported { .. })
 }
 
-/// Returns true if the object may be missing: a 403 with no code that names a fault of the request.
+/// Returns true if the object may be missing: the response is a 403, and its code does not blame the request.
 pub(in crate::remote) fn is_ambiguous(error: &object_store::Error) -> bool {
-    refusal(error).is_some_and(Refusal::is_ambiguous)
+    error_response(error).is_some_and(ErrorResponse::is_ambiguous)
 }
 
-/// Returns true if a write failed because writes are not permitted, so that every other write would fail, too: a 403
-/// that does not blame access key, signature or clock, or a folder that cannot be written.
+/// Returns true if a write failed because writes are not permitted, so that every other write would fail, too: the
+/// response is a 403 that does not blame access key, signature or clock, or the folder is not writable.
 pub(in crate::remote) fn refuses_write(error: &object_store::Error) -> bool {
     use std::io::ErrorKind as Io;
     let denied = |io: &std::io::Error| matches!(io.kind(), Io::PermissionDenied | Io::ReadOnlyFilesystem);
@@ -69,95 +70,100 @@ pub(in crate::remote) fn refuses_write(error: &object_store::Error) -> bool {
 
 /// Returns true if the credentials have expired, so that a retry with renewed ones may succeed.
 pub(in crate::remote) fn is_expired(error: &object_store::Error) -> bool {
-    refusal(error).is_some_and(Refusal::is_expired)
+    error_response(error).is_some_and(ErrorResponse::is_expired)
 }
 
 /// Returns true if the server ignored the `Range` header and sent the whole object. `object_store` reports this only in
 /// the text of its error.
 pub(in crate::remote) fn ignores_range(error: &object_store::Error) -> bool {
-    refusal(error).is_none() && innermost(error).contains("non-partial response")
+    error_response(error).is_none() && innermost(error).contains("non-partial response")
 }
 
-/// Translates `error`. `doing` is the failed operation and begins the message (`"cannot read x/manifest.json"`).
-pub(in crate::remote) fn translate(error: object_store::Error, doing: &str, at: &EndpointContext) -> Error {
+/// Translates `error`. `what_failed` begins the message (`"cannot read x/manifest.json"`).
+pub(in crate::remote) fn translate(error: object_store::Error, what_failed: &str, context: &EndpointContext) -> Error {
     let error = match error {
-        // An error of the credential chain is complete: it names the providers and the remedy.
+        // An error of the credential provider chain is complete: it names the providers and the remedy.
         object_store::Error::Generic { store, source } => match source.downcast::<Error>() {
             Ok(ours) => return ours.tier(Tier::Remote),
             Err(source) => object_store::Error::Generic { store, source },
         },
         error => error,
     };
-    // An error of `http_client.rs`, for instance an invalid or oversized answer: keep kind and hint, prepend `doing`.
+    // An error of `http_client.rs`, for instance for an invalid or too large response. Keep kind and hint, and prepend
+    // `what_failed`.
     if let Some(ours) = find::<Error>(&error) {
-        return Error::new(ours.kind(), format!("{doing}: {}", ours.message()))
+        return Error::new(ours.kind(), format!("{what_failed}: {}", ours.message()))
             .hint(ours.hint_text().unwrap_or_default())
             .transient(ours.is_transient())
             .tier(Tier::Remote);
     }
-    let translated = if let Some(refusal) = refusal(&error) {
-        refusal.explain(doing, at)
+    let translated = if let Some(error_response) = error_response(&error) {
+        error_response.explain(what_failed, context)
     } else if let Some(http) = find::<HttpError>(&error) {
-        from_transport(http, doing, at)
+        from_transport(http, what_failed, context)
     } else {
-        from_local(&error, doing, at)
+        from_local(&error, what_failed, context)
     };
     translated.tier(Tier::Remote)
 }
 
-fn from_transport(http: &HttpError, doing: &str, at: &EndpointContext) -> Error {
+/// Translates a failure to connect, or of an open connection.
+fn from_transport(http: &HttpError, what_failed: &str, context: &EndpointContext) -> Error {
     let reason = innermost(http);
     let roots = "name your own root certificates with AWS_CA_BUNDLE";
-    if let Some(untrusted) = tls_error(&format!("{doing}: {}", at.endpoint), &reason, roots) {
+    if let Some(untrusted) = tls_error(&format!("{what_failed}: {}", context.endpoint), &reason, roots) {
         return untrusted;
     }
     match http.kind() {
         HttpErrorKind::Connect => {
-            let failed = Error::unavailable(format!("{doing}: cannot connect to {}: {reason}", at.endpoint));
+            let failed = Error::unavailable(format!("{what_failed}: cannot connect to {}: {reason}", context.endpoint));
             with_lookup_deadline(failed, &reason).hint("check the endpoint, the network and any proxy")
         }
-        _ => Error::unavailable(format!("{doing}: the connection to {} broke: {reason}", at.endpoint)),
+        _ => Error::unavailable(format!("{what_failed}: the connection to {} broke: {reason}", context.endpoint)),
     }
 }
 
-fn from_local(error: &object_store::Error, doing: &str, at: &EndpointContext) -> Error {
+/// Translates an error without an HTTP response: of a folder, or of `object_store` itself.
+fn from_local(error: &object_store::Error, what_failed: &str, context: &EndpointContext) -> Error {
     match error {
-        object_store::Error::NotFound { .. } => return Error::not_found(format!("{doing}: not there")),
+        object_store::Error::NotFound { .. } => return Error::not_found(format!("{what_failed}: it does not exist")),
         object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. } => {
-            return Error::new(ErrorKind::Conflict, format!("{doing}: it changed meanwhile"));
+            return Error::new(ErrorKind::Conflict, format!("{what_failed}: another process changed it"));
         }
         _ => {}
     }
     match find::<std::io::Error>(error) {
-        Some(io) => from_io(io, doing, at),
+        Some(io) => from_io(io, what_failed, context),
         None => {
             let reason = innermost(error);
-            // "Requested 0..5, got 3..8" and "Content-Range header not present": `object_store` received another range
-            // than requested. Its error has no variant for this.
-            let contradicts = ["range", "Content-Range", "Requested "].iter().any(|word| reason.contains(word));
-            let kind = if contradicts { ErrorKind::Corrupt } else { ErrorKind::Unavailable };
-            Error::new(kind, format!("{doing}: {reason}"))
+            // `object_store` has no error variant for a response with another range than requested. Its texts are, for
+            // instance, "Requested 0..5, got 3..8" and "Content-Range header not present".
+            let is_wrong_range = ["range", "Content-Range", "Requested "].iter().any(|word| reason.contains(word));
+            let kind = if is_wrong_range { ErrorKind::Corrupt } else { ErrorKind::Unavailable };
+            Error::new(kind, format!("{what_failed}: {reason}"))
         }
     }
 }
 
 /// Translates an I/O error of a remote that is a folder.
-pub(in crate::remote) fn from_io(io: &std::io::Error, doing: &str, at: &EndpointContext) -> Error {
+pub(in crate::remote) fn from_io(io: &std::io::Error, what_failed: &str, context: &EndpointContext) -> Error {
     use std::io::ErrorKind as Io;
-    let error = |kind| Error::new(kind, format!("{doing}: {io}")).tier(Tier::Remote);
+    let error = |kind| Error::new(kind, format!("{what_failed}: {io}")).tier(Tier::Remote);
     match io.kind() {
         // `NotADirectory`: another tool put a file in place of a folder, so that the object cannot exist.
         Io::NotFound | Io::NotADirectory => error(ErrorKind::NotFound),
         Io::PermissionDenied | Io::ReadOnlyFilesystem => {
-            error(ErrorKind::Unauthorized).hint(format!("check owner and mode of the folder {}", at.container))
+            error(ErrorKind::Unauthorized).hint(format!("check owner and mode of the folder {}", context.container))
         }
-        Io::StorageFull | Io::QuotaExceeded => error(ErrorKind::Full).hint(format!("free space in {}", at.container)),
+        Io::StorageFull | Io::QuotaExceeded => {
+            error(ErrorKind::Full).hint(format!("free space in {}", context.container))
+        }
         Io::FileTooLarge => error(ErrorKind::Full).hint(FILE_SIZE_HINT),
         _ => error(ErrorKind::Unavailable),
     }
 }
 
-/// Returns the text of the last error in the source chain, which is the operating system's or the server's reason.
+/// Returns the text of the last error in the source chain, which is the reason of the operating system or the server.
 fn innermost(error: &(dyn StdError + 'static)) -> String {
     let mut last = error;
     while let Some(source) = last.source() {
@@ -170,22 +176,25 @@ fn innermost(error: &(dyn StdError + 'static)) -> String {
 mod tests {
     use super::*;
 
-    fn at() -> EndpointContext {
+    fn context() -> EndpointContext {
         EndpointContext { container: "bucket".into(), endpoint: "http://s3.test".into(), region: "us-east-1".into() }
     }
 
-    fn refused(status: u16, code: &str) -> object_store::Error {
-        let refusal = Refusal {
+    fn response_error(status: u16, code: &str) -> object_store::Error {
+        let error_response = ErrorResponse {
             status,
             code: (!code.is_empty()).then(|| code.to_owned()),
             region: Some("eu-west-1".into()),
-            ..Refusal::default()
+            ..ErrorResponse::default()
         };
-        object_store::Error::Generic { store: "S3", source: Box::new(HttpError::new(HttpErrorKind::Unknown, refusal)) }
+        object_store::Error::Generic {
+            store: "S3",
+            source: Box::new(HttpError::new(HttpErrorKind::Unknown, error_response)),
+        }
     }
 
     #[test]
-    fn every_refusal_has_its_kind() {
+    fn every_error_response_has_its_kind() {
         use ErrorKind::*;
         let rows = [
             (404, "NoSuchKey", NotFound, false),
@@ -210,7 +219,7 @@ mod tests {
             (400, "InvalidRequest", Unavailable, false),
         ];
         for (status, code, kind, transient) in rows {
-            let error = translate(refused(status, code), "cannot read", &at());
+            let error = translate(response_error(status, code), "cannot read", &context());
             assert_eq!((error.kind(), error.is_transient()), (kind, transient), "{status} {code}");
             assert_eq!(error.failed_tier(), Some(Tier::Remote));
         }
@@ -219,7 +228,7 @@ mod tests {
     #[test]
     fn messages_name_what_to_set() {
         let text = |status, code| {
-            let error = translate(refused(status, code), "cannot read", &at());
+            let error = translate(response_error(status, code), "cannot read", &context());
             format!("{error} {}", error.hint_text().unwrap_or_default())
         };
         assert!(text(404, "NoSuchBucket").contains("\"bucket\""));
@@ -229,22 +238,22 @@ mod tests {
 
     #[test]
     fn only_a_403_without_a_specific_code_is_ambiguous() {
-        assert!(is_ambiguous(&refused(403, "AccessDenied")) && is_ambiguous(&refused(403, "")));
-        assert!(!is_ambiguous(&refused(403, "InvalidAccessKeyId")) && !is_ambiguous(&refused(404, "")));
-        assert!(is_expired(&refused(400, "ExpiredToken")));
+        assert!(is_ambiguous(&response_error(403, "AccessDenied")) && is_ambiguous(&response_error(403, "")));
+        assert!(!is_ambiguous(&response_error(403, "InvalidAccessKeyId")) && !is_ambiguous(&response_error(404, "")));
+        assert!(is_expired(&response_error(400, "ExpiredToken")));
     }
 
     #[test]
-    fn a_failing_credential_chain_is_not_wrapped() {
+    fn an_error_of_the_credential_chain_keeps_its_message() {
         let ours = Error::new(ErrorKind::Unauthorized, "no AWS credentials found").hint("run `aws configure`");
         let error =
-            translate(object_store::Error::Generic { store: "S3", source: Box::new(ours) }, "cannot read", &at());
+            translate(object_store::Error::Generic { store: "S3", source: Box::new(ours) }, "cannot read", &context());
         assert_eq!(error.message(), "no AWS credentials found");
     }
 
     #[test]
     fn a_full_folder_and_a_missing_permission_have_their_own_kinds() {
-        let io = |kind| from_io(&std::io::Error::from(kind), "cannot write", &at()).kind();
+        let io = |kind| from_io(&std::io::Error::from(kind), "cannot write", &context()).kind();
         assert_eq!(io(std::io::ErrorKind::StorageFull), ErrorKind::Full);
         assert_eq!(io(std::io::ErrorKind::PermissionDenied), ErrorKind::Unauthorized);
         assert_eq!(io(std::io::ErrorKind::NotFound), ErrorKind::NotFound);

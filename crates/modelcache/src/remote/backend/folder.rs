@@ -3,7 +3,7 @@
 //! A file appears by a rename, after it is complete, verified and synced. Copies are hard links. Symbolic links are
 //! followed inside the folder only.
 
-use super::{Backend, Copied, Copy, EndpointContext, WalkedFiles, failure};
+use super::{Backend, CopyOutcome, CopyRequest, EndpointContext, WalkedFiles, failure};
 use crate::check::{Area, Check, Clock};
 use crate::config::RemoteConfig;
 use crate::error::{Error, ErrorKind, Result, Tier};
@@ -22,38 +22,41 @@ use std::path::{Path as FsPath, PathBuf};
 use std::sync::Arc;
 
 /// Name prefix of temporary files.
-const UNFINISHED: &str = "upload-";
+const TEMPORARY_PREFIX: &str = "upload-";
+
+/// Attempts to rename a file while concurrent evictions remove its target folder.
+const RENAME_ATTEMPTS_MAX: usize = 11;
 
 /// An opened folder.
 pub(super) struct FolderBackend {
     objects: LocalFileSystem,
     root: PathBuf,
     prefix: String,
-    at: EndpointContext,
+    context: EndpointContext,
 }
 
 impl FolderBackend {
     pub(super) fn open(folder: &FsPath) -> Result<Self> {
         let unusable = || Error::invalid(format!("the remote's folder {folder:?} cannot be used")).tier(Tier::Remote);
         let prefix = Path::from_absolute_path(folder).map_err(|cause| unusable().cause(cause))?.as_ref().to_owned();
-        let shown = folder.display().to_string();
+        let shown_path = folder.display().to_string();
         Ok(Self {
             objects: LocalFileSystem::new().with_fsync(true),
             root: folder.to_path_buf(),
             prefix,
-            at: EndpointContext { container: shown.clone(), endpoint: shown, region: String::new() },
+            context: EndpointContext { container: shown_path.clone(), endpoint: shown_path, region: String::new() },
         })
     }
 
-    /// Returns the path of the file of an object.
+    /// Returns the path of the file that holds the object `key`.
     fn file(&self, key: &Path) -> Result<PathBuf> {
         let relative = key.as_ref().strip_prefix(&self.prefix).and_then(|rest| rest.strip_prefix('/'));
-        let foreign = || Error::new(ErrorKind::Other, format!("{key} is outside the remote"));
-        Ok(self.root.join(relative.ok_or_else(foreign)?))
+        let outside = || Error::new(ErrorKind::Other, format!("{key} is outside the remote"));
+        Ok(self.root.join(relative.ok_or_else(outside)?))
     }
 
     /// Hard-links an object to `copy.to`, and makes the new name durable.
-    async fn link(&self, copy: &Copy<'_>) -> Result<()> {
+    async fn link(&self, copy: &CopyRequest<'_>) -> Result<()> {
         let (source, target) = (self.file(copy.from)?, self.file(copy.to)?);
         let (staging, root) = (self.file(copy.staging)?, self.root.clone());
         let link = move || {
@@ -61,12 +64,13 @@ impl FolderBackend {
             // `hard_link` does not replace an existing target, so link to a temporary name and rename it.
             let temporary = temporary_in(&staging);
             std::fs::hard_link(&source, &temporary)?;
-            let placed = rename_durably(&temporary, &target, &root);
+            let renamed = rename_durably(&temporary, &target, &root);
             // If both names are links to the same file, `rename` does nothing and the temporary name stays.
             let _ = std::fs::remove_file(&temporary);
-            placed
+            renamed
         };
-        blocking(move || link().map_err(|cause| Error::new(ErrorKind::Other, "cannot link").cause(cause))).await
+        blocking(move || link().map_err(|cause| Error::new(ErrorKind::Other, "cannot create a hard link").cause(cause)))
+            .await
     }
 }
 
@@ -80,17 +84,20 @@ impl Backend for FolderBackend {
         &self.prefix
     }
 
-    fn at(&self) -> &EndpointContext {
-        &self.at
+    fn endpoint_context(&self) -> &EndpointContext {
+        &self.context
     }
 
     fn unusable_key(&self, key: &Path) -> Option<String> {
-        // `LocalFileSystem` writes to `name#1` before it renames to `name`, and hides such names in listings.
+        // `LocalFileSystem` writes a file as `name#1` before it renames it to `name`, and hides such names in listings.
         let numbered = |name: &str| {
             name.split_once('#').is_some_and(|(_, n)| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
         };
         let is_numbered = key.filename().is_some_and(numbered);
-        is_numbered.then(|| "in a folder, names that end in # and digits stand for uploads in progress".to_owned())
+        is_numbered.then(|| {
+            "in a remote that is a folder, a name that ends in # and digits is the name of an upload in progress"
+                .to_owned()
+        })
     }
 
     /// Lists all objects as one page.
@@ -111,14 +118,14 @@ impl Backend for FolderBackend {
         Ok(PaginatedListResult { result, page_token: None })
     }
 
-    async fn copy(&self, _store: &Arc<crate::remote::store::Store>, copy: &Copy<'_>) -> Result<Copied> {
-        self.link(copy).await.map(|()| Copied::Done(None))
+    async fn copy(&self, _store: &Arc<crate::remote::store::Store>, copy: &CopyRequest<'_>) -> Result<CopyOutcome> {
+        self.link(copy).await.map(|()| CopyOutcome::Done(None))
     }
 
     async fn put_file(&self, upload: &Upload, staging: &Path) -> Result<()> {
         let (target, staging) = (self.file(&upload.object)?, self.file(staging)?);
-        let (upload, root, at) = (upload.clone(), self.root.clone(), self.at.clone());
-        blocking(move || copy_into(&upload, &target, &staging, &root, &at)).await
+        let (upload, root, context) = (upload.clone(), self.root.clone(), self.context.clone());
+        blocking(move || copy_into(&upload, &target, &staging, &root, &context)).await
     }
 
     async fn sweep_unfinished(&self, staging: &Path) {
@@ -126,15 +133,15 @@ impl Backend for FolderBackend {
         let _ = tokio::task::spawn_blocking(move || sweep_unfinished(&staging)).await;
     }
 
-    async fn remove_empty_folders(&self, folder: &Path, above: usize) {
+    async fn remove_empty_folders(&self, folder: &Path, levels_above: usize) {
         let Ok(folder) = self.file(folder) else { return };
         let root = self.root.clone();
-        let _ = tokio::task::spawn_blocking(move || remove_empty(&folder, &root, above)).await;
+        let _ = tokio::task::spawn_blocking(move || remove_empty(&folder, &root, levels_above)).await;
     }
 
     async fn walk(&self, base: &str) -> Result<Option<WalkedFiles>> {
         if self.leads_outside(base).await {
-            tracing::warn!(place = base, "a link leads out of the remote's folder; its target is skipped");
+            tracing::warn!(path = base, "a link leads out of the remote's folder; its target is skipped");
             return Ok(Some(WalkedFiles::default()));
         }
         let (root, folder) = (self.root.clone(), self.root.join(base));
@@ -143,28 +150,28 @@ impl Backend for FolderBackend {
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
                 Ok(Some(WalkedFiles::default()))
             }
-            Err(error) => Err(failure::from_io(&error, &format!("cannot list {base:?}"), &self.at)),
+            Err(error) => Err(failure::from_io(&error, &format!("cannot list {base:?}"), &self.context)),
         }
     }
 
-    /// Such links are not followed. Otherwise a user with write access to a shared folder could use another user's
-    /// process to read files that they have no permission to read.
+    /// Callers do not follow a link that leads outside. Otherwise a user with write access to a shared folder could
+    /// make another user's process read files that the first user has no permission to read.
     async fn leads_outside(&self, base: &str) -> bool {
-        let (root, place) = (self.root.clone(), self.root.join(base));
-        // A path that does not exist is not outside; the lookup finds nothing there.
-        let leads_outside = move || match (root.canonicalize(), place.canonicalize()) {
-            (Ok(root), Ok(place)) => !place.starts_with(root),
+        let (root, path) = (self.root.clone(), self.root.join(base));
+        // A path that does not exist is not outside. Its lookup finds no file.
+        let leads_outside = move || match (root.canonicalize(), path.canonicalize()) {
+            (Ok(root), Ok(path)) => !path.starts_with(root),
             _ => false,
         };
         tokio::task::spawn_blocking(leads_outside).await.unwrap_or(true)
     }
 
-    async fn explain(&self, error: object_store::Error, doing: &str) -> Error {
-        failure::translate(error, doing, &self.at)
+    async fn explain(&self, error: object_store::Error, what_failed: &str) -> Error {
+        failure::translate(error, what_failed, &self.context)
     }
 
     fn write_permission_hint(&self, _error: &Error) -> String {
-        format!("check owner and mode of the folder {}", self.at.container)
+        format!("check owner and mode of the folder {}", self.context.container)
     }
 
     async fn examine(&self, _config: &RemoteConfig, _clock: &Clock, checks: &mut Vec<Check>) -> Result<bool> {
@@ -172,25 +179,31 @@ impl Backend for FolderBackend {
         if self.root.is_dir() {
             return Ok(true);
         }
-        let says = format!("{} does not exist; the first put makes it", self.root.display());
+        let message = format!("{} does not exist; the first put creates it", self.root.display());
         let fix = "check whether a mount is missing; otherwise no action is needed";
-        checks.push(Check::warning(Area::Remote, says, fix));
+        checks.push(Check::warning(Area::Remote, message, fix));
         Ok(false)
     }
 }
 
 /// Returns a new name for a temporary file in `staging`.
 fn temporary_in(staging: &FsPath) -> PathBuf {
-    staging.join(format!("{UNFINISHED}{:016x}", rand::random::<u64>()))
+    staging.join(format!("{TEMPORARY_PREFIX}{:016x}", rand::random::<u64>()))
 }
 
-/// Copies `upload` to `target` through a temporary file in `staging`. The temporary file is not beside the target,
-/// because its name could exceed the limit if the name of the target has the maximum length.
-fn copy_into(upload: &Upload, target: &FsPath, staging: &FsPath, root: &FsPath, at: &EndpointContext) -> Result<()> {
-    let doing = format!("cannot write {}", upload.object);
-    let failed = |io: std::io::Error| failure::from_io(&io, &doing, at);
+/// Copies `upload` to `target` through a temporary file in `staging`.
+fn copy_into(
+    upload: &Upload,
+    target: &FsPath,
+    staging: &FsPath,
+    root: &FsPath,
+    context: &EndpointContext,
+) -> Result<()> {
+    let what_failed = format!("cannot write {}", upload.object);
+    let failed = |io: std::io::Error| failure::from_io(&io, &what_failed, context);
     let mut source = open(&upload.file)?;
     std::fs::create_dir_all(staging).map_err(failed)?;
+    // The name of the temporary file does not extend the name of the target, which may have the maximum length.
     let temporary = temporary_in(staging);
     let mut copy = File::create_new(&temporary).map_err(failed)?;
     // Verify, sync, rename: the target appears complete and durable, or not at all.
@@ -231,19 +244,21 @@ fn copy_checked(
 /// Renames `temporary` to `target` and syncs the folders from `target` up to `root`, the remote's folder.
 fn rename_durably(temporary: &FsPath, target: &FsPath, root: &FsPath) -> std::io::Result<()> {
     let folder = target.parent().unwrap_or(target);
-    let mut tries = 0;
+    let mut attempts = 1;
     loop {
-        let made = std::fs::create_dir_all(folder).and_then(|()| std::fs::rename(temporary, target));
-        match made {
+        let renamed = std::fs::create_dir_all(folder).and_then(|()| std::fs::rename(temporary, target));
+        match renamed {
             // A concurrent evict of another artifact may have removed the new folder while it was empty: try again.
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound && tries < 10 => tries += 1,
-            made => break made?,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && attempts < RENAME_ATTEMPTS_MAX => {
+                attempts += 1
+            }
+            renamed => break renamed?,
         }
     }
     // A new folder is durable only after its parent is synced.
-    for changed in folder.ancestors() {
-        File::open(changed)?.sync_all()?;
-        if changed == root {
+    for ancestor in folder.ancestors() {
+        File::open(ancestor)?.sync_all()?;
+        if ancestor == root {
             break;
         }
     }
@@ -253,25 +268,26 @@ fn rename_durably(temporary: &FsPath, target: &FsPath, root: &FsPath) -> std::io
 /// Removes the temporary files of killed writers from `staging`.
 fn sweep_unfinished(staging: &FsPath) {
     for entry in std::fs::read_dir(staging).into_iter().flatten().flatten() {
-        if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
+        if entry.file_name().to_string_lossy().starts_with(TEMPORARY_PREFIX) {
             let _ = std::fs::remove_file(entry.path());
         }
     }
 }
 
-/// Removes the empty folders in `folder`, `folder` itself, and up to `above` empty folders above it. `root` stays.
-fn remove_empty(folder: &FsPath, root: &FsPath, above: usize) {
-    fn below(folder: &FsPath) {
+/// Removes the empty folders in `folder`, `folder` itself if it is empty, and up to `levels_above` empty folders above
+/// `folder`. `root` stays.
+fn remove_empty(folder: &FsPath, root: &FsPath, levels_above: usize) {
+    fn remove_from_below(folder: &FsPath) {
         for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
             if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-                below(&entry.path());
+                remove_from_below(&entry.path());
             }
         }
-        // Fails for a folder that is not empty, which stays.
+        // Fails if the folder is not empty, which is expected.
         let _ = std::fs::remove_dir(folder);
     }
-    below(folder);
-    let above = folder.ancestors().skip(1).take(above);
+    remove_from_below(folder);
+    let above = folder.ancestors().skip(1).take(levels_above);
     for folder in above.take_while(|folder| *folder != root && folder.starts_with(root)) {
         if std::fs::remove_dir(folder).is_err() {
             break;
@@ -282,29 +298,30 @@ fn remove_empty(folder: &FsPath, root: &FsPath, above: usize) {
 /// Returns the paths of all files below `top`, and of all other entries: names that are not UTF-8, pipes and other
 /// special files, and links to targets outside `root`.
 fn walk(root: &FsPath, top: &FsPath) -> io::Result<WalkedFiles> {
-    let (mut paths, mut left_out) = (Vec::new(), Vec::new());
+    let (mut paths, mut skipped) = (Vec::new(), Vec::new());
     let root = root.canonicalize()?;
-    // Each entry: folder, path below `top`, real paths of the folders above it to detect cycles of links.
+    // Each element: a folder, its path below `top`, and the canonical paths of the folders above it, which detect
+    // cycles of links.
     let mut folders = vec![(top.to_owned(), String::new(), Vec::new())];
     while let Some((folder, inside, mut above)) = folders.pop() {
         above.push(folder.canonicalize()?);
         for entry in std::fs::read_dir(&folder)? {
             let path = entry?.path();
             let Some(name) = path.file_name().and_then(|name| name.to_str()) else {
-                left_out.push(path.strip_prefix(top).unwrap_or(&path).to_string_lossy().into_owned());
+                skipped.push(path.strip_prefix(top).unwrap_or(&path).to_string_lossy().into_owned());
                 continue;
             };
             let inside = if inside.is_empty() { name.to_owned() } else { format!("{inside}/{name}") };
             // A dangling link is ignored.
             let (Ok(metadata), Ok(real)) = (path.metadata(), path.canonicalize()) else { continue };
             match () {
-                () if !real.starts_with(&root) => left_out.push(inside),
+                () if !real.starts_with(&root) => skipped.push(inside),
                 () if metadata.is_file() => paths.push(inside),
-                () if !metadata.is_dir() => left_out.push(inside),
+                () if !metadata.is_dir() => skipped.push(inside),
                 () if !above.contains(&real) => folders.push((path, inside, above.clone())),
                 () => {}
             }
         }
     }
-    Ok(WalkedFiles { paths, left_out })
+    Ok(WalkedFiles { paths, skipped })
 }

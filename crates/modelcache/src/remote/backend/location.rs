@@ -22,7 +22,7 @@ impl RemoteLocation {
     /// Parses `s3://bucket/prefix` and `file:///folder`.
     pub(in crate::remote) fn parse(address: &str) -> Result<Self> {
         let hint = "write s3://BUCKET/PREFIX or file:///FOLDER";
-        // No message repeats the address before it is known to contain no password.
+        // The messages of the first two checks do not contain the address, because it may contain a password.
         let url = Url::parse(address)
             .map_err(|cause| invalid("the remote's address is not a URL".into()).cause(cause).hint(hint))?;
         if !url.username().is_empty() || url.password().is_some() {
@@ -41,7 +41,8 @@ impl RemoteLocation {
                 let prefix = percent_encoding::percent_decode_str(url.path()).decode_utf8_lossy();
                 let prefix = prefix.trim_matches('/').to_owned();
                 object_store::path::Path::parse(&prefix).map_err(|cause| {
-                    invalid(format!("the prefix of the remote's address {address:?} cannot be a key")).cause(cause)
+                    invalid(format!("the prefix of the remote's address {address:?} is not a valid object key"))
+                        .cause(cause)
                 })?;
                 Ok(Self::Bucket { bucket: bucket.to_owned(), prefix })
             }

@@ -1,7 +1,7 @@
-//! Where a remote keeps its objects: an S3 bucket, or a local folder with the same layout.
+//! Backends of the remote: an S3 bucket, or a local folder with the same layout.
 //!
-//! The protocols of the remote use [`Store`], which retries and translates errors, and a [`Backend`] below it. Which
-//! backend a remote has is decided by [`open`] and known nowhere else.
+//! The protocols of the remote use [`Store`], which retries requests and translates errors. It uses a [`Backend`],
+//! which [`open`] selects by the address of the remote.
 
 mod failure;
 mod folder;
@@ -9,7 +9,7 @@ mod location;
 mod s3;
 
 pub(super) use failure::{
-    EndpointContext, condition_failed, condition_unknown, from_io, ignores_range, is_ambiguous, refuses_write,
+    EndpointContext, condition_failed, condition_unsupported, from_io, ignores_range, is_ambiguous, refuses_write,
     translate,
 };
 pub(super) use location::RemoteLocation;
@@ -35,14 +35,14 @@ use object_store::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-/// Sets up the backend of `place` without sending a request. Blocks while it reads AWS files and root certificates.
+/// Sets up the backend of `location` without sending a request. Blocks while it reads AWS files and root certificates.
 pub(super) fn open(
     config: &RemoteConfig,
-    place: &RemoteLocation,
+    location: &RemoteLocation,
     options: &Options,
     retry: &Retry,
 ) -> Result<Arc<dyn Backend>> {
-    Ok(match place {
+    Ok(match location {
         RemoteLocation::Folder(folder) => Arc::new(folder::FolderBackend::open(folder)?),
         RemoteLocation::Bucket { bucket, prefix } => {
             Arc::new(s3::S3Backend::open(config, bucket, prefix, options, retry)?)
@@ -50,7 +50,7 @@ pub(super) fn open(
     })
 }
 
-/// The operations that differ between the places where objects are kept.
+/// The operations that differ between a bucket and a folder.
 ///
 /// # Contract
 /// - Nothing is retried here. Methods that return an `object_store` error leave its translation to the caller, which
@@ -59,16 +59,17 @@ pub(super) fn open(
 /// - Methods with a default body are optional.
 #[async_trait]
 pub(super) trait Backend: Send + Sync {
-    /// Returns the client that reads ranges, asks about, writes (also if absent or unchanged) and deletes objects.
+    /// Returns the client that reads, writes and deletes objects, requests their metadata, and supports conditional
+    /// writes.
     fn objects(&self) -> &dyn ObjectStore;
 
     /// Returns the prefix of every key; empty, or without slashes at its ends.
     fn prefix(&self) -> &str;
 
     /// Returns the names of container, endpoint and region, for messages.
-    fn at(&self) -> &EndpointContext;
+    fn endpoint_context(&self) -> &EndpointContext;
 
-    /// Returns the reason if `key` cannot be the key of an object.
+    /// Returns the reason if `key` cannot be the key of an object, or `None` if it can.
     fn unusable_key(&self, key: &Path) -> Option<String>;
 
     /// Lists one page of the objects below `prefix`. With `flat`, lists only objects and folders directly in it.
@@ -79,10 +80,10 @@ pub(super) trait Backend: Send + Sync {
         token: Option<String>,
     ) -> object_store::Result<PaginatedListResult>;
 
-    /// Copies an object within the backend if it is unchanged.
-    async fn copy(&self, store: &Arc<Store>, copy: &Copy<'_>) -> Result<Copied>;
+    /// Copies an object within the backend on the condition that it is unchanged.
+    async fn copy(&self, store: &Arc<Store>, copy: &CopyRequest<'_>) -> Result<CopyOutcome>;
 
-    /// Returns the multipart uploads. A backend without them implements [`put_file`](Self::put_file).
+    /// Returns the interface for multipart uploads. A backend without them implements [`put_file`](Self::put_file).
     fn uploads(&self) -> Option<&dyn MultipartUploads> {
         None
     }
@@ -90,16 +91,17 @@ pub(super) trait Backend: Send + Sync {
     /// Writes a local file. The object appears complete and verified, or not at all. `staging` is a key below which
     /// temporary objects may be created.
     async fn put_file(&self, _upload: &Upload, _staging: &Path) -> Result<()> {
-        Err(Error::new(ErrorKind::Other, "the remote takes no whole files"))
+        Err(Error::new(ErrorKind::Other, "this remote uploads files in parts only"))
     }
 
     /// Removes the temporary objects of killed writers below `staging`. The caller must hold the claim.
     async fn sweep_unfinished(&self, _staging: &Path) {}
 
-    /// Removes `folder` and the folders in it as far as they are empty, then up to `above` empty folders above it.
-    async fn remove_empty_folders(&self, _folder: &Path, _above: usize) {}
+    /// Removes `folder` and the folders in it if they are empty, then up to `levels_above` empty folders above
+    /// `folder`. The default does nothing, because a bucket has no folders.
+    async fn remove_empty_folders(&self, _folder: &Path, _levels_above: usize) {}
 
-    /// Returns the checksums of an object that the backend states, or `None` if it states none.
+    /// Returns the checksums that the backend stores for an object, or `None` if it has none.
     async fn stored_checksums(&self, _key: &Path) -> object_store::Result<Option<StoredChecksums>> {
         Ok(None)
     }
@@ -110,13 +112,13 @@ pub(super) trait Backend: Send + Sync {
         Ok(None)
     }
 
-    /// Returns true if `base`, a path below the prefix, is a symbolic link to a place outside the remote.
+    /// Returns true if `base`, a path below the prefix, leads outside the remote through a symbolic link.
     async fn leads_outside(&self, _base: &str) -> bool {
         false
     }
 
-    /// Translates an error. `doing` is the failed operation.
-    async fn explain(&self, error: object_store::Error, doing: &str) -> Error;
+    /// Translates an error. `what_failed` is the failed operation.
+    async fn explain(&self, error: object_store::Error, what_failed: &str) -> Error;
 
     /// Returns how to get the missing permission to write.
     fn write_permission_hint(&self, error: &Error) -> String;
@@ -126,8 +128,8 @@ pub(super) trait Backend: Send + Sync {
         None
     }
 
-    /// Adds the checks that `modelcache doctor` makes before it tries any object. Returns false if no further check can
-    /// succeed.
+    /// Adds the checks that `modelcache doctor` makes before it accesses any object. Returns false if no further check
+    /// can succeed.
     async fn examine(&self, config: &RemoteConfig, clock: &Clock, checks: &mut Vec<Check>) -> Result<bool>;
 }
 
@@ -150,18 +152,18 @@ pub(super) trait MultipartUploads: Send + Sync {
         sha256: Option<Digest>,
     ) -> object_store::Result<PartId>;
 
-    /// Completes an upload. Returns the ETag of the object if the answer names it.
+    /// Completes an upload. Returns the ETag of the object if the response contains it.
     async fn complete(&self, key: &Path, id: &str, parts: Vec<PartId>) -> object_store::Result<Option<String>>;
 
     /// Aborts an upload.
     async fn abort(&self, key: &Path, id: &str) -> object_store::Result<()>;
 
-    /// Returns the unfinished uploads to keys with this `prefix`, or none if they cannot be listed.
+    /// Returns the unfinished uploads to keys with this `prefix`. Returns an empty list if they cannot be listed.
     async fn list(&self, prefix: &str) -> Vec<UnfinishedUpload>;
 }
 
 /// Source and target of a copy.
-pub(super) struct Copy<'a> {
+pub(super) struct CopyRequest<'a> {
     pub(super) from: &'a Path,
     /// The identity that the source must have.
     pub(super) recorded: &'a ObjectIdentity,
@@ -171,10 +173,10 @@ pub(super) struct Copy<'a> {
 }
 
 /// Result of a copy.
-pub(super) enum Copied {
-    /// The object was copied. Contains its ETag if the backend named it.
+pub(super) enum CopyOutcome {
+    /// The object was copied. Contains the ETag of the copy if the backend reported it.
     Done(Option<String>),
-    /// This backend copies nothing.
+    /// The backend cannot copy objects, for instance because of an option of the remote.
     Unsupported,
 }
 
@@ -190,22 +192,22 @@ pub(super) struct UnfinishedUpload {
 #[derive(Debug, Default)]
 pub(super) struct WalkedFiles {
     pub(super) paths: Vec<String>,
-    /// Other entries: names that are not UTF-8, special files, and links to targets outside the remote.
-    pub(super) left_out: Vec<String>,
+    /// Entries that are not read: names that are not UTF-8, special files, and links to targets outside the remote.
+    pub(super) skipped: Vec<String>,
 }
 
-/// Keys that the backend removed from a page of a listing, because `object_store` cannot represent them. An extension
-/// of the page.
+/// Keys that the backend removed from a page of a listing, because `object_store` cannot represent them. Stored as an
+/// extension of the page.
 #[derive(Debug, Clone, Default)]
-pub(super) struct LeftOut(pub(super) Vec<String>);
+pub(super) struct SkippedKeys(pub(super) Vec<String>);
 
-/// Checksums of an object, as stated by the backend.
+/// Checksums that the backend stores for an object.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct StoredChecksums {
     /// The ETag of the object that the checksum belongs to.
     pub(super) etag: Option<String>,
     /// The digest and the header that contains it.
     pub(super) sha256: Option<(Digest, &'static str)>,
-    /// A header that should contain a digest, but has an invalid value.
-    pub(super) garbage: Option<&'static str>,
+    /// The header that should contain a digest, if its value is invalid.
+    pub(super) invalid_header: Option<&'static str>,
 }

@@ -1,12 +1,12 @@
 //! Row for a safetensors file that is read while it is downloaded from S3: the time to its first tensor, and the share
 //! of the file received by then.
 
-use crate::bench::contest::{OURS, failure_cell, median, spread};
-use crate::bench::page::{Bar, Section};
-use crate::bench::rivals::url;
+use crate::bench::comparison::{OURS, failure_cell, median, spread};
+use crate::bench::copiers::url;
+use crate::bench::page::{Section, Target};
 use crate::bench::rows::{progress, pull, size};
 use crate::bench::scratch::remove;
-use crate::bench::served::{Kind, SHAPED_BYTES_PER_S, SHAPED_FIRST_BYTE_MS, Served};
+use crate::bench::server_process::{Kind, SHAPED_BYTES_PER_S, SHAPED_FIRST_BYTE_MS, ServerProcess};
 use crate::bench::setup::Setup;
 use crate::bench::tensors::{FILE, NAME, REFERENCE, TENSORS, write_for};
 use crate::bench::usage::Figures;
@@ -16,8 +16,9 @@ use anyhow::{Result, ensure};
 /// Prefix of the objects for the peers.
 const RAW: &str = "raw-tensors";
 const SCRIPT: &str = "first_tensor.py";
+/// The programs that read the file: the word for the script, the program, and its setting.
 const READERS: [(&str, &str, &str); 3] = [
-    ("open", OURS, "open, read as it comes"),
+    ("open", OURS, "open, read while it downloads"),
     ("get", OURS, "get, then safe_open"),
     ("runai", "runai streamer", "to memory, not kept"),
 ];
@@ -36,52 +37,55 @@ pub(in crate::bench) fn section(setup: &Setup) -> Result<Section> {
     progress(setup, "python-open");
     pull::make_room(setup)?;
     let (source, bytes) = write_for(setup)?;
-    std::fs::create_dir_all(setup.served())?;
-    setup.publish(&Served::start(&setup.served(), Kind::Plain)?, NAME, &source)?;
+    std::fs::create_dir_all(setup.served_folder())?;
+    setup.publish(&ServerProcess::start(&setup.served_folder(), Kind::Plain)?, NAME, &source)?;
     setup.expose(RAW, &source)?;
-    let served = Served::start(&setup.served(), Kind::Shaped)?;
+    let server = ServerProcess::start(&setup.served_folder(), Kind::Shaped)?;
     let mut reads: [Result<Vec<Read>>; READERS.len()] = std::array::from_fn(|_| Ok(Vec::new()));
     for round in 1..=setup.rounds {
-        for ((how, who, setting), reads) in READERS.iter().zip(&mut reads) {
+        for ((how, program, setting), reads) in READERS.iter().zip(&mut reads) {
             let Ok(present) = reads else { continue };
-            match once(setup, &served, how, bytes) {
+            match once(setup, &server, how, bytes) {
                 Ok(read) => {
-                    eprintln!("  {round}  {who:<16} {setting:<24} {:.2} s, {:.1} %", read.first_s, read.first_percent);
+                    eprintln!(
+                        "  {round}  {program:<16} {setting:<24} {:.2} s, {:.1} %",
+                        read.first_s, read.first_percent
+                    );
                     present.push(read);
                 }
                 Err(error) => {
-                    eprintln!("  {round}  {who:<16} {setting:<24} {error:#}");
+                    eprintln!("  {round}  {program:<16} {setting:<24} {error:#}");
                     *reads = Err(error);
                 }
             }
         }
     }
-    drop(served);
+    drop(server);
     remove(&setup.scratch.disk.join("run"))?;
     remove(&source)?;
-    remove(&setup.served())?;
+    remove(&setup.served_folder())?;
     Ok(report(setup, &reads))
 }
 
-fn once(setup: &Setup, served: &Served, how: &str, bytes: u64) -> Result<Read> {
+fn once(setup: &Setup, server: &ServerProcess, how: &str, bytes: u64) -> Result<Read> {
     let folder = setup.scratch.fresh("run")?;
     // The script reads the bytes sent until its first tensor.
-    served.forget_counts()?;
+    server.reset_counts()?;
     let size = setup.sizes.tensors.to_string();
     let mut command = if how == "runai" {
-        setup.peers.want("runai-model-streamer")?;
-        setup.peers.want("runai-model-streamer-s3")?;
+        setup.peers.require("runai-model-streamer")?;
+        setup.peers.require("runai-model-streamer-s3")?;
         let mut command = setup.peers.script(SCRIPT);
-        command.envs(served.env()).env("HOME", &setup.scratch.disk);
+        command.envs(server.env()).env("HOME", &setup.scratch.disk);
         command.args([&size, how, &url(&format!("{RAW}/{FILE}"))]);
         command
     } else {
-        setup.peers.want("safetensors")?;
-        let mut command = setup.python_with_remote(SCRIPT, &folder.join("cache"), served);
+        setup.peers.require("safetensors")?;
+        let mut command = setup.python_with_remote(SCRIPT, &folder.join("cache"), server);
         command.args([&size, how, REFERENCE, FILE]);
         command
     };
-    setup.peers.want("numpy")?;
+    setup.peers.require("numpy")?;
     let (process, figures) = Figures::of(&mut command)?;
     let read = figures.figure("bytes")?;
     ensure!(read == setup.sizes.tensors as f64, "read {read} bytes of tensors, not {}", setup.sizes.tensors);
@@ -97,10 +101,10 @@ fn report(setup: &Setup, reads: &[Result<Vec<Read>>]) -> Section {
     let best_peer_s = READERS
         .iter()
         .zip(reads)
-        .filter(|((_, who, _), _)| *who != OURS)
+        .filter(|((_, program, _), _)| *program != OURS)
         .find_map(|(_, reads)| of(reads.as_ref().ok()?, |read| read.first_s));
-    let cells = |((_, who, setting), reads): (&(&str, &str, &str), &Result<Vec<Read>>)| {
-        let mut cells = vec![(*who).to_owned(), (*setting).to_owned()];
+    let cells = |((_, program, setting), reads): (&(&str, &str, &str), &Result<Vec<Read>>)| {
+        let mut cells = vec![(*program).to_owned(), (*setting).to_owned()];
         let reads = match reads {
             Ok(reads) => reads,
             Err(error) => {
@@ -129,31 +133,34 @@ fn report(setup: &Setup, reads: &[Result<Vec<Read>>]) -> Section {
         "setting",
         "first tensor s",
         "spread",
-        "come by then, %",
-        "all s",
+        "sent by then, %",
+        "all tensors s",
         "rounds",
         "core-s/GB",
         "peak RSS MiB",
-        "x best peer, first",
+        "x best peer, first tensor",
     ];
     let opened = reads[0].as_ref().ok();
     Section {
         row: "python-open",
-        title: format!("From Python: the first of {} of tensors, S3 shaped", size(setup.sizes.tensors)),
+        title: format!("From Python: the first tensor of {} on S3, with traffic shaping", size(setup.sizes.tensors)),
         what: format!(
-            "{TENSORS} tensors in one safetensors file, at {} MB/s a connection and {SHAPED_FIRST_BYTE_MS} ms to the \
-             first byte. In process, without the start of Python and imports: seconds until header and first tensor are \
-             in memory, and until all are. What had come by then is what the server had sent.",
+            "{TENSORS} tensors in one safetensors file. The server sends at most {} MB/s on each connection, and the \
+             first byte of each response after {SHAPED_FIRST_BYTE_MS} ms. Measured *in process*: the seconds until \
+             the header and the first tensor are in memory, the share of the file that the server had sent by then, \
+             and the seconds until all tensors are in memory.",
             SHAPED_BYTES_PER_S / 1_000_000
         ),
         tables: vec![markdown(&header, &READERS.iter().zip(reads).map(cells).collect::<Vec<_>>())],
-        bars: vec![Bar::at_most(
-            "`open`: share that had come at the first tensor",
+        targets: vec![Target::at_most(
+            "`open`: share of the file sent by the first tensor",
             opened.and_then(|reads| of(reads, |read| read.first_percent)),
             " %",
             50.0,
             None,
         )],
-        notes: vec!["The streamer's first tensor is whichever comes first, not the first of the file.".into()],
+        notes: vec![
+            "The first tensor of the streamer is the first one that arrives, not the first one in the file.".into(),
+        ],
     }
 }

@@ -1,6 +1,6 @@
 //! Row for a safetensors file on disk and in the page cache, until all its tensors are numpy arrays in memory.
 
-use crate::bench::contest::{Entry, OURS, best_peer, contest, table};
+use crate::bench::comparison::{Entry, OURS, best_peer, compare, table};
 use crate::bench::page::Section;
 use crate::bench::rows::{progress, pull, size};
 use crate::bench::scratch::remove;
@@ -16,22 +16,23 @@ const SCRIPT: &str = "load_tensors.py";
 /// One way to load the file, named as in the script.
 struct Loader {
     how: &'static str,
-    who: &'static str,
+    program: &'static str,
     setting: &'static str,
+    /// The package that must be installed.
     needs: &'static str,
-    /// Setting shown if our cache provides the path. `None` omits that run, because it would add nothing to the peer's
-    /// own.
-    on_ours: Option<&'static str>,
+    /// The setting of the run in which our cache provides the path. `None` if there is no such run, because the peer's
+    /// own run shows the same.
+    setting_with_ours: Option<&'static str>,
 }
 
 const fn loader(
     how: &'static str,
-    who: &'static str,
+    program: &'static str,
     setting: &'static str,
     needs: &'static str,
-    on_ours: Option<&'static str>,
+    setting_with_ours: Option<&'static str>,
 ) -> Loader {
-    Loader { how, who, setting, needs, on_ours }
+    Loader { how, program, setting, needs, setting_with_ours }
 }
 
 const LOADERS: [Loader; 4] = [
@@ -52,41 +53,42 @@ pub(in crate::bench) fn section(setup: &Setup) -> Result<Section> {
     let (_, folder) = setup.get(&mut setup.modelcache(&cache), REFERENCE)?;
     let (file, cache) = (folder.join(FILE), cache.as_path());
     let mut entries = Vec::new();
-    for Loader { how, needs, on_ours, .. } in LOADERS {
+    for Loader { how, needs, setting_with_ours, .. } in LOADERS {
         let command = move || {
             let mut command = setup.python(SCRIPT, cache);
             command.args([how, &setup.sizes.tensors.to_string(), REFERENCE, FILE]);
             command
         };
-        entries.extend(on_ours.map(|setting| entry(setup, OURS, setting, needs, &file, command)));
+        entries.extend(setting_with_ours.map(|setting| entry(setup, OURS, setting, needs, &file, command)));
     }
-    for Loader { how, who, setting, needs, .. } in LOADERS {
+    for Loader { how, program, setting, needs, .. } in LOADERS {
         let path = file.clone();
         let command = move || {
             let mut command = setup.peers.script(SCRIPT);
             command.env("HOME", &setup.scratch.disk).args([how, &setup.sizes.tensors.to_string()]).arg(&path);
             command
         };
-        entries.push(entry(setup, who, setting, needs, &file, command));
+        entries.push(entry(setup, program, setting, needs, &file, command));
     }
-    let lines = contest(setup, bytes, &entries)?;
+    let lines = compare(setup, bytes, &entries)?;
     drop(entries);
     remove(cache)?;
     Ok(Section {
         row: "python-tensors",
-        title: format!("From Python: a cached {} of tensors, until loaded", size(setup.sizes.tensors)),
+        title: format!("From Python: {} of cached tensors, loaded into memory", size(setup.sizes.tensors)),
         what: format!(
-            "{TENSORS} tensors in one safetensors file on disk, in the page cache for all, until each is a numpy array. \
-             In process, without the start of Python and imports, ours with the opening of the cache; its file was \
-             checked when it came. The streamer's engine is called without torch. As much memory as the tensors take \
-             is touched and let go of before."
+            "{TENSORS} tensors in one safetensors file, which is on disk and in the page cache. Measured *in \
+             process*: the time until every tensor is a numpy array in memory. For modelcache it includes opening the \
+             cache and getting the path; the file was hashed when it was put (`at put`). The engine of the Run:ai \
+             streamer is called without torch. Before each measurement, the script touches as much memory as the \
+             tensors take and frees it."
         ),
         tables: vec![table(&lines, best_peer(&lines, |_| true))],
-        bars: Vec::new(),
+        targets: Vec::new(),
         notes: vec![
-            "Peak RSS has the arrays, and of what is mapped (safetensors) the file again.".into(),
-            "The streamer's face lays tensors out as they lie in the file, which lets it read past the page cache; \
-             packed, they come from the page cache."
+            "Peak RSS includes the arrays and, for safetensors, the mapped file.".into(),
+            "The Python API of the streamer lays the tensors out in memory as in the file (`laid out as in the file`), \
+             so that the engine can bypass the page cache. With `packed`, it reads through the page cache."
                 .into(),
         ],
     })
@@ -95,7 +97,7 @@ pub(in crate::bench) fn section(setup: &Setup) -> Result<Section> {
 /// Returns the entry of a script that loads the file. The file is in the page cache when the script starts.
 fn entry<'a>(
     setup: &'a Setup,
-    who: &'static str,
+    program: &'static str,
     setting: &str,
     needs: &'static str,
     file: &Path,
@@ -103,17 +105,17 @@ fn entry<'a>(
 ) -> Entry<'a> {
     let file = file.to_owned();
     let run = move |_: &Path| {
-        setup.peers.want("numpy")?;
-        setup.peers.want(needs)?;
+        setup.peers.require("numpy")?;
+        setup.peers.require(needs)?;
         read(&file, false)?;
-        Ok(vec![loaded(&mut command())?])
+        Ok(vec![measure_load(&mut command())?])
     };
-    let checked = if who == OURS { "when it came" } else { "no" };
-    Entry { who, setting: setting.into(), checked, steps: vec![("", "")], run: Box::new(run) }
+    let verified = if program == OURS { "at put" } else { "no" };
+    Entry { program, setting: setting.into(), verified, steps: vec![("", "")], run: Box::new(run) }
 }
 
 /// Runs the script and returns the figures that it reports.
-fn loaded(command: &mut Command) -> Result<Run> {
+fn measure_load(command: &mut Command) -> Result<Run> {
     let (process, figures) = Figures::of(command)?;
     Ok(Run { seconds: figures.figure("seconds")?, core_seconds: figures.figure("core_seconds")?, ..process })
 }

@@ -7,7 +7,7 @@ use super::raw_client::{RawClient, part_query};
 use super::settings::Options;
 use super::xml;
 use crate::error::{Error, Result, Tier};
-use crate::remote::backend::{Copied, Copy, MultipartUploads, failure};
+use crate::remote::backend::{CopyOutcome, CopyRequest, MultipartUploads, failure};
 use crate::remote::multipart::AbortGuard;
 use crate::remote::store::Store;
 use futures::{StreamExt, TryStreamExt};
@@ -17,25 +17,25 @@ use object_store::multipart::PartId;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Largest object copied in one request, and smallest part of a larger one, in bytes. S3 allows 5 GiB, but a request
-/// for that much gets no answer for minutes.
+/// Largest object copied in one request, and smallest part of a larger one, in bytes. S3 allows 5 GiB, but responds to
+/// such a request only after minutes.
 const SINGLE_COPY_BYTES_MAX: u64 = 512 * 1024 * 1024;
-/// Most parts of a copy; S3 allows 10,000.
+/// Most parts of a copy, below S3's limit of 10,000.
 const PARTS_MAX: u64 = 9_000;
 /// Concurrent part copies of one object.
 const PARTS_IN_FLIGHT: usize = 4;
-/// Slowest copy that does not time out, in bytes per second.
+/// Slowest server-side copy that does not time out, in bytes per second.
 const BYTES_PER_S_MIN: u64 = 4 * 1024 * 1024;
 
 /// Sends copy and part requests for one bucket.
 pub(super) struct Copier {
     client: Arc<RawClient>,
-    /// Encryption of the copy.
+    /// Headers that set the encryption of the copy.
     headers: HeaderMap,
 }
 
 impl Copier {
-    /// Returns `None` if the remote's options contain one that copies do not support. All files are uploaded then.
+    /// Returns `None` if one of the remote's options is not supported by copies. All files are uploaded then.
     pub(super) fn new(client: &Arc<RawClient>, options: &Options) -> Option<Self> {
         let mut copier = Self { client: client.clone(), headers: HeaderMap::new() };
         options.passed_on.iter().try_for_each(|(key, value)| copier.apply_option(key, value.expose())).ok()?;
@@ -53,7 +53,7 @@ impl Copier {
             "aws_server_side_encryption" => "x-amz-server-side-encryption",
             "aws_sse_kms_key_id" => "x-amz-server-side-encryption-aws-kms-key-id",
             "aws_sse_bucket_key_enabled" => "x-amz-server-side-encryption-bucket-key-enabled",
-            // Applied by the `RawClient`, or without effect on a copy.
+            // The `RawClient` applies the option, or the option has no effect on a copy.
             "aws_request_payer" | "aws_unsigned_payload" | "aws_disable_tagging" => return Ok(()),
             _ => return Err(()),
         };
@@ -62,41 +62,45 @@ impl Copier {
         Ok(())
     }
 
-    /// Sends a copy request for `bytes` bytes and returns the body of the answer.
+    /// Sends a copy request for `bytes` bytes and returns the body of the response.
     async fn request(
         &self,
         store: &Store,
-        copy: &Copy<'_>,
+        copy: &CopyRequest<'_>,
         query: &str,
         bytes: u64,
         mut headers: HeaderMap,
     ) -> Result<String> {
-        let doing = format!("cannot copy {} to {}", copy.from, copy.to);
+        let what_failed = format!("cannot copy {} to {}", copy.from, copy.to);
         // The store refuses the copy if the source was replaced since its manifest was written.
         if let Some(etag) = &copy.recorded.etag {
             match HeaderValue::from_str(etag) {
                 Ok(etag) => drop(headers.insert("x-amz-copy-source-if-match", etag)),
-                Err(cause) => tracing::debug!(%cause, "an ETag cannot be sent"),
+                Err(cause) => {
+                    tracing::debug!(%cause, "an ETag is not a valid header value; copying without a condition")
+                }
             }
         }
-        let longer = Duration::from_secs(bytes / BYTES_PER_S_MIN);
-        let answer = self.client.copy(copy.from, copy.to, query, &headers, longer).await;
-        let body = answer.map_err(|error| failure::translate(error, &doing, store.at()))?;
-        // S3 may answer 200 and report the failure of a copy in the body.
+        let extra = Duration::from_secs(bytes / BYTES_PER_S_MIN);
+        let response = self.client.copy(copy.from, copy.to, query, &headers, extra).await;
+        let body = response.map_err(|error| failure::translate(error, &what_failed, store.endpoint_context()))?;
+        // S3 may send the status 200 and report the failure of a copy in the body.
         match xml::text(&body, "Code").filter(|_| xml::elements(&body, "Error").next().is_some()) {
-            Some(code) => Err(Error::unavailable(format!("{doing}: the server answered {code}")).tier(Tier::Remote)),
+            Some(code) => {
+                Err(Error::unavailable(format!("{what_failed}: the server reported {code}")).tier(Tier::Remote))
+            }
             None => Ok(body),
         }
     }
 }
 
-/// Copies `copy.from` to `copy.to` if it still is `copy.recorded`.
+/// Copies `copy.from` to `copy.to` if the source still is `copy.recorded`.
 pub(super) async fn copy(
     store: &Arc<Store>,
     copier: &Copier,
     uploads: &dyn MultipartUploads,
-    copy: &Copy<'_>,
-) -> Result<Copied> {
+    copy: &CopyRequest<'_>,
+) -> Result<CopyOutcome> {
     let bytes = copy.recorded.object_bytes;
     let etag = match bytes <= SINGLE_COPY_BYTES_MAX {
         true => Some(copy_whole(store, copier, copy).await?),
@@ -105,11 +109,11 @@ pub(super) async fn copy(
             copy_in_parts(store, copier, uploads, copy, part_bytes).await?
         }
     };
-    Ok(Copied::Done(etag))
+    Ok(CopyOutcome::Done(etag))
 }
 
 /// Copies an object in one request. Returns the ETag of the copy.
-async fn copy_whole(store: &Store, copier: &Copier, copy: &Copy<'_>) -> Result<String> {
+async fn copy_whole(store: &Store, copier: &Copier, copy: &CopyRequest<'_>) -> Result<String> {
     let body = copier.request(store, copy, "", copy.recorded.object_bytes, copier.headers.clone()).await?;
     etag_in(&body)
 }
@@ -119,13 +123,13 @@ async fn copy_in_parts(
     store: &Arc<Store>,
     copier: &Copier,
     uploads: &dyn MultipartUploads,
-    copy: &Copy<'_>,
+    copy: &CopyRequest<'_>,
     part_bytes: u64,
 ) -> Result<Option<String>> {
-    let doing = format!("cannot copy {} to {}", copy.from, copy.to);
-    let failed = |error| failure::translate(error, &doing, store.at());
+    let what_failed = format!("cannot copy {} to {}", copy.from, copy.to);
+    let failed = |error| failure::translate(error, &what_failed, store.endpoint_context());
     let id = uploads.create(copy.to).await.map_err(failed)?;
-    // The upload is recorded in no claim: abort it in every case but success, also when this future is dropped.
+    // No claim lists this upload, so the guard aborts it after an error and when this future is dropped.
     let mut guard = AbortGuard::new(store.clone(), copy.to.clone(), id.clone());
     let parts = (0..copy.recorded.object_bytes.div_ceil(part_bytes)).map(|index| {
         let (id, start) = (id.clone(), index * part_bytes);
@@ -146,7 +150,7 @@ async fn copy_in_parts(
     };
     match copied {
         Ok(etag) => {
-            guard.done();
+            guard.disarm();
             Ok(etag)
         }
         Err(error) => {
@@ -156,9 +160,11 @@ async fn copy_in_parts(
     }
 }
 
+/// Returns the ETag in the response to a copy.
 fn etag_in(body: &str) -> Result<String> {
-    xml::text(body, "ETag")
-        .ok_or_else(|| Error::unavailable("the answer to a copy names no ETag").tier(Tier::Remote).transient(false))
+    xml::text(body, "ETag").ok_or_else(|| {
+        Error::unavailable("the response to a copy contains no ETag").tier(Tier::Remote).transient(false)
+    })
 }
 
 #[cfg(test)]
@@ -189,7 +195,7 @@ mod tests {
     }
 
     async fn recorded(store: &Store, key: &Path) -> ObjectIdentity {
-        store.head(key).await.expect("looks").expect("is there")
+        store.head(key).await.expect("responds").expect("exists")
     }
 
     #[tokio::test(flavor = "multi_thread")]
@@ -199,7 +205,7 @@ mod tests {
         s3.put("models", "p q/a/ü+%.bin", content.clone()).expect("puts");
         let (from, to) = (store.key("a/ü+%.bin").expect("key"), store.key("b/ü+%.bin").expect("key"));
         let recorded = recorded(&store, &from).await;
-        let copy = Copy { from: &from, recorded: &recorded, to: &to, staging: &to };
+        let copy = CopyRequest { from: &from, recorded: &recorded, to: &to, staging: &to };
         let copier = backend.copier().expect("copies");
         copy_in_parts(&store, copier, &*backend, &copy, 5 * MIB).await.expect("copies");
         assert!(s3.object("models", "p q/b/ü+%.bin") == Some(content.to_vec().expect("content")));
@@ -215,7 +221,7 @@ mod tests {
         let (from, to) = (store.key("a").expect("key"), store.key("b").expect("key"));
         let recorded = recorded(&store, &from).await;
         s3.faults().add(S3Fault::internal_error().on("partNumber=2"));
-        let copy = Copy { from: &from, recorded: &recorded, to: &to, staging: &to };
+        let copy = CopyRequest { from: &from, recorded: &recorded, to: &to, staging: &to };
         let copier = backend.copier().expect("copies");
         copy_in_parts(&store, copier, &*backend, &copy, 5 * MIB).await.expect_err("refused");
         assert_eq!(s3.keys("models"), ["p q/a"]);

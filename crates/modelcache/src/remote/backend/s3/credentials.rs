@@ -1,14 +1,14 @@
 //! The AWS credential provider chain, with caching and renewal.
 //!
-//! Providers are tried in order; the first that has credentials wins. If none has, the error lists every provider and
-//! the reason why it had none. Variables are read from the configured environment, never from the process's own.
+//! Providers are tried in order, and the first one that returns credentials is used. If none does, the error lists
+//! every provider with its reason. Variables are read from the configured environment, never from the process's own.
 
 use super::profile::{Profiles, home};
 use super::settings::Options;
 use super::xml;
 use crate::config::{Environment, Secret};
 use crate::error::{Error, ErrorKind, Result, Tier};
-use crate::transfer::{BodyLimits, Cut, read_body};
+use crate::transfer::{BodyError, BodyLimits, read_body};
 use crate::{printable, redact};
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -27,41 +27,42 @@ use std::time::{Duration, Instant, SystemTime};
 
 /// Credentials are renewed this long before they expire, or a quarter of their lifetime before if that is shorter.
 const RENEW_BEFORE_END: Duration = Duration::from_secs(300);
-/// Time for which a search without result is cached. On a machine without an instance metadata service each search
-/// takes a second, and every request would wait for it.
+/// Time for which a search without result is cached. On a machine without an instance metadata service, each search
+/// takes a second, and without the cache every request would wait for one.
 const NOT_FOUND_TTL: Duration = Duration::from_secs(10);
-/// Credentials younger than this are kept although the store reports them as expired: a new search would return the
-/// same.
+/// Credentials found more recently than this are kept although the store reports them as expired, because a new search
+/// would return the same ones.
 const FRESH_AGE_MAX: Duration = Duration::from_secs(10);
-/// Longest wait for a connection to a metadata service. Short, because it is one hop away.
+/// Longest wait for a connection to a metadata service. Short, because the service is one network hop away.
 const METADATA_CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// Longest wait for an answer of a metadata service.
+/// Longest wait for a response of a metadata service.
 const METADATA_TIMEOUT: Duration = Duration::from_secs(5);
-/// Longest wait for an answer of STS or SSO.
+/// Longest wait for a response of STS or SSO.
 const SERVICE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Largest answer of a metadata service, STS or SSO, in bytes; credentials have a few KiB.
-const ANSWER_BYTES_MAX: u64 = 256 * 1024;
-/// Longest chain of `source_profile` settings.
+/// Largest response of a metadata service, STS or SSO, in bytes. Credentials have a few KiB.
+const RESPONSE_BYTES_MAX: u64 = 256 * 1024;
+/// Most profiles in a chain of `source_profile` settings.
 const SOURCE_PROFILES_MAX: usize = 5;
 
 /// Number of characters of an access key id that are shown. They distinguish a long-term key (`AKIA`) from a temporary
 /// one (`ASIA`).
 const KEY_CHARS_SHOWN: usize = 4;
 
-/// Origin of the credentials, for display.
+/// Source of the credentials, for display.
 pub(super) struct CredentialSource {
     /// The provider that returned the credentials.
-    pub(super) place: String,
-    /// The first characters of the access key id.
-    pub(super) key_begins: String,
+    pub(super) provider_name: String,
+    /// The first [`KEY_CHARS_SHOWN`] characters of the access key id.
+    pub(super) key_prefix: String,
     /// Expiry time of temporary credentials.
-    pub(super) ends: Option<SystemTime>,
+    pub(super) expires_at: Option<SystemTime>,
 }
 
-/// The provider chain, with the credentials found last.
+/// The provider chain, with the credentials that it returned last.
 pub(super) struct Credentials {
     environment: Environment,
-    fixed: Option<Credential>,
+    /// The keys in the remote's options, if it has them.
+    from_options: Option<Credential>,
     region: String,
     profiles: Profiles,
     context: Context,
@@ -80,9 +81,9 @@ struct CredentialCache {
 #[derive(Clone)]
 struct FoundCredentials {
     credential: Arc<AwsCredential>,
-    ends: Option<SystemTime>,
+    expires_at: Option<SystemTime>,
     renew_at: Option<SystemTime>,
-    since: Instant,
+    found_at: Instant,
 }
 
 /// Prints no field, because they contain secrets.
@@ -107,7 +108,7 @@ impl Credentials {
         let mut variables: HashMap<String, String> = set.collect();
         variables.insert("AWS_PROFILE".into(), profiles.name().to_owned());
         variables.entry("AWS_REGION".into()).or_insert_with(|| region.to_owned());
-        // As the AWS tools do. The global endpoint of STS does not exist in some partitions.
+        // Use the regional endpoint of STS, as the AWS tools do. Some partitions have no global one.
         variables.entry("AWS_STS_REGIONAL_ENDPOINTS".into()).or_insert_with(|| "regional".into());
         let context = Context::new()
             .with_file_read(Files)
@@ -115,7 +116,7 @@ impl Credentials {
             .with_env(StaticEnv { home_dir: home(environment), envs: variables })
             .with_command_execute(Commands(environment.clone()));
         let secret = |secret: &Option<Secret>| secret.as_ref().map(|secret| secret.expose().to_owned());
-        let fixed =
+        let from_options =
             secret(&options.access_key).zip(secret(&options.secret_key)).map(|(access_key_id, secret_access_key)| {
                 Credential {
                     access_key_id,
@@ -126,7 +127,7 @@ impl Credentials {
             });
         Self {
             environment: environment.clone(),
-            fixed,
+            from_options,
             region: region.to_owned(),
             profiles,
             context,
@@ -136,9 +137,9 @@ impl Credentials {
     }
 
     /// Drops the cached credentials after the store reported them as expired. Returns true if a retry may succeed.
-    pub(super) async fn expired(&self) -> bool {
+    pub(super) async fn drop_expired(&self) -> bool {
         let mut cache = self.cache.lock().await;
-        let stale = cache.found.as_ref().is_some_and(|found| found.since.elapsed() > FRESH_AGE_MAX);
+        let stale = cache.found.as_ref().is_some_and(|found| found.found_at.elapsed() > FRESH_AGE_MAX);
         if stale {
             cache.found = None;
         }
@@ -155,75 +156,77 @@ impl Credentials {
         {
             return Ok(found.credential.clone());
         }
-        if let Some((when, looked_at)) = &cache.not_found
+        if let Some((when, tried)) = &cache.not_found
             && when.elapsed() < NOT_FOUND_TTL
         {
-            return Err(self.nothing_found(looked_at));
+            return Err(self.none_found(tried));
         }
         match self.search().await {
             Ok((_, found)) => {
                 cache.not_found = None;
                 Ok(cache.found.insert(found).credential.clone())
             }
-            Err(looked_at) => match &cache.found {
+            Err(tried) => match &cache.found {
                 // The renewal failed, but the present credentials are still valid.
-                Some(found) if found.ends.is_some_and(|ends| now < ends) => {
+                Some(found) if found.expires_at.is_some_and(|expires_at| now < expires_at) => {
                     tracing::warn!(
-                        reason = looked_at,
+                        reason = tried,
                         "cannot renew the AWS credentials; using the present ones until they expire"
                     );
                     Ok(found.credential.clone())
                 }
                 _ => {
-                    cache.not_found = Some((Instant::now(), looked_at.clone()));
-                    Err(self.nothing_found(&looked_at))
+                    cache.not_found = Some((Instant::now(), tried.clone()));
+                    Err(self.none_found(&tried))
                 }
             },
         }
     }
 
-    /// Searches the chain and returns the origin of the credentials. Does not use the cache.
+    /// Searches the chain and returns the source of the credentials. Does not use the cache.
     pub(super) async fn credential_source(&self) -> Result<CredentialSource> {
-        let (place, found) = self.search().await.map_err(|looked_at| self.nothing_found(&looked_at))?;
-        let key_begins = found.credential.key_id.chars().take(KEY_CHARS_SHOWN).collect();
-        Ok(CredentialSource { place, key_begins, ends: found.ends })
+        let (provider_name, found) = self.search().await.map_err(|tried| self.none_found(&tried))?;
+        let key_prefix = found.credential.key_id.chars().take(KEY_CHARS_SHOWN).collect();
+        Ok(CredentialSource { provider_name, key_prefix, expires_at: found.expires_at })
     }
 
-    fn nothing_found(&self, looked_at: &str) -> Error {
-        Error::new(ErrorKind::Unauthorized, format!("no AWS credentials found; looked at {looked_at}")).tier(Tier::Remote).hint(
+    /// Returns the error of a search without result. `tried` lists the providers with their reasons.
+    fn none_found(&self, tried: &str) -> Error {
+        Error::new(ErrorKind::Unauthorized, format!("no AWS credentials found; tried {tried}")).tier(Tier::Remote).hint(
             "run `aws configure` (or `aws sso login`), set AWS_PROFILE, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; \
              for a public bucket set skip_signature = true under [remote.options]",
         )
     }
 
-    /// Tries the providers in order. The error lists each provider and its reason.
+    /// Tries the providers in order. Returns the name of the first one with credentials, and the credentials. The error
+    /// lists each provider with its reason.
     async fn search(&self) -> std::result::Result<(String, FoundCredentials), String> {
-        let mut looked_at = Vec::new();
-        for link in Link::ALL {
-            let place = self.describe(link);
-            match self.ask(link).await {
+        let mut tried = Vec::new();
+        for provider in Provider::ALL {
+            let provider_name = self.name_of(provider);
+            match self.credentials_of(provider).await {
                 Ok(Some(credential)) => {
-                    tracing::debug!(place = place.as_str(), "AWS credentials found");
-                    return Ok((place, FoundCredentials::new(credential)));
+                    tracing::debug!(provider = provider_name.as_str(), "AWS credentials found");
+                    return Ok((provider_name, FoundCredentials::new(credential)));
                 }
-                Ok(None) => looked_at.push(place),
+                Ok(None) => tried.push(provider_name),
                 Err(reason) => {
-                    tracing::debug!(place, reason, "no AWS credentials from there");
-                    looked_at.push(format!("{place} ({reason})"));
+                    tracing::debug!(provider = provider_name, reason, "an AWS credential provider failed");
+                    tried.push(format!("{provider_name} ({reason})"));
                 }
             }
         }
-        Err(looked_at.join(", "))
+        Err(tried.join(", "))
     }
 
     /// Returns the name of a provider for messages.
-    fn describe(&self, link: Link) -> String {
+    fn name_of(&self, provider: Provider) -> String {
         let profile = self.profiles.name();
-        match link {
-            Link::Options => "[remote.options]".into(),
-            Link::Variables => "AWS_ACCESS_KEY_ID".into(),
-            Link::Role => format!("the role of profile {profile:?}"),
-            Link::Profile => {
+        match provider {
+            Provider::Options => "[remote.options]".into(),
+            Provider::Variables => "AWS_ACCESS_KEY_ID".into(),
+            Provider::Role => format!("the role of profile {profile:?}"),
+            Provider::Profile => {
                 let files: Vec<String> =
                     Profiles::files(&self.environment).iter().map(|file| file.display().to_string()).collect();
                 let missing = if self.profiles.exists() { "" } else { ", which does not exist" };
@@ -232,35 +235,39 @@ impl Credentials {
                     if files.is_empty() { "no file: HOME is not set".into() } else { files.join(" and ") }
                 )
             }
-            Link::Sso => "SSO".into(),
-            Link::WebIdentity => "web identity".into(),
-            Link::Process => "credential_process".into(),
-            Link::Container => "container credentials".into(),
-            Link::Instance => "instance metadata".into(),
+            Provider::Sso => "SSO".into(),
+            Provider::WebIdentity => "web identity".into(),
+            Provider::Process => "credential_process".into(),
+            Provider::Container => "container credentials".into(),
+            Provider::Instance => "instance metadata".into(),
         }
     }
 
     /// Returns the credentials of one provider, or `None` if it is not configured.
-    async fn ask(&self, link: Link) -> std::result::Result<Option<Credential>, String> {
-        self.provided(link).await?.map(usable).transpose()
+    async fn credentials_of(&self, provider: Provider) -> std::result::Result<Option<Credential>, String> {
+        self.provided(provider).await?.map(usable).transpose()
     }
 
     /// Returns the credentials of one provider as it states them.
-    async fn provided(&self, link: Link) -> std::result::Result<Option<Credential>, String> {
+    async fn provided(&self, provider: Provider) -> std::result::Result<Option<Credential>, String> {
         let context = &self.context;
-        let answer = match link {
-            Link::Options => return Ok(self.fixed.clone()),
-            Link::Variables => EnvCredentialProvider::new().provide_credential(context).await,
-            Link::Role => return self.assume_role(self.profiles.name(), SOURCE_PROFILES_MAX).await,
-            Link::Profile => ProfileCredentialProvider::new().provide_credential(context).await,
-            Link::Sso => return self.sso(self.profiles.name()).await,
-            Link::WebIdentity => AssumeRoleWithWebIdentityCredentialProvider::new().provide_credential(context).await,
-            Link::Process => ProcessCredentialProvider::new().provide_credential(context).await,
-            Link::Container => ECSCredentialProvider::new().provide_credential(context).await,
-            Link::Instance if disabled(&self.environment) => return Err("disabled".into()),
-            Link::Instance => IMDSv2CredentialProvider::new().provide_credential(context).await,
+        let result = match provider {
+            Provider::Options => return Ok(self.from_options.clone()),
+            Provider::Variables => EnvCredentialProvider::new().provide_credential(context).await,
+            Provider::Role => return self.assume_role(self.profiles.name(), SOURCE_PROFILES_MAX).await,
+            Provider::Profile => ProfileCredentialProvider::new().provide_credential(context).await,
+            Provider::Sso => return self.sso(self.profiles.name()).await,
+            Provider::WebIdentity => {
+                AssumeRoleWithWebIdentityCredentialProvider::new().provide_credential(context).await
+            }
+            Provider::Process => ProcessCredentialProvider::new().provide_credential(context).await,
+            Provider::Container => ECSCredentialProvider::new().provide_credential(context).await,
+            Provider::Instance if metadata_disabled(&self.environment) => {
+                return Err("disabled by AWS_EC2_METADATA_DISABLED".into());
+            }
+            Provider::Instance => IMDSv2CredentialProvider::new().provide_credential(context).await,
         };
-        answer.map_err(|error| reason(&error))
+        result.map_err(|error| reason(&error))
     }
 
     /// Returns SSO credentials, from the profile's own SSO settings or from those of its `sso_session`.
@@ -282,7 +289,8 @@ impl Credentials {
         provider.provide_credential(&self.context).await.map_err(|error| reason(&error))
     }
 
-    /// Assumes the role of a profile (`role_arn`) with the credentials of its source. Returns `None` if it has no role.
+    /// Assumes the role of a profile (`role_arn`) with the credentials of its source. Returns `None` if the profile has
+    /// no role. `depth` is the number of further source profiles that are allowed.
     async fn assume_role(&self, profile: &str, depth: usize) -> std::result::Result<Option<Credential>, String> {
         let own = |setting: &str| self.profiles.get(profile, setting);
         let Some(role) = own("role_arn") else { return Ok(None) };
@@ -291,10 +299,10 @@ impl Credentials {
             return provider.provide_credential(&self.context).await.map_err(|error| reason(&error));
         }
         let source = match (own("source_profile"), own("credential_source")) {
-            (Some(source), _) => Box::pin(self.source(profile, source, depth)).await?,
-            (None, Some("Environment")) => self.plain(Link::Variables).await?,
-            (None, Some("EcsContainer")) => self.plain(Link::Container).await?,
-            (None, Some("Ec2InstanceMetadata")) => self.plain(Link::Instance).await?,
+            (Some(source), _) => Box::pin(self.profile_source(profile, source, depth)).await?,
+            (None, Some("Environment")) => self.named_source(Provider::Variables).await?,
+            (None, Some("EcsContainer")) => self.named_source(Provider::Container).await?,
+            (None, Some("Ec2InstanceMetadata")) => self.named_source(Provider::Instance).await?,
             _ => return Err("the profile has role_arn, but neither source_profile nor credential_source".into()),
         };
         if own("mfa_serial").is_some() {
@@ -309,24 +317,24 @@ impl Credentials {
             external_id: own("external_id"),
             duration_s: own("duration_seconds"),
         };
-        self.sts(&source, &request).await.map(Some)
+        self.call_assume_role(&source, &request).await.map(Some)
     }
 
     /// Returns the credentials of the provider that `credential_source` names.
-    async fn plain(&self, link: Link) -> std::result::Result<Option<Credential>, String> {
-        Box::pin(self.ask(link)).await
+    async fn named_source(&self, provider: Provider) -> std::result::Result<Option<Credential>, String> {
+        Box::pin(self.credentials_of(provider)).await
     }
 
     /// Returns the credentials of a source profile, from its keys, its own role, SSO or `credential_process`, in this
     /// order.
-    async fn source(
+    async fn profile_source(
         &self,
         profile: &str,
         source: &str,
         depth: usize,
     ) -> std::result::Result<Option<Credential>, String> {
         if depth == 0 {
-            return Err("the chain of source_profile is too long".into());
+            return Err("the chain of source_profile settings is too long".into());
         }
         let keys = ProfileCredentialProvider::new().with_profile(source);
         if let Some(credential) = keys.provide_credential(&self.context).await.map_err(|error| reason(&error))? {
@@ -346,19 +354,23 @@ impl Credentials {
     }
 
     /// Calls `AssumeRole` of STS, <https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html>.
-    async fn sts(&self, source: &Credential, role: &RoleRequest<'_>) -> std::result::Result<Credential, String> {
+    async fn call_assume_role(
+        &self,
+        source: &Credential,
+        role: &RoleRequest<'_>,
+    ) -> std::result::Result<Credential, String> {
         let request = self.sts_request(source, role)?;
-        let answer = self.http.send(request.map(|_| Bytes::new())).await?;
-        let body = String::from_utf8_lossy(answer.body());
-        if !answer.status().is_success() {
+        let response = self.http.send(request.map(|_| Bytes::new())).await?;
+        let body = String::from_utf8_lossy(response.body());
+        if !response.status().is_success() {
             let code = xml::text(&body, "Code").unwrap_or_default();
             return Err(format!(
-                "STS answered {} {code}: {}",
-                answer.status().as_u16(),
+                "STS responded with HTTP {} {code}: {}",
+                response.status().as_u16(),
                 xml::text(&body, "Message").unwrap_or_default()
             ));
         }
-        let field = |name: &str| xml::text(&body, name).ok_or(format!("the answer of STS has no {name}"));
+        let field = |name: &str| xml::text(&body, name).ok_or(format!("the response of STS has no {name}"));
         Ok(Credential {
             access_key_id: field("AccessKeyId")?,
             secret_access_key: field("SecretAccessKey")?,
@@ -368,7 +380,7 @@ impl Credentials {
     }
 
     fn sts_request(&self, source: &Credential, role: &RoleRequest<'_>) -> std::result::Result<HttpRequest, String> {
-        // AWS China has its own domain.
+        // The AWS regions in China have their own domain.
         let suffix = if self.region.starts_with("cn-") { ".cn" } else { "" };
         let endpoint =
             match self.environment.get("AWS_ENDPOINT_URL_STS").or_else(|| self.environment.get("AWS_ENDPOINT_URL")) {
@@ -386,8 +398,8 @@ impl Credentials {
         // SigV4 requires %20 for a space in the query, not `+`.
         let address = format!("{endpoint}/?{}", query.finish().replace('+', "%20"));
         let request = http::Request::get(address).body(HttpRequestBody::empty());
-        let mut request: HttpRequest = request.map_err(|_| "the address of STS is no URL")?;
-        let signer = to_store(source);
+        let mut request: HttpRequest = request.map_err(|_| "the address of STS is not a valid URL")?;
+        let signer = to_object_store(source);
         let authorizer = AwsAuthorizer::new(&signer, "sts", &self.region);
         authorizer.try_authorize(&mut request, None).map_err(|_| "cannot sign the request to STS")?;
         Ok(request)
@@ -413,7 +425,7 @@ impl CredentialProvider for Credentials {
 
 /// The providers of the chain, in the order in which they are tried.
 #[derive(Debug, Clone, Copy)]
-enum Link {
+enum Provider {
     Options,
     Variables,
     Role,
@@ -425,7 +437,7 @@ enum Link {
     Instance,
 }
 
-impl Link {
+impl Provider {
     const ALL: [Self; 9] = [
         Self::Options,
         Self::Variables,
@@ -441,12 +453,12 @@ impl Link {
 
 impl FoundCredentials {
     fn new(credential: Credential) -> Self {
-        let ends = credential.expires_in.map(|ends| ends.as_system_time());
-        let renew_at = ends.map(|ends| {
-            let left = ends.duration_since(SystemTime::now()).unwrap_or_default();
-            ends - RENEW_BEFORE_END.min(left / 4)
+        let expires_at = credential.expires_in.map(|expires_at| expires_at.as_system_time());
+        let renew_at = expires_at.map(|expires_at| {
+            let left = expires_at.duration_since(SystemTime::now()).unwrap_or_default();
+            expires_at - RENEW_BEFORE_END.min(left / 4)
         });
-        Self { credential: Arc::new(to_store(&credential)), ends, renew_at, since: Instant::now() }
+        Self { credential: Arc::new(to_object_store(&credential)), expires_at, renew_at, found_at: Instant::now() }
     }
 }
 
@@ -468,9 +480,9 @@ fn usable(credential: Credential) -> std::result::Result<Credential, String> {
 }
 
 /// Converts a credential for `object_store`, and registers its secrets for redaction.
-fn to_store(credential: &Credential) -> AwsCredential {
-    redact::learn(&credential.secret_access_key);
-    credential.session_token.iter().for_each(|token| redact::learn(token));
+fn to_object_store(credential: &Credential) -> AwsCredential {
+    redact::register(&credential.secret_access_key);
+    credential.session_token.iter().for_each(|token| redact::register(token));
     AwsCredential {
         key_id: credential.access_key_id.clone(),
         secret_key: credential.secret_access_key.clone(),
@@ -478,7 +490,8 @@ fn to_store(credential: &Credential) -> AwsCredential {
     }
 }
 
-fn disabled(environment: &Environment) -> bool {
+/// Returns true if the instance metadata service must not be used.
+fn metadata_disabled(environment: &Environment) -> bool {
     environment.get("AWS_EC2_METADATA_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true"))
 }
 
@@ -518,7 +531,7 @@ impl CommandExecute for Commands {
         command.args(arguments).env_clear().envs(&self.0.0).stdin(std::process::Stdio::null());
         let ran = tokio::task::spawn_blocking(move || command.output()).await.map_err(|_| unexpected("cancelled"))?;
         let output = ran.map_err(|error| unexpected(format!("{program}: {error}")))?;
-        // Discard standard error, which may contain secrets. The exit status has to suffice.
+        // Discard standard error, which may contain secrets. The error then shows the exit status only.
         Ok(CommandOutput { status: output.status.code().unwrap_or(-1), stdout: output.stdout, stderr: Vec::new() })
     }
 }
@@ -533,35 +546,39 @@ struct Http {
 
 impl Http {
     async fn send(&self, request: http::Request<Bytes>) -> std::result::Result<http::Response<Bytes>, String> {
-        let plain = request.uri().scheme_str() == Some("http");
+        let is_metadata = request.uri().scheme_str() == Some("http");
         let text = |error: reqwest::Error| {
             let reason = if error.is_timeout() {
-                "no answer in time"
+                "no response in time"
             } else if error.is_connect() {
                 "cannot connect"
             } else {
-                "invalid answer"
+                "invalid response"
             };
-            format!("{}: {reason}", if plain { "metadata service" } else { "AWS service" })
+            format!("{}: {reason}", if is_metadata { "metadata service" } else { "AWS service" })
         };
-        let client = if plain { self.metadata()? } else { &self.service };
+        let client = if is_metadata { self.metadata()? } else { &self.service };
         let mut request = reqwest::Request::try_from(request).map_err(|_| "cannot build the request")?;
-        *request.timeout_mut() = Some(if plain { METADATA_TIMEOUT } else { SERVICE_TIMEOUT });
+        *request.timeout_mut() = Some(if is_metadata { METADATA_TIMEOUT } else { SERVICE_TIMEOUT });
         let response = client.execute(request).await.map_err(text)?;
-        let mut answer = http::Response::builder().status(response.status());
-        if let Some(headers) = answer.headers_mut() {
+        let mut collected = http::Response::builder().status(response.status());
+        if let Some(headers) = collected.headers_mut() {
             headers.clone_from(response.headers());
         }
-        let limits = BodyLimits::within(ANSWER_BYTES_MAX, if plain { METADATA_TIMEOUT } else { SERVICE_TIMEOUT });
+        let limits =
+            BodyLimits::within(RESPONSE_BYTES_MAX, if is_metadata { METADATA_TIMEOUT } else { SERVICE_TIMEOUT });
         let body = match read_body(response.bytes_stream(), limits).await {
             (body, None) => Bytes::from(body),
-            (_, Some(Cut::Broken(error))) => return Err(text(error)),
-            (_, Some(Cut::TooLong(bytes_max))) => return Err(format!("the answer has more than {bytes_max} bytes")),
-            (_, Some(_)) => return Err("the answer was not complete in time".into()),
+            (_, Some(BodyError::Broken(error))) => return Err(text(error)),
+            (_, Some(BodyError::TooLong(bytes_max))) => {
+                return Err(format!("the response has more than {bytes_max} bytes"));
+            }
+            (_, Some(_)) => return Err("the response was not complete in time".into()),
         };
-        answer.body(body).map_err(|_| "invalid answer".into())
+        collected.body(body).map_err(|_| "invalid response".into())
     }
 
+    /// Returns the client for metadata services. The first call builds it.
     fn metadata(&self) -> std::result::Result<&reqwest::Client, String> {
         if let Some(client) = self.metadata.get() {
             return Ok(client);

@@ -1,21 +1,21 @@
-//! Checks of a bucket for `modelcache doctor` that need no object: settings, clock and credentials.
+//! Checks of a bucket for `modelcache doctor` that access no object: settings, clock and credentials.
 
 use super::S3Backend;
 use super::credentials::CredentialSource;
-use crate::check::{Area, Check, Clock, in_time};
+use crate::check::{Area, Check, Clock, with_timeout};
 use crate::config::{RemoteConfig, Secret};
 use crate::error::Result;
 use crate::remote::doctor::RETRY;
 use object_store::aws::AmazonS3ConfigKey;
 use std::time::{Duration, SystemTime};
 
-/// Credentials with less time left than this give a warning.
-const ENDS_SOON: Duration = Duration::from_secs(900);
+/// Credentials that expire within this time cause a warning.
+const EXPIRES_SOON: Duration = Duration::from_secs(900);
 
 impl S3Backend {
-    /// Adds the checks. Returns false without credentials, because every further request fails then.
+    /// Adds the checks. Returns false if no credentials were found, because every further request would fail.
     pub(super) async fn examine_bucket(&self, config: &RemoteConfig, clock: &Clock, checks: &mut Vec<Check>) -> bool {
-        checks.push(Check::ok(Area::Remote, self.describe(config)));
+        checks.push(Check::ok(Area::Remote, self.summary(config)));
         self.query_clock(clock).await;
         match self.examine_credentials().await {
             Ok(check) => {
@@ -30,7 +30,7 @@ impl S3Backend {
     }
 
     /// Returns one line that describes address, region and options of the bucket.
-    fn describe(&self, config: &RemoteConfig) -> String {
+    fn summary(&self, config: &RemoteConfig) -> String {
         let settings = &self.settings;
         let style = if settings.path_style { "path style" } else { "virtual-hosted style" };
         let mut text = format!("{} at {}, region {}, {style}", config.url, settings.endpoint_url(), settings.region);
@@ -44,18 +44,18 @@ impl S3Backend {
         text
     }
 
-    /// Compares the local clock with the endpoint's `Date` header, which a refusal has, too. Ignores connection errors,
-    /// because the other checks report them.
+    /// Compares the local clock with the endpoint's `Date` header, which an error response has, too. Ignores connection
+    /// errors, because the other checks report them.
     async fn query_clock(&self, clock: &Clock) {
         let endpoint = self.settings.endpoint_url();
         let request = self.plain_client.get(&endpoint).timeout(RETRY.read_timeout);
-        if let Ok(answer) = request.send().await {
-            let date = answer.headers().get("date").and_then(|value| value.to_str().ok());
+        if let Ok(response) = request.send().await {
+            let date = response.headers().get("date").and_then(|value| value.to_str().ok());
             clock.learn(&endpoint, date);
         }
     }
 
-    /// Reports the provider of the credential chain that is used.
+    /// Reports which provider of the credential chain is used.
     async fn examine_credentials(&self) -> Result<Check> {
         let skips = |(key, value): &(AmazonS3ConfigKey, Secret)| {
             *key == AmazonS3ConfigKey::SkipSignature && !matches!(value.expose(), "false" | "0")
@@ -63,18 +63,20 @@ impl S3Backend {
         if self.options.passed_on.iter().any(skips) {
             return Ok(Check::ok(Area::Credentials, "requests are not signed (skip_signature)"));
         }
-        let CredentialSource { place, key_begins, ends } = in_time(self.credentials.credential_source()).await?;
-        let mut says = format!("from {place}; the key's id begins with {key_begins}");
-        let left = ends.map(|ends| ends.duration_since(SystemTime::now()).unwrap_or_default());
+        let CredentialSource { provider_name, key_prefix, expires_at } =
+            with_timeout(self.credentials.credential_source()).await?;
+        let mut message = format!("from {provider_name}; the access key id begins with {key_prefix}");
+        let left = expires_at.map(|expires_at| expires_at.duration_since(SystemTime::now()).unwrap_or_default());
         if let Some(left) = left {
-            says.push_str(&format!("; they expire in {} min", left.as_secs() / 60));
+            message.push_str(&format!("; they expire in {} min", left.as_secs() / 60));
         }
         Ok(match left {
-            Some(left) if left < ENDS_SOON => {
-                let fix = "no action is needed if they are renewed automatically; else log in again (`aws sso login`)";
-                Check::warning(Area::Credentials, says, fix)
+            Some(left) if left < EXPIRES_SOON => {
+                let fix = "no action is needed if the credentials are renewed automatically; otherwise log in again \
+                           (`aws sso login`)";
+                Check::warning(Area::Credentials, message, fix)
             }
-            _ => Check::ok(Area::Credentials, says),
+            _ => Check::ok(Area::Credentials, message),
         })
     }
 }

@@ -1,24 +1,24 @@
-//! Everything particular to S3: requests and their signatures, credentials, settings, and the quirks of listings.
+//! The S3 backend: requests and their signatures, credentials, settings, and deviations of listings.
 
 mod copy;
 mod credentials;
 mod doctor;
+mod error_response;
 mod http_client;
 mod policy;
 mod profile;
 mod raw_client;
-mod refusal;
 mod settings;
 mod uploads;
 mod xml;
 
+pub(super) use error_response::ErrorResponse;
 pub use policy::{Policy, Role};
-pub(super) use refusal::Refusal;
 pub(in crate::remote) use settings::Options;
 #[cfg(fuzzing)]
 pub(crate) use {http_client::fuzz as fuzz_listing, profile::fuzz as fuzz_profile};
 
-use super::{Backend, Copied, Copy, EndpointContext, MultipartUploads, StoredChecksums, failure};
+use super::{Backend, CopyOutcome, CopyRequest, EndpointContext, MultipartUploads, StoredChecksums, failure};
 use crate::check::{Check, Clock};
 use crate::config::RemoteConfig;
 use crate::error::{Error, Result, Tier};
@@ -48,12 +48,12 @@ pub(super) struct S3Backend {
     credentials: Arc<Credentials>,
     raw_client: Option<Arc<RawClient>>,
     copier: Option<Copier>,
-    /// The HTTP client without the timeouts and errors of `http_client.rs`.
+    /// The HTTP client without the request timeouts and errors of `http_client.rs`.
     plain_client: reqwest::Client,
     settings: S3Settings,
     options: Options,
     prefix: String,
-    at: EndpointContext,
+    context: EndpointContext,
     /// The bucket's region as reported by the server, if it differs from the region that requests are signed for.
     reported_region: Mutex<Option<String>>,
 }
@@ -99,13 +99,13 @@ impl S3Backend {
             builder = builder.with_config(*key, value.expose());
         }
         let s3 = builder.build().map_err(|error| {
-            // The text may contain the value of an option, so it is not part of the message.
+            // The text may contain the value of an option, so it is not part of the message shown to the user.
             tracing::debug!(%error, "the S3 client refused its options");
-            Error::invalid("the options of the remote are inconsistent")
+            Error::invalid("the options of the remote are invalid or contradict each other")
                 .tier(Tier::Remote)
-                .hint("check [remote.options]")
+                .hint("check [remote.options]; the debug log contains the reason")
         })?;
-        let at = EndpointContext {
+        let context = EndpointContext {
             container: bucket.to_owned(),
             endpoint: settings.endpoint_url(),
             region: settings.region.clone(),
@@ -119,17 +119,17 @@ impl S3Backend {
             settings,
             options: options.clone(),
             prefix: prefix.to_owned(),
-            at,
+            context,
             reported_region: Mutex::default(),
         })
     }
 
-    /// Returns the client for requests that `object_store` lacks, if the options allow it.
+    /// Returns the client for requests that `object_store` does not offer, or `None` if the options exclude it.
     fn raw_client(&self) -> Option<&RawClient> {
         self.raw_client.as_deref()
     }
 
-    /// Returns the client for copies and for parts with a known digest, if the options allow it.
+    /// Returns the client for copies and for parts with a known digest, or `None` if the options exclude it.
     fn copier(&self) -> Option<&Copier> {
         self.copier.as_ref()
     }
@@ -145,8 +145,8 @@ impl Backend for S3Backend {
         &self.prefix
     }
 
-    fn at(&self) -> &EndpointContext {
-        &self.at
+    fn endpoint_context(&self) -> &EndpointContext {
+        &self.context
     }
 
     fn unusable_key(&self, key: &Path) -> Option<String> {
@@ -166,10 +166,10 @@ impl Backend for S3Backend {
         self.s3.list_paginated(prefix.as_deref(), options).await
     }
 
-    async fn copy(&self, store: &Arc<Store>, copy: &Copy<'_>) -> Result<Copied> {
+    async fn copy(&self, store: &Arc<Store>, copy: &CopyRequest<'_>) -> Result<CopyOutcome> {
         match self.copier() {
             Some(copier) => copy::copy(store, copier, self, copy).await,
-            None => Ok(Copied::Unsupported),
+            None => Ok(CopyOutcome::Unsupported),
         }
     }
 
@@ -184,22 +184,22 @@ impl Backend for S3Backend {
         }
     }
 
-    /// Remembers a region that the server reports, and drops expired credentials.
-    async fn explain(&self, error: object_store::Error, doing: &str) -> Error {
-        let expired = failure::is_expired(&error);
-        let region = failure::refusal(&error).and_then(|refusal| refusal.region.clone());
-        if let Some(region) = region.filter(|region| *region != self.at.region) {
+    /// Also records a region that the server reports, and drops expired credentials.
+    async fn explain(&self, error: object_store::Error, what_failed: &str) -> Error {
+        let has_expired = failure::is_expired(&error);
+        let region = failure::error_response(&error).and_then(|response| response.region.clone());
+        if let Some(region) = region.filter(|region| *region != self.context.region) {
             *self.reported_region.lock().unwrap_or_else(PoisonError::into_inner) = Some(region);
         }
-        let error = failure::translate(error, doing, &self.at);
+        let error = failure::translate(error, what_failed, &self.context);
         // A retry helps only if the credentials can be renewed.
-        if expired { error.transient(self.credentials.expired().await) } else { error }
+        if has_expired { error.transient(self.credentials.drop_expired().await) } else { error }
     }
 
     fn write_permission_hint(&self, error: &Error) -> String {
-        match (refusal::names_key_permission(error.message()), error.hint_text()) {
+        match (error_response::names_key_permission(error.message()), error.hint_text()) {
             (true, Some(hint)) => hint.to_owned(),
-            _ => format!("grant s3:PutObject on the bucket {:?}", self.at.container),
+            _ => format!("grant s3:PutObject on the bucket {:?}", self.context.container),
         }
     }
 

@@ -1,8 +1,8 @@
 //! The minimal IAM policy for a bucket: exactly the actions that modelcache's requests need.
 //!
-//! Reads and HEAD requests need `GetObject`. Multipart uploads need `PutObject`, `AbortMultipartUpload`, and
-//! `ListBucketMultipartUploads` to find orphaned ones. With `ListBucket`, S3 answers 404 for a missing object instead
-//! of 403. Tests compare the policy with the requests that a test server received.
+//! GET and HEAD requests need `GetObject`. Multipart uploads need `PutObject`, `AbortMultipartUpload`, and
+//! `ListBucketMultipartUploads` to find orphaned ones. With `ListBucket`, S3 sends 404 for a missing object instead of
+//! 403. Tests compare the policy with the requests that a test server received.
 
 use super::profile::Profiles;
 use super::settings::{Options, S3Settings};
@@ -91,13 +91,13 @@ fn partition(region: &str) -> &'static str {
 /// Returns the notes on KMS. Its permissions belong to the key and not to the bucket.
 fn notes(config: &RemoteConfig, role: Role) -> Vec<String> {
     let uses_kms = config.options.values().any(|value| value.starts_with("aws:kms"));
-    let rights = match role {
+    let permissions = match role {
         Role::Reader => "kms:Decrypt",
         Role::Writer => "kms:Decrypt and kms:GenerateDataKey",
     };
     let kms = match uses_kms {
-        true => format!("the remote is encrypted with a KMS key: grant {rights} on that key, too"),
-        false => format!("if the bucket is encrypted with a KMS key, grant {rights} on that key, too"),
+        true => format!("the remote is encrypted with a KMS key: grant {permissions} on that key, too"),
+        false => format!("if the bucket is encrypted with a KMS key, grant {permissions} on that key, too"),
     };
     vec![kms]
 }
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_those_of_bucket_prefix_and_partition() {
+    fn a_policy_names_bucket_prefix_and_partition() {
         let reader = policy("s3://b/x/y", "eu-west-1", Role::Reader).expect("policy");
         assert_eq!(reader["Statement"][0]["Resource"], json!(["arn:aws:s3:::b"]));
         assert_eq!(reader["Statement"][0]["Condition"]["StringLike"]["s3:prefix"], json!(["x/y/*"]));

@@ -1,6 +1,6 @@
 //! The AWS configuration files: settings of a profile in `~/.aws/config` and `~/.aws/credentials`.
 //!
-//! Parsing is lenient: lines other than `[section]` and `name = value` are ignored, and so are nested settings.
+//! The parser ignores lines other than `[section]` and `name = value`, and nested settings.
 
 use crate::config::Environment;
 use std::collections::HashMap;
@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 type Sections = HashMap<String, HashMap<String, String>>;
 
-/// The sections of both files, and the name of the chosen profile.
+/// The sections of both files, and the name of the selected profile.
 #[derive(Clone, Default)]
 pub(super) struct Profiles {
     name: String,
@@ -28,19 +28,19 @@ pub(super) fn home(environment: &Environment) -> Option<PathBuf> {
 }
 
 /// Returns the path of one of the two files: the value of `variable` with `~` expanded, or the default path.
-fn file(environment: &Environment, variable: &str, usual: &str) -> Option<PathBuf> {
+fn file(environment: &Environment, variable: &str, default: &str) -> Option<PathBuf> {
     match environment.get(variable) {
         Some(path) => match path.strip_prefix("~/") {
             Some(rest) => Some(home(environment)?.join(rest)),
             None => Some(PathBuf::from(path)),
         },
-        None => Some(home(environment)?.join(usual)),
+        None => Some(home(environment)?.join(default)),
     }
 }
 
 impl Profiles {
     /// Returns the name of the profile that `environment` selects.
-    pub(super) fn chosen(environment: &Environment) -> &str {
+    pub(super) fn selected(environment: &Environment) -> &str {
         environment.get("AWS_PROFILE").or_else(|| environment.get("AWS_DEFAULT_PROFILE")).unwrap_or("default")
     }
 
@@ -55,7 +55,7 @@ impl Profiles {
     pub(super) fn load(environment: &Environment) -> Self {
         let read = |path: Option<PathBuf>| path.map(|path: PathBuf| read_text(&path)).unwrap_or_default();
         Self::from_texts(
-            Self::chosen(environment),
+            Self::selected(environment),
             &read(file(environment, "AWS_SHARED_CREDENTIALS_FILE", ".aws/credentials")),
             &read(file(environment, "AWS_CONFIG_FILE", ".aws/config")),
         )
@@ -64,7 +64,7 @@ impl Profiles {
     /// Parses the texts of both files. The credentials file takes precedence.
     pub(super) fn from_texts(name: &str, credentials: &str, config: &str) -> Self {
         let mut sections = Sections::new();
-        // The configuration file names sections `profile NAME`, the credentials file only `NAME`.
+        // The configuration file has sections named `profile NAME`, the credentials file sections named `NAME`.
         for (section, values) in parse(config) {
             let key = match section.strip_prefix("profile ") {
                 Some(profile) => profile.trim().to_owned(),
@@ -78,17 +78,17 @@ impl Profiles {
         Self { name: name.to_owned(), sections }
     }
 
-    /// Returns the name of the chosen profile.
+    /// Returns the name of the selected profile.
     pub(super) fn name(&self) -> &str {
         &self.name
     }
 
-    /// Returns true if the chosen profile exists.
+    /// Returns true if the selected profile exists.
     pub(super) fn exists(&self) -> bool {
         self.sections.contains_key(&self.name)
     }
 
-    /// Returns a setting of the chosen profile.
+    /// Returns a setting of the selected profile.
     pub(super) fn current(&self, setting: &str) -> Option<&str> {
         self.get(&self.name, setting)
     }
@@ -99,6 +99,7 @@ impl Profiles {
     }
 }
 
+/// Reads a file. A missing file counts as empty, and so does an unreadable one, with a warning.
 fn read_text(path: &Path) -> String {
     match std::fs::read(path) {
         Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
@@ -163,7 +164,7 @@ mod tests {
         assert_eq!(Profiles::files(&home)[0], Path::new("/home/u/.aws/credentials"));
         let moved = environment(&[("HOME", "/home/u"), ("AWS_CONFIG_FILE", "~/c"), ("AWS_PROFILE", "p")]);
         assert_eq!(Profiles::files(&moved)[1], Path::new("/home/u/c"));
-        assert_eq!(Profiles::chosen(&moved), "p");
+        assert_eq!(Profiles::selected(&moved), "p");
         assert!(Profiles::files(&Environment::default()).is_empty());
     }
 }

@@ -1,10 +1,10 @@
-//! Signed S3 requests that `object_store` does not offer: checksums of an object, lists of multipart uploads, conditional
-//! copies, and parts with a known digest.
+//! Signed S3 requests that `object_store` does not offer: checksums of an object, listings of multipart uploads,
+//! conditional copies, and uploads of parts with a known digest.
 //!
 //! [`RawClient`] is the only place that builds and signs such requests. `copy.rs` and `uploads.rs` use it.
 
 use super::credentials::Credentials;
-use super::http_client::{Connector, LongerTimeout};
+use super::http_client::{Connector, ExtraTimeout};
 use super::settings::{Options, S3Settings, is_on};
 use crate::digest::Digest;
 use crate::remote::backend::StoredChecksums;
@@ -25,11 +25,11 @@ use std::time::Duration;
 /// Encodes everything but the unreserved characters of RFC 3986 and the slash, as SigV4 requires for a path.
 const PATH: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~').remove(b'/');
 /// Metadata header with the digest of the object, set by upload tools.
-const METADATA: &str = "x-amz-meta-sha256";
+const METADATA_HEADER: &str = "x-amz-meta-sha256";
 /// Header with the SHA-256 that S3 verified at upload.
-const CHECKSUM: &str = "x-amz-checksum-sha256";
+const CHECKSUM_HEADER: &str = "x-amz-checksum-sha256";
 /// Header with the type of that checksum: `FULL_OBJECT` or `COMPOSITE`.
-const CHECKSUM_TYPE: &str = "x-amz-checksum-type";
+const CHECKSUM_TYPE_HEADER: &str = "x-amz-checksum-type";
 
 /// Sends signed requests to one bucket.
 pub(super) struct RawClient {
@@ -43,15 +43,15 @@ pub(super) struct RawClient {
     request_payer: bool,
 }
 
-/// Returns false if an option changes how requests that read are signed or encrypted. Objects then count as having no
-/// checksum, and uploads cannot be listed.
+/// Returns false if an option changes how read requests are signed or encrypted. Objects then have no known checksum,
+/// and uploads cannot be listed.
 pub(super) fn supports_reads(options: &Options) -> bool {
     use AmazonS3ConfigKey as Key;
-    let changes = |key: &Key| {
-        let is_read_with_a_key = key.as_ref() == "aws_sse_customer_key_base64";
-        is_read_with_a_key || matches!(key, Key::SkipSignature | Key::RequestPayer | Key::S3Express)
+    let changes_reads = |key: &Key| {
+        let needs_customer_key = key.as_ref() == "aws_sse_customer_key_base64";
+        needs_customer_key || matches!(key, Key::SkipSignature | Key::RequestPayer | Key::S3Express)
     };
-    !options.passed_on.iter().any(|(key, _)| changes(key))
+    !options.passed_on.iter().any(|(key, _)| changes_reads(key))
 }
 
 impl RawClient {
@@ -80,14 +80,14 @@ impl RawClient {
         self.signs_payload
     }
 
-    /// Returns a request for an object, or for the bucket itself. `query` must be encoded.
+    /// Returns a request for the object `key`, or for the bucket if `key` is `None`. `query` must be encoded.
     fn request(&self, method: Method, key: Option<&Path>, query: &str) -> Builder {
         let path = key.map(|key| format!("/{}", utf8_percent_encode(key.as_ref(), PATH))).unwrap_or_default();
         let separator = if query.is_empty() { "" } else { "?" };
         http::Request::builder().method(method).uri(format!("{}{path}{separator}{query}", self.url))
     }
 
-    /// Signs and sends a request. `sha256` is the digest of `body`; without it, the digest is computed if needed.
+    /// Signs and sends a request. `sha256` is the digest of `body`. If it is `None`, the digest is computed if needed.
     async fn send(&self, request: Builder, body: Bytes, sha256: Option<Digest>) -> object_store::Result<HttpResponse> {
         let mut request = request.body(HttpRequestBody::from(body)).map_err(generic)?;
         let credential = self.credentials.get_credential().await?;
@@ -98,12 +98,12 @@ impl RawClient {
         self.client.execute(request).await.map_err(generic)
     }
 
-    /// Sends a GET request with `query` for the bucket itself. Returns the body of the answer.
+    /// Sends a GET request with `query` for the bucket. Returns the body of the response.
     pub(super) async fn get(&self, query: &str) -> object_store::Result<String> {
         text(self.send(self.request(Method::GET, None, query), Bytes::new(), None).await?).await
     }
 
-    /// Sends a HEAD request with checksum mode for an object. Returns the checksums in the headers of the answer.
+    /// Sends a HEAD request with checksum mode for an object. Returns the checksums in the headers of the response.
     pub(super) async fn checksums(&self, key: &Path) -> object_store::Result<StoredChecksums> {
         let request = self.request(Method::HEAD, Some(key), "").header("x-amz-checksum-mode", "ENABLED");
         Ok(checksums_in(self.send(request, Bytes::new(), None).await?.headers()))
@@ -120,28 +120,28 @@ impl RawClient {
     ) -> object_store::Result<PartId> {
         let request = self.request(Method::PUT, Some(key), &part_query(upload, index as u64));
         let request = request.header(http::header::CONTENT_LENGTH, bytes.len());
-        let answer = self.send(request, bytes, Some(sha256)).await?;
-        let etag = answer.headers().get(http::header::ETAG).and_then(|etag| etag.to_str().ok());
-        let nameless = || generic("the answer to a part names no ETag");
-        etag.map(|etag| PartId { content_id: etag.to_owned() }).ok_or_else(nameless)
+        let response = self.send(request, bytes, Some(sha256)).await?;
+        let etag = response.headers().get(http::header::ETAG).and_then(|etag| etag.to_str().ok());
+        let missing_etag = || generic("the response to the upload of a part contains no ETag");
+        etag.map(|etag| PartId { content_id: etag.to_owned() }).ok_or_else(missing_etag)
     }
 
-    /// Copies `from` to `to`, or to the part of an upload that `query` names. Returns the body of the answer.
-    /// `longer` is added to the timeout, because the server answers when the copy is complete.
+    /// Copies `from` to `to`, or to the part of an upload that `query` names. Returns the body of the response. `extra`
+    /// is added to the timeout, because the server responds only when the copy is complete.
     pub(super) async fn copy(
         &self,
         from: &Path,
         to: &Path,
         query: &str,
         headers: &HeaderMap,
-        longer: Duration,
+        extra: Duration,
     ) -> object_store::Result<String> {
         let source = format!("{}/{}", self.bucket, utf8_percent_encode(from.as_ref(), PATH));
         let mut request = self.request(Method::PUT, Some(to), query).header("x-amz-copy-source", source);
-        if let Some(present) = request.headers_mut() {
-            present.extend(headers.clone());
+        if let Some(request_headers) = request.headers_mut() {
+            request_headers.extend(headers.clone());
         }
-        text(self.send(request.extension(LongerTimeout(longer)), Bytes::new(), None).await?).await
+        text(self.send(request.extension(ExtraTimeout(extra)), Bytes::new(), None).await?).await
     }
 }
 
@@ -150,8 +150,8 @@ pub(super) fn part_query(upload: &str, index: u64) -> String {
     format!("partNumber={}&uploadId={}", index + 1, utf8_percent_encode(upload, NON_ALPHANUMERIC))
 }
 
-async fn text(answer: HttpResponse) -> object_store::Result<String> {
-    let body = answer.into_body().bytes().await.map_err(generic)?;
+async fn text(response: HttpResponse) -> object_store::Result<String> {
+    let body = response.into_body().bytes().await.map_err(generic)?;
     Ok(String::from_utf8_lossy(&body).into_owned())
 }
 
@@ -160,19 +160,19 @@ fn generic(source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> objec
 }
 
 /// Extracts the checksum of the whole object from the headers. The metadata header takes precedence over S3's checksum,
-/// because the tool that set it computed the digest of the file.
+/// because the upload tool computed its value from the file.
 fn checksums_in(headers: &HeaderMap) -> StoredChecksums {
     let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).map(str::trim);
     let etag = text("etag").map(str::to_owned);
-    let metadata = text(METADATA).map(|hex| hex.parse::<Digest>());
-    let garbage = metadata.as_ref().is_some_and(Result::is_err).then_some(METADATA);
+    let metadata = text(METADATA_HEADER).map(|hex| hex.parse::<Digest>());
+    let invalid_header = metadata.as_ref().is_some_and(Result::is_err).then_some(METADATA_HEADER);
     let sha256 = match metadata {
-        Some(Ok(digest)) => Some((digest, METADATA)),
+        Some(Ok(digest)) => Some((digest, METADATA_HEADER)),
         // The SHA-256 of a multipart object is a checksum of part checksums.
-        _ if is_multipart(etag.as_deref()) || text(CHECKSUM_TYPE) == Some("COMPOSITE") => None,
-        _ => text(CHECKSUM).and_then(whole_object_digest).map(|digest| (digest, CHECKSUM)),
+        _ if is_multipart(etag.as_deref()) || text(CHECKSUM_TYPE_HEADER) == Some("COMPOSITE") => None,
+        _ => text(CHECKSUM_HEADER).and_then(whole_object_digest).map(|digest| (digest, CHECKSUM_HEADER)),
     };
-    StoredChecksums { etag, sha256, garbage }
+    StoredChecksums { etag, sha256, invalid_header }
 }
 
 /// Returns true if the ETag is that of a multipart upload (`"<hex>-<parts>"`). Not every store reports the type of its
@@ -182,7 +182,8 @@ fn is_multipart(etag: Option<&str>) -> bool {
     parts.is_some_and(|(_, parts)| !parts.is_empty() && parts.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
-/// Returns the digest, or `None` for a checksum of part checksums (`<base64>-<parts>`) and for an invalid value.
+/// Parses the digest of a whole object. Returns `None` for a checksum of part checksums (`<base64>-<parts>`) and for an
+/// invalid value.
 fn whole_object_digest(checksum: &str) -> Option<Digest> {
     let bytes = STANDARD.decode(checksum).ok()?;
     Some(Digest::from_bytes(bytes.try_into().ok()?))
@@ -203,16 +204,22 @@ mod tests {
     fn metadata_and_checksums_of_whole_objects_yield_a_digest() {
         let (a, b) = (Digest::of(b"a"), Digest::of(b"b"));
         let base64 = STANDARD.encode(b.as_bytes());
-        assert_eq!(digest_in(&[(METADATA, a.to_string().to_uppercase())]), Some((a, METADATA)));
-        assert_eq!(digest_in(&[(CHECKSUM, base64.clone())]), Some((b, CHECKSUM)));
-        assert_eq!(digest_in(&[(METADATA, a.to_string()), (CHECKSUM, base64.clone())]), Some((a, METADATA)));
-        assert_eq!(digest_in(&[(METADATA, "unknown".into()), (CHECKSUM, base64.clone())]), Some((b, CHECKSUM)));
-        assert_eq!(digest_in(&[(CHECKSUM, format!("{base64}-2"))]), None, "a checksum of checksums");
-        assert_eq!(digest_in(&[(CHECKSUM, STANDARD.encode(b"short"))]), None);
-        let typed = |kind: &str| digest_in(&[(CHECKSUM, base64.clone()), (CHECKSUM_TYPE, kind.into())]);
-        assert_eq!((typed("FULL_OBJECT"), typed("COMPOSITE")), (Some((b, CHECKSUM)), None));
-        let tag_record = |etag: &str| digest_in(&[(CHECKSUM, base64.clone()), ("etag", etag.into())]);
-        assert_eq!((tag_record("\"9b2c-d\""), tag_record("\"9b2cd-2\"")), (Some((b, CHECKSUM)), None));
+        assert_eq!(digest_in(&[(METADATA_HEADER, a.to_string().to_uppercase())]), Some((a, METADATA_HEADER)));
+        assert_eq!(digest_in(&[(CHECKSUM_HEADER, base64.clone())]), Some((b, CHECKSUM_HEADER)));
+        assert_eq!(
+            digest_in(&[(METADATA_HEADER, a.to_string()), (CHECKSUM_HEADER, base64.clone())]),
+            Some((a, METADATA_HEADER))
+        );
+        assert_eq!(
+            digest_in(&[(METADATA_HEADER, "unknown".into()), (CHECKSUM_HEADER, base64.clone())]),
+            Some((b, CHECKSUM_HEADER))
+        );
+        assert_eq!(digest_in(&[(CHECKSUM_HEADER, format!("{base64}-2"))]), None, "a checksum of checksums");
+        assert_eq!(digest_in(&[(CHECKSUM_HEADER, STANDARD.encode(b"short"))]), None);
+        let typed = |kind: &str| digest_in(&[(CHECKSUM_HEADER, base64.clone()), (CHECKSUM_TYPE_HEADER, kind.into())]);
+        assert_eq!((typed("FULL_OBJECT"), typed("COMPOSITE")), (Some((b, CHECKSUM_HEADER)), None));
+        let with_etag = |etag: &str| digest_in(&[(CHECKSUM_HEADER, base64.clone()), ("etag", etag.into())]);
+        assert_eq!((with_etag("\"9b2c-d\""), with_etag("\"9b2cd-2\"")), (Some((b, CHECKSUM_HEADER)), None));
         assert_eq!(digest_in(&[]), None);
     }
 }

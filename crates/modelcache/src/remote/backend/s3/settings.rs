@@ -18,14 +18,14 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// The region that requests are signed for if none is configured.
 const DEFAULT_REGION: &str = "us-east-1";
 
-/// The options of `[remote.options]`, checked.
+/// The parsed options of `[remote.options]`.
 #[derive(Debug, Clone, Default)]
 pub(in crate::remote) struct Options {
     /// Region, if configured.
     pub(super) region: Option<String>,
     /// Endpoint, if configured.
     pub(super) endpoint: Option<String>,
-    /// True to put the bucket into the path of the URL instead of the host name.
+    /// True to put the bucket name into the path of the URL, false to put it into the host name.
     pub(super) path_style: Option<bool>,
     /// True to allow plain HTTP.
     pub(super) allow_http: Option<bool>,
@@ -47,7 +47,7 @@ pub(in crate::remote) struct Options {
     pub(super) passed_on: Vec<(AmazonS3ConfigKey, Secret)>,
 }
 
-/// The documented option names, suggested for a misspelt one.
+/// The documented option names. The nearest one is suggested for an unknown name.
 const NAMES: [&str; 22] = [
     "region",
     "endpoint",
@@ -111,7 +111,7 @@ impl Options {
             "secret_access_key" => self.secret_key = Some(Secret::new(value)),
             "session_token" | "token" => self.session_token = Some(Secret::new(value)),
             "sse_customer_key_base64" => self.passed_on.push((pass_on(name, plain)?, Secret::new(value))),
-            _ => self.passed_on.push((pass_on(name, plain)?, Secret::hidden(value))),
+            _ => self.passed_on.push((pass_on(name, plain)?, Secret::unregistered(value))),
         }
         Ok(())
     }
@@ -123,10 +123,12 @@ fn pass_on(name: &str, plain: &str) -> Result<AmazonS3ConfigKey> {
     let plain = if plain == "sse" { "server_side_encryption" } else { plain };
     match plain.parse() {
         Ok(Key::Bucket) => {
-            Err(invalid(format!("the remote option {name:?} is part of the address")).hint("write s3://BUCKET/PREFIX"))
+            Err(invalid(format!("the remote option {name:?} is not allowed: the bucket is part of the address"))
+                .hint("write s3://BUCKET/PREFIX"))
         }
         Ok(Key::Client(ClientConfigKey::UserAgent | ClientConfigKey::Timeout | ClientConfigKey::ReadTimeout)) => {
-            Err(invalid(format!("the remote option {name:?} is set by modelcache")).hint("see retry.read_timeout"))
+            Err(invalid(format!("the remote option {name:?} is not allowed: modelcache sets it"))
+                .hint("see retry.read_timeout"))
         }
         Ok(Key::Client(_)) | Err(_) => {
             let error = invalid(format!("unknown remote option {name:?}"));
@@ -147,7 +149,7 @@ fn flag(name: &str, value: &str) -> Result<bool> {
     }
 }
 
-/// Returns true for an option value that `object_store` takes for true.
+/// Returns true if an option passed on to `object_store` has a value that means true.
 pub(super) fn is_on(value: &str) -> bool {
     matches!(value.to_ascii_lowercase().as_str(), "true" | "1" | "yes" | "on")
 }
@@ -198,8 +200,8 @@ impl S3Settings {
     /// Merges the settings. Options take precedence over variables, and variables over the profile.
     ///
     /// # Errors
-    /// [`Invalid`](crate::ErrorKind::Invalid) for an invalid endpoint or region. The message repeats neither with parts
-    /// that may be credentials.
+    /// [`Invalid`](crate::ErrorKind::Invalid) for an invalid endpoint or region. The message contains neither the
+    /// region nor credentials in the endpoint, because either may be a secret.
     pub(super) fn gather(options: &Options, environment: &Environment, profiles: &Profiles) -> Result<Self> {
         let variable = |name: &str| environment.get(name).map(str::to_owned);
         let setting = |name: &str| profiles.current(name).map(str::to_owned);
@@ -217,14 +219,14 @@ impl S3Settings {
             .or_else(|| variable("AWS_DEFAULT_REGION"))
             .or_else(|| setting("region"))
             .unwrap_or_else(|| DEFAULT_REGION.to_owned());
-        let plain = endpoint.as_deref().is_some_and(|endpoint| endpoint.starts_with("http://"));
+        let is_http = endpoint.as_deref().is_some_and(|endpoint| endpoint.starts_with("http://"));
         let ca_file = variable("AWS_CA_BUNDLE").or_else(|| setting("ca_bundle")).or_else(|| variable("SSL_CERT_FILE"));
         let settings = Self {
             region,
             // Most S3-compatible servers do not resolve `bucket.endpoint`, so a custom endpoint defaults to path style.
             path_style: options.path_style.unwrap_or(endpoint.is_some()),
             endpoint,
-            allow_http: options.allow_http.unwrap_or(plain),
+            allow_http: options.allow_http.unwrap_or(is_http),
             connect_timeout: options.connect_timeout.unwrap_or(CONNECT_TIMEOUT),
             ca_file: ca_file.map(PathBuf::from),
         };
@@ -246,8 +248,8 @@ impl S3Settings {
         }
     }
 
-    /// Returns true if requests sign the digest of their body. Without the option `unsigned_payload`, bodies are signed
-    /// over plain HTTP only, because TLS protects their integrity.
+    /// Returns true if requests sign the digest of their body. Without the option `unsigned_payload`, only requests
+    /// over plain HTTP do, because TLS protects the integrity of bodies.
     pub(super) fn signs_payload(&self, options: &Options) -> bool {
         let is_unsigned = |(key, _): &&(AmazonS3ConfigKey, Secret)| matches!(key, AmazonS3ConfigKey::UnsignedPayload);
         match options.passed_on.iter().find(is_unsigned) {
@@ -256,7 +258,7 @@ impl S3Settings {
         }
     }
 
-    /// Checks region and endpoint, which may come from any source.
+    /// Checks region and endpoint. Each may come from an option, a variable or the profile.
     fn check(&self) -> Result<()> {
         let is_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
         if self.region.is_empty() || !self.region.chars().all(is_name) {

@@ -1,6 +1,6 @@
 //! Multipart uploads of a bucket, and the listing of unfinished ones.
 //!
-//! Listing needs the permission `s3:ListBucketMultipartUploads`, and some stores do not offer it.
+//! Listing needs the permission `s3:ListBucketMultipartUploads`, and some stores do not support listing.
 
 use super::{S3Backend, xml};
 use crate::digest::Digest;
@@ -60,7 +60,7 @@ impl MultipartUploads for S3Backend {
                     break;
                 }
             };
-            // Some stores ignore the prefix.
+            // Some stores ignore the parameter `prefix`.
             uploads.extend(uploads_in(&page).into_iter().filter(|upload| upload.key.starts_with(prefix)));
             match (xml::text(&page, "NextKeyMarker"), xml::text(&page, "NextUploadIdMarker")) {
                 (Some(key), id) if xml::text(&page, "IsTruncated").as_deref() == Some("true") => {
@@ -79,6 +79,7 @@ impl MultipartUploads for S3Backend {
     }
 }
 
+/// Percent-encodes the value of a query parameter.
 fn encoded(text: &str) -> String {
     utf8_percent_encode(text, NON_ALPHANUMERIC).to_string()
 }

@@ -1,14 +1,14 @@
-//! Reading elements out of the XML answers of S3.
+//! Extraction of elements from the XML responses of S3.
 //!
-//! Each element that precedes a mistake in the document is found, so that a truncated error body still states its code.
-//! Elements nested deeper than [`DEPTH_MAX`] count as such a mistake.
+//! Every element before the first syntax error is found, so that a truncated error body still yields its code. An
+//! element nested deeper than [`DEPTH_MAX`] counts as a syntax error.
 
 use quick_xml::Reader;
 use quick_xml::escape::resolve_predefined_entity;
 use quick_xml::events::{BytesRef, Event};
 use std::ops::Range;
 
-/// Deepest nesting of elements. S3 uses five levels; the parser takes memory for each.
+/// Deepest nesting of elements. S3 uses five levels, and the parser allocates memory for each.
 const DEPTH_MAX: usize = 32;
 
 /// Returns the text of the first element with this local name, or `None` if it is absent or has no end tag.
@@ -38,7 +38,7 @@ fn push_reference(text: &mut String, reference: &BytesRef<'_>) -> Option<()> {
 }
 
 /// Returns the position of every element with this local name, from start tag to end tag. Elements inside such an
-/// element are not returned. Ends before the first mistake in the document.
+/// element are not returned. Ends before the first syntax error.
 pub(super) fn elements<'a>(xml: &'a str, name: &'a str) -> impl Iterator<Item = Range<usize>> + 'a {
     // The parser does not count a byte order mark, so it is skipped here.
     let content = xml.trim_start_matches('\u{feff}');
@@ -51,6 +51,7 @@ pub(super) fn elements<'a>(xml: &'a str, name: &'a str) -> impl Iterator<Item = 
     })
 }
 
+/// Returns the position of the next element named `name`.
 fn next(reader: &mut Reader<&[u8]>, depth: &mut usize, name: &str) -> Option<Range<usize>> {
     let mut open = None;
     loop {
@@ -87,7 +88,7 @@ fn position(reader: &Reader<&[u8]>) -> Option<usize> {
 
 fn reader(xml: &str) -> Reader<&[u8]> {
     let mut reader = Reader::from_str(xml);
-    // A message with a bare `&` is still worth showing.
+    // Accept a bare `&`, so that an error message with one is still shown.
     reader.config_mut().allow_dangling_amp = true;
     reader
 }
@@ -97,7 +98,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn elements_are_found_up_to_the_first_mistake() {
+    fn elements_are_found_up_to_the_first_syntax_error() {
         let found = |xml: &str| elements(xml, "a").map(|at| xml[at].to_owned()).collect::<Vec<_>>();
         assert_eq!(
             found("<?xml version='1.0'?>\n<x>\n <a>1</a> <y><a k='v'><a/><a>2</a></a></y></x>"),

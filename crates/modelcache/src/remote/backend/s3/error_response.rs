@@ -1,4 +1,4 @@
-//! Error answers of S3, and the table of their meaning.
+//! Error responses of S3, and the table that maps them to error kind, message and remedy.
 
 use crate::error::{Error, ErrorKind};
 use crate::printable;
@@ -7,24 +7,27 @@ use std::fmt;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-/// An error answer of the server. Never contains request headers or signatures.
+/// Most characters of S3's message that are kept.
+pub(super) const MESSAGE_CHARS_MAX: usize = 200;
+
+/// An error response of the server. Never contains request headers or signatures.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(in crate::remote::backend) struct Refusal {
+pub(in crate::remote::backend) struct ErrorResponse {
     /// HTTP status.
     pub(in crate::remote::backend) status: u16,
-    /// S3's error code, if the body has one (answers to HEAD have no body).
+    /// S3's error code, if the body has one. Responses to HEAD have no body.
     pub(in crate::remote::backend) code: Option<String>,
-    /// S3's message, at most 200 characters.
+    /// S3's message, at most [`MESSAGE_CHARS_MAX`] characters.
     pub(in crate::remote::backend) message: Option<String>,
-    /// The bucket's region, if the server states it.
+    /// The bucket's region, if the response contains it.
     pub(in crate::remote::backend) region: Option<String>,
-    /// The time to wait before a retry, if the server states it.
+    /// The time to wait before a retry, if the response contains it.
     pub(in crate::remote::backend) retry_after: Option<Duration>,
-    /// The `Date` header, the server's clock.
+    /// The `Date` header: the time of the server's clock.
     pub(in crate::remote::backend) date: Option<String>,
 }
 
-impl fmt::Display for Refusal {
+impl fmt::Display for ErrorResponse {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "HTTP {}", self.status)?;
         if let Some(code) = &self.code {
@@ -37,19 +40,19 @@ impl fmt::Display for Refusal {
     }
 }
 
-impl std::error::Error for Refusal {}
+impl std::error::Error for ErrorResponse {}
 
-/// An error answer, and the request that it answers.
-struct Answer<'a> {
-    refusal: &'a Refusal,
-    /// The failed operation; it begins a message.
-    doing: &'a str,
-    at: &'a EndpointContext,
+/// What a message is made of: an error response and the request that failed.
+struct MessageContext<'a> {
+    response: &'a ErrorResponse,
+    /// The failed operation. It begins most messages.
+    what_failed: &'a str,
+    server: &'a EndpointContext,
 }
 
-type Text = fn(&Answer<'_>) -> String;
+type Text = fn(&MessageContext<'_>) -> String;
 
-/// What an error answer means.
+/// The meaning of an error response.
 struct Meaning {
     kind: ErrorKind,
     /// True if a retry may succeed.
@@ -58,16 +61,17 @@ struct Meaning {
     remedy: Option<Text>,
 }
 
-/// The message of most answers: operation, endpoint, and the server's answer.
-const ANSWERED: Text = |answer| format!("{}: {} answered {}", answer.doing, answer.at.endpoint, answer.refusal);
+/// The message for most responses: operation, endpoint, and the server's response.
+const DEFAULT_MESSAGE: Text =
+    |context| format!("{}: {} answered {}", context.what_failed, context.server.endpoint, context.response);
 
 const fn meaning(kind: ErrorKind, transient: bool, message: Text, remedy: Option<Text>) -> Meaning {
     Meaning { kind, transient, message, remedy }
 }
 
-/// Codes of expired credentials. Renewed ones may succeed.
+/// Codes of expired credentials. A retry with renewed credentials may succeed.
 const EXPIRED: &[&str] = &["ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"];
-/// Codes of a missing right, which S3 also sends for a missing object.
+/// Codes of a missing permission, which S3 also sends for a missing object.
 const AMBIGUOUS: &[&str] = &["AccessDenied", "Forbidden", "403", ""];
 
 /// Error codes of S3 (<https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html>). They take precedence over
@@ -78,7 +82,9 @@ const CODES: &[(&[&str], Meaning)] = &[
         meaning(
             ErrorKind::Invalid,
             false,
-            |answer| format!("the bucket {:?} does not exist at {}", answer.at.container, answer.at.endpoint),
+            |context| {
+                format!("the bucket {:?} does not exist at {}", context.server.container, context.server.endpoint)
+            },
             Some(|_| {
                 "check the remote's address (s3://BUCKET/PREFIX), its endpoint and its region; modelcache creates no buckets"
                     .into()
@@ -90,9 +96,11 @@ const CODES: &[(&[&str], Meaning)] = &[
         meaning(
             ErrorKind::Invalid,
             false,
-            |answer| format!("{:?} is not a valid bucket name at {}", answer.at.container, answer.at.endpoint),
+            |context| {
+                format!("{:?} is not a valid bucket name at {}", context.server.container, context.server.endpoint)
+            },
             Some(|_| {
-                "names have 3 to 63 lower-case letters, digits, dots and hyphens: check MODEL_CACHE_REMOTE or MODEL_CACHE_S3_BUCKET"
+                "a bucket name has 3 to 63 lower-case letters, digits, dots and hyphens: check MODEL_CACHE_REMOTE or MODEL_CACHE_S3_BUCKET"
                     .into()
             }),
         ),
@@ -107,11 +115,14 @@ const CODES: &[(&[&str], Meaning)] = &[
         meaning(
             ErrorKind::Unauthorized,
             false,
-            |answer| {
-                let date = answer.refusal.date.as_deref().map_or_else(|| "time unknown".into(), printable::quote);
-                format!("{}: the clock of this machine differs too much from the server's ({date})", answer.doing)
+            |context| {
+                let date = context.response.date.as_deref().map_or_else(|| "time unknown".into(), printable::quote);
+                format!(
+                    "{}: the clock of this machine differs too much from the server's ({date})",
+                    context.what_failed
+                )
             },
-            Some(|_| "set the clock (NTP); requests are signed with the time".into()),
+            Some(|_| "set the clock (NTP); the signature of a request contains the time".into()),
         ),
     ),
     (
@@ -119,7 +130,7 @@ const CODES: &[(&[&str], Meaning)] = &[
         meaning(
             ErrorKind::Unauthorized,
             false,
-            ANSWERED,
+            DEFAULT_MESSAGE,
             Some(|_| "the credentials have expired: log in again (`aws sso login`) or renew the session token".into()),
         ),
     ),
@@ -128,8 +139,10 @@ const CODES: &[(&[&str], Meaning)] = &[
         meaning(
             ErrorKind::Unauthorized,
             false,
-            ANSWERED,
-            Some(|_| "the access key is not known there: check AWS_ACCESS_KEY_ID, AWS_PROFILE and the endpoint".into()),
+            DEFAULT_MESSAGE,
+            Some(|_| {
+                "the server does not know the access key: check AWS_ACCESS_KEY_ID, AWS_PROFILE and the endpoint".into()
+            }),
         ),
     ),
     (
@@ -137,7 +150,7 @@ const CODES: &[(&[&str], Meaning)] = &[
         meaning(
             ErrorKind::Unauthorized,
             false,
-            ANSWERED,
+            DEFAULT_MESSAGE,
             Some(|_| "check AWS_SECRET_ACCESS_KEY, and that no proxy rewrites requests".into()),
         ),
     ),
@@ -160,7 +173,7 @@ const CODES: &[(&[&str], Meaning)] = &[
         meaning(
             ErrorKind::Invalid,
             false,
-            ANSWERED,
+            DEFAULT_MESSAGE,
             Some(|_| {
                 "this store wants the bucket in the host name: set path_style = false under [remote.options]".into()
             }),
@@ -171,7 +184,9 @@ const CODES: &[(&[&str], Meaning)] = &[
         meaning(
             ErrorKind::Unavailable,
             false,
-            |answer| format!("{}: the object is archived and cannot be read: {}", answer.doing, answer.refusal),
+            |context| {
+                format!("{}: the object is archived and cannot be read: {}", context.what_failed, context.response)
+            },
             Some(|_| {
                 "restore it (`aws s3api restore-object`), or exclude the prefix from the bucket's archive rules".into()
             }),
@@ -182,7 +197,7 @@ const CODES: &[(&[&str], Meaning)] = &[
         meaning(
             ErrorKind::Unauthorized,
             false,
-            ANSWERED,
+            DEFAULT_MESSAGE,
             Some(|_| "the account of the bucket is suspended or not paid for: ask the owner of the account".into()),
         ),
     ),
@@ -196,20 +211,20 @@ const CODES: &[(&[&str], Meaning)] = &[
         meaning(
             ErrorKind::Unauthorized,
             false,
-            ANSWERED,
+            DEFAULT_MESSAGE,
             Some(|_| {
                 "the KMS key of the bucket is disabled or deleted: enable it, or set another key under [remote.options]"
                     .into()
             }),
         ),
     ),
-    // Not codes of S3: `Refusal::demand` derives them from the message.
+    // Not codes of S3: `ErrorResponse::demand` derives them from the message.
     (
         &[CHECKSUM_REQUIRED],
         meaning(
             ErrorKind::Invalid,
             false,
-            ANSWERED,
+            DEFAULT_MESSAGE,
             Some(|_| {
                 "the bucket wants a checksum with each write (Object Lock): set checksum_algorithm = \"SHA256\" under [remote.options]"
                     .into()
@@ -221,7 +236,7 @@ const CODES: &[(&[&str], Meaning)] = &[
         meaning(
             ErrorKind::Unauthorized,
             false,
-            ANSWERED,
+            DEFAULT_MESSAGE,
             Some(|_| {
                 "the object is encrypted with a key of its owner: set sse_customer_key_base64 under [remote.options]"
                     .into()
@@ -251,32 +266,33 @@ const CODES: &[(&[&str], Meaning)] = &[
             "ConditionalRequestConflict",
             "TooManyRequests",
         ],
-        meaning(ErrorKind::Unavailable, true, ANSWERED, None),
+        meaning(ErrorKind::Unavailable, true, DEFAULT_MESSAGE, None),
     ),
 ];
 
-/// Code of a redirect to another region. An answer without a code and with one of [`REDIRECTS`] means the same.
+/// Code of a redirect to another region. A response without a code and with one of the [`REDIRECT_STATUSES`] means the
+/// same.
 const REDIRECT: &str = "PermanentRedirect";
 /// Derived code of a bucket that refuses writes without a checksum.
 const CHECKSUM_REQUIRED: &str = "checksum required";
 /// Derived code of an object that is encrypted with a key that the caller has to send.
 const CUSTOMER_KEY_REQUIRED: &str = "customer key required";
 /// Statuses of redirects.
-const REDIRECTS: &[u16] = &[301, 307, 308];
+const REDIRECT_STATUSES: &[u16] = &[301, 307, 308];
 
-/// Statuses, for answers without one of the [`CODES`].
+/// The meaning by status, for responses without one of the [`CODES`]. The first matching row counts.
 const STATUSES: &[(RangeInclusive<u16>, Meaning)] = &[
-    (401..=401, MISSING_RIGHT),
-    (403..=403, MISSING_RIGHT),
-    (404..=404, meaning(ErrorKind::NotFound, false, ANSWERED, None)),
-    (409..=409, meaning(ErrorKind::Conflict, true, ANSWERED, None)),
-    (412..=412, meaning(ErrorKind::Conflict, false, ANSWERED, None)),
+    (401..=401, MISSING_PERMISSION),
+    (403..=403, MISSING_PERMISSION),
+    (404..=404, meaning(ErrorKind::NotFound, false, DEFAULT_MESSAGE, None)),
+    (409..=409, meaning(ErrorKind::Conflict, true, DEFAULT_MESSAGE, None)),
+    (412..=412, meaning(ErrorKind::Conflict, false, DEFAULT_MESSAGE, None)),
     (
         416..=416,
         meaning(
             ErrorKind::Corrupt,
             false,
-            ANSWERED,
+            DEFAULT_MESSAGE,
             Some(|_| "the object is shorter than recorded; publish the artifact again to repair it".into()),
         ),
     ),
@@ -290,16 +306,16 @@ const STATUSES: &[(RangeInclusive<u16>, Meaning)] = &[
     (0..=u16::MAX, OTHER),
 ];
 
-const MISSING_RIGHT: Meaning = meaning(ErrorKind::Unauthorized, false, ANSWERED, Some(missing_right));
+const MISSING_PERMISSION: Meaning = meaning(ErrorKind::Unauthorized, false, DEFAULT_MESSAGE, Some(missing_permission));
 /// The store has no room, or its quota is used up. A retry would fail, too.
 const FULL: Meaning = meaning(
     ErrorKind::Full,
     false,
-    ANSWERED,
-    Some(|answer| {
+    DEFAULT_MESSAGE,
+    Some(|context| {
         format!(
             "free space in {:?} (`modelcache evict NAME@VERSION --tier remote`) or raise its quota",
-            answer.at.container
+            context.server.container
         )
     }),
 );
@@ -307,46 +323,49 @@ const FULL: Meaning = meaning(
 const REFUSED: Meaning = meaning(
     ErrorKind::Unavailable,
     false,
-    ANSWERED,
+    DEFAULT_MESSAGE,
     Some(|_| "the store refuses the request itself: check the endpoint and [remote.options] against its manual".into()),
 );
-const OVERLOADED: Meaning = meaning(ErrorKind::Unavailable, true, ANSWERED, None);
-const OTHER: Meaning = meaning(ErrorKind::Unavailable, false, ANSWERED, None);
+const OVERLOADED: Meaning = meaning(ErrorKind::Unavailable, true, DEFAULT_MESSAGE, None);
+const OTHER: Meaning = meaning(ErrorKind::Unavailable, false, DEFAULT_MESSAGE, None);
 
 /// Returns true if the server blames a permission on an encryption key. It names it in its message only.
 pub(super) fn names_key_permission(message: &str) -> bool {
     message.contains("kms:")
 }
 
-fn missing_right(answer: &Answer<'_>) -> String {
-    if answer.refusal.message.as_deref().is_some_and(names_key_permission) {
-        return "grant the permission on the key that the answer names: kms:Decrypt to read, kms:GenerateDataKey to write"
+fn missing_permission(context: &MessageContext<'_>) -> String {
+    if context.response.message.as_deref().is_some_and(names_key_permission) {
+        return "grant the permission on the key that the server names: kms:Decrypt to read, kms:GenerateDataKey to write"
             .into();
     }
     format!(
-        "the server's answer may say more; reading {:?} needs s3:GetObject and s3:ListBucket, publishing s3:PutObject, evicting s3:DeleteObject",
-        answer.at.container
+        "the credentials lack a permission on {:?}, or its policy forbids the request: reading needs s3:GetObject and s3:ListBucket, publishing s3:PutObject, evicting s3:DeleteObject",
+        context.server.container
     )
 }
 
-fn wrong_region(answer: &Answer<'_>) -> String {
-    let at = answer.at;
-    match answer.refusal.region.as_deref().map(printable::quote) {
-        Some(region) => format!("the bucket {:?} is in the region {region}, not {}", at.container, at.region),
+fn wrong_region(context: &MessageContext<'_>) -> String {
+    let server = context.server;
+    match context.response.region.as_deref().map(printable::quote) {
+        Some(region) => format!("the bucket {:?} is in the region {region}, not {}", server.container, server.region),
         None => {
-            format!("the bucket {:?} is not in the region {}, or not at {}", at.container, at.region, at.endpoint)
+            format!(
+                "the bucket {:?} is not in the region {}, or not at {}",
+                server.container, server.region, server.endpoint
+            )
         }
     }
 }
 
-fn right_region(answer: &Answer<'_>) -> String {
-    match answer.refusal.region.as_deref().map(printable::quote) {
+fn right_region(context: &MessageContext<'_>) -> String {
+    match context.response.region.as_deref().map(printable::quote) {
         Some(region) => format!("set AWS_REGION={region}, or region = {region:?} under [remote.options]"),
         None => "set AWS_REGION (or region under [remote.options]) to the bucket's region".into(),
     }
 }
 
-impl Refusal {
+impl ErrorResponse {
     fn code(&self) -> &str {
         self.code.as_deref().unwrap_or_default()
     }
@@ -366,32 +385,32 @@ impl Refusal {
         EXPIRED.contains(&self.code())
     }
 
-    /// Returns true if the object may be missing: a 403 with no code that names a fault of the request.
+    /// Returns true if the object may be missing: the response is a 403, and its code does not blame the request.
     pub(in crate::remote::backend) fn is_ambiguous(&self) -> bool {
         self.status == 403 && AMBIGUOUS.contains(&self.code())
     }
 
-    /// Translates the answer by [`CODES`] and [`STATUSES`].
-    pub(in crate::remote::backend) fn explain(&self, doing: &str, at: &EndpointContext) -> Error {
+    /// Translates the response by [`CODES`] and [`STATUSES`].
+    pub(in crate::remote::backend) fn explain(&self, what_failed: &str, server: &EndpointContext) -> Error {
         let code = match self.code() {
-            "" if REDIRECTS.contains(&self.status) => REDIRECT,
+            "" if REDIRECT_STATUSES.contains(&self.status) => REDIRECT,
             code @ ("InvalidRequest" | "MissingContentMD5" | "InvalidArgument") => self.demand().unwrap_or(code),
             code => code,
         };
         let by_code = CODES.iter().find(|(codes, _)| codes.contains(&code)).map(|(_, meaning)| meaning);
         let by_status = || STATUSES.iter().find(|(range, _)| range.contains(&self.status)).map(|(_, meaning)| meaning);
         let meaning = by_code.or_else(by_status).unwrap_or(&OTHER);
-        let answer = Answer { refusal: self, doing, at };
-        let mut error = Error::new(meaning.kind, (meaning.message)(&answer)).transient(meaning.transient);
+        let context = MessageContext { response: self, what_failed, server };
+        let mut error = Error::new(meaning.kind, (meaning.message)(&context)).transient(meaning.transient);
         if let Some(remedy) = meaning.remedy {
-            error = error.hint(remedy(&answer));
+            error = error.hint(remedy(&context));
         }
-        // A busy server may state how long to wait.
+        // A server that is overloaded may tell how long to wait.
         if meaning.kind != ErrorKind::Unavailable || !meaning.transient {
             return error;
         }
         if matches!(self.status, 429 | 503) {
-            error = error.throttled(at.endpoint.clone());
+            error = error.throttled(server.endpoint.clone());
         }
         match self.retry_after {
             Some(wait) => error.retry_after(wait),
@@ -406,13 +425,13 @@ mod tests {
     use std::collections::BTreeSet;
 
     #[test]
-    fn remedies_have_no_gaps_from_broken_lines() {
-        let (refusal, doing) = (Refusal::default(), "cannot read");
-        let at = EndpointContext { container: "b".into(), endpoint: "e".into(), region: "r".into() };
-        let answer = Answer { refusal: &refusal, doing, at: &at };
+    fn remedies_contain_no_double_spaces_from_line_breaks() {
+        let (response, what_failed) = (ErrorResponse::default(), "cannot read");
+        let server = EndpointContext { container: "b".into(), endpoint: "e".into(), region: "r".into() };
+        let context = MessageContext { response: &response, what_failed, server: &server };
         let meanings = CODES.iter().map(|(_, meaning)| meaning).chain(STATUSES.iter().map(|(_, meaning)| meaning));
         for remedy in meanings.filter_map(|meaning| meaning.remedy) {
-            assert!(!remedy(&answer).contains("  "), "{:?}", remedy(&answer));
+            assert!(!remedy(&context).contains("  "), "{:?}", remedy(&context));
         }
     }
 
@@ -423,10 +442,11 @@ mod tests {
     }
 
     #[test]
-    fn only_a_busy_server_says_when_to_retry() {
+    fn only_an_overloaded_server_sets_the_wait_before_a_retry() {
         let explained = |status, code: &str| {
             let retry_after = Some(Duration::from_secs(3));
-            let refusal = Refusal { status, code: Some(code.to_owned()), retry_after, ..Refusal::default() };
+            let refusal =
+                ErrorResponse { status, code: Some(code.to_owned()), retry_after, ..ErrorResponse::default() };
             let at = EndpointContext { container: "b".into(), endpoint: "e".into(), region: "r".into() };
             let error = refusal.explain("cannot read", &at);
             (error.is_transient(), error.throttled_by().is_some())

@@ -1,4 +1,4 @@
-//! HTTP responses, for every origin and the remote: header checks, and the one reader of bodies kept in memory.
+//! HTTP responses of origins and of the remote: header checks, and the only reader of bodies that are kept in memory.
 //!
 //! # Contract
 //! - [`check_headers`] rejects a response with contradictory headers or an encoded body.
@@ -15,11 +15,11 @@ use tokio::time::Instant;
 
 /// A connection that delivers fewer bytes than this within one read timeout of waiting counts as stalled.
 pub(crate) const STALL_BYTES: u64 = 32 << 10;
-/// Bytes of an error response's body that are read. The explanations of real servers have a few hundred.
-pub(crate) const REFUSAL_BYTES_MAX: u64 = 64 << 10;
-/// Fixed part of a body's deadline, in read timeouts. [`BYTES_PER_S_MIN`] adds the part that depends on the size.
-const READ_TIMEOUTS_MAX: u32 = 10;
-/// Slowest rate that a body's deadline allows, in bytes per second: 16 MiB get 64 s, the largest manifest 34 min.
+/// Maximum number of bytes of an error response's body to read. Real error messages have a few hundred.
+pub(crate) const ERROR_BODY_BYTES_MAX: u64 = 64 << 10;
+/// Fixed part of a body's deadline, as a number of read timeouts. [`BYTES_PER_S_MIN`] determines the rest.
+const DEADLINE_READ_TIMEOUTS: u32 = 10;
+/// Slowest rate that a body's deadline allows, in bytes per second: 64 s for 16 MiB, 34 min for the largest manifest.
 const BYTES_PER_S_MIN: u64 = 256 << 10;
 /// Time to wait for the rest of an unused body, so that its connection can be reused.
 const DRAIN_TIME_MAX: Duration = Duration::from_secs(1);
@@ -37,8 +37,8 @@ pub(crate) struct BodyLimits {
 impl BodyLimits {
     /// Returns the limits for a response of at most `bytes_max` bytes. The deadline is 10 read timeouts and one second
     /// per 256 KiB.
-    pub(crate) fn answer(bytes_max: u64, read_timeout: Duration) -> Self {
-        let deadline = read_timeout * READ_TIMEOUTS_MAX + Duration::from_secs(bytes_max / BYTES_PER_S_MIN);
+    pub(crate) fn metadata(bytes_max: u64, read_timeout: Duration) -> Self {
+        let deadline = read_timeout * DEADLINE_READ_TIMEOUTS + Duration::from_secs(bytes_max / BYTES_PER_S_MIN);
         Self { bytes_max, read_timeout, deadline }
     }
 
@@ -48,19 +48,19 @@ impl BodyLimits {
     }
 
     /// Returns the limits for the body of an error response.
-    pub(crate) fn refusal(read_timeout: Duration) -> Self {
-        Self::within(REFUSAL_BYTES_MAX, read_timeout)
+    pub(crate) fn error_response(read_timeout: Duration) -> Self {
+        Self::within(ERROR_BODY_BYTES_MAX, read_timeout)
     }
 
     /// Returns the limits for the rest of a body that is discarded.
     pub(crate) fn drain() -> Self {
-        Self::within(REFUSAL_BYTES_MAX, DRAIN_TIME_MAX)
+        Self::within(ERROR_BODY_BYTES_MAX, DRAIN_TIME_MAX)
     }
 }
 
-/// The reason why a body was not read to its end.
+/// The reason why a body is incomplete.
 #[derive(Debug)]
-pub(crate) enum Cut<E> {
+pub(crate) enum BodyError<E> {
     /// The body is longer than this limit, in bytes.
     TooLong(u64),
     /// No bytes were received for this long.
@@ -73,16 +73,18 @@ pub(crate) enum Cut<E> {
     Broken(E),
 }
 
-impl<E> Cut<E> {
-    /// Converts the reason into an error. `server` names the server or object in the message; `broken` converts a
+impl<E> BodyError<E> {
+    /// Converts the reason into an error. `server` names the server or object in the message. `broken` converts a
     /// failure of the stream.
-    pub(crate) fn error(self, server: impl std::fmt::Display, broken: impl FnOnce(E) -> Error) -> Error {
+    pub(crate) fn into_error(self, server: impl std::fmt::Display, broken: impl FnOnce(E) -> Error) -> Error {
         match self {
-            Self::TooLong(bytes_max) => Error::corrupt(format!("{server} answers with more than {bytes_max} bytes")),
+            Self::TooLong(bytes_max) => {
+                Error::corrupt(format!("the response of {server} has more than {bytes_max} bytes"))
+            }
             Self::Silent(time) => Error::unavailable(format!("{server} sent no bytes for {} s", time.as_secs_f32())),
             Self::Stalled => Error::unavailable(format!("{server} is too slow: the connection has nearly stalled")),
             Self::TooSlow(time) => {
-                Error::unavailable(format!("the answer of {server} was not complete after {} s", time.as_secs_f32()))
+                Error::unavailable(format!("the response of {server} was not complete after {} s", time.as_secs_f32()))
             }
             Self::Broken(error) => broken(error),
         }
@@ -94,34 +96,34 @@ impl<E> Cut<E> {
 pub(crate) async fn read_body<B: AsRef<[u8]>, E>(
     mut stream: impl Stream<Item = Result<B, E>> + Unpin,
     limits: BodyLimits,
-) -> (Vec<u8>, Option<Cut<E>>) {
-    let (end, mut body) = (Instant::now() + limits.deadline, Vec::new());
+) -> (Vec<u8>, Option<BodyError<E>>) {
+    let (deadline, mut body) = (Instant::now() + limits.deadline, Vec::new());
     let mut stall = StallDetector::new(limits.read_timeout);
     loop {
-        let began = Instant::now();
+        let wait_start = Instant::now();
         // Whichever limit expires first ends the read: silence since the last chunk, or the deadline for the whole
         // body.
-        let silent_at = began + limits.read_timeout;
-        let chunk = match tokio::time::timeout_at(silent_at.min(end), stream.next()).await {
+        let silent_at = wait_start + limits.read_timeout;
+        let chunk = match tokio::time::timeout_at(silent_at.min(deadline), stream.next()).await {
             Ok(None) => return (body, None),
             Ok(Some(Ok(chunk))) => chunk,
-            Ok(Some(Err(error))) => return (body, Some(Cut::Broken(error))),
-            Err(_) if silent_at <= end => return (body, Some(Cut::Silent(limits.read_timeout))),
-            Err(_) => return (body, Some(Cut::TooSlow(limits.deadline))),
+            Ok(Some(Err(error))) => return (body, Some(BodyError::Broken(error))),
+            Err(_) if silent_at <= deadline => return (body, Some(BodyError::Silent(limits.read_timeout))),
+            Err(_) => return (body, Some(BodyError::TooSlow(limits.deadline))),
         };
         let chunk = chunk.as_ref();
         // Keep the bytes up to the limit, so that the caller can still use the beginning of a body that is too long.
         let room = usize::try_from(limits.bytes_max).unwrap_or(usize::MAX) - body.len();
         body.extend_from_slice(&chunk[..chunk.len().min(room)]);
         if chunk.len() > room {
-            return (body, Some(Cut::TooLong(limits.bytes_max)));
+            return (body, Some(BodyError::TooLong(limits.bytes_max)));
         }
-        if stall.record(chunk.len() as u64, began.elapsed()) {
-            return (body, Some(Cut::Stalled));
+        if stall.record(chunk.len() as u64, wait_start.elapsed()) {
+            return (body, Some(BodyError::Stalled));
         }
-        // A server that sends without pause never runs into the timeout above.
-        if Instant::now() >= end {
-            return (body, Some(Cut::TooSlow(limits.deadline)));
+        // A server that sends without a pause never reaches the timeout above, so check the deadline here, too.
+        if Instant::now() >= deadline {
+            return (body, Some(BodyError::TooSlow(limits.deadline)));
         }
     }
 }
@@ -168,9 +170,12 @@ pub(crate) fn check_headers(status: StatusCode, headers: &HeaderMap) -> Result<(
     let encodings = headers.get_all("content-encoding").into_iter().chain(transfer);
     let encodings = encodings.flat_map(|value| value.to_str().unwrap_or("unreadable").split(','));
     if let Some(encoding) = encodings.map(str::trim).find(is_encoding) {
-        return Err(Error::corrupt(format!("the server encodes the file ({encoding:?}) against the request")).hint(
-            "let the server send the file as it is stored: no Content-Encoding, neither by compression, nor by a rule \
-             for .gz, nor in the metadata of the object",
+        return Err(Error::corrupt(format!(
+            "the server sent the file with the encoding {encoding:?}, although the request allows none"
+        ))
+        .hint(
+            "make the server send the file without Content-Encoding: it may come from compression, from a rule for .gz \
+             files, or from the metadata of the object",
         ));
     }
     let length = text("content-length").and_then(|length| length.parse::<u64>().ok());
@@ -213,8 +218,8 @@ mod tests {
 
     const WINDOW: Duration = Duration::from_millis(300);
 
-    /// Reads the body of a server that sends `chunk` every `every_ms` milliseconds without end.
-    async fn cut(chunk: &'static [u8], every_ms: u64, limits: BodyLimits) -> (usize, Option<Cut<()>>) {
+    /// Reads the endless body of a server that sends `chunk` every `every_ms` milliseconds.
+    async fn read_endless(chunk: &'static [u8], every_ms: u64, limits: BodyLimits) -> (usize, Option<BodyError<()>>) {
         let endless = stream::repeat(()).then(move |()| async move {
             tokio::time::sleep(Duration::from_millis(every_ms)).await;
             Ok(chunk)
@@ -226,21 +231,22 @@ mod tests {
     #[tokio::test]
     async fn a_body_without_end_is_cut_by_its_size_its_rate_or_its_deadline() {
         const CHUNK: &[u8] = &[b' '; 32 << 10];
-        let limits = BodyLimits::answer(100_000, WINDOW);
-        assert!(matches!(cut(CHUNK, 0, limits).await, (100_000, Some(Cut::TooLong(100_000)))));
-        assert!(matches!(cut(b"xy", 20, limits).await, (2..100, Some(Cut::Stalled))));
-        assert!(matches!(cut(b"x", 5_000, limits).await, (0, Some(Cut::Silent(WINDOW)))));
-        let limits = BodyLimits { deadline: WINDOW, ..BodyLimits::answer(1 << 30, WINDOW * 2) };
-        assert!(matches!(cut(CHUNK, 20, limits).await, (1.., Some(Cut::TooSlow(WINDOW)))));
+        let limits = BodyLimits::metadata(100_000, WINDOW);
+        assert!(matches!(read_endless(CHUNK, 0, limits).await, (100_000, Some(BodyError::TooLong(100_000)))));
+        assert!(matches!(read_endless(b"xy", 20, limits).await, (2..100, Some(BodyError::Stalled))));
+        assert!(matches!(read_endless(b"x", 5_000, limits).await, (0, Some(BodyError::Silent(WINDOW)))));
+        let limits = BodyLimits { deadline: WINDOW, ..BodyLimits::metadata(1 << 30, WINDOW * 2) };
+        assert!(matches!(read_endless(CHUNK, 20, limits).await, (1.., Some(BodyError::TooSlow(WINDOW)))));
     }
 
     #[tokio::test]
     async fn a_complete_body_is_returned_unchanged() {
         let chunks = [Ok::<_, ()>(b"ab".as_slice()), Ok(b""), Ok(b"c")];
-        let (body, cut) = read_body(stream::iter(chunks), BodyLimits::answer(3, WINDOW)).await;
+        let (body, cut) = read_body(stream::iter(chunks), BodyLimits::metadata(3, WINDOW)).await;
         assert!(cut.is_none() && body == b"abc");
-        let (body, cut) = read_body(stream::iter([Ok(b"ab".as_slice()), Err(())]), BodyLimits::refusal(WINDOW)).await;
-        assert!(matches!(cut, Some(Cut::Broken(()))) && body == b"ab");
+        let (body, cut) =
+            read_body(stream::iter([Ok(b"ab".as_slice()), Err(())]), BodyLimits::error_response(WINDOW)).await;
+        assert!(matches!(cut, Some(BodyError::Broken(()))) && body == b"ab");
     }
 
     #[test]

@@ -1,8 +1,8 @@
-//! Runs competing programs in rounds; each round runs every program once.
+//! Compares programs in rounds; each round runs every program once.
 //!
-//! The speed of a machine drifts, so only results of the same rounds are compared. A slow program runs fewer rounds,
-//! which its line shows: it drops out after [`SPENT_S_MAX`] seconds and at least [`ROUNDS_MIN`] runs. A program that
-//! fails drops out with the reason.
+//! The speed of a machine drifts, so only results of the same rounds are compared. A slow program drops out after
+//! [`SPENT_S_MAX`] seconds and at least [`ROUNDS_MIN`] runs; its line shows the number of its runs. A program that
+//! fails drops out, too, and its line shows the reason.
 
 use super::machine::memory_bytes;
 use super::setup::Setup;
@@ -13,50 +13,52 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter, Read};
 use std::path::Path;
 
-/// Seconds that one program may take in one contest.
+/// A program drops out of a comparison once its runs have taken this many seconds in total.
 const SPENT_S_MAX: f64 = 25.0;
-/// Minimum number of runs: a single run is no measurement.
+/// Minimum number of runs of a slow program, because a single run is no measurement.
 const ROUNDS_MIN: usize = 2;
-/// A contest that moves at most this many bytes per run keeps the files of all runs until it ends. An ext4 without a
-/// journal skips inodes that were freed in the last minutes, so removing files would slow down the next program that
-/// creates some.
+/// A comparison that moves at most this many bytes per run keeps the files of all runs until it ends. An ext4 without a
+/// journal skips inodes that were freed in the last minutes, so removing the files of one run would slow down the next
+/// program that creates files.
 const KEPT_BYTES_MAX: u64 = 64 << 20;
 
 /// One program at one setting.
 pub(super) struct Entry<'a> {
-    pub(super) who: &'static str,
+    pub(super) program: &'static str,
     pub(super) setting: String,
-    pub(super) checked: &'static str,
-    /// The measured steps: the suffix for the setting, and whether the result is durable after the step.
+    /// How the program verifies the bytes, for the column `verified`.
+    pub(super) verified: &'static str,
+    /// The measured steps: the suffix for the setting, and the cell in the column `durable`.
     pub(super) steps: Vec<(&'static str, &'static str)>,
     /// Runs the program once in a new folder. Returns one measurement per step; each includes the steps before it.
-    pub(super) run: Racer<'a>,
+    pub(super) run: RunOnce<'a>,
 }
 
 /// Runs a program once in a folder of its own.
-pub(super) type Racer<'a> = Box<dyn Fn(&Path) -> Result<Vec<Run>> + 'a>;
+pub(super) type RunOnce<'a> = Box<dyn Fn(&Path) -> Result<Vec<Run>> + 'a>;
 
+/// Name of our program in the tables.
 pub(super) const OURS: &str = "modelcache";
 
 /// Results of one step of an entry.
 pub(super) struct Line {
-    pub(super) who: &'static str,
+    pub(super) program: &'static str,
     pub(super) setting: String,
-    checked: &'static str,
+    verified: &'static str,
     durable: &'static str,
     bytes: u64,
     pub(super) runs: Vec<Run>,
     failure: Option<String>,
 }
 
-/// Runs the entries in turn; each moves `bytes`.
-pub(super) fn contest(setup: &Setup, bytes: u64, entries: &[Entry<'_>]) -> Result<Vec<Line>> {
+/// Runs the entries in turn, in every round. A run of an entry moves `bytes` bytes.
+pub(super) fn compare(setup: &Setup, bytes: u64, entries: &[Entry<'_>]) -> Result<Vec<Line>> {
     in_turn(setup, bytes, entries, || Ok(()))
 }
 
-/// Like [`contest`], for programs that write to disk. Warms the page cache before each run, so that every program finds
-/// equally much memory for it.
-pub(super) fn contest_to_disk(setup: &Setup, bytes: u64, entries: &[Entry<'_>]) -> Result<Vec<Line>> {
+/// Like [`compare`], for programs that write to disk. Warms the page cache before each run, so that every program
+/// finds equally much memory for it.
+pub(super) fn compare_to_disk(setup: &Setup, bytes: u64, entries: &[Entry<'_>]) -> Result<Vec<Line>> {
     in_turn(setup, bytes, entries, || warm_page_cache(&setup.scratch.disk, bytes))
 }
 
@@ -64,9 +66,9 @@ fn in_turn(setup: &Setup, bytes: u64, entries: &[Entry<'_>], prepare: impl Fn() 
     // One line per step of the entry.
     let lines = |entry: &Entry<'_>| -> Vec<Line> {
         let line = |(suffix, durable): &(&str, &'static str)| Line {
-            who: entry.who,
+            program: entry.program,
             setting: format!("{}{suffix}", entry.setting),
-            checked: entry.checked,
+            verified: entry.verified,
             durable,
             bytes,
             runs: Vec::new(),
@@ -77,9 +79,9 @@ fn in_turn(setup: &Setup, bytes: u64, entries: &[Entry<'_>], prepare: impl Fn() 
     let mut results: Vec<Vec<Line>> = entries.iter().map(lines).collect();
     for round in 1..=setup.rounds {
         for (at, (entry, lines)) in entries.iter().zip(&mut results).enumerate() {
-            // A failed or slow program sits out the remaining rounds.
-            let out = lines.iter().any(|line| line.failure.is_some());
-            if out || lines.last().is_some_and(Line::has_run_enough) {
+            // A failed or slow program does not run in the remaining rounds.
+            let has_failed = lines.iter().any(|line| line.failure.is_some());
+            if has_failed || lines.last().is_some_and(Line::has_run_enough) {
                 continue;
             }
             // Large files share one folder name, so that only the files of one run exist at a time.
@@ -89,11 +91,11 @@ fn in_turn(setup: &Setup, bytes: u64, entries: &[Entry<'_>], prepare: impl Fn() 
             match (entry.run)(&folder) {
                 Ok(runs) => {
                     let last = runs.last().copied().unwrap_or_default();
-                    eprintln!("  {round}  {:<16} {:<24} {:.2} s", entry.who, entry.setting, last.seconds);
+                    eprintln!("  {round}  {:<16} {:<24} {:.2} s", entry.program, entry.setting, last.seconds);
                     lines.iter_mut().zip(runs).for_each(|(line, run)| line.runs.push(run));
                 }
                 Err(error) => {
-                    eprintln!("  {round}  {:<16} {:<24} {error:#}", entry.who, entry.setting);
+                    eprintln!("  {round}  {:<16} {:<24} {error:#}", entry.program, entry.setting);
                     lines.iter_mut().for_each(|line| line.failure = Some(format!("{error:#}")));
                 }
             }
@@ -120,7 +122,7 @@ fn warm_page_cache(folder: &Path, bytes: u64) -> Result<()> {
 
 impl Line {
     pub(super) fn is_ours(&self) -> bool {
-        self.who == OURS
+        self.program == OURS
     }
 
     fn has_run_enough(&self) -> bool {
@@ -142,7 +144,7 @@ impl Line {
     }
 
     fn cells(&self, best_peer: Option<f64>) -> Vec<String> {
-        let mut cells = vec![self.who.to_owned(), self.setting.clone()];
+        let mut cells = vec![self.program.to_owned(), self.setting.clone()];
         let Some(seconds) = self.seconds() else {
             cells.push(failure_cell(self.failure.as_deref().unwrap_or("not run")));
             return cells;
@@ -154,7 +156,7 @@ impl Line {
             format!("{:.0}", self.bytes as f64 / 1e6 / seconds),
             self.core_seconds_per_gb().map_or_else(String::new, |spent| format!("{spent:.2}")),
             self.rss_bytes().map_or_else(String::new, |bytes| format!("{}", bytes >> 20)),
-            self.checked.into(),
+            self.verified.into(),
             self.durable.into(),
             best_peer.map_or_else(String::new, |best| format!("{:.2}", best / seconds)),
         ]);
@@ -162,7 +164,7 @@ impl Line {
     }
 }
 
-/// Returns the seconds of the fastest peer among the lines that `counts` accepts.
+/// Returns the seconds of the fastest peer among the lines for which `counts` returns true.
 pub(super) fn best_peer(lines: &[Line], counts: impl Fn(&Line) -> bool) -> Option<f64> {
     lines.iter().filter(|line| !line.is_ours() && counts(line)).filter_map(Line::seconds).min_by(f64::total_cmp)
 }
@@ -182,7 +184,7 @@ pub(super) fn table(lines: &[Line], best_peer: Option<f64>) -> String {
         "MB/s",
         "core-s/GB",
         "peak RSS MiB",
-        "checked",
+        "verified",
         "durable",
         "x best peer",
     ];
@@ -194,7 +196,7 @@ pub(super) fn failure_cell(failure: &str) -> String {
     failure.chars().take(60).collect()
 }
 
-/// Formats minimum and maximum with this many decimals.
+/// Formats minimum and maximum with this many decimals: `1.00-4.00`.
 pub(super) fn spread(values: impl Iterator<Item = f64> + Clone, digits: usize) -> String {
     let (least, most) = (values.clone().fold(f64::MAX, f64::min), values.fold(0.0, f64::max));
     format!("{least:.digits$}-{most:.digits$}")
@@ -215,15 +217,15 @@ pub(super) fn median(mut values: Vec<f64>) -> Option<f64> {
 mod tests {
     use super::*;
 
-    fn line(who: &'static str, seconds: &[f64]) -> Line {
+    fn line(program: &'static str, seconds: &[f64]) -> Line {
         let runs = seconds.iter().map(|seconds| Run { seconds: *seconds, core_seconds: 4.0, rss_bytes: 64 << 20 });
         let runs = runs.collect();
         let (setting, failure) = (String::new(), None);
-        Line { who, setting, checked: "no", durable: "no", bytes: 2_000_000_000, runs, failure }
+        Line { program, setting, verified: "no", durable: "no", bytes: 2_000_000_000, runs, failure }
     }
 
     #[test]
-    fn ratios_are_to_the_fastest_of_the_others() {
+    fn ratios_are_relative_to_the_fastest_peer() {
         let lines = [line(OURS, &[1.0, 4.0, 2.0]), line("slow", &[9.0]), line("fast", &[3.0, 5.0])];
         let best = best_peer(&lines, |_| true);
         assert_eq!(best, Some(4.0));
@@ -234,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_fails_has_no_figure_and_is_no_best() {
+    fn a_failed_program_has_no_figures_and_is_not_the_best_peer() {
         let mut failed = line("fast", &[1.0]);
         failed.failure = Some("why".into());
         let lines = [failed, line("slow", &[9.0])];

@@ -1,4 +1,4 @@
-//! Handle of the server process of a row: start, counts and end.
+//! Handle of the server process of a row: starts it, reads its counts and ends it.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -21,27 +21,30 @@ pub(super) enum Kind {
 }
 
 /// A server in a separate process. It exits when this is dropped.
-pub(super) struct Served {
+pub(super) struct ServerProcess {
     child: Child,
-    lines: Mutex<(Option<ChildStdin>, BufReader<ChildStdout>)>,
+    /// Its standard input, for commands, and its standard output, for the replies.
+    pipes: Mutex<(Option<ChildStdin>, BufReader<ChildStdout>)>,
     addr: String,
+    /// The certificate of its authority, if it speaks TLS.
     authority: Option<PathBuf>,
 }
 
-/// Counts of a server since its last reset.
+/// Counts of a server since the last reset.
 #[derive(Debug)]
-pub(super) struct Counted {
-    /// Answers of at least 64 KiB.
+pub(super) struct ServerCounts {
+    /// Number of responses of at least 64 KiB.
     pub(super) transfers: u64,
     pub(super) bytes_sent: u64,
+    /// Bytes of uploads.
     pub(super) bytes_taken: u64,
     /// Highest number of connections that carried a transfer at one time.
     pub(super) busy_max: u64,
-    /// Since the start of the server.
+    /// Processor time of the server. A reset does not change it.
     pub(super) core_seconds: f64,
 }
 
-impl Served {
+impl ServerProcess {
     pub(super) fn start(folder: &Path, kind: Kind) -> Result<Self> {
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("bench-server").arg("--folder").arg(folder);
@@ -54,14 +57,14 @@ impl Served {
             command.args(["--bytes-per-s", &SHAPED_BYTES_PER_S.to_string()]);
         }
         let mut child =
-            command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("cannot start a server")?;
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("cannot start the bench server")?;
         let output = child.stdout.take().context("the server has no output")?;
-        let lines = Mutex::new((child.stdin.take(), BufReader::new(output)));
-        let mut served = Self { child, lines, addr: String::new(), authority };
+        let pipes = Mutex::new((child.stdin.take(), BufReader::new(output)));
+        let mut server = Self { child, pipes, addr: String::new(), authority };
         // The first line is the server's address. It is empty if the server exited.
-        served.addr = served.line()?;
-        ensure!(!served.addr.is_empty(), "the server did not start");
-        Ok(served)
+        server.addr = server.line()?;
+        ensure!(!server.addr.is_empty(), "the server did not start");
+        Ok(server)
     }
 
     /// The server's URL, without a trailing slash.
@@ -88,10 +91,10 @@ impl Served {
         env.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
     }
 
-    pub(super) fn counted(&self) -> Result<Counted> {
-        let stats: Value = serde_json::from_str(&self.ask("stats")?)?;
+    pub(super) fn counts(&self) -> Result<ServerCounts> {
+        let stats: Value = serde_json::from_str(&self.command("stats")?)?;
         let number = |name: &str| stats[name].as_u64().with_context(|| format!("the server reports no {name}"));
-        Ok(Counted {
+        Ok(ServerCounts {
             transfers: number("transfers")?,
             bytes_sent: number("bytes_sent")?,
             bytes_taken: number("bytes_taken")?,
@@ -100,15 +103,15 @@ impl Served {
         })
     }
 
-    pub(super) fn forget_counts(&self) -> Result<()> {
-        self.ask("reset").map(drop)
+    pub(super) fn reset_counts(&self) -> Result<()> {
+        self.command("reset").map(drop)
     }
 
     /// Sends a command and returns the reply.
-    fn ask(&self, word: &str) -> Result<String> {
+    fn command(&self, word: &str) -> Result<String> {
         {
-            let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
-            let input = lines.0.as_mut().context("the server was ended")?;
+            let mut pipes = self.pipes.lock().unwrap_or_else(PoisonError::into_inner);
+            let input = pipes.0.as_mut().context("the bench server has ended")?;
             writeln!(input, "{word}")?;
             input.flush()?;
         }
@@ -117,15 +120,15 @@ impl Served {
 
     fn line(&self) -> Result<String> {
         let mut line = String::new();
-        self.lines.lock().unwrap_or_else(PoisonError::into_inner).1.read_line(&mut line)?;
+        self.pipes.lock().unwrap_or_else(PoisonError::into_inner).1.read_line(&mut line)?;
         Ok(line.trim_end().to_owned())
     }
 }
 
-impl Drop for Served {
+impl Drop for ServerProcess {
     fn drop(&mut self) {
         // The server exits when its standard input is closed.
-        self.lines.lock().unwrap_or_else(PoisonError::into_inner).0 = None;
+        self.pipes.lock().unwrap_or_else(PoisonError::into_inner).0 = None;
         let _ = self.child.wait();
     }
 }

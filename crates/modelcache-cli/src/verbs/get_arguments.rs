@@ -1,4 +1,4 @@
-//! Options that `get`, `exec` and `prewarm` share: files, revision, tiers to consult, timeout.
+//! Options that `get`, `exec` and `prewarm` share: files, revision, allowed tiers, timeout.
 
 use crate::human;
 use clap::Args;
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 /// Options for files, revision, tiers and timeout.
 #[derive(Debug, Default, Args)]
-pub(crate) struct Choice {
+pub(crate) struct GetArguments {
     /// Only files that match this pattern; may be repeated. `*` matches across folders
     #[arg(long, value_name = "GLOB")]
     pub(crate) include: Vec<String>,
@@ -23,12 +23,12 @@ pub(crate) struct Choice {
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub(crate) timeout: Option<Duration>,
     #[command(flatten)]
-    pub(crate) reach: Reach,
+    pub(crate) tiers: TierArguments,
 }
 
-/// Options for the tiers that are consulted.
+/// Options for the tiers that may be used.
 #[derive(Debug, Default, Args)]
-pub(crate) struct Reach {
+pub(crate) struct TierArguments {
     /// Resolve revisions and tags again, even if the cached answer is recent; fail if the server cannot be reached
     #[arg(long, conflicts_with_all = ["offline", "local_files_only"])]
     pub(crate) refresh: bool,
@@ -40,7 +40,8 @@ pub(crate) struct Reach {
     pub(crate) local_files_only: bool,
 }
 
-impl Reach {
+impl TierArguments {
+    /// Returns `options` with the tiers that these options allow.
     pub(crate) fn apply(&self, options: GetOptions) -> GetOptions {
         let max_tier = match (self.local_files_only, self.offline) {
             (true, _) => Tier::Disk,
@@ -64,11 +65,11 @@ pub(super) fn message_with_hint(error: Error) -> String {
     }
 }
 
-impl Choice {
+impl GetArguments {
     /// Returns the options for [`Cache::get`](modelcache::Cache::get).
     pub(crate) fn options(&self) -> Result<GetOptions> {
         let selection = Selection::globs(&self.include, &self.exclude)?;
-        Ok(self.reach.apply(GetOptions { selection, ..GetOptions::default() }))
+        Ok(self.tiers.apply(GetOptions { selection, ..GetOptions::default() }))
     }
 
     /// Parses `text` as a reference, at the revision of `--revision` if that is set.
