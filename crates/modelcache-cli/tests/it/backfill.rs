@@ -198,7 +198,7 @@ fn evicting_an_artifact_removes_its_pending_upload() {
     house.on("a").run(["get", REF, "--backfill", "later"]).path();
     let intent = house.path("a/backfill").join(&files_below(&house.path("a/backfill"))[0]);
     let kept = fs::read(&intent).unwrap();
-    house.on("a").run(["evict", REF, "--tier", "disk"]).ok().said(&["WARN", "before the remote had it"]);
+    house.on("a").run(["evict", REF, "--tier", "disk"]).ok().said(&["WARN", "before the remote has all its files"]);
     assert_eq!(house.pending("a"), (0, 0));
 
     fs::write(&intent, kept).unwrap();

@@ -158,7 +158,7 @@ fn credentials_go_to_the_server_and_nowhere_else(house: &House, server: &Mlflow)
     gate.demand(Demand::Exactly("Bearer mlflow-canary-token".into()));
     run("x").run(["get", "models:/fraud/1"]).failed(4, &["401", "MLFLOW_TRACKING_TOKEN"]);
     let wrong = run("x").env("MLFLOW_TRACKING_TOKEN", "other-canary-token");
-    wrong.run(["get", "models:/fraud/1"]).failed(4, &["401", "check MLFLOW_TRACKING_TOKEN"]);
+    wrong.run(["get", "models:/fraud/1"]).failed(4, &["401", "check that MLFLOW_TRACKING_TOKEN"]);
     gate.clear_requests();
     let right = run("x").env("MLFLOW_TRACKING_TOKEN", "mlflow-canary-token");
     assert_model(&right.run(["get", "models:/fraud/1"]).path());

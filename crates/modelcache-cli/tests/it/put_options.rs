@@ -165,7 +165,7 @@ fn sidecars_are_readable_by_sha256sum_and_belong_to_the_artifact() {
     let sidecars = house.s3.keys(BUCKET).iter().filter(|key| key.ends_with(".sha256")).count();
     assert_eq!(sidecars, 0, "old sidecars are removed");
     house.write("v1/tiny.sha256", "of my own");
-    house.on("d").run(["put", "team/m@2", "v1", "--sidecar"]).failed(2, &["tiny.sha256", "of its own"]);
+    house.on("d").run(["put", "team/m@2", "v1", "--sidecar"]).failed(2, &["tiny.sha256", "remove the file"]);
     house.on_local("d").run(["put", "team/m@2", "v1", "--sidecar"]).failed(2, &["no remote is configured"]);
 }
 

@@ -333,7 +333,8 @@ async fn missing_credentials_are_reported_with_the_places_that_were_searched() {
     let config = environment(&s3, &[("HOME", home.path().to_str().expect("text")), ("AWS_PROFILE", "nobody")]);
     let error = exists(&open(&config)).await.expect_err("none");
     assert_eq!((error.kind(), error.is_transient()), (ErrorKind::Unauthorized, false));
-    for word in ["AWS_ACCESS_KEY_ID", "\"nobody\"", ".aws/credentials", "instance metadata (disabled)", "aws configure"]
+    for word in
+        ["AWS_ACCESS_KEY_ID", "\"nobody\"", ".aws/credentials", "instance metadata (disabled by", "aws configure"]
     {
         assert!(text(&error).contains(word), "{word}: {}", text(&error));
     }

@@ -322,7 +322,10 @@ mod tests {
             let bad = S3Settings { endpoint: Some(nonsense.into()), ..gathered.clone() };
             assert_eq!(bad.check().map_err(|error| error.kind()), Err(ErrorKind::Invalid), "{nonsense}");
         }
-        for nonsense in ["", "user:canary/x@host", "eu west", "eu\u{1b}[31m"] {
+        for nonsense in ["eu\u{1b}[31m", "eu\nwest"] {
+            assert_eq!(options(&[("region", nonsense)]).expect_err("a control character").kind(), ErrorKind::Invalid);
+        }
+        for nonsense in ["", "user:canary/x@host", "eu west"] {
             let bad = options(&[("region", nonsense)]).expect("options");
             let refused = S3Settings::gather(&bad, &environment, &profiles).expect_err("no region");
             assert_eq!(refused.kind(), ErrorKind::Invalid, "{nonsense}");
