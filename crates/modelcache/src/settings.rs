@@ -18,7 +18,7 @@ use crate::config::{
 use crate::credentials::Credentials;
 use crate::error::{Error, Result};
 use crate::redact;
-use crate::reference::is_bucket_name;
+use crate::reference::{is_bucket_name, not_a_bucket};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -805,7 +805,7 @@ fn checked_remote(text: &str) -> Result<String> {
     let url = text.trim_end_matches('/');
     if let Some(path) = url.strip_prefix("s3://") {
         if !is_bucket_name(path.split('/').next().unwrap_or_default()) {
-            return Err(Error::invalid("names no bucket"));
+            return Err(not_a_bucket("not the URL of an object store", path));
         }
         return Ok(url.to_owned());
     }

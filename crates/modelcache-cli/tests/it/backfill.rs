@@ -202,7 +202,7 @@ fn evicting_an_artifact_removes_its_pending_upload() {
     assert_eq!(house.pending("a"), (0, 0));
 
     fs::write(&intent, kept).unwrap();
-    house.on("a").run(["backfill"]).failed(3, &["left this disk before the remote had it"]);
+    house.on("a").run(["backfill"]).failed(3, &["left this disk before they were uploaded"]);
     house.on("a").run(["backfill"]).ok();
     assert_eq!(writes(&house), 0);
 }

@@ -123,7 +123,7 @@ fn a_version_wins_over_a_tag_and_neither_takes_the_others_name() {
         write_ref(kind, &house, "m/.modelcache/refs/1", forged);
         assert_eq!(content(&kind.on(&house, "a").run(["get", "m@1"]).path()), "1");
         let run = || kind.on(&house, "ops");
-        run().run(["tag", "m@1", "3"]).failed(2, &["3 is a version of m", "another word"]);
+        run().run(["tag", "m@1", "3"]).failed(2, &["3 is a version of m", "another name"]);
         run().run(["tag", "m@1", "1"]).failed(2, &["1 is a version of m"]);
         run().run(["tag", "m@9", "prod"]).failed(3, &["m@9", "does not have this version", "modelcache put"]);
         run().run(["tag", "m@1", "a/b"]).failed(2, &["cannot be a tag"]);
@@ -134,7 +134,7 @@ fn a_version_wins_over_a_tag_and_neither_takes_the_others_name() {
         run().run(["put", "m@5", "3", "--tag", "5"]).failed(2, &["5 is a version"]);
         assert!(!kind.object(&house, "m/5/.modelcache/manifest.json").exists(), "refused before anything is published");
         house.on_local("b").run(["put", "m@1", "1"]).ok();
-        house.on_local("b").run(["tag", "m@1", "prod"]).failed(2, &["kept on the remote", "MODEL_CACHE_REMOTE"]);
+        house.on_local("b").run(["tag", "m@1", "prod"]).failed(2, &["stored on the remote", "MODEL_CACHE_REMOTE"]);
         kind.on(&house, "b").run(["put", "n@1", "1"]).ok();
         kind.on(&house, "b").run(["evict", "n@1", "--tier", "remote", "--yes"]).ok();
         let here_only = kind.on(&house, "b").run(["tag", "n@1", "prod"]);

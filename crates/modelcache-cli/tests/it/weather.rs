@@ -380,7 +380,7 @@ fn an_unreachable_hub_is_reported_with_a_remedy() {
         ("http://no-such-host.invalid", 7, &["cannot reach http://no-such-host.invalid", "check the network"]),
         ("ftp://host", 2, &["HF_ENDPOINT"]),
         ("huggingface.co", 2, &["HF_ENDPOINT"]),
-        (&house.s3.endpoint(), 4, &["403", "check HF_ENDPOINT"]),
+        (&house.s3.endpoint(), 4, &["403", "HF_ENDPOINT is the address"]),
     ] {
         let run = house.on_local("a").env("HF_ENDPOINT", endpoint).env("MODEL_CACHE_RETRY_DEADLINE", "300ms");
         run.run(["get", "hf://org/model"]).failed(code, says);

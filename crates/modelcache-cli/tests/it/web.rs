@@ -214,7 +214,7 @@ fn credentials_are_sent_to_their_server_and_a_refusal_names_the_ones_that_were_s
 
     let refused = |outcome: Outcome, says: &[&str]| outcome.failed(4, says);
     web.put("/more.bin", Page::status(401));
-    refused(run("bearer = 'stale'", "more"), &["401", "configuration file was sent", "is it valid"]);
+    refused(run("bearer = 'stale'", "more"), &["401", "configuration file was sent", "is valid"]);
     web.put("/no.bin", Page::status(403));
     let none = house.on_local("c").run(["get", &format!("{}/no.bin", web.url())]);
     refused(none, &["403", "no credential was sent", &format!("[credentials.\"{}\"]", web.url())]);

@@ -38,7 +38,7 @@ fn parse(_prefix: &str, rest: &str) -> Result<Reference> {
     let refuse = |why: &str| Error::invalid(format!("{text}: {why}")).hint("write s3://bucket/prefix-or-object");
     let (bucket, key) = rest.split_once('/').unwrap_or((rest, ""));
     if !is_bucket_name(bucket) {
-        return Err(refuse("it names no bucket"));
+        return Err(not_a_bucket(&text, rest).hint("write s3://bucket/prefix-or-object"));
     }
     let folder = key.is_empty() || key.ends_with('/');
     let key = key.strip_suffix('/').unwrap_or(key);
@@ -49,6 +49,15 @@ fn parse(_prefix: &str, rest: &str) -> Result<Reference> {
     let place = BucketPlace { bucket: bucket.to_owned(), key: key.to_owned(), folder };
     place.name().map_err(|error| refuse(error.message()))?;
     Ok(Reference { target: Target::Bucket(place), file: None, digest: None })
+}
+
+/// Returns the error for an address that names no bucket; `rest` is its part after `s3://`. `text` begins the message.
+pub(crate) fn not_a_bucket(text: &str, rest: &str) -> Error {
+    let error = Error::invalid(format!("{text}: it names no bucket"));
+    match rest.starts_with("arn:") {
+        true => error.hint("in place of the ARN of an access point, write its alias: s3://ALIAS/PREFIX"),
+        false => error,
+    }
 }
 
 impl BucketPlace {

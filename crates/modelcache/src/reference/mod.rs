@@ -15,7 +15,7 @@ mod scheme;
 pub(crate) mod web;
 
 pub use bucket::BucketPlace;
-pub(crate) use bucket::is_bucket_name;
+pub(crate) use bucket::{is_bucket_name, not_a_bucket};
 pub use folder::{FolderPath, folder_name};
 pub use hub::{HubRepo, RepoKind};
 pub use mlflow::{MlflowModel, MlflowVersion};

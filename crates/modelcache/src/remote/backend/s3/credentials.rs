@@ -3,6 +3,7 @@
 //! Providers are tried in order, and the first one that returns credentials is used. If none does, the error lists
 //! every provider with its reason. Variables are read from the configured environment, never from the process's own.
 
+use super::endpoint::dns_suffix;
 use super::profile::{Profiles, home};
 use super::settings::Options;
 use super::xml;
@@ -380,12 +381,10 @@ impl Credentials {
     }
 
     fn sts_request(&self, source: &Credential, role: &RoleRequest<'_>) -> std::result::Result<HttpRequest, String> {
-        // The AWS regions in China have their own domain.
-        let suffix = if self.region.starts_with("cn-") { ".cn" } else { "" };
         let endpoint =
             match self.environment.get("AWS_ENDPOINT_URL_STS").or_else(|| self.environment.get("AWS_ENDPOINT_URL")) {
                 Some(endpoint) => endpoint.trim_end_matches('/').to_owned(),
-                None => format!("https://sts.{}.amazonaws.com{suffix}", self.region),
+                None => format!("https://sts.{}.{}", self.region, dns_suffix(&self.region)),
             };
         let mut query = url::form_urlencoded::Serializer::new(String::new());
         query.append_pair("Action", "AssumeRole").append_pair("Version", "2011-06-15");

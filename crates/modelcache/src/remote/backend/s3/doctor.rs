@@ -32,7 +32,11 @@ impl S3Backend {
     /// Returns one line that describes address, region and options of the bucket.
     fn summary(&self, config: &RemoteConfig) -> String {
         let settings = &self.settings;
-        let style = if settings.path_style { "path style" } else { "virtual-hosted style" };
+        let style = if settings.endpoint.is_path_style(&self.context.container) {
+            "path style"
+        } else {
+            "virtual-hosted style"
+        };
         let mut text = format!("{} at {}, region {}, {style}", config.url, settings.endpoint_url(), settings.region);
         let encrypts = config.options.iter().find(|(name, _)| name.ends_with("sse") || name.contains("encryption"));
         if let Some((_, how)) = encrypts {

@@ -3,6 +3,7 @@
 mod copy;
 mod credentials;
 mod doctor;
+mod endpoint;
 mod error_response;
 mod http_client;
 mod policy;
@@ -82,17 +83,20 @@ impl S3Backend {
         let mut builder = AmazonS3Builder::new()
             .with_bucket_name(bucket)
             .with_region(&settings.region)
-            .with_virtual_hosted_style_request(!settings.path_style)
+            .with_virtual_hosted_style_request(!settings.endpoint.is_path_style(bucket))
             .with_allow_http(settings.allow_http)
             .with_disable_bulk_delete(true)
             .with_unsigned_payload(!settings.signs_payload(options))
             .with_retry(object_store::RetryConfig { max_retries: 0, ..Default::default() })
             .with_credentials(credentials.clone())
             .with_http_connector(connector);
-        if let Some(endpoint) = &settings.endpoint {
-            // In virtual-hosted style, `object_store` uses the endpoint unchanged, so it must contain the bucket.
-            let virtual_host = || settings.bucket_url(bucket);
-            builder = builder.with_endpoint(if settings.path_style { endpoint.clone() } else { virtual_host() });
+        // `object_store` knows neither partitions nor FIPS and dual-stack endpoints. In virtual-hosted style it uses the
+        // endpoint unchanged, so it must contain the bucket. Directory buckets (S3 Express) have endpoints of their own.
+        if settings.endpoint.custom.is_some() || !options.is_directory_bucket() {
+            builder = builder.with_endpoint(match settings.endpoint.is_path_style(bucket) {
+                true => settings.endpoint_url(),
+                false => settings.endpoint.bucket_url(bucket, &settings.region),
+            });
         }
         // Options of the user override the settings above.
         for (key, value) in &options.passed_on {

@@ -1,6 +1,6 @@
 //! The AWS configuration files: settings of a profile in `~/.aws/config` and `~/.aws/credentials`.
 //!
-//! The parser ignores lines other than `[section]` and `name = value`, and nested settings.
+//! Lines other than `[section]` and `name = value` are ignored.
 
 use crate::config::Environment;
 use std::collections::HashMap;
@@ -111,14 +111,14 @@ fn read_text(path: &Path) -> String {
     }
 }
 
-/// Parses one file into sections, in file order.
+/// Parses one file into sections, in file order. A nested setting is named `group.setting`, as in `s3.addressing_style`.
 fn parse(text: &str) -> Vec<(String, HashMap<String, String>)> {
     let mut sections: Vec<(String, HashMap<String, String>)> = Vec::new();
+    let mut group = String::new();
     for line in text.lines() {
-        // An indented line belongs to a nested setting such as `s3 =`.
-        let nested = line.starts_with([' ', '\t']);
+        let is_nested = line.starts_with([' ', '\t']);
         let line = line.trim();
-        if line.is_empty() || line.starts_with(['#', ';']) || (nested && !line.starts_with('[')) {
+        if line.is_empty() || line.starts_with(['#', ';']) {
             continue;
         }
         if let Some(name) = line.strip_prefix('[').and_then(|rest| rest.split(']').next()) {
@@ -126,7 +126,15 @@ fn parse(text: &str) -> Vec<(String, HashMap<String, String>)> {
         } else if let (Some((name, value)), Some((_, values))) = (line.split_once('='), sections.last_mut()) {
             // A comment at the end of a line begins with a space.
             let value = value.split(" #").next().unwrap_or(value).trim();
-            values.insert(name.trim().to_ascii_lowercase(), value.to_owned());
+            let name = name.trim().to_ascii_lowercase();
+            // Indented lines belong to the setting without a value above them, such as `s3 =`.
+            match is_nested {
+                true => drop(values.insert(format!("{group}.{name}"), value.to_owned())),
+                false => {
+                    group.clone_from(&name);
+                    values.insert(name, value.to_owned());
+                }
+            }
         }
     }
     sections
@@ -151,6 +159,7 @@ mod tests {
         assert_eq!(profiles.current("aws_access_key_id"), Some("AK"));
         assert_eq!(profiles.get("default", "region"), Some("eu-central-1"));
         assert_eq!(profiles.get("default", "max_concurrent_requests"), None);
+        assert_eq!(profiles.get("default", "s3.max_concurrent_requests"), Some("20"));
         assert_eq!(profiles.get("sso-session corp", "sso_region"), Some("eu-west-1"));
         assert!(!Profiles::from_texts("other", "", config).exists());
     }

@@ -67,7 +67,7 @@ impl RawClient {
             client: connector.http(),
             credentials: credentials.clone(),
             bucket: bucket.to_owned(),
-            url: settings.bucket_url(bucket),
+            url: settings.endpoint.bucket_url(bucket, &settings.region),
             region: settings.region.clone(),
             signs_payload: settings.signs_payload(options),
             request_payer: passed_on

@@ -3,6 +3,7 @@
 //! Parsing sends no request. Environment variables come from the configuration, never from the process's own
 //! environment. The shared AWS configuration files are read when the store is first used.
 
+use super::endpoint::Endpoint;
 use super::profile::Profiles;
 use crate::config::{Environment, RemoteConfig, Secret};
 use crate::error::{Error, Result, Tier};
@@ -78,6 +79,11 @@ fn invalid(message: String) -> Error {
 }
 
 impl Options {
+    /// Returns true if the bucket is a directory bucket (S3 Express One Zone).
+    pub(super) fn is_directory_bucket(&self) -> bool {
+        self.passed_on.iter().any(|(key, value)| matches!(key, AmazonS3ConfigKey::S3Express) && is_on(value.expose()))
+    }
+
     /// Parses the options of `config`.
     ///
     /// # Errors
@@ -188,8 +194,7 @@ fn distance(a: &str, b: &str) -> usize {
 #[derive(Debug, Clone)]
 pub(super) struct S3Settings {
     pub(super) region: String,
-    pub(super) endpoint: Option<String>,
-    pub(super) path_style: bool,
+    pub(super) endpoint: Endpoint,
     pub(super) allow_http: bool,
     pub(super) connect_timeout: Duration,
     /// A file of root certificates to trust in addition to the system's.
@@ -205,13 +210,28 @@ impl S3Settings {
     pub(super) fn gather(options: &Options, environment: &Environment, profiles: &Profiles) -> Result<Self> {
         let variable = |name: &str| environment.get(name).map(str::to_owned);
         let setting = |name: &str| profiles.current(name).map(str::to_owned);
-        let endpoint = options
-            .endpoint
-            .clone()
-            .or_else(|| variable("AWS_ENDPOINT_URL_S3"))
-            .or_else(|| variable("AWS_ENDPOINT_URL"))
-            .or_else(|| setting("endpoint_url"))
-            .map(|endpoint| endpoint.trim_end_matches('/').to_owned());
+        let configured = || {
+            let variables = variable("AWS_ENDPOINT_URL_S3").or_else(|| variable("AWS_ENDPOINT_URL"));
+            let section = profiles.current("services").map(|name| format!("services {name}"));
+            let of_service =
+                || section.and_then(|section| profiles.get(&section, "s3.endpoint_url").map(str::to_owned));
+            variables.or_else(of_service).or_else(|| setting("endpoint_url"))
+        };
+        // A variable comes before the setting of the profile, which may stand in its `s3` group.
+        let is_set = |name: &str, own: &str| {
+            let value = variable(name).or_else(|| setting(&format!("s3.{own}"))).or_else(|| setting(own));
+            value.is_some_and(|value| value.eq_ignore_ascii_case("true"))
+        };
+        let is_ignored = is_set("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "ignore_configured_endpoint_urls");
+        let custom = options.endpoint.clone().or_else(|| if is_ignored { None } else { configured() });
+        let style = setting("s3.addressing_style");
+        let style = style.filter(|style| style != "auto").map(|style| style == "path");
+        let endpoint = Endpoint {
+            custom: custom.map(|endpoint| endpoint.trim_end_matches('/').to_owned()),
+            path_style: options.path_style.or(style),
+            fips: is_set("AWS_USE_FIPS_ENDPOINT", "use_fips_endpoint"),
+            dual_stack: is_set("AWS_USE_DUALSTACK_ENDPOINT", "use_dualstack_endpoint"),
+        };
         let region = options
             .region
             .clone()
@@ -219,12 +239,10 @@ impl S3Settings {
             .or_else(|| variable("AWS_DEFAULT_REGION"))
             .or_else(|| setting("region"))
             .unwrap_or_else(|| DEFAULT_REGION.to_owned());
-        let is_http = endpoint.as_deref().is_some_and(|endpoint| endpoint.starts_with("http://"));
+        let is_http = endpoint.custom.as_deref().is_some_and(|endpoint| endpoint.starts_with("http://"));
         let ca_file = variable("AWS_CA_BUNDLE").or_else(|| setting("ca_bundle")).or_else(|| variable("SSL_CERT_FILE"));
         let settings = Self {
             region,
-            // Most S3-compatible servers do not resolve `bucket.endpoint`, so a custom endpoint defaults to path style.
-            path_style: options.path_style.unwrap_or(endpoint.is_some()),
             endpoint,
             allow_http: options.allow_http.unwrap_or(is_http),
             connect_timeout: options.connect_timeout.unwrap_or(CONNECT_TIMEOUT),
@@ -236,16 +254,7 @@ impl S3Settings {
 
     /// Returns the configured endpoint, or the one of AWS for the region.
     pub(super) fn endpoint_url(&self) -> String {
-        self.endpoint.clone().unwrap_or_else(|| format!("https://s3.{}.amazonaws.com", self.region))
-    }
-
-    /// Returns the URL of a bucket, without a slash at its end.
-    pub(super) fn bucket_url(&self, bucket: &str) -> String {
-        let endpoint = self.endpoint_url();
-        match self.path_style {
-            true => format!("{endpoint}/{bucket}"),
-            false => endpoint.replacen("://", &format!("://{bucket}."), 1),
-        }
+        self.endpoint.url(&self.region)
     }
 
     /// Returns true if requests sign the digest of their body. Without the option `unsigned_payload`, only requests
@@ -254,7 +263,7 @@ impl S3Settings {
         let is_unsigned = |(key, _): &&(AmazonS3ConfigKey, Secret)| matches!(key, AmazonS3ConfigKey::UnsignedPayload);
         match options.passed_on.iter().find(is_unsigned) {
             Some((_, value)) => !is_on(value.expose()),
-            None => self.endpoint.as_deref().is_some_and(|endpoint| endpoint.starts_with("http://")),
+            None => self.endpoint.custom.as_deref().is_some_and(|endpoint| endpoint.starts_with("http://")),
         }
     }
 
@@ -265,7 +274,8 @@ impl S3Settings {
             return Err(invalid("the region of the remote is not a valid region name".into())
                 .hint("set AWS_REGION, or region under [remote.options], for instance to us-east-1"));
         }
-        let Some(endpoint) = &self.endpoint else { return Ok(()) };
+        self.endpoint.check(&self.region)?;
+        let Some(endpoint) = &self.endpoint.custom else { return Ok(()) };
         match Url::parse(endpoint) {
             Ok(url) if !url.username().is_empty() || url.password().is_some() => Err(Error::invalid(format!(
                 "the endpoint {:?} of the remote carries credentials",
@@ -308,6 +318,30 @@ mod tests {
     }
 
     #[test]
+    fn the_profile_sets_endpoint_and_addressing_as_for_the_aws_tools() {
+        let config = "[default]\nregion = eu-west-1\nservices = store\nendpoint_url = https://all.example\n\
+                      use_dualstack_endpoint = true\ns3 =\n  addressing_style = virtual\n\
+                      [services store]\ns3 =\n  endpoint_url = https://s3.example\n";
+        let profiles = Profiles::from_texts("default", "", config);
+        let url = |variables: &[(&str, &str)]| {
+            let variables = variables.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect();
+            let none = options(&[]).expect("options");
+            let gathered = S3Settings::gather(&none, &Environment(variables), &profiles).expect("settings");
+            gathered.endpoint.bucket_url("models", &gathered.region)
+        };
+        assert_eq!(url(&[]), "https://models.s3.example");
+        assert_eq!(url(&[("AWS_ENDPOINT_URL", "https://v.example")]), "https://models.v.example");
+        let ignored = ("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "true");
+        assert_eq!(url(&[ignored]), "https://models.s3.dualstack.eu-west-1.amazonaws.com");
+        let fips = [ignored, ("AWS_USE_FIPS_ENDPOINT", "true"), ("AWS_USE_DUALSTACK_ENDPOINT", "false")];
+        assert_eq!(url(&fips), "https://models.s3-fips.eu-west-1.amazonaws.com");
+        assert_eq!(
+            url(&[ignored, ("AWS_REGION", "cn-north-1")]),
+            "https://models.s3.dualstack.cn-north-1.amazonaws.com.cn"
+        );
+    }
+
+    #[test]
     fn options_outrank_variables_and_variables_the_profile() {
         let environment = Environment(HashMap::from([
             ("AWS_REGION".to_owned(), "eu-west-1".to_owned()),
@@ -316,10 +350,16 @@ mod tests {
         let profiles = Profiles::from_texts("default", "", "[default]\nregion = us-west-2\n");
         let none = options(&[]).expect("options");
         let gathered = S3Settings::gather(&none, &environment, &profiles).expect("settings");
-        assert_eq!((gathered.region.as_str(), gathered.path_style, gathered.allow_http), ("eu-west-1", true, true));
-        assert_eq!(gathered.endpoint.as_deref(), Some("http://localhost:9000"));
+        assert_eq!(
+            (gathered.region.as_str(), gathered.endpoint.is_path_style("models"), gathered.allow_http),
+            ("eu-west-1", true, true)
+        );
+        assert_eq!(gathered.endpoint.custom.as_deref(), Some("http://localhost:9000"));
         for nonsense in ["nonsense", "localhost:9000", "ftp://host", "http://"] {
-            let bad = S3Settings { endpoint: Some(nonsense.into()), ..gathered.clone() };
+            let bad = S3Settings {
+                endpoint: Endpoint { custom: Some(nonsense.into()), ..Endpoint::default() },
+                ..gathered.clone()
+            };
             assert_eq!(bad.check().map_err(|error| error.kind()), Err(ErrorKind::Invalid), "{nonsense}");
         }
         for nonsense in ["eu\u{1b}[31m", "eu\nwest"] {
@@ -333,7 +373,10 @@ mod tests {
         }
 
         let gathered = S3Settings::gather(&none, &Environment::default(), &profiles).expect("settings");
-        assert_eq!((gathered.region.as_str(), gathered.path_style, gathered.allow_http), ("us-west-2", false, false));
+        assert_eq!(
+            (gathered.region.as_str(), gathered.endpoint.is_path_style("models"), gathered.allow_http),
+            ("us-west-2", false, false)
+        );
 
         let named = options(&[("region", "ap-south-1"), ("sse", "aws:kms"), ("sse_kms_key_id", "k")]).expect("options");
         assert_eq!(S3Settings::gather(&named, &environment, &profiles).expect("settings").region, "ap-south-1");
