@@ -35,10 +35,14 @@ const WARM_RUNS: usize = 11;
 
 /// Run the program against an embedded S3 server and Hub, and check every step
 #[derive(Debug, Args)]
-pub(crate) struct Demo {}
+pub struct Demo {}
 
 impl Demo {
-    pub(crate) fn run(&self) -> Result<()> {
+    /// Runs the task.
+    ///
+    /// # Errors
+    /// The first step that fails.
+    pub fn run(&self) -> Result<()> {
         let program = build_modelcache(Build::Development)?;
         let started = Instant::now();
         let mut scenario = Scenario::start(program)?;

@@ -9,14 +9,18 @@ use std::fs;
 
 /// Write the generated pages below docs/
 #[derive(Debug, Args)]
-pub(crate) struct Docs {
+pub struct Docs {
     /// Only check that the pages are up to date
     #[arg(long)]
     pub(crate) check: bool,
 }
 
 impl Docs {
-    pub(crate) fn run(&self) -> Result<()> {
+    /// Runs the task.
+    ///
+    /// # Errors
+    /// The first step that fails.
+    pub fn run(&self) -> Result<()> {
         let mut stale = Vec::new();
         let mut pages = modelcache_cli::docs::pages();
         pages.push(("docs/json.md", json::page()?));

@@ -25,7 +25,7 @@ const MEMORY_MIB_MAX: &str = "2048";
 
 /// Fuzz the parsers of untrusted input
 #[derive(Debug, Args)]
-pub(crate) struct Fuzz {
+pub struct Fuzz {
     /// Fuzz only this target, instead of all
     target: Option<String>,
     /// Seconds for each target
@@ -37,7 +37,11 @@ pub(crate) struct Fuzz {
 }
 
 impl Fuzz {
-    pub(crate) fn run(&self) -> Result<()> {
+    /// Runs the task.
+    ///
+    /// # Errors
+    /// The first step that fails.
+    pub fn run(&self) -> Result<()> {
         let targets = targets()?;
         let chosen: Vec<&String> =
             targets.iter().filter(|name| self.target.as_ref().is_none_or(|target| target == *name)).collect();

@@ -2,18 +2,9 @@
 //!
 //! If a task fails, it prints one line with the cause, and the exit code is 1. Tasks write below `target/`; `docs` and
 //! `bench` also write pages below `docs/`. No task needs credentials.
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program for the terminal")]
+#![expect(clippy::print_stderr, reason = "a program for the terminal")]
 
-mod bench;
-mod demo;
-mod docs;
-mod fuzz;
-mod python;
-mod registry;
-mod repository;
-mod table;
-mod test;
-mod tidy;
+use xtask::{bench, demo, docs, fuzz, python, test};
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -31,10 +22,6 @@ enum Task {
     Demo(demo::Demo),
     Test(test::Test),
     Bench(bench::Bench),
-    #[command(hide = true)]
-    BenchServer(bench::ServerArguments),
-    #[command(hide = true)]
-    BenchRead(bench::ReaderArguments),
     Docs(docs::Docs),
     Fuzz(fuzz::Fuzz),
     Python(python::Python),
@@ -45,8 +32,6 @@ fn main() -> ExitCode {
         Task::Demo(task) => task.run(),
         Task::Test(task) => task.run(),
         Task::Bench(task) => task.run(),
-        Task::BenchServer(task) => task.run(),
-        Task::BenchRead(task) => task.run(),
         Task::Docs(task) => task.run(),
         Task::Fuzz(task) => task.run(),
         Task::Python(task) => task.run(),

@@ -19,7 +19,7 @@ const REQUIREMENTS_NO_DEPS: &str = "crates/modelcache-python/tests/requirements-
 
 /// Build, install and test the Python package
 #[derive(Debug, Default, Args)]
-pub(crate) struct Python {
+pub struct Python {
     /// Build the wheel with maturin, as it is shipped
     #[arg(long)]
     wheel: bool,
@@ -29,7 +29,11 @@ pub(crate) struct Python {
 }
 
 impl Python {
-    pub(crate) fn run(&self) -> Result<()> {
+    /// Runs the task.
+    ///
+    /// # Errors
+    /// The first step that fails.
+    pub fn run(&self) -> Result<()> {
         let target = target_folder()?;
         let venv = environment(&target)?;
         let python = venv.join("bin/python");
@@ -60,12 +64,12 @@ impl Python {
 /// Builds xtask as well, because it selects the dependency features of the whole workspace.
 const BUILD_XTASK: [&str; 2] = ["--package", "xtask"];
 /// File name of the native module that cargo builds.
-pub(crate) const NATIVE: &str = "libmodelcache_native.so";
+pub const NATIVE: &str = "libmodelcache_native.so";
 /// Paths that mypy checks.
 const TYPE_CHECKED: [&str; 3] = ["python/modelcache", "tests", "../../examples/fastapi"];
 
 /// Packs a built native module into a wheel and returns the path of the wheel. Empties `folder` first.
-pub(crate) fn pack(python: &Path, native: &Path, folder: &Path) -> Result<PathBuf> {
+pub fn pack(python: &Path, native: &Path, folder: &Path) -> Result<PathBuf> {
     empty_folder(folder)?;
     run(in_root(python).arg(root().join(PACKAGE).join("tests/wheel.py")).arg(native).arg(folder))?;
     wheel_in(folder)

@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// Returns the root of the repository.
-pub(crate) fn root() -> &'static Path {
+pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the repository")
 }
 
 /// Returns a command for the cargo that started this program, run in the root.
-pub(crate) fn cargo() -> Command {
+pub fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(root());
     // `cargo run` sets these variables for xtask. The build that this command starts must not see them.
@@ -25,7 +25,7 @@ pub(crate) fn cargo() -> Command {
 }
 
 /// Returns cargo's target folder.
-pub(crate) fn target_folder() -> Result<PathBuf> {
+pub fn target_folder() -> Result<PathBuf> {
     let output = cargo()
         .args(["metadata", "--no-deps", "--format-version", "1"])
         .stderr(Stdio::inherit())
@@ -37,7 +37,7 @@ pub(crate) fn target_folder() -> Result<PathBuf> {
 }
 
 /// How `modelcache` is built.
-pub(crate) enum Build {
+pub enum Build {
     /// With the features and the profile of the tests, so that nothing is built twice.
     Development,
     /// As it is shipped: in the release profile, with only its own features.
@@ -45,7 +45,7 @@ pub(crate) enum Build {
 }
 
 /// Builds the program `modelcache` and returns its path.
-pub(crate) fn build_modelcache(build: Build) -> Result<PathBuf> {
+pub fn build_modelcache(build: Build) -> Result<PathBuf> {
     let mut command = cargo();
     command.args(["build", "--bin", "modelcache", "--message-format=json-render-diagnostics"]);
     match build {
@@ -59,7 +59,7 @@ pub(crate) fn build_modelcache(build: Build) -> Result<PathBuf> {
 }
 
 /// Builds the native module of the Python package as it is shipped, and returns its path.
-pub(crate) fn build_native() -> Result<PathBuf> {
+pub fn build_native() -> Result<PathBuf> {
     let mut command = cargo();
     command.args(["build", "--package", "modelcache-python", "--release", "--message-format=json-render-diagnostics"]);
     let messages = build_messages(&mut command)?;
@@ -77,7 +77,7 @@ fn build_messages(command: &mut Command) -> Result<Vec<Value>> {
 }
 
 /// Formats a command as a person would type it in the root.
-pub(crate) fn shell_line(command: &Command) -> String {
+pub fn shell_line(command: &Command) -> String {
     let program = Path::new(command.get_program()).file_name().unwrap_or(command.get_program());
     let words = std::iter::once(program).chain(command.get_args());
     let root = format!("{}/", root().display());

@@ -1,7 +1,7 @@
 //! Markdown tables that are also readable on a terminal.
 
 /// Returns a Markdown table. Columns after the first are right-aligned.
-pub(crate) fn markdown(header: &[&str], rows: &[Vec<String>]) -> String {
+pub fn markdown(header: &[&str], rows: &[Vec<String>]) -> String {
     let width = |(column, name): (usize, &&str)| {
         let cells = rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count());
         cells.chain([name.chars().count()]).max().unwrap_or_default()
@@ -25,7 +25,7 @@ pub(crate) fn markdown(header: &[&str], rows: &[Vec<String>]) -> String {
 }
 
 /// Formats seconds: three decimals below one second, one above.
-pub(crate) fn seconds(seconds: f64) -> String {
+pub fn seconds(seconds: f64) -> String {
     let decimals = if seconds < 1.0 { 3 } else { 1 };
     format!("{seconds:.decimals$}")
 }

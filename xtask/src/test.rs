@@ -21,14 +21,18 @@ const REQUIREMENTS_NO_DEPS: &str = "crates/modelcache-cli/tests/python/requireme
 
 /// Run all checks: lints, documentation, tests
 #[derive(Debug, Args)]
-pub(crate) struct Test {
+pub struct Test {
     /// Run only the tests: no lints, no documentation, no Python environment
     #[arg(long)]
     quick: bool,
 }
 
 impl Test {
-    pub(crate) fn run(&self) -> Result<()> {
+    /// Runs the task.
+    ///
+    /// # Errors
+    /// The first step that fails.
+    pub fn run(&self) -> Result<()> {
         let mut stages = Stages::default();
         let (mut venv, mut registry) = (None, None);
         if !self.quick {
@@ -130,7 +134,7 @@ fn with_venv<'a>(command: &'a mut Command, venv: Option<&Path>) -> &'a mut Comma
 }
 
 /// Prints a command and runs it. Fails if it does not exit with 0.
-pub(crate) fn run(command: &mut Command) -> Result<()> {
+pub fn run(command: &mut Command) -> Result<()> {
     let line = shell_line(command);
     println!("$ {line}");
     let status = command.status().with_context(|| format!("cannot run {line}"))?;
@@ -166,7 +170,7 @@ fn python_packages() -> Result<Option<PathBuf>> {
 }
 
 /// Creates an empty virtual environment. Replaces an existing one.
-pub(crate) fn create_venv(venv: &Path) -> Result<()> {
+pub fn create_venv(venv: &Path) -> Result<()> {
     let mut command = Command::new("python3");
     command.args(["-m", "venv", "--clear"]).arg(venv);
     println!("$ {}", shell_line(&command));
@@ -178,7 +182,7 @@ pub(crate) fn create_venv(venv: &Path) -> Result<()> {
 }
 
 /// Runs `pip install` in a virtual environment.
-pub(crate) fn pip_install(venv: &Path, arguments: &[&str]) -> Result<()> {
+pub fn pip_install(venv: &Path, arguments: &[&str]) -> Result<()> {
     let mut command = Command::new(venv.join("bin/python"));
     let pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"];
     run(command.args(pip).args(arguments).current_dir(root()))

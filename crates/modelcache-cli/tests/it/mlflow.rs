@@ -179,7 +179,8 @@ fn a_missing_server_is_reported_with_its_variable(house: &House) {
     let get = |run: Run| run.run(["get", "models:/fraud/1"]);
     get(house.on_local("none")).failed(2, &["no MLflow server", "MLFLOW_TRACKING_URI"]);
     for bad in ["databricks", "sqlite:///canary-secret.db"] {
-        get(house.on_local("none").env("MLFLOW_TRACKING_URI", bad)).failed(2, &["MLFLOW_TRACKING_URI", "http or https URL"]);
+        get(house.on_local("none").env("MLFLOW_TRACKING_URI", bad))
+            .failed(2, &["MLFLOW_TRACKING_URI", "http or https URL"]);
         let run = house.on_local("none").env("MLFLOW_TRACKING_URI", bad);
         assert!(!run.run(["ls"]).ok().stderr.contains("MLFLOW"), "a command without MLflow ignores the variable");
     }

@@ -7,17 +7,17 @@
 
 use super::pull::{REFERENCE, ServedFile};
 use super::{DEFAULTS, DURABLE, durable, size};
-use crate::bench::page::{Section, Target};
-use crate::bench::server_process::{Kind, ServerProcess};
-use crate::bench::setup::{BUCKET, Setup, files_of};
-use crate::bench::usage::{Run, Running, measure};
-use crate::table::markdown;
+use crate::page::{Section, Target};
+use crate::server_process::{Kind, ServerProcess};
+use crate::setup::{BUCKET, Setup, files_of};
+use crate::usage::{Run, Running, measure};
 use anyhow::{Context, Result, ensure};
 use std::fs::File;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+use xtask::table::markdown;
 
 /// The get of the sparse file is stopped when the server has sent this many bytes.
 const STOP_BYTES: u64 = 6 << 30;
@@ -91,7 +91,7 @@ fn large_file_gets(setup: &Setup) -> Result<[u64; 2]> {
             *most = setup.get(change(&mut command), REFERENCE)?.0.rss_bytes.max(*most);
         }
     }
-    crate::bench::scratch::remove(&setup.scratch.disk.join("run"))?;
+    crate::scratch::remove(&setup.scratch.disk.join("run"))?;
     Ok(most)
 }
 
@@ -111,8 +111,8 @@ fn sparse_file_runs(setup: &Setup) -> Result<SparseRuns> {
     let server = ServerProcess::start(&folder.join("s3"), Kind::Plain)?;
     let measured = put_and_get(setup, &server, &folder, &file);
     drop(server);
-    crate::bench::scratch::remove(&folder)?;
-    crate::bench::scratch::remove(&setup.scratch.disk.join("run"))?;
+    crate::scratch::remove(&folder)?;
+    crate::scratch::remove(&setup.scratch.disk.join("run"))?;
     measured
 }
 

@@ -2,12 +2,12 @@
 
 use super::pull::large_file;
 use super::{DEFAULTS, progress, size};
-use crate::bench::comparison::{Entry, Line, OURS, best_peer, compare, ours, table};
-use crate::bench::copiers::{COPIERS, Operation, url};
-use crate::bench::page::{Section, Target};
-use crate::bench::server_process::{Kind, ServerProcess};
-use crate::bench::setup::Setup;
-use crate::bench::usage::measure;
+use crate::comparison::{Entry, Line, OURS, best_peer, compare, ours, table};
+use crate::copiers::{COPIERS, Operation, url};
+use crate::page::{Section, Target};
+use crate::server_process::{Kind, ServerProcess};
+use crate::setup::Setup;
+use crate::usage::measure;
 use anyhow::{Result, ensure};
 use std::cell::Cell;
 use std::process::Command;
@@ -55,7 +55,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
     }
     let lines = compare(setup, bytes, &entries)?;
     drop(entries);
-    crate::bench::scratch::remove(&folder)?;
+    crate::scratch::remove(&folder)?;
     let best = best_peer(&lines, |_| true);
     let ratio = best.zip(ours(&lines, DEFAULTS).and_then(Line::seconds)).map(|(best, seconds)| best / seconds);
     Ok(Section {

@@ -1,15 +1,15 @@
 //! Row for hits from Python: the time to get the path of an artifact that is on disk, in a running process.
 
-use crate::bench::comparison::{OURS, failure_cell, spread};
-use crate::bench::page::{Section, Target};
-use crate::bench::rows::calls::{Calls, median_of};
-use crate::bench::rows::hub::ServedRepo;
-use crate::bench::rows::progress;
-use crate::bench::scratch::remove;
-use crate::bench::setup::Setup;
-use crate::bench::usage::measure;
-use crate::table::markdown;
+use crate::comparison::{OURS, failure_cell, spread};
+use crate::page::{Section, Target};
+use crate::rows::calls::{Calls, median_of};
+use crate::rows::hub::ServedRepo;
+use crate::rows::progress;
+use crate::scratch::remove;
+use crate::setup::Setup;
+use crate::usage::measure;
 use anyhow::Result;
+use xtask::table::markdown;
 
 /// Size of the file, which is never read.
 const FILE_BYTES: u64 = 1 << 20;
@@ -71,7 +71,7 @@ impl<'a> Caller<'a> {
     }
 }
 
-pub(in crate::bench) fn section(setup: &Setup) -> Result<Section> {
+pub(crate) fn section(setup: &Setup) -> Result<Section> {
     progress(setup, "python-warm");
     let hub = ServedRepo::start(setup, FILE_BYTES)?;
     let folder = setup.scratch.fresh("python-warm")?;
@@ -136,7 +136,7 @@ fn best_peer_us(callers: &[Caller<'_>]) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::usage::Run;
+    use crate::usage::Run;
     use std::cell::Cell;
 
     /// Reports one of these medians per run, and fails when there are no more.

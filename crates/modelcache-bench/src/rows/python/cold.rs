@@ -1,14 +1,14 @@
 //! Row for one large file from S3 to disk, with our command and with our Python package, to show the cost of the
 //! interpreter.
 
-use crate::bench::comparison::{Entry, OURS, best_peer, compare_to_disk, ours, table};
-use crate::bench::copiers::COPIERS;
-use crate::bench::page::{Section, Target};
-use crate::bench::rows::pull::{REFERENCE, ServedFile};
-use crate::bench::rows::{DEFAULTS, DURABLE, durable, progress, size};
-use crate::bench::server_process::Kind;
-use crate::bench::setup::{Setup, check_size};
-use crate::bench::usage::run;
+use crate::comparison::{Entry, OURS, best_peer, compare_to_disk, ours, table};
+use crate::copiers::COPIERS;
+use crate::page::{Section, Target};
+use crate::rows::pull::{REFERENCE, ServedFile};
+use crate::rows::{DEFAULTS, DURABLE, durable, progress, size};
+use crate::server_process::Kind;
+use crate::setup::{Setup, check_size};
+use crate::usage::run;
 use anyhow::{Context, Result};
 use std::path::Path;
 use std::process::Command;
@@ -16,7 +16,7 @@ use std::process::Command;
 /// Applies a setting to the command of our program.
 type Change = fn(&mut Command) -> &mut Command;
 
-pub(in crate::bench) fn section(setup: &Setup) -> Result<Section> {
+pub(crate) fn section(setup: &Setup) -> Result<Section> {
     progress(setup, "python-cold");
     let served = ServedFile::start(setup, Kind::Plain)?;
     let settings: [(&str, &[_; 1], Change); 2] =

@@ -2,13 +2,13 @@
 
 use super::pull::{REFERENCE, ServedFile};
 use super::{progress, size};
-use crate::bench::comparison::median;
-use crate::bench::page::{Section, Target};
-use crate::bench::server_process::Kind;
-use crate::bench::setup::Setup;
-use crate::bench::usage::{Run, Running};
-use crate::table::markdown;
+use crate::comparison::median;
+use crate::page::{Section, Target};
+use crate::server_process::Kind;
+use crate::setup::Setup;
+use crate::usage::{Run, Running};
 use anyhow::{Result, ensure};
+use xtask::table::markdown;
 
 const PROCESSES: usize = 50;
 
@@ -79,6 +79,6 @@ fn herd(served: &ServedFile<'_>, count: usize) -> Result<(Vec<Run>, u64)> {
         runs.push(run);
     }
     let bytes = served.server.counts()?.bytes_sent;
-    crate::bench::scratch::remove(&folder)?;
+    crate::scratch::remove(&folder)?;
     Ok((runs, bytes))
 }

@@ -1,11 +1,11 @@
 //! Installs our Python package, built as it is shipped, beside the peers, so that one interpreter runs them all.
 
 use super::peers::Peers;
-use crate::python::pack;
-use crate::repository::{build_native, target_folder};
-use crate::test::pip_install;
 use anyhow::{Context, Result};
 use std::path::Path;
+use xtask::python::pack;
+use xtask::repository::{build_native, target_folder};
+use xtask::test::pip_install;
 
 /// Installs the package with the native module `native`. Builds the module first if `native` is `None`.
 pub(super) fn install(peers: &Peers, native: Option<&Path>) -> Result<()> {

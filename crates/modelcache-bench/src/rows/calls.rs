@@ -1,7 +1,7 @@
 //! Figures of a call that a script repeats in one process, because a hit takes only microseconds.
 
-use crate::bench::comparison::median;
-use crate::bench::usage::{Figures, Run};
+use crate::comparison::median;
+use crate::usage::{Figures, Run};
 use anyhow::Result;
 use std::process::Command;
 

@@ -2,7 +2,7 @@
 //!
 //! Our scripts run in the interpreter of the peers, with the settings of our program.
 
-pub(in crate::bench) mod cold;
-pub(in crate::bench) mod open;
-pub(in crate::bench) mod tensors;
-pub(in crate::bench) mod warm;
+pub(crate) mod cold;
+pub(crate) mod open;
+pub(crate) mod tensors;
+pub(crate) mod warm;

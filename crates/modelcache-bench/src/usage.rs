@@ -5,7 +5,6 @@
 //! Peak memory is that of the largest process. It is never below the size of this process, which the kernel counts
 //! until the child has executed the program, so this process must stay small.
 
-use crate::repository::shell_line;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use std::fs::File;
@@ -15,6 +14,7 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+use xtask::repository::shell_line;
 
 /// Time after which a program is killed.
 const LIMIT: Duration = Duration::from_secs(600);

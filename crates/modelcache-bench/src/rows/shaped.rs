@@ -3,14 +3,14 @@
 
 use super::pull::ServedFile;
 use super::{DEFAULTS, DURABLE, durable, progress, size};
-use crate::bench::comparison::{Entry, best_peer, compare_to_disk, median, ours, table};
-use crate::bench::copiers::COPIERS;
-use crate::bench::page::{Section, Target};
-use crate::bench::server_process::{Kind, SHAPED_BYTES_PER_S, SHAPED_FIRST_BYTE_MS, ServerCounts};
-use crate::bench::setup::Setup;
-use crate::table::markdown;
+use crate::comparison::{Entry, best_peer, compare_to_disk, median, ours, table};
+use crate::copiers::COPIERS;
+use crate::page::{Section, Target};
+use crate::server_process::{Kind, SHAPED_BYTES_PER_S, SHAPED_FIRST_BYTE_MS, ServerCounts};
+use crate::setup::Setup;
 use anyhow::Result;
 use std::cell::RefCell;
+use xtask::table::markdown;
 
 /// Connections of one run, from the counts of the server.
 struct Observed {

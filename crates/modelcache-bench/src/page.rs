@@ -3,10 +3,10 @@
 //! The hand-written text is in `frame.md` beside this module and appears in every page. A row that was not measured
 //! keeps its section from the present page.
 
-use crate::repository::root;
-use crate::table;
 use anyhow::{Context, Result};
 use std::fs;
+use xtask::repository::root;
+use xtask::table;
 
 const PAGE: &str = "docs/benchmarks.md";
 const FRAME: &str = include_str!("frame.md");

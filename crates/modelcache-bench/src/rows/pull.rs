@@ -1,12 +1,12 @@
 //! Rows for one large file from S3: to disk, to disk and then into memory, and to disk over TLS.
 
 use super::{DEFAULTS, DURABLE, durable, progress, size};
-use crate::bench::comparison::{Entry, Line, OURS, best_peer, compare_to_disk, ours, table};
-use crate::bench::copiers::{COPIERS, Copier, Operation, aria2, url};
-use crate::bench::page::{Section, Target};
-use crate::bench::server_process::{Kind, ServerProcess};
-use crate::bench::setup::{Setup, check_size, read, sync};
-use crate::bench::usage::{Run, measure};
+use crate::comparison::{Entry, Line, OURS, best_peer, compare_to_disk, ours, table};
+use crate::copiers::{COPIERS, Copier, Operation, aria2, url};
+use crate::page::{Section, Target};
+use crate::server_process::{Kind, ServerProcess};
+use crate::setup::{Setup, check_size, read, sync};
+use crate::usage::{Run, measure};
 use anyhow::Result;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -115,7 +115,7 @@ impl<'a> ServedFile<'a> {
 
 /// Removes the large file and all served data, for a row that needs the space.
 pub(super) fn make_room(setup: &Setup) -> Result<()> {
-    crate::bench::scratch::remove(&setup.served_folder())?;
+    crate::scratch::remove(&setup.served_folder())?;
     match std::fs::remove_file(setup.scratch.memory.join(LARGE_FILE)) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
         _ => Ok(()),

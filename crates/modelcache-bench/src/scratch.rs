@@ -5,7 +5,6 @@
 
 use super::machine::memory_bytes;
 use super::usage::kill_all;
-use crate::repository::target_folder;
 use anyhow::{Context, Result, ensure};
 use modelcache_testkit::Content;
 use modelcache_testkit::folder::syncing;
@@ -15,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 use tokio::signal::unix::{SignalKind, signal};
+use xtask::repository::target_folder;
 
 /// The folders have this name, followed by the PID of the bench.
 const NAME: &str = "modelcache-bench-";

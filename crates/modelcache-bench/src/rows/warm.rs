@@ -2,14 +2,14 @@
 
 use super::calls::Calls;
 use super::hub::ServedRepo;
-use crate::bench::comparison::median;
-use crate::bench::page::{Section, Target};
-use crate::bench::setup::Setup;
-use crate::bench::usage::measure;
-use crate::repository::cargo;
-use crate::table::markdown;
+use crate::comparison::median;
+use crate::page::{Section, Target};
+use crate::setup::Setup;
+use crate::usage::measure;
 use anyhow::{Context, Result, ensure};
 use std::process::Stdio;
+use xtask::repository::cargo;
+use xtask::table::markdown;
 
 /// Size of the cached file for the whole command and for huggingface_hub. Neither reads it.
 const FILE_BYTES: u64 = 1 << 20;
@@ -57,7 +57,7 @@ fn command(setup: &Setup, runs: usize) -> Result<Vec<String>> {
     measure(setup.modelcache(&dir).args(["put", "bench/warm@1"]).arg(&file))?;
     let once = |_| Ok(measure(setup.modelcache(&dir).args(["get", "bench/warm@1"]))?.seconds * 1e3);
     let mut times = (0..runs).map(once).collect::<Result<Vec<f64>>>()?;
-    crate::bench::scratch::remove(&dir)?;
+    crate::scratch::remove(&dir)?;
     times.sort_by(f64::total_cmp);
     let percentile = |share: usize| times[(times.len() - 1) * share / 100];
     let spread = format!("p10 {:.1} ms, p90 {:.1} ms", percentile(10), percentile(90));
@@ -70,7 +70,7 @@ fn hub_calls(setup: &Setup, runs: usize) -> Result<Calls> {
     let (served, folder) = (ServedRepo::start(setup, FILE_BYTES)?, setup.scratch.fresh("hub-warm")?);
     served.fill_peer_cache(&folder)?;
     let calls = served.measure_peer_calls(&folder, runs, false)?;
-    crate::bench::scratch::remove(&folder)?;
+    crate::scratch::remove(&folder)?;
     Ok(calls)
 }
 

@@ -17,7 +17,11 @@
 //! | [`usage`], [`reader`] | one run of a program and its resource usage; a program that reads files |
 //! | [`page`], [`machine`] | docs/benchmarks.md; the description of the machine |
 //!
+//! The hidden commands `bench-server` and `bench-read` are the processes that the rows start.
+//!
 //! A missed target or a failed program is no error: the tables show both.
+
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program for the terminal")]
 
 mod comparison;
 mod copiers;
@@ -34,27 +38,61 @@ mod setup;
 mod tensors;
 mod usage;
 
-pub(crate) use reader::ReaderArguments;
-pub(crate) use server::ServerArguments;
-
-use self::page::Section;
-use self::peers::Peers;
-use self::scratch::Scratch;
-use self::setup::{Setup, Sizes};
-use crate::repository::{Build, build_modelcache};
 use anyhow::{Context, Result, ensure};
-use clap::{Args, ValueEnum};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use page::Section;
+use peers::Peers;
+use reader::ReaderArguments;
+use scratch::Scratch;
+use server::ServerArguments;
+use setup::{Setup, Sizes};
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::Instant;
+use xtask::repository::{Build, build_modelcache};
 
 /// Default number of rounds.
 const ROUNDS: usize = 5;
 /// Default number of rounds with `--quick`.
 const ROUNDS_QUICK: usize = 2;
 
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask bench", bin_name = "cargo xtask bench", args_conflicts_with_subcommands = true)]
+struct Arguments {
+    #[command(subcommand)]
+    process: Option<Process>,
+    #[command(flatten)]
+    bench: Bench,
+}
+
+/// A process that a row starts
+#[derive(Debug, Subcommand)]
+enum Process {
+    #[command(hide = true)]
+    BenchServer(ServerArguments),
+    #[command(hide = true)]
+    BenchRead(ReaderArguments),
+}
+
+fn main() -> ExitCode {
+    let Arguments { process, bench } = Arguments::parse();
+    let result = match process {
+        None => bench.run(),
+        Some(Process::BenchServer(server)) => server.run(),
+        Some(Process::BenchRead(reader)) => reader.run(),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
 /// Measure modelcache and its peers, and write docs/benchmarks.md
 #[derive(Debug, Args)]
-pub(crate) struct Bench {
+struct Bench {
     /// Small data and two rounds, as a quick check; writes no page
     #[arg(long)]
     quick: bool,
@@ -148,7 +186,7 @@ impl Row {
 }
 
 impl Bench {
-    pub(crate) fn run(&self) -> Result<()> {
+    fn run(&self) -> Result<()> {
         let started = Instant::now();
         let setup = self.setup()?;
         let machine = machine::description(&setup)?;
@@ -166,7 +204,7 @@ impl Bench {
                 }
                 // A failed row does not stop the others.
                 Err(error) => {
-                    eprintln!("xtask: row {}: {error:#}", row.name());
+                    eprintln!("bench: row {}: {error:#}", row.name());
                     failed.push(row.name());
                 }
             }

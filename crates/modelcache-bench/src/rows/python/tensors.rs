@@ -1,12 +1,12 @@
 //! Row for a safetensors file on disk and in the page cache, until all its tensors are numpy arrays in memory.
 
-use crate::bench::comparison::{Entry, OURS, best_peer, compare, table};
-use crate::bench::page::Section;
-use crate::bench::rows::{progress, pull, size};
-use crate::bench::scratch::remove;
-use crate::bench::setup::{Setup, read};
-use crate::bench::tensors::{FILE, REFERENCE, TENSORS, write_for};
-use crate::bench::usage::{Figures, Run, measure};
+use crate::comparison::{Entry, OURS, best_peer, compare, table};
+use crate::page::Section;
+use crate::rows::{progress, pull, size};
+use crate::scratch::remove;
+use crate::setup::{Setup, read};
+use crate::tensors::{FILE, REFERENCE, TENSORS, write_for};
+use crate::usage::{Figures, Run, measure};
 use anyhow::Result;
 use std::path::Path;
 use std::process::Command;
@@ -42,7 +42,7 @@ const LOADERS: [Loader; 4] = [
     loader("runai-packed", "runai streamer", "packed", "runai-model-streamer", Some("get, then streamer, packed")),
 ];
 
-pub(in crate::bench) fn section(setup: &Setup) -> Result<Section> {
+pub(crate) fn section(setup: &Setup) -> Result<Section> {
     progress(setup, "python-tensors");
     pull::make_room(setup)?;
     let (source, bytes) = write_for(setup)?;

@@ -1,17 +1,17 @@
 //! Row for a safetensors file that is read while it is downloaded from S3: the time to its first tensor, and the share
 //! of the file received by then.
 
-use crate::bench::comparison::{OURS, failure_cell, median, spread};
-use crate::bench::copiers::url;
-use crate::bench::page::{Section, Target};
-use crate::bench::rows::{progress, pull, size};
-use crate::bench::scratch::remove;
-use crate::bench::server_process::{Kind, SHAPED_BYTES_PER_S, SHAPED_FIRST_BYTE_MS, ServerProcess};
-use crate::bench::setup::Setup;
-use crate::bench::tensors::{FILE, NAME, REFERENCE, TENSORS, write_for};
-use crate::bench::usage::Figures;
-use crate::table::markdown;
+use crate::comparison::{OURS, failure_cell, median, spread};
+use crate::copiers::url;
+use crate::page::{Section, Target};
+use crate::rows::{progress, pull, size};
+use crate::scratch::remove;
+use crate::server_process::{Kind, SHAPED_BYTES_PER_S, SHAPED_FIRST_BYTE_MS, ServerProcess};
+use crate::setup::Setup;
+use crate::tensors::{FILE, NAME, REFERENCE, TENSORS, write_for};
+use crate::usage::Figures;
 use anyhow::{Result, ensure};
+use xtask::table::markdown;
 
 /// Prefix of the objects for the peers.
 const RAW: &str = "raw-tensors";
@@ -33,7 +33,7 @@ struct Read {
     rss_bytes: u64,
 }
 
-pub(in crate::bench) fn section(setup: &Setup) -> Result<Section> {
+pub(crate) fn section(setup: &Setup) -> Result<Section> {
     progress(setup, "python-open");
     pull::make_room(setup)?;
     let (source, bytes) = write_for(setup)?;

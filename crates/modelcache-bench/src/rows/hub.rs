@@ -3,11 +3,11 @@
 use super::calls::Calls;
 use super::pull::large_file;
 use super::{DEFAULTS, durable, progress, size};
-use crate::bench::comparison::{Entry, Line, OURS, best_peer, compare_to_disk, ours, table};
-use crate::bench::page::{Section, Target};
-use crate::bench::server_process::{Kind, ServerProcess};
-use crate::bench::setup::{Setup, check_size, sync};
-use crate::bench::usage::measure;
+use crate::comparison::{Entry, Line, OURS, best_peer, compare_to_disk, ours, table};
+use crate::page::{Section, Target};
+use crate::server_process::{Kind, ServerProcess};
+use crate::setup::{Setup, check_size, sync};
+use crate::usage::measure;
 use anyhow::{Context, Result};
 use modelcache_testkit::{Content, Hub};
 use std::path::{Path, PathBuf};
@@ -121,7 +121,7 @@ impl<'a> ServedRepo<'a> {
 
 impl Drop for ServedRepo<'_> {
     fn drop(&mut self) {
-        let _ = crate::bench::scratch::remove(&self.setup.scratch.memory.join(FOLDER));
+        let _ = crate::scratch::remove(&self.setup.scratch.memory.join(FOLDER));
     }
 }
 

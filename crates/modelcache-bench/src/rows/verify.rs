@@ -2,12 +2,12 @@
 
 use super::pull::{REFERENCE, ServedFile};
 use super::{durable, progress, size};
-use crate::bench::comparison::{Entry, Line, OURS, compare, ours, table};
-use crate::bench::page::{Section, Target};
-use crate::bench::scratch::drop_cached;
-use crate::bench::server_process::Kind;
-use crate::bench::setup::{Setup, read};
-use crate::bench::usage::{Run, measure, run};
+use crate::comparison::{Entry, Line, OURS, compare, ours, table};
+use crate::page::{Section, Target};
+use crate::scratch::drop_cached;
+use crate::server_process::Kind;
+use crate::setup::{Setup, read};
+use crate::usage::{Run, measure, run};
 use anyhow::{Context, Result};
 use std::path::Path;
 use std::process::Command;
@@ -48,7 +48,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
     ];
     let lines = compare(setup, setup.sizes.file, &entries)?;
     drop(entries);
-    crate::bench::scratch::remove(cache)?;
+    crate::scratch::remove(cache)?;
     let fastest = |names: [&str; 2]| {
         let candidates = lines.iter().filter(|line| names.contains(&line.program));
         candidates.filter_map(Line::seconds).min_by(f64::total_cmp)

@@ -2,12 +2,12 @@
 
 use super::pull::make_room;
 use super::{DEFAULTS, DURABLE, durable, progress, size};
-use crate::bench::comparison::{Entry, Line, OURS, best_peer, compare_to_disk, ours, table};
-use crate::bench::copiers::{COPIERS, Operation};
-use crate::bench::page::{Section, Target};
-use crate::bench::server_process::{Kind, ServerProcess};
-use crate::bench::setup::{Setup, check_size, sync};
-use crate::bench::usage::measure;
+use crate::comparison::{Entry, Line, OURS, best_peer, compare_to_disk, ours, table};
+use crate::copiers::{COPIERS, Operation};
+use crate::page::{Section, Target};
+use crate::server_process::{Kind, ServerProcess};
+use crate::setup::{Setup, check_size, sync};
+use crate::usage::measure;
 use anyhow::Result;
 use std::path::Path;
 use std::process::Command;
@@ -69,8 +69,8 @@ fn section(setup: &Setup, row: &'static str, (count, each): (usize, u64), least:
     }
     let lines = compare_to_disk(setup, bytes, &entries)?;
     drop(entries);
-    crate::bench::scratch::remove(&files)?;
-    crate::bench::scratch::remove(&setup.served_folder())?;
+    crate::scratch::remove(&files)?;
+    crate::scratch::remove(&setup.served_folder())?;
     let best = best_peer(&lines, |_| true);
     let ratio = best.zip(ours(&lines, DEFAULTS).and_then(Line::seconds)).map(|(best, seconds)| best / seconds);
     Ok(Section {

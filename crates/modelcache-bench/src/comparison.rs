@@ -7,11 +7,11 @@
 use super::machine::memory_bytes;
 use super::setup::Setup;
 use super::usage::Run;
-use crate::table;
 use anyhow::Result;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Read};
 use std::path::Path;
+use xtask::table;
 
 /// A program drops out of a comparison once its runs have taken this many seconds in total.
 const SPENT_S_MAX: f64 = 25.0;

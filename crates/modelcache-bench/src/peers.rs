@@ -4,15 +4,15 @@
 //! A peer that is not available is no error: the tables show the reason.
 
 use super::usage::run;
-use crate::repository::{root, target_folder};
-use crate::test::create_venv;
 use anyhow::{Context, Result, ensure};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use xtask::repository::{root, target_folder};
+use xtask::test::create_venv;
 
-const FOLDER: &str = "xtask/src/bench/peers";
+const FOLDER: &str = "crates/modelcache-bench/src/peers";
 /// Programs that are used if the machine has them, with the argument that prints their version.
 const SYSTEM_PROGRAMS: [(&str, &str); 2] = [("rclone", "version"), ("aria2c", "--version")];
 

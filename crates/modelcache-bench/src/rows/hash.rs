@@ -1,11 +1,11 @@
 //! Row for SHA-256 without I/O, measured by the library's own benchmark `hash`.
 
-use crate::bench::page::Section;
-use crate::bench::setup::Setup;
-use crate::repository::cargo;
-use crate::table::markdown;
+use crate::page::Section;
+use crate::setup::Setup;
 use anyhow::{Context, Result, ensure};
 use std::process::Stdio;
+use xtask::repository::cargo;
+use xtask::table::markdown;
 
 pub(crate) fn section(setup: &Setup) -> Result<Section> {
     let mut command = cargo();

@@ -1,0 +1,13 @@
+//! The developer tasks of this repository, one module per task, and what they share with the benchmarks.
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program for the terminal")]
+
+pub mod bench;
+pub mod demo;
+pub mod docs;
+pub mod fuzz;
+pub mod python;
+mod registry;
+pub mod repository;
+pub mod table;
+pub mod test;
+mod tidy;
