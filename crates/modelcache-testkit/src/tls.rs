@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::Context as _;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
-use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, copy_bidirectional};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader, copy_bidirectional};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio_rustls::TlsAcceptor;
@@ -109,7 +109,7 @@ impl TlsFront {
     }
 }
 
-/// A proxy for `CONNECT` tunnels.
+/// A proxy for `CONNECT` tunnels and SOCKS 5.
 #[derive(Debug)]
 pub struct ConnectProxy {
     listening: Listening,
@@ -142,6 +142,40 @@ impl ConnectProxy {
     }
 }
 
+/// Version 5 of SOCKS, the first byte of each of its messages (RFC 1928).
+const SOCKS_VERSION: u8 = 5;
+
+/// Serves a client that speaks SOCKS 5, without authentication and with host names.
+async fn socks_tunnel(
+    mut client: BufReader<TcpStream>,
+    log: &Mutex<Vec<String>>,
+    hosts: &BTreeMap<String, SocketAddr>,
+) -> std::io::Result<()> {
+    // The greeting lists authentication methods. The answer selects none (0).
+    let mut greeting = [0; 2];
+    client.read_exact(&mut greeting).await?;
+    client.read_exact(&mut vec![0; greeting[1].into()]).await?;
+    client.write_all(&[SOCKS_VERSION, 0]).await?;
+    // Version, command, reserved, address type (3 is a host name), length of the name.
+    let mut request = [0; 5];
+    client.read_exact(&mut request).await?;
+    let mut name = vec![0; request[4].into()];
+    client.read_exact(&mut name).await?;
+    let port = client.read_u16().await?;
+    let target = format!("{}:{port}", String::from_utf8_lossy(&name));
+    lock(log).push(target.clone());
+    let answer = |code: u8| [SOCKS_VERSION, code, 0, 1, 0, 0, 0, 0, 0, 0];
+    match hosts.get(&target) {
+        Some(to) => {
+            let mut inside = TcpStream::connect(to).await?;
+            client.write_all(&answer(0)).await?;
+            copy_bidirectional(&mut client, &mut inside).await.map(drop)
+        }
+        // 4: host unreachable.
+        None => client.write_all(&answer(4)).await,
+    }
+}
+
 async fn tunnel(
     stream: TcpStream,
     log: &Mutex<Vec<String>>,
@@ -149,6 +183,9 @@ async fn tunnel(
     hosts: &BTreeMap<String, SocketAddr>,
 ) -> std::io::Result<()> {
     let mut client = BufReader::new(stream);
+    if client.fill_buf().await?.first() == Some(&SOCKS_VERSION) {
+        return socks_tunnel(client, log, hosts).await;
+    }
     let (mut target, mut authorization) = (String::new(), None);
     loop {
         let mut line = String::new();

@@ -69,6 +69,24 @@ fn registry_hub_and_s3_work_behind_a_proxy_with_a_private_authority() {
 }
 
 #[test]
+fn a_socks_proxy_resolves_the_names() {
+    let inside = Inside::new();
+    let proxy = inside.proxy(None);
+    let run = |scheme: &str| {
+        let run = inside.house.on_local("c").env("ALL_PROXY", format!("{scheme}://{}", proxy.addr()));
+        run.env("HF_ENDPOINT", "https://hub.test").env("SSL_CERT_FILE", &inside.roots)
+    };
+    assert_same(&run("socks5h").run(["get", "https://registry.test/m.bin@1"]).path(), &big());
+    run("socks5h").run(["get", "hf://org/model"]).path();
+    assert!(proxy.asked().contains(&"hub.test:443".to_owned()), "{:?}", proxy.asked());
+    // Without the `h`, this machine resolves the name.
+    let unknown = run("socks5").env("MODEL_CACHE_DIR", inside.house.path("d"));
+    unknown
+        .run(["get", "hf://org/model"])
+        .failed(7, &["hub.test", "socks5://", "write the address of the proxy as socks5h://"]);
+}
+
+#[test]
 fn an_untrusted_authority_is_reported_with_the_remedy() {
     let inside = Inside::new();
     let proxy = inside.proxy(None);

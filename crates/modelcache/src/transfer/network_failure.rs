@@ -43,10 +43,12 @@ pub(crate) fn with_lookup_deadline(error: Error, reason: &str) -> Error {
     // The texts of `getaddrinfo` in glibc and musl. A DNS server that does not answer has another text
     // ("Temporary failure in name resolution").
     let unknown = ["Name or service not known", "No address associated with hostname", "Name does not resolve"];
-    match unknown.iter().any(|text| reason.contains(text)) {
-        true => error
-            .retry_within(UNKNOWN_HOST_DEADLINE)
-            .hint("check the network and the name of the host, which DNS does not know"),
-        false => error,
+    if !unknown.iter().any(|text| reason.contains(text)) {
+        return error;
     }
+    error.retry_within(UNKNOWN_HOST_DEADLINE).hint(match reason.contains("socks proxy") {
+        // With `socks5://` this machine resolves names, with `socks5h://` the proxy does.
+        true => "write the address of the proxy as socks5h://, so that the proxy resolves host names",
+        false => "check the network and the name of the host, which DNS does not know",
+    })
 }
