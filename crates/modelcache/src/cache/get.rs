@@ -192,9 +192,9 @@ impl Cache {
         progress: &Progress,
         publisher: &FillPublisher,
     ) -> Result<StagedFill> {
-        let (disk, key, selected) = (self.0.disk.clone(), request.key.clone(), plan.selected.clone());
+        let (key, selected) = (request.key.clone(), plan.selected.clone());
         // Reuses local blobs and the staged files of an earlier fill. Reserves room for the rest.
-        let staging = blocking(move || disk.begin_fill(&key, &selected)).await?;
+        let staging = self.on_disk(move |disk| disk.begin_fill(&key, &selected)).await?;
         let (partial_files, to_download) = files_to_download(&staging, plan)?;
         // Callers of `open_file` can read from here on. The one that started this fill stays registered as a reader
         // during the download.

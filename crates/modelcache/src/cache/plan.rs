@@ -20,7 +20,6 @@ use crate::manifest::{FileEntry, Manifest};
 use crate::progress::{Phase, Progress};
 use crate::reference::Reference;
 use crate::remote::{self, RemoteSource};
-use crate::runtime::blocking;
 use crate::source::Source;
 use crate::transfer::ReadGate;
 use std::collections::BTreeMap;
@@ -181,9 +180,9 @@ impl Cache {
     /// Reads the manifests on disk, in the lower directory and on the remote. Contacts the origin only if these tiers
     /// together do not hold all selected files.
     pub(super) async fn tier_manifests(&self, request: &FetchRequest) -> Result<TierManifests> {
-        let (disk, key) = (self.0.disk.clone(), request.key.clone());
-        let mut tier_manifests =
-            TierManifests { disk: blocking(move || disk.manifest(&key)).await?, ..TierManifests::default() };
+        let key = request.key.clone();
+        let disk = self.on_disk(move |disk| disk.manifest(&key)).await?;
+        let mut tier_manifests = TierManifests { disk, ..TierManifests::default() };
         tier_manifests.lower = self.lower_manifest(&request.key).await?;
         if let Some(remote) = self.remote_within(request.max_tier) {
             self.wait_for_start_jitter().await;
@@ -361,9 +360,8 @@ impl Cache {
         request: &FetchRequest,
         selected: &[(FilePath, FileEntry)],
     ) -> Result<Vec<Arc<DiskSource>>> {
-        let (disk, lower, key, selected) =
-            (self.0.disk.clone(), self.0.lower.clone(), request.key.clone(), selected.to_vec());
-        blocking(move || {
+        let (lower, key, selected) = (self.0.lower.clone(), request.key.clone(), selected.to_vec());
+        self.on_disk(move |disk| {
             let own = disk.source(&key, &selected)?;
             let below = lower.map(|lower| lower.source(&key, &selected)).transpose()?;
             Ok([own].into_iter().chain(below).map(Arc::new).collect())

@@ -350,9 +350,9 @@ impl Cache {
 
     /// Caches a resolved version on disk. A failure is only logged, because the next get can resolve the name again.
     async fn cache_version(&self, pointer: &Pointer, resolved: &ResolvedVersion) {
-        let (disk, pointer, resolved) = (self.0.disk.clone(), pointer.clone(), resolved.clone());
-        let write =
-            blocking(move || disk.remember_ref(&pointer.name, &pointer.revision, &resolved.version, resolved.age));
+        let (pointer, resolved) = (pointer.clone(), resolved.clone());
+        let write = self
+            .on_disk(move |disk| disk.remember_ref(&pointer.name, &pointer.revision, &resolved.version, resolved.age));
         if let Err(error) = write.await {
             tracing::debug!(%error, "cannot cache the resolved version on disk");
         }

@@ -225,9 +225,9 @@ impl Cache {
     ) -> Result<(Staging, Manifest, BTreeMap<FilePath, StagedFile>)> {
         let entry = |input: &InputFile| FileEntry::of(input.size);
         let wanted: Vec<_> = inputs.iter().map(|input| (input.path.clone(), entry(input))).collect();
-        let (disk, fill_key) = (self.0.disk.clone(), key.clone());
+        let fill_key = key.clone();
         // Reserves room for the copies, evicting other artifacts if necessary.
-        let staging = blocking(move || disk.begin_fill(&fill_key, &wanted)).await?;
+        let staging = self.on_disk(move |disk| disk.begin_fill(&fill_key, &wanted)).await?;
         let _phase = progress.enter(Phase::Read, inputs.iter().map(|input| input.size).sum());
         let copies = inputs.iter().cloned().map(|input| {
             let (name, progress) = (staged_name(&input.path, &entry(&input)), progress.clone());

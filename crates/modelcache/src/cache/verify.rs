@@ -141,12 +141,12 @@ impl Cache {
         run: &Arc<VerifyRun>,
         progress: &Progress,
     ) -> Result<Option<Verified>> {
-        let (disk, key, selection) = (self.0.disk.clone(), key.clone(), selection.clone());
-        let (bytes, disk, key, selection) =
-            blocking(move || Ok((disk.bytes_to_verify(&key, &selection)?, disk, key, selection))).await?;
-        let _phase = progress.enter(Phase::Verify, bytes);
-        let (run, progress) = (run.clone(), progress.clone());
-        blocking(move || disk.verify(&key, &selection, &run, &progress)).await
+        let (key, selection, run, progress) = (key.clone(), selection.clone(), run.clone(), progress.clone());
+        self.on_disk(move |disk| {
+            let _phase = progress.enter(Phase::Verify, disk.bytes_to_verify(&key, &selection)?);
+            disk.verify(&key, &selection, &run, &progress)
+        })
+        .await
     }
 
     /// Returns an origin for exactly this `key`, if there is one.
@@ -206,8 +206,7 @@ impl Verification {
 
     /// Returns one target for each artifact on disk, and one for the remaining blobs.
     async fn all_on_disk(&self) -> Result<Vec<VerifyTarget>> {
-        let disk = self.cache.0.disk.clone();
-        let stored = blocking(move || disk.verify_items()).await?;
+        let stored = self.cache.on_disk(|disk| disk.verify_items()).await?;
         let target = |stored| match stored {
             VerifyItem::Artifact(key) => artifact_target(key, None, Tier::Disk),
             VerifyItem::Nameless(dir) => {
@@ -222,12 +221,11 @@ impl Verification {
     /// Verifies one target, and repairs it if the options require it. Returns `None` if the target no longer exists, or
     /// if it has no files.
     pub async fn verify(&self, target: &VerifyTarget, progress: &Progress) -> Result<Option<Verified>> {
-        let disk = self.cache.0.disk.clone();
         match &target.subject {
-            Subject::Nameless(dir) => Ok(Some(disk.verify_nameless(dir))),
+            Subject::Nameless(dir) => Ok(Some(self.cache.0.disk.verify_nameless(dir))),
             Subject::Blobs => {
                 let (run, progress) = (self.run.clone(), progress.clone());
-                let verified = blocking(move || disk.verify_blobs(&run, &progress)).await?;
+                let verified = self.cache.on_disk(move |disk| disk.verify_blobs(&run, &progress)).await?;
                 let has_result = verified.files > 0 || !verified.findings.is_empty();
                 Ok(has_result.then_some(verified))
             }
@@ -324,8 +322,8 @@ impl Verification {
 
     /// Returns true if the disk holds all files in `bad`, or all files of the artifact if `all_files` is set.
     async fn disk_has(&self, key: &ArtifactKey, bad: &BTreeSet<FilePath>, all_files: bool) -> Result<bool> {
-        let (disk, key) = (self.cache.0.disk.clone(), key.clone());
-        let manifest = blocking(move || disk.manifest(&key)).await?;
+        let key = key.clone();
+        let manifest = self.cache.on_disk(move |disk| disk.manifest(&key)).await?;
         let holds = |manifest: &Manifest| {
             let mut affected = manifest.files.iter().filter(|(path, _)| all_files || bad.contains(*path));
             let lists_all = bad.iter().all(|path| manifest.files.contains_key(path));
@@ -358,8 +356,8 @@ impl Verification {
         is_affected: &(dyn Fn(&FilePath) -> bool + Sync),
         progress: &Progress,
     ) -> Result<BTreeSet<FilePath>> {
-        let (disk, owned_key) = (self.cache.0.disk.clone(), key.clone());
-        let leased = blocking(move || disk.lease_with_manifest(&owned_key)).await?;
+        let owned_key = key.clone();
+        let leased = self.cache.on_disk(move |disk| disk.lease_with_manifest(&owned_key)).await?;
         let Some((manifest, dir, _lease)) = leased else { return Err(no_right_copy()) };
         let entries = manifest.files.iter().filter(|(path, entry)| entry.held.is_some() && is_affected(path));
         let files: BTreeMap<_, _> = entries.map(|(path, _)| (path.clone(), LocalFile::from(dir.view(path)))).collect();

@@ -15,14 +15,15 @@ mod network;
 pub use crate::check::{Area, Check, Clock, DoctorOptions, Gravity};
 
 use crate::config::{Config, Environment, RemoteMode};
+use crate::runtime::blocking;
 
 /// Runs all checks. Returns the results, sorted by area.
 pub async fn examine(config: &Config, environment: &Environment, options: DoctorOptions) -> Vec<Check> {
     let options = DoctorOptions { read_only: options.read_only || config.remote_mode == RemoteMode::ReadOnly };
     let disk_config = config.clone();
     let disk = async move {
-        let checks = tokio::task::spawn_blocking(move || crate::disk::examine(&disk_config)).await;
-        checks.unwrap_or_else(|_| Vec::new())
+        let checks = blocking(move || Ok(crate::disk::examine(&disk_config))).await;
+        checks.unwrap_or_default()
     };
     let clock = Clock::default();
     let (disk, remote, origin) = futures::join!(

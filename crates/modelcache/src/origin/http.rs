@@ -9,6 +9,7 @@ pub(super) use crate::config::encode_segment;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits;
 use crate::printable;
+use crate::runtime::blocking;
 use crate::transfer::{
     BodyLimits, Pauses, Retry, check_headers, content_range, read_body, tls_error, with_lookup_deadline,
 };
@@ -102,9 +103,8 @@ impl Http {
             .get_or_try_init(|| async {
                 // On a blocking thread and not before the first request, because reading the system's root certificates
                 // takes longer than a cache hit.
-                let built = tokio::task::spawn_blocking(move || build(read_timeout)).await;
-                let failed = |what: String| Error::new(ErrorKind::Other, "cannot set up HTTP").cause(what);
-                built.map_err(|error| failed(error.to_string()))?.map_err(|error| failed(error_chain(&error)))
+                let failed = |error| Error::new(ErrorKind::Other, "cannot set up HTTP").cause(error_chain(&error));
+                blocking(move || build(read_timeout).map_err(failed)).await
             })
             .await
     }

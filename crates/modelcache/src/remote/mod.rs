@@ -45,7 +45,7 @@ pub(crate) use {
 };
 
 use crate::config::RemoteConfig;
-use crate::error::{Error, ErrorKind, Result, Tier};
+use crate::error::{Error, Result, Tier};
 use crate::finding::Verified;
 use crate::key::{ArtifactKey, ArtifactName, FilePath, OWN_FOLDER, Version};
 use crate::limits;
@@ -349,11 +349,7 @@ impl Remote {
                 let inner = self.0.clone();
                 // Opening reads AWS files and root certificates, so it runs on a blocking thread.
                 let open = move || Store::open(&inner.config, &inner.location, &inner.options, inner.retry.clone());
-                let opened = tokio::task::spawn_blocking(open).await;
-                let opened = opened.map_err(|cause| {
-                    Error::new(ErrorKind::Other, "the task that opens the remote failed").cause(cause)
-                })?;
-                opened.map(Arc::new)
+                blocking(open).await.map(Arc::new)
             })
             .await
     }

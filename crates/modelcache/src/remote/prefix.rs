@@ -10,6 +10,7 @@ use crate::config::RemoteConfig;
 use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, Manifest, ObjectIdentity, Shape};
+use crate::runtime::blocking;
 use crate::source::{Body, Source};
 use crate::transfer::Retry;
 use async_trait::async_trait;
@@ -61,9 +62,7 @@ impl PrefixSource {
         let location = RemoteLocation::Bucket { bucket: self.bucket.clone(), prefix: self.prefix.clone() };
         let options = Options::parse(&self.config)?;
         let (config, retry) = (self.config.clone(), self.retry.clone());
-        let opened = tokio::task::spawn_blocking(move || Store::open(&config, &location, &options, retry)).await;
-        let store = opened
-            .map_err(|cause| Error::new(ErrorKind::Other, "the task that opens a bucket failed").cause(cause))??;
+        let store = blocking(move || Store::open(&config, &location, &options, retry)).await?;
         let root = store.root();
         let listed = store.list(root.as_ref()).await?.ok_or_else(|| {
             Error::new(ErrorKind::Unauthorized, format!("listing the bucket {} is not permitted", self.bucket))
