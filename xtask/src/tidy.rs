@@ -66,6 +66,7 @@ const LAYERS: [&[&str]; 7] = [
         "ladder",
         "limits",
         "manifest",
+        "mutex",
         "printable",
         "redact",
         "reference",

@@ -6,6 +6,7 @@
 //! warning and does not fail the command.
 
 use modelcache::cache::{BytesByTier, GetReport, PutReport, Stats};
+use modelcache::mutex::Mutex;
 use modelcache::{ErrorKind, Tier};
 use prometheus_client::encoding::text;
 use prometheus_client::metrics::family::Family;
@@ -17,7 +18,6 @@ use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Permissions of the file: readable by all users, because the collector runs as another user.
@@ -40,7 +40,7 @@ struct Recorded {
 impl CommandMetrics {
     /// Records a completed get.
     pub(crate) fn record_get(&self, report: &GetReport) {
-        let mut recorded = self.recorded();
+        let mut recorded = self.0.lock();
         *recorded.artifacts.entry(tier_name(report.from)).or_default() += 1;
         recorded.bytes.disk += report.bytes.disk;
         recorded.bytes.remote += report.bytes.remote;
@@ -51,24 +51,19 @@ impl CommandMetrics {
 
     /// Records a completed put.
     pub(crate) fn record_put(&self, report: &PutReport) {
-        let mut recorded = self.recorded();
+        let mut recorded = self.0.lock();
         recorded.uploaded_bytes += report.uploaded_bytes;
         report.phases.iter().for_each(|(phase, spent)| *recorded.phases.entry(phase.name()).or_default() += *spent);
     }
 
     /// Records a failure of `kind`.
     pub(crate) fn record_failure(&self, kind: ErrorKind) {
-        *self.recorded().failures.entry(kind.name()).or_default() += 1;
-    }
-
-    /// Locks the recorded values.
-    fn recorded(&self) -> MutexGuard<'_, Recorded> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.0.lock().failures.entry(kind.name()).or_default() += 1;
     }
 
     /// Returns the content of the metrics file.
     pub(crate) fn text(&self, verb: &'static str, code: u8, took: Duration, stats: Option<&Stats>) -> String {
-        let recorded = self.recorded();
+        let recorded = self.0.lock();
         let mut page = Page::default();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         page.family("command", "The last command", [(("verb", verb), 1.0)]);

@@ -15,6 +15,7 @@ use modelcache::cache::{
 use modelcache::config::{Backfill, Secret};
 use modelcache::format::Format;
 use modelcache::key::{FilePath, Version};
+use modelcache::mutex::Mutex;
 use modelcache::progress::Progress;
 use modelcache::reference::Target;
 use modelcache::settings::{self, Argument, ConfigFiles, SETTINGS, Settings};
@@ -28,7 +29,7 @@ use std::future::Future;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 use std::pin::pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Upper bound on the number of caches that are kept open for tokens passed by callers.
@@ -143,7 +144,7 @@ impl Cache {
     /// True until the cache is closed.
     #[getter]
     fn is_open(&self) -> bool {
-        self.lock().is_some()
+        self.open.lock().is_some()
     }
 
     /// Downloads an artifact unless it is on disk, and leases it. The output is its path or a `Lease`.
@@ -175,7 +176,7 @@ impl Cache {
                 // The patterns are part of the key of the lease. The empty string separates the two lists.
                 let patterns = [include, vec![String::new()], exclude].concat();
                 let (pinned, key) = (reference.pinned(&artifact.key), (artifact.key.clone(), patterns));
-                let keep = move || drop(lock(&leases).insert(key, (pinned, options.selection, artifact)));
+                let keep = move || drop(leases.lock().insert(key, (pinned, options.selection, artifact)));
                 Ok(CallOutput::StoreLeases(Box::new(keep), Box::new(path)))
             };
             Ok((handles, work))
@@ -260,7 +261,7 @@ impl Cache {
             // Release the leases that this cache holds on the artifact, because they would make the eviction fail.
             if !dry_run && tier != EvictTier::Remote {
                 let is_same = |key: &ArtifactKey| reference.exact_key().as_ref() == Some(key);
-                lock(&open.leases).retain(|(key, _), _| !is_same(key));
+                open.leases.lock().retain(|(key, _), _| !is_same(key));
             }
             let cache = open.cache.clone();
             Ok(async move { cache.evict(&reference, tier, dry_run).await })
@@ -425,7 +426,7 @@ impl Cache {
     fn forked(&self) {
         // Do not block: a mutex that another thread of the parent held at the fork stays locked.
         let slot = self.open.try_lock();
-        let inherited = slot.as_ref().ok().and_then(|slot| slot.as_ref()).and_then(|local| local.of_any_process());
+        let inherited = slot.as_ref().and_then(|slot| slot.as_ref()).and_then(|local| local.of_any_process());
         if let Some(open) = inherited {
             open.cache.forked();
         }
@@ -443,12 +444,12 @@ impl Cache {
         let limit = duration(seconds);
         // From here on, other calls fail. If the timeout is invalid, the cache stays open. A forked child that never
         // used the cache has nothing to close.
-        let taken = if limit.is_ok() { self.lock().take().and_then(|mut open| open.take()) } else { None };
+        let taken = if limit.is_ok() { self.open.lock().take().and_then(|mut open| open.take()) } else { None };
         let progress = Progress::new();
         Call::new(py, progress.clone(), async move {
             let limit = limit?;
             if let Some(open) = taken {
-                let by_token: Vec<_> = lock(&open.by_token).drain().map(|(_, cache)| cache).collect();
+                let by_token: Vec<_> = open.by_token.lock().drain().map(|(_, cache)| cache).collect();
                 let finish = async {
                     for cache in std::iter::once(&open.cache).chain(&by_token) {
                         cache.wait_for_fills().await;
@@ -460,7 +461,7 @@ impl Cache {
                 if tokio::time::timeout(limit, finish).await.is_err() {
                     tracing::info!("closing timed out; pending uploads to the remote are left to a later run");
                 }
-                lock(&open.leases).clear();
+                open.leases.lock().clear();
             }
             Ok(CallOutput::Json(json!(null)))
         })
@@ -493,13 +494,9 @@ impl Cache {
         Ok(Self { config, open: Mutex::new(Some(ProcessLocal::new(Arc::new(open)))) })
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<ProcessLocal<Arc<Open>>>> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Returns the open state for this process. In a forked child, opens the cache again on first use.
     fn open_in_this_process(&self, guard: &EntryGuard<'_>, py: Python<'_>) -> Result<Arc<Open>> {
-        let inherited = match &*self.lock() {
+        let inherited = match &*self.open.lock() {
             None => return Err(closed()),
             Some(local) => match local.get() {
                 Some(open) => return Ok(open.clone()),
@@ -514,7 +511,7 @@ impl Cache {
             Ok::<_, Error>(Arc::new(open))
         })?;
         // Another thread may have opened or closed the cache meanwhile.
-        let mut slot = self.lock();
+        let mut slot = self.open.lock();
         let Some(local) = &*slot else { return Err(closed()) };
         if let Some(opened_meanwhile) = local.get() {
             return Ok(opened_meanwhile.clone());
@@ -567,7 +564,7 @@ impl Open {
         let Some(token) = token else { return Ok(self.cache.clone()) };
         // The key `None` stands for the empty token.
         let id = Some(token.to_owned()).filter(|token| !token.is_empty());
-        let mut by_token = lock(&self.by_token);
+        let mut by_token = self.by_token.lock();
         if let Some(cache) = by_token.get(&id) {
             return Ok(cache.clone());
         }
@@ -585,7 +582,7 @@ impl Open {
     fn inherited_leases(&self) -> Vec<(Vec<String>, Reference, Selection)> {
         // While the cache is open, this mutex is locked only with the interpreter's lock held, so no fork copies it in
         // the locked state.
-        let leases = lock(&self.leases);
+        let leases = self.leases.lock();
         leases
             .iter()
             .map(|((_, patterns), (pinned, selection, _))| (patterns.clone(), pinned.clone(), selection.clone()))
@@ -598,7 +595,7 @@ impl Open {
             let options = GetOptions { selection: selection.clone(), max_tier: Tier::Disk, ..GetOptions::default() };
             match self.cache.get_with(&pinned, &options, &Progress::new()).await {
                 Ok(artifact) => {
-                    lock(&self.leases).insert((artifact.key.clone(), patterns), (pinned, selection, artifact));
+                    self.leases.lock().insert((artifact.key.clone(), patterns), (pinned, selection, artifact));
                 }
                 Err(error) => tracing::warn!(%error, "a forked child could not lease an artifact of its parent"),
             }
@@ -633,7 +630,7 @@ async fn prewarm(
     let leases = open.leases.clone();
     // Runs with the interpreter's lock held, see `inherited_leases`. If the call is cancelled, the leases are released.
     let keep = move || {
-        let mut leases = lock(&leases);
+        let mut leases = leases.lock();
         for (pinned, artifact) in leased {
             leases.insert((artifact.key.clone(), vec![String::new()]), (pinned, Selection::all(), artifact));
         }
@@ -650,7 +647,7 @@ async fn get_one(
     handles: &ProgressHandles,
 ) -> (usize, Result<Artifact>) {
     let progress = Progress::new();
-    lock(handles).push(progress.clone());
+    handles.lock().push(progress.clone());
     (index, open.cache.get_with(reference, options, &progress).await)
 }
 
@@ -733,8 +730,4 @@ fn duration(seconds: f64) -> Result<Duration> {
 
 fn unknown_tier(tier: &str, allowed: &str) -> Error {
     Error::invalid(format!("there is no tier {tier:?} for this operation")).hint(format!("use one of {allowed}"))
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

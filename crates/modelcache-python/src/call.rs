@@ -12,6 +12,7 @@ use crate::process::{self, ProcessLocal};
 use crate::{failure, logs};
 use futures::FutureExt;
 use modelcache::cache::{Artifact, OpenFile};
+use modelcache::mutex::Mutex;
 use modelcache::progress::Progress;
 use modelcache::{Error, ErrorKind, Result};
 use pyo3::IntoPyObjectExt;
@@ -22,7 +23,7 @@ use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::runtime::{Runtime, RuntimeFlavor};
 use tokio::task::{AbortHandle, JoinHandle};
@@ -124,10 +125,6 @@ impl Call {
         logs::look_up_level(py);
         Self { stage: Mutex::new(ProcessLocal::new(Stage::New(Box::pin(work)))), handles }
     }
-
-    fn stage(&self) -> MutexGuard<'_, ProcessLocal<Stage>> {
-        self.stage.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 /// Runs a call for at most [`WAIT_INTERVAL`]. Returns its outcome. If it has not ended, returns the task in which it
@@ -176,14 +173,14 @@ impl Call {
     fn wait(&self, py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
         process::entry(py, |guard| {
             let runtime = guard.process().runtime(py).map_err(|error| failure::exception(py, &error))?;
-            let stage = self.stage().take();
+            let stage = self.stage.lock().take();
             // The closure owns the reference to the runtime, so that it is dropped before `detach` may hang this
             // thread: `process::shut_down` waits until no other reference is left.
             match guard.detach(move || run_for_interval(&runtime, stage)) {
                 Ok(Ok(output)) => output.into_python(py).map(Some),
                 Ok(Err(error)) => Err(failure::exception(py, &error)),
                 Err(task) => {
-                    *self.stage() = ProcessLocal::new(Stage::Awaited(task));
+                    *self.stage.lock() = ProcessLocal::new(Stage::Awaited(task));
                     Ok(None)
                 }
             }
@@ -203,7 +200,7 @@ impl Call {
                     return Err(modelcache::runtime::no_thread(None));
                 }
                 process.start_completions()?;
-                let Some(Stage::New(work)) = self.stage().take() else {
+                let Some(Stage::New(work)) = self.stage.lock().take() else {
                     return Err(Error::invalid("a call can be started only once, in the process that created it"));
                 };
                 Ok(runtime.spawn(async move {
@@ -212,7 +209,7 @@ impl Call {
                 }))
             };
             let task = begin().map_err(|error| failure::exception(py, &error))?;
-            *self.stage() = ProcessLocal::new(Stage::Started(task.abort_handle()));
+            *self.stage.lock() = ProcessLocal::new(Stage::Started(task.abort_handle()));
             Ok(())
         })
     }
@@ -220,7 +217,7 @@ impl Call {
     /// Cancels the call. A fill that other callers wait for continues.
     fn cancel(&self, py: Python<'_>) -> PyResult<()> {
         process::entry(py, |guard| {
-            match self.stage().take() {
+            match self.stage.lock().take() {
                 Some(Stage::Started(task)) => task.abort(),
                 Some(Stage::Awaited(task)) => {
                     task.abort();
@@ -240,7 +237,7 @@ impl Call {
     /// Returns the phase, the bytes done, the total bytes (0 if unknown), the bytes received from the remote and the
     /// bytes received from origins.
     fn snapshot(&self) -> (&'static str, u64, u64, u64, u64) {
-        snapshot(&self.handles.lock().unwrap_or_else(PoisonError::into_inner))
+        snapshot(&self.handles.lock())
     }
 }
 

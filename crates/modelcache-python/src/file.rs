@@ -12,12 +12,13 @@ use crate::call::{Call, CallOutput, snapshot};
 use crate::failure;
 use crate::process::{self, ProcessLocal};
 use modelcache::cache::OpenFile;
+use modelcache::mutex::Mutex;
 use modelcache::{Error, ErrorKind, Result};
 use pyo3::prelude::*;
 use serde_json::json;
 use std::ffi::OsString;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use tokio::sync::watch;
 
 /// A file of an artifact, on disk or being downloaded.
@@ -50,7 +51,7 @@ impl File {
     }
 
     fn open(&self) -> Result<Arc<ProcessLocal<OpenFile>>> {
-        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let open = self.open.lock();
         open.clone().ok_or_else(closed)
     }
 
@@ -162,7 +163,7 @@ impl File {
     /// Closes the file and ends waits for it in other threads. Closing it again has no effect.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         entry(py, || {
-            drop(self.open.lock().unwrap_or_else(PoisonError::into_inner).take());
+            drop(self.open.lock().take());
             // In a forked child no thread waits, because `wait_call` fails.
             if let Some(close_sender) = self.closed.get() {
                 close_sender.send_replace(true);

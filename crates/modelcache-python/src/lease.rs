@@ -4,10 +4,10 @@ use crate::call;
 use crate::process::{self, ProcessLocal};
 use modelcache::Result;
 use modelcache::cache::Artifact;
+use modelcache::mutex::Mutex;
 use pyo3::prelude::*;
 use std::ffi::OsString;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
 
 /// A leased artifact. It cannot be evicted, and `path` stays valid, until `release` or until this object is freed.
 #[pyclass(frozen, module = "modelcache._native")]
@@ -60,7 +60,7 @@ impl Lease {
     /// Releases the lease. Releasing it again has no effect.
     fn release(&self, py: Python<'_>) -> PyResult<()> {
         process::entry(py, |_| {
-            drop(self.artifact.lock().unwrap_or_else(PoisonError::into_inner).take());
+            drop(self.artifact.lock().take());
             Ok(())
         })
     }

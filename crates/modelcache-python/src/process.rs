@@ -10,6 +10,7 @@
 use crate::call::CallOutput;
 use crate::failure;
 use crate::logs::{self, Record};
+use modelcache::mutex::Mutex;
 use modelcache::{Error, ErrorKind, Result};
 use pyo3::prelude::*;
 use std::cell::Cell;
@@ -18,7 +19,7 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, OnceLock};
 use std::thread::{self, JoinHandle, ThreadId};
 use std::time::{Duration, Instant};
 use tokio::runtime::Runtime;
@@ -132,7 +133,7 @@ pub(crate) fn begin_shutdown(py: Python<'_>) {
 pub(crate) fn shut_down(py: Python<'_>) {
     let Some(process) = existing() else { return };
     // Replace the runtime first, so that a new call fails instead of starting a new runtime.
-    let threads = std::mem::replace(&mut *process.threads(), Threads::ShutDown);
+    let threads = std::mem::replace(&mut *process.runtime.lock(), Threads::ShutDown);
     py.detach(|| {
         if let Threads::Running(runtime) = threads
             && let Some(runtime) = into_sole_owner(runtime)
@@ -230,16 +231,12 @@ struct GateState {
 }
 
 impl Gate {
-    fn lock(&self) -> MutexGuard<'_, GateState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Counts the calling thread and returns true, or returns false if the gate is closed to it.
     fn try_enter(&self) -> bool {
         if IS_DISPATCHER.get() {
             return true;
         }
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         let may_enter = state.shutdown_thread.is_none_or(|shutdown_thread| shutdown_thread == thread::current().id());
         state.inside += usize::from(may_enter);
         may_enter
@@ -247,7 +244,7 @@ impl Gate {
 
     fn leave(&self) {
         if !IS_DISPATCHER.get() {
-            let mut state = self.lock();
+            let mut state = self.state.lock();
             state.inside -= 1;
             if state.inside == 0 && state.shutdown_thread.is_some() {
                 self.empty.notify_all();
@@ -256,12 +253,12 @@ impl Gate {
     }
 
     fn close(&self) {
-        self.lock().shutdown_thread = Some(thread::current().id());
+        self.state.lock().shutdown_thread = Some(thread::current().id());
     }
 
     fn wait_until_empty(&self) {
         // After a timeout, shutdown continues although threads are inside.
-        let _ = self.empty.wait_timeout_while(self.lock(), LEAVE_TIMEOUT, |state| state.inside > 0);
+        let _ = self.empty.wait_timeout_while(self.state.lock(), LEAVE_TIMEOUT, |state| state.inside > 0);
     }
 }
 
@@ -274,7 +271,7 @@ impl Process {
 
     /// Returns the Tokio runtime. The first call starts it; calls after [`shut_down`] fail.
     pub(crate) fn runtime(&self, _: Python<'_>) -> Result<Arc<Runtime>> {
-        let mut threads = self.threads();
+        let mut threads = self.runtime.lock();
         if let Threads::None = *threads {
             let has_arenas = std::env::var_os("MALLOC_ARENA_MAX").is_none();
             *threads = Threads::Running(Arc::new(modelcache::runtime::start(has_arenas)?));
@@ -304,7 +301,7 @@ impl Process {
 
     /// Queues a log record until a thread with the interpreter's lock passes it to `logging`.
     pub(crate) fn log(&self, record: Record) {
-        let mut records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut records = self.records.lock();
         if records.len() < RECORDS_MAX {
             records.push_back(record);
         }
@@ -319,11 +316,7 @@ impl Process {
 
     /// Removes and returns the queued log records.
     pub(crate) fn take_records(&self) -> VecDeque<Record> {
-        std::mem::take(&mut *self.records.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    fn threads(&self) -> MutexGuard<'_, Threads> {
-        self.runtime.lock().unwrap_or_else(PoisonError::into_inner)
+        std::mem::take(&mut *self.records.lock())
     }
 }
 
@@ -367,7 +360,7 @@ impl Dispatcher {
     /// Stops the thread and waits for it. Gives up after [`LEAVE_TIMEOUT`], because a logging handler may block it.
     fn stop(&self) {
         self.send(Message::Stop);
-        let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
+        let Some(thread) = self.thread.lock().take() else { return };
         let end = Instant::now() + LEAVE_TIMEOUT;
         // `JoinHandle` has no join with a timeout.
         while !thread.is_finished() && Instant::now() < end {

@@ -140,6 +140,8 @@ pub mod ladder;
 #[doc(hidden)]
 pub mod limits;
 #[doc(hidden)]
+pub mod mutex;
+#[doc(hidden)]
 pub mod printable;
 mod rate_limiter;
 #[doc(hidden)]

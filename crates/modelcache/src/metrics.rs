@@ -3,11 +3,12 @@
 //! One lock protects all counters; readers get a copy. The counters are kept in memory only, and end with the process.
 
 use crate::error::{ErrorKind, Result, Tier};
+use crate::mutex::Mutex;
 use crate::progress::Phase;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt::Write;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// The counters of one cache. Clones share them.
@@ -95,12 +96,12 @@ pub(crate) struct GetCounts<'a> {
 impl Metrics {
     /// Returns a copy of the counters.
     pub fn counts(&self) -> Counts {
-        self.lock().clone()
+        self.0.lock().clone()
     }
 
     /// Counts one successful get.
     pub(crate) fn record_get(&self, got: &GetCounts<'_>) {
-        let mut counts = self.lock();
+        let mut counts = self.0.lock();
         // A get that joined another fill received no bytes itself, so `from` is the disk. It is a miss nevertheless.
         let waited = got.phases.get(&Phase::Join).copied();
         counts.hits.add(got.from, u64::from(got.from != Tier::Disk || waited.is_none()));
@@ -119,7 +120,7 @@ impl Metrics {
 
     /// Counts one successful put.
     pub(crate) fn record_put(&self, uploaded_bytes: u64, copied_bytes: u64, phases: &BTreeMap<Phase, Duration>) {
-        let mut counts = self.lock();
+        let mut counts = self.0.lock();
         counts.puts += 1;
         counts.uploaded_bytes += uploaded_bytes;
         counts.copied_bytes += copied_bytes;
@@ -128,21 +129,21 @@ impl Metrics {
 
     /// Counts bytes uploaded in the background, which are part of no get and no put.
     pub(crate) fn record_background_upload(&self, uploaded_bytes: u64, copied_bytes: u64) {
-        let mut counts = self.lock();
+        let mut counts = self.0.lock();
         counts.uploaded_bytes += uploaded_bytes;
         counts.copied_bytes += copied_bytes;
     }
 
     /// Counts one artifact that was evicted to make room, and freed `bytes`.
     pub(crate) fn record_eviction(&self, bytes: u64) {
-        let mut counts = self.lock();
+        let mut counts = self.0.lock();
         counts.evictions.count += 1;
         counts.evictions.bytes += bytes;
     }
 
     /// Counts a failed get or put.
     pub(crate) fn record_failure(&self, kind: ErrorKind) {
-        *self.lock().failures.entry(kind.name()).or_default() += 1;
+        *self.0.lock().failures.entry(kind.name()).or_default() += 1;
     }
 
     /// Records the health of a tier after a request. The tier is down if it was unavailable or refused the credentials.
@@ -156,11 +157,7 @@ impl Metrics {
         };
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let health = Health { up: error.is_none(), asked_unix: since_epoch.as_secs(), error };
-        self.lock().tiers.insert(tier.name(), health);
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Counts> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock().tiers.insert(tier.name(), health);
     }
 }
 

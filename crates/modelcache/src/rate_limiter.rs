@@ -1,6 +1,6 @@
 //! Rate limit in bytes per second, shared by all tasks and threads that use it.
 
-use std::sync::{Mutex, PoisonError};
+use crate::mutex::Mutex;
 use std::time::{Duration, Instant};
 
 /// Longest sleep between two checks of whether to stop.
@@ -29,7 +29,7 @@ impl RateLimiter {
     fn reserve(&self, bytes: u64) -> Duration {
         let Some(rate) = self.bytes_per_s else { return Duration::ZERO };
         let now = Instant::now();
-        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut next = self.next.lock();
         // Unused time is not saved up: after a pause, the limit applies as at the start.
         let start = (*next).max(now);
         *next = start + Duration::from_secs_f64(bytes as f64 / rate as f64);

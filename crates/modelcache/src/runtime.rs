@@ -9,9 +9,9 @@
 //! therefore started and ended once before the runtime is built.
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::mutex::Mutex;
 use rustix::process::{Resource, getrlimit};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use std::{fs, io, thread};
 use tokio::runtime::{Builder, Runtime};
@@ -106,7 +106,7 @@ fn startable_threads(wanted: usize) -> (usize, Option<io::Error>) {
         let closed = gate.lock();
         let start = || {
             let thread = thread::Builder::new().stack_size(STACK_BYTES);
-            thread.spawn_scoped(scope, || drop(gate.lock().unwrap_or_else(PoisonError::into_inner))).map(drop)
+            thread.spawn_scoped(scope, || drop(gate.lock())).map(drop)
         };
         let mut refusal = None;
         let started = (0..wanted).take_while(|_| start().map_err(|error| refusal = Some(error)).is_ok()).count();

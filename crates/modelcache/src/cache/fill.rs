@@ -13,12 +13,13 @@ use crate::digest::Digest;
 use crate::disk::{HEARTBEAT_INTERVAL, HeartbeatWatch, Leader, Leadership, LeasedArtifact};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
+use crate::mutex::Mutex;
 use crate::progress::{Phase, PhaseGuard, Progress};
 use crate::runtime::blocking;
 use crate::selection::Selection;
 use crate::transfer::{PartialFiles, PartialReader};
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinHandle};
@@ -137,7 +138,7 @@ impl Cache {
         progress: &Progress,
     ) -> (Arc<InFlightFill>, bool) {
         let fill_key = (request.key.clone(), request.selection.identity(), request.digest, request.max_tier);
-        let mut in_flight = self.0.in_flight.lock();
+        let mut in_flight = self.0.in_flight.running.lock();
         // Remove the fills that no caller holds any more.
         in_flight.retain(|_, fill| fill.strong_count() > 0);
         let running = |fill: &Weak<InFlightFill>| fill.upgrade().filter(|fill| fill.is_running());
@@ -217,12 +218,6 @@ impl Cache {
         let (leadership, watch) = self.on_disk(move |disk| Ok((disk.try_lead(&key, &mut watch)?, watch))).await?;
         waiting.watch = watch;
         Ok(leadership)
-    }
-}
-
-impl InFlightFills {
-    fn lock(&self) -> MutexGuard<'_, HashMap<FillKey, Weak<InFlightFill>>> {
-        self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

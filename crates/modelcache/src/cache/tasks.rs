@@ -1,6 +1,6 @@
 //! Background tasks that continue after the call that started them, and must end before the process does.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use crate::mutex::Mutex;
 use tokio::task::JoinHandle;
 
 /// The background tasks of one kind.
@@ -10,7 +10,7 @@ pub(super) struct Tasks(Mutex<Vec<JoinHandle<()>>>);
 impl Tasks {
     /// Adds a task that [`wait`](Self::wait) waits for.
     pub(super) fn add(&self, task: JoinHandle<()>) {
-        let mut tasks = self.lock();
+        let mut tasks = self.0.lock();
         // Drop the handles of finished tasks, so that the list stays short.
         tasks.retain(|task| !task.is_finished());
         tasks.push(task);
@@ -18,15 +18,11 @@ impl Tasks {
 
     /// Waits for all tasks added so far.
     pub(super) async fn wait(&self) {
-        let tasks = std::mem::take(&mut *self.lock());
+        let tasks = std::mem::take(&mut *self.0.lock());
         for task in tasks {
             if let Err(error) = task.await {
                 tracing::debug!(%error, "a background task was cancelled or panicked; a later run continues its work");
             }
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

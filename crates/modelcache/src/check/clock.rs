@@ -5,7 +5,7 @@
 
 use super::{Area, Check};
 use crate::error::{Error, ErrorKind};
-use std::sync::{Mutex, PoisonError};
+use crate::mutex::Mutex;
 use std::time::{Duration, SystemTime};
 
 /// A difference above this is a warning. It is half of the lifetime of a claim.
@@ -27,12 +27,12 @@ impl Clock {
             Ok(ahead) => seconds(ahead),
             Err(behind) => -seconds(behind.duration()),
         };
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push((server.to_owned(), ahead));
+        self.0.lock().push((server.to_owned(), ahead));
     }
 
     /// Returns the result for the largest difference, or `None` if no server sent a date.
     pub(crate) fn check(&self) -> Option<Check> {
-        let differences = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let differences = self.0.lock();
         let (server, ahead) = differences.iter().max_by_key(|(_, ahead)| ahead.unsigned_abs())?;
         let difference = Duration::from_secs(ahead.unsigned_abs());
         let direction = if *ahead < 0 { "behind" } else { "ahead of" };
@@ -76,7 +76,7 @@ mod tests {
     fn the_largest_difference_determines_the_gravity() {
         let gravity = |rows: &[i64]| {
             let clock = Clock::default();
-            rows.iter().for_each(|ahead| clock.0.lock().expect("lock").push(("s".into(), *ahead)));
+            rows.iter().for_each(|ahead| clock.0.lock().push(("s".into(), *ahead)));
             clock.check().map(|check| check.gravity)
         };
         assert_eq!(gravity(&[]), None);

@@ -27,7 +27,7 @@ use crate::manifest::{FileEntry, FileIdentity, Manifest};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::os::unix::fs::FileExt;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{MutexGuard, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -231,12 +231,12 @@ impl BudgetGuard<'_> {
     /// Updates the index after a change of the artifact in `dir`.
     fn end_change_of(&mut self, dir: &ArtifactDir) -> Result<()> {
         self.changing.retain(|changing| changing != dir);
-        if self.index_is_current { lock_mutex(&self.disk.0.index).refresh(self.disk, dir) } else { Ok(()) }
+        if self.index_is_current { self.disk.0.index.lock().refresh(self.disk, dir) } else { Ok(()) }
     }
 
     /// Returns the index as of now. Drop the returned guard before the next call of a method, which may lock the index.
     pub(super) fn index(&mut self) -> Result<MutexGuard<'_, Index>> {
-        let mut index = lock_mutex(&self.disk.0.index);
+        let mut index = self.disk.0.index.lock();
         // If two processes may hold the lock at the same time, the log is incomplete.
         let is_current = self.index_is_current
             || self.disk.locks_are_honest() && index.catch_up(self.disk, self.log_end_at_start)?;
@@ -350,8 +350,7 @@ impl BudgetGuard<'_> {
         self.remove_dead_temporaries(&self.disk.layout().stagings())?;
         // Step 2: remove views that no manifest lists as held, and blobs without a further link. Finding all of them
         // reads the whole directory, so between two sweeps remove only the recorded orphans.
-        let is_sweep_due =
-            lock_mutex(&self.disk.0.maintenance).swept.is_none_or(|swept| swept.elapsed() > SWEEP_INTERVAL);
+        let is_sweep_due = self.disk.0.maintenance.lock().swept.is_none_or(|swept| swept.elapsed() > SWEEP_INTERVAL);
         if is_sweep_due { self.sweep() } else { self.remove_orphans() }?;
         // Step 3: remove quarantined files.
         if self.shortfall(extra)? > 0 {
@@ -661,7 +660,7 @@ impl BudgetGuard<'_> {
             }
             Ok(())
         })?;
-        *lock_mutex(&disk.0.index) = index;
+        *disk.0.index.lock() = index;
         self.index_is_current = true;
         // Step 4: remove the blobs without a further link. This comes after the views, which are links to blobs.
         let mut unlinked = Vec::new();
@@ -675,7 +674,7 @@ impl BudgetGuard<'_> {
             self.remove_if_last_link(&blob)?;
         }
         // Step 5: record the time of the sweep, and count again if the total is unknown.
-        *lock_mutex(&self.disk.0.maintenance) = Maintenance { swept: Some(Instant::now()), orphans: BTreeSet::new() };
+        *self.disk.0.maintenance.lock() = Maintenance { swept: Some(Instant::now()), orphans: BTreeSet::new() };
         if self.total_is_unknown {
             self.total = self.disk.published_bytes()?;
             self.total_is_unknown = false;
@@ -728,7 +727,7 @@ impl BudgetGuard<'_> {
             if files::stat(&path)?.is_some_and(|metadata| metadata.is_file() && metadata.nlink() > 1) {
                 let name = path.name().split_once('.').map_or(path.name(), |(stem, _)| stem);
                 let digest = name.strip_prefix("sha256-").and_then(|digest| digest.parse().ok());
-                let mut maintenance = lock_mutex(&self.disk.0.maintenance);
+                let mut maintenance = self.disk.0.maintenance.lock();
                 match digest {
                     Some(digest) => drop(maintenance.orphans.insert(digest)),
                     None => maintenance.swept = None,
@@ -740,7 +739,7 @@ impl BudgetGuard<'_> {
 
     /// Removes the recorded blobs that have no further link.
     fn remove_orphans(&mut self) -> Result<()> {
-        let orphans = std::mem::take(&mut lock_mutex(&self.disk.0.maintenance).orphans);
+        let orphans = std::mem::take(&mut self.disk.0.maintenance.lock().orphans);
         orphans.iter().try_for_each(|digest| self.remove_if_last_link(&self.disk.layout().blob(digest)).map(drop))
     }
 
@@ -828,11 +827,6 @@ struct VictimSearch {
     /// The last artifact that was examined.
     cursor: Option<LastUseOrder>,
     obstacles: Obstacles,
-}
-
-/// Locks `mutex`, also if a thread has panicked while it held the lock.
-pub(super) fn lock_mutex<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Returns the record in `file`, or `None` if it cannot be read or its checksum is wrong.

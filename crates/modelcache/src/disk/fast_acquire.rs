@@ -13,10 +13,11 @@ use super::rooted::{Folder, Folders};
 use super::{Disk, LeasedArtifact};
 use crate::key::ArtifactKey;
 use crate::manifest::Manifest;
+use crate::mutex::Mutex;
 use crate::selection::Selection;
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
 /// Maximum number of selected files on the fast path. The `stat` calls of so many files take about 100 µs.
 const FILES_MAX: usize = 64;
@@ -42,13 +43,13 @@ struct HeldLeases {
 impl Leases {
     /// Returns the lease of the artifact with this key hash, if this process holds it.
     fn get(&self, key: &str) -> Option<Arc<FileLock>> {
-        let held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let held = self.0.lock();
         held.by_key.get(key).filter(|_| held.pid == std::process::id()).and_then(Weak::upgrade)
     }
 
     /// Adds a new lease of the artifact with this key hash.
     fn insert(&self, key: String, lease: &Arc<FileLock>) {
-        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut held = self.0.lock();
         if held.pid != std::process::id() {
             *held = HeldLeases { pid: std::process::id(), ..HeldLeases::default() };
         }

@@ -11,6 +11,7 @@ use super::ALIGNMENT;
 use super::io_error::errno;
 use crate::digest::Digest;
 use crate::ladder::{Ladder, PartHasher};
+use crate::mutex::Mutex;
 use rustix::fs::{Advice, OFlags};
 use rustix::io::Errno;
 use std::collections::BTreeSet;
@@ -20,7 +21,6 @@ use std::io;
 use std::num::NonZeroU64;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 /// Number of bytes that a task reads and hashes at a time; a multiple of [`ALIGNMENT`].
@@ -224,12 +224,12 @@ pub(crate) fn matching_parts(
     let remaining = Mutex::new(parts.iter());
     let matching = Mutex::new(BTreeSet::new());
     let next = || {
-        let index = *remaining.lock().unwrap_or_else(PoisonError::into_inner).next()?;
+        let index = *remaining.lock().next()?;
         Some(HashTask::new(Part { file, index }, ladder.range(index, size), ladder.hasher(index)?))
     };
     let on_finished = |part: Part<'_>, hashed: io::Result<PartHasher>| {
         if hashed.is_ok_and(|hasher| ladder.holds(part.index, Some(digest), hasher)) {
-            matching.lock().unwrap_or_else(PoisonError::into_inner).insert(part.index);
+            matching.lock().insert(part.index);
         }
         Ok(())
     };
@@ -243,7 +243,7 @@ pub(crate) fn matching_parts(
         (0..others).for_each(|_| drop(thread::Builder::new().spawn_scoped(scope, work)));
         work();
     });
-    matching.into_inner().unwrap_or_else(PoisonError::into_inner)
+    matching.into_inner()
 }
 
 /// Returns true if the file has `digest`. With a ladder, the parts are hashed on all cores. Without one, or if a part

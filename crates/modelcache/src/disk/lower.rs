@@ -14,10 +14,11 @@ use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::{ArtifactKey, ArtifactName, FilePath};
 use crate::manifest::{FileEntry, Manifest};
+use crate::mutex::Mutex;
 use crate::selection::Selection;
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 /// A lower directory.
 #[derive(Debug, Clone)]
@@ -114,7 +115,7 @@ impl Lower {
             let view = dir.view(path);
             let Some(metadata) = files::stat(&view)?.filter(Metadata::is_file) else { continue };
             if let Some(digest) = self.disk.hash_rate_limited(&view, run)? {
-                self.digests().insert(self.record_name(&metadata), digest);
+                self.digests.lock().insert(self.record_name(&metadata), digest);
             }
         }
         Ok(())
@@ -122,7 +123,7 @@ impl Lower {
 
     /// Returns true if this process has hashed the file and found another digest than that of `entry`.
     fn was_found_wrong(&self, metadata: &Metadata, entry: &FileEntry) -> bool {
-        let digests = self.digests();
+        let digests = self.digests.lock();
         !digests.is_empty()
             && digests.get(&self.record_name(metadata)).is_some_and(|found| entry.sha256 != Some(*found))
     }
@@ -135,14 +136,14 @@ impl Lower {
             // record contains the boot id, so that the record is valid for this boot only.
             Some(_) => Digest::of(format!("{}\0{}", self.record_name(metadata), boot_id()).as_bytes()).to_string(),
         };
-        if let Some(digest) = self.digests().get(&name) {
+        if let Some(digest) = self.digests.lock().get(&name) {
             return Ok(Some(LowerDigest { digest: *digest, is_new: false }));
         }
         // Another process may have recorded the digest.
         let path = self.upper.layout().lower_records().join(&name);
         let stored = files::read_small(&path, 128).unwrap_or(None);
         if let Some(digest) = stored.and_then(|text| String::from_utf8_lossy(&text).trim().parse().ok()) {
-            self.digests().insert(name, digest);
+            self.digests.lock().insert(name, digest);
             return Ok(Some(LowerDigest { digest, is_new: true }));
         }
         // The file must still be the one that the caller examined.
@@ -156,7 +157,7 @@ impl Lower {
         {
             tracing::debug!(%error, "the digest of a lower file cannot be recorded");
         }
-        self.digests().insert(name, digest);
+        self.digests.lock().insert(name, digest);
         Ok(Some(LowerDigest { digest, is_new: true }))
     }
 
@@ -166,10 +167,6 @@ impl Lower {
         let root = self.root();
         let text = format!("{root}\0{}\0{}\0{}\0{}", metadata.dev(), identity.inode, identity.bytes, identity.mtime_ns);
         Digest::of(text.as_bytes()).to_string()
-    }
-
-    fn digests(&self) -> std::sync::MutexGuard<'_, HashMap<String, Digest>> {
-        self.digests.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

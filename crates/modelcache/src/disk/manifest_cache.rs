@@ -4,8 +4,9 @@
 //! rename, never written in place, so every change gives the file another identity.
 
 use crate::manifest::{FileIdentity, Manifest};
+use crate::mutex::Mutex;
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 /// Maximum memory of the cache in bytes, enough for about 100,000 manifests of a few files. Beyond it, the least
 /// recently used entries are removed. The newest entry stays whatever its size, because it is in use.
@@ -46,7 +47,7 @@ struct Entry {
 impl ManifestCache {
     /// Returns the manifest of the artifact with this key hash, if `file` is the identity under which it was read.
     pub(super) fn get(&self, hash: &str, file: FileIdentity) -> Option<Arc<Manifest>> {
-        let entries = &mut *self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        let entries = &mut *self.entries.lock();
         let entry = entries.manifests.get_mut(hash).filter(|entry| entry.file == file)?;
         // Move the entry to the end of the order of use.
         if let Some(hash) = entries.by_use.remove(&entry.last_use) {
@@ -60,7 +61,7 @@ impl ManifestCache {
     /// Adds the manifest that was read from a file with the identity `file`.
     pub(super) fn insert(&self, hash: &str, file: FileIdentity, manifest: &Arc<Manifest>) {
         let bytes = ENTRY_BYTES + manifest.memory_bytes();
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner).insert(hash, file, manifest, bytes, BYTES_MAX);
+        self.entries.lock().insert(hash, file, manifest, bytes, BYTES_MAX);
     }
 }
 
@@ -118,7 +119,7 @@ mod tests {
     fn the_least_recently_used_entries_are_removed_first_and_the_newest_one_never() {
         let (cache, bytes_max) = (ManifestCache::default(), 300);
         let insert = |number: u64, bytes| {
-            let entries = &mut *cache.entries.lock().expect("not poisoned");
+            let entries = &mut *cache.entries.lock();
             entries.insert(&number.to_string(), file(number), &manifest(2), bytes, bytes_max);
             assert_eq!(entries.bytes, entries.manifests.values().map(|entry| entry.bytes).sum::<usize>());
             assert_eq!(entries.by_use.len(), entries.manifests.len());

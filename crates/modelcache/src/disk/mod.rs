@@ -88,6 +88,7 @@ use crate::key::{ArtifactKey, ArtifactName};
 use crate::limits;
 use crate::manifest::Manifest;
 use crate::metrics::Metrics;
+use crate::mutex::Mutex;
 use budget::Maintenance;
 use fast_acquire::Leases;
 use index::Index;
@@ -97,7 +98,7 @@ use modes::Removal;
 use pending_sync::PendingSyncs;
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 /// Content of the `FORMAT` file, with the format number. A directory with a higher number is refused.

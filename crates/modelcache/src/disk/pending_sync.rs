@@ -19,6 +19,7 @@ use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::ArtifactKey;
 use crate::manifest::{FileEntry, FileIdentity};
+use crate::mutex::Mutex;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{File, TryLockError};
@@ -26,7 +27,6 @@ use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Hexadecimal digits of a [`mount_id`].
 const MOUNT_DIGITS: usize = 16;
@@ -149,7 +149,7 @@ impl Disk {
             return false;
         }
         // This process is the writer.
-        if self.pending_syncs().state().writer.as_ref().is_some_and(|ours| ours.name == writer) {
+        if self.pending_syncs().state.lock().writer.as_ref().is_some_and(|ours| ours.name == writer) {
             return true;
         }
         is_locked(&self.layout().unsynced().join(writer))
@@ -157,7 +157,7 @@ impl Disk {
 
     /// Registers a publication of `bytes` bytes of `key`. On return this process holds the lock of a writer.
     pub(super) fn mark_dirty(&self, key: &ArtifactKey, bytes: u64) -> Result<UnsyncedPublication<'_>> {
-        let mut state = self.pending_syncs().state();
+        let mut state = self.pending_syncs().state.lock();
         let state = &mut *state;
         let writer = match &mut state.writer {
             Some(writer) => writer,
@@ -173,33 +173,33 @@ impl Disk {
 
     /// Returns the artifacts that this process has still to sync.
     pub(super) fn dirty(&self) -> Vec<ArtifactKey> {
-        self.pending_syncs().state().dirty.keys().cloned().collect()
+        self.pending_syncs().state.lock().dirty.keys().cloned().collect()
     }
 
     /// Returns the bytes that this process published and has not synced yet.
     pub(crate) fn dirty_bytes(&self) -> u64 {
-        self.pending_syncs().state().dirty.values().map(|dirty| dirty.bytes).sum()
+        self.pending_syncs().state.lock().dirty.values().map(|dirty| dirty.bytes).sum()
     }
 
     /// Returns true if this process has still to sync files of `key`.
     pub(crate) fn is_dirty(&self, key: &ArtifactKey) -> bool {
-        self.pending_syncs().state().dirty.contains_key(key)
+        self.pending_syncs().state.lock().dirty.contains_key(key)
     }
 
     /// Returns the number of the last unsynced publication of `key`; `None` if there is none or one is in progress.
     pub(super) fn dirty_number(&self, key: &ArtifactKey) -> Option<u64> {
-        self.pending_syncs().state().dirty.get(key).filter(|dirty| dirty.running == 0).map(|dirty| dirty.number)
+        self.pending_syncs().state.lock().dirty.get(key).filter(|dirty| dirty.running == 0).map(|dirty| dirty.number)
     }
 
     /// Records that the publications of `key` up to `number` are synced. Later ones stay dirty.
     pub(super) fn mark_synced(&self, key: &ArtifactKey, number: u64) {
-        self.pending_syncs().state().forget(|of, dirty| of == key && dirty.number <= number && dirty.running == 0);
+        self.pending_syncs().state.lock().forget(|of, dirty| of == key && dirty.number <= number && dirty.running == 0);
     }
 
     /// Returns the pending syncs for another process, with a duplicate of the descriptor that holds the lock. This
     /// process keeps them until [`handed_off`](Self::handed_off).
     pub(crate) fn hand_off(&self) -> Result<Option<SyncHandoff>> {
-        let state = self.pending_syncs().state();
+        let state = self.pending_syncs().state.lock();
         let Some(writer) = &state.writer else { return Ok(None) };
         let lock = writer.file.try_clone().at("hand over", &writer.path)?;
         Ok(Some(SyncHandoff { dir: self.layout().root().full(), writer: writer.name.clone(), lock }))
@@ -207,7 +207,7 @@ impl Disk {
 
     /// Drops the pending syncs after another process has taken over them and the lock.
     pub(crate) fn handed_off(&self) {
-        let mut state = self.pending_syncs().state();
+        let mut state = self.pending_syncs().state.lock();
         state.dirty.clear();
         // Closes this descriptor. The lock stays, because the other process holds a duplicate of it.
         state.writer = None;
@@ -217,7 +217,7 @@ impl Disk {
     pub(crate) fn forked(&self) {
         // A thread of the parent may have held the mutex at the fork; it is never released in the child. The descriptor
         // then stays open.
-        if let Ok(mut state) = self.pending_syncs().state.try_lock() {
+        if let Some(mut state) = self.pending_syncs().state.try_lock() {
             state.dirty.clear();
             state.writer = None;
         }
@@ -247,7 +247,7 @@ impl Disk {
             return Err(gone().tier(Tier::Disk));
         }
         let list = files::read_small(&path, LIST_BYTES_MAX)?.unwrap_or_default();
-        let mut state = self.pending_syncs().state();
+        let mut state = self.pending_syncs().state.lock();
         state.writer = Some(Writer { name: writer.to_owned(), path, file: lock });
         for DirtyEntry { key, bytes } in
             list.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok())
@@ -279,12 +279,6 @@ impl Disk {
     }
 }
 
-impl PendingSyncs {
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 impl State {
     /// Forgets the artifacts for which `done` is true. With the last of them, removes the file in `unsynced/`.
     fn forget(&mut self, done: impl Fn(&ArtifactKey, &Dirty) -> bool) {
@@ -300,7 +294,7 @@ impl State {
 
 impl Drop for UnsyncedPublication<'_> {
     fn drop(&mut self) {
-        if let Some(dirty) = self.disk.pending_syncs().state().dirty.get_mut(&self.key) {
+        if let Some(dirty) = self.disk.pending_syncs().state.lock().dirty.get_mut(&self.key) {
             dirty.running = dirty.running.saturating_sub(1);
         }
     }

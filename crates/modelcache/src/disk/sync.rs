@@ -19,8 +19,8 @@ use crate::manifest::{FileEntry, FileIdentity, Held, Manifest};
 use crate::selection::Selection;
 use std::collections::BTreeSet;
 use std::fs::File;
+use std::sync::OnceLock;
 use std::sync::atomic::Ordering;
-use std::sync::{OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -58,7 +58,7 @@ impl Disk {
     /// # Errors
     /// `Directory` if the sync of a file failed. That file is quarantined, and the next get downloads it again.
     pub(crate) fn sync_artifact(&self, key: &ArtifactKey) -> Result<()> {
-        let _turn = self.pending_syncs().turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let _turn = self.pending_syncs().turn.lock();
         // The number is read first: a publication that starts during the sync has a higher one, and stays dirty.
         let (dir, number) = (self.layout().artifact(key), self.dirty_number(key));
         let synced = self.sync_unsynced(&dir);

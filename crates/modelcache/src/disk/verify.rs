@@ -9,7 +9,6 @@
 
 use super::Disk;
 use super::acquire::{Mismatch, is_shortage};
-use super::budget::lock_mutex;
 use super::files;
 use super::hashing::{self, HashTask};
 use super::io_error::IoContext;
@@ -22,6 +21,7 @@ use crate::finding::{BadPart, Finding, Problem, Verified};
 use crate::key::{ArtifactKey, FilePath, Version, unescape};
 use crate::ladder::{Ladder, PartHasher};
 use crate::manifest::{FileEntry, FileIdentity, Manifest};
+use crate::mutex::Mutex;
 use crate::progress::Progress;
 use crate::rate_limiter::RateLimiter;
 use crate::selection::Selection;
@@ -29,7 +29,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -106,7 +106,7 @@ impl VerifyRun {
 
     /// Returns true if this run has already found that the file has `digest`.
     fn is_verified(&self, device: u64, identity: FileIdentity, digest: Digest) -> bool {
-        lock_mutex(&self.verified).contains(&(device, identity, digest))
+        self.verified.lock().contains(&(device, identity, digest))
     }
 }
 
@@ -189,9 +189,9 @@ impl Disk {
             theirs.fold(ours, |first, next| first.and(next))
         });
         failed?;
-        let mut verified = work.report.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let mut verified = work.report.into_inner();
         // Add the findings in shared files that were made while another artifact was verified.
-        for finding in lock_mutex(&run.shared).remove(key).unwrap_or_default() {
+        for finding in run.shared.lock().remove(key).unwrap_or_default() {
             if !verified.findings.iter().any(|known| known.path == finding.path) {
                 verified.findings.push(finding);
             }
@@ -281,7 +281,7 @@ impl Disk {
         let Some(file) = files::absent(path.open(false)).at("open", path)? else { return Ok(()) };
         let metadata = Metadata::of(&file).at("examine", path)?;
         // Skip files that this run has already read through a view.
-        let is_reported = lock_mutex(&run.bad).contains(&metadata.device_and_inode());
+        let is_reported = run.bad.lock().contains(&metadata.device_and_inode());
         if is_reported || run.is_verified(metadata.dev(), metadata.identity(), expected) {
             return Ok(());
         }
@@ -393,7 +393,7 @@ struct OpeningGuard<'work>(&'work ArtifactWork<'work>);
 
 impl Drop for OpeningGuard<'_> {
     fn drop(&mut self) {
-        lock_mutex(&self.0.queue).opening -= 1;
+        self.0.queue.lock().opening -= 1;
         self.0.opened.notify_all();
     }
 }
@@ -457,7 +457,7 @@ impl ArtifactWork<'_> {
     /// Returns the next piece to hash; `None` when none is left. Opens the next file when all pieces of the open files
     /// are taken.
     fn next(&self) -> Result<Option<Piece>> {
-        let mut queue = lock_mutex(&self.queue);
+        let mut queue = self.queue.lock();
         loop {
             if self.run.is_stopped() {
                 return Ok(None);
@@ -485,17 +485,17 @@ impl ArtifactWork<'_> {
             drop(queue);
             let opening = OpeningGuard(self);
             if let Some(open) = self.open(path, entry)? {
-                lock_mutex(&self.queue).open.push((Arc::new(open), 0));
+                self.queue.lock().open.push((Arc::new(open), 0));
             }
             drop(opening);
-            queue = lock_mutex(&self.queue);
+            queue = self.queue.lock();
         }
     }
 
     /// Records the result of one piece. With the last piece of a file, finishes the file.
     fn finish_piece(&self, piece: &Piece, hashed: io::Result<PartHasher>) -> Result<()> {
         let Piece { hashing: open, part } = piece;
-        let mut results = lock_mutex(&open.results);
+        let mut results = open.results.lock();
         let holds = match (hashed, open.ladder()) {
             // With a ladder, the state after the part must be the next checkpoint; after the last part, the digest.
             (Ok(hasher), Some(ladder)) => ladder.holds(*part, open.entry.sha256, hasher),
@@ -532,12 +532,12 @@ impl ArtifactWork<'_> {
         if opened.as_ref().is_err_and(is_shortage) {
             return opened.at("open", &view).map(|_| None);
         }
-        lock_mutex(&self.report).files += 1;
+        self.report.lock().files += 1;
         let file = match opened {
             Ok(file) => file,
             // This user may not read the file. Its bytes may be right, so it stays held for other users.
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                lock_mutex(&self.report).findings.push(Finding {
+                self.report.lock().findings.push(Finding {
                     expected: entry.sha256,
                     detail: Some(error.to_string()),
                     remedy: Some("its owner or root can make it readable, or remove it".into()),
@@ -583,8 +583,8 @@ impl ArtifactWork<'_> {
         let (path, entry) = (&open.path, &open.entry);
         let view = self.dir.view(path);
         let now = Metadata::of(&open.file).at("examine", &view)?.identity();
-        lock_mutex(&self.report).bytes += open.identity.bytes;
-        let mut results = std::mem::take(&mut *lock_mutex(&open.results));
+        self.report.lock().bytes += open.identity.bytes;
+        let mut results = std::mem::take(&mut *open.results.lock());
         if !results.bad.is_empty() && results.found.is_none() && results.read_error.is_none() {
             // Parts do not match the ladder. The ladder may be wrong and the file right, so hash the whole file in
             // order.
@@ -599,7 +599,7 @@ impl ArtifactWork<'_> {
         if results.bad.is_empty() || (results.read_error.is_none() && results.found == entry.sha256) {
             // The digest is right.
             if let Some(digest) = entry.sha256 {
-                lock_mutex(&self.run.verified).insert((open.device, now, digest));
+                self.run.verified.lock().insert((open.device, now, digest));
             }
             return self.confirm(open, now);
         }
@@ -613,7 +613,7 @@ impl ArtifactWork<'_> {
             let bad = results.bad.iter().map(|part| BadPart::new(*part, ladder.part_size(), entry.size));
             finding.bad_parts = bad.collect();
         }
-        lock_mutex(&self.run.bad).insert((open.device, open.identity.inode));
+        self.run.bad.lock().insert((open.device, open.identity.inode));
         // Record the finding under a lease, if the file is still held.
         let file = open.file.try_clone().at("examine", &view)?;
         let Some(_lease) = self.disk.lease_for_reading(self.dir)? else { return Ok(()) };
@@ -653,12 +653,12 @@ impl ArtifactWork<'_> {
                 finding.detail.get_or_insert_with(|| format!("the same file was withdrawn from {names}, too"));
             }
             // The reports of those artifacts list the finding as well.
-            let mut shared = lock_mutex(&self.run.shared);
+            let mut shared = self.run.shared.lock();
             for (key, path) in withdrawn {
                 shared.entry(key).or_default().push(Finding { path: Some(path), ..finding.clone() });
             }
         }
-        lock_mutex(&self.report).findings.push(finding);
+        self.report.lock().findings.push(finding);
         Ok(())
     }
 }

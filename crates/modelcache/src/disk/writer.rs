@@ -15,6 +15,7 @@ use crate::digest::{Digest, GitOid};
 use crate::error::{Error, Result};
 use crate::ladder::{Ladder, LadderHasher, PartHasher};
 use crate::manifest::FileIdentity;
+use crate::mutex::Mutex;
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use std::collections::BTreeSet;
@@ -23,7 +24,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, MutexGuard};
 
 /// Alignment in bytes of direct writes, in memory and in the file.
 pub(crate) const ALIGNMENT: usize = 4096;
@@ -233,7 +234,7 @@ impl StagedWriter {
     /// the same pass.
     pub(crate) fn append(&self, offset: u64, slice: &[u8], beside: &mut PartHasher) -> Result<()> {
         self.store(offset, slice)?;
-        let mut order = self.order();
+        let mut order = self.order.lock();
         order.hasher.update_both(slice, beside);
         self.cursor.store(order.hasher.position(), Ordering::Release);
         Ok(())
@@ -254,11 +255,7 @@ impl StagedWriter {
         if !self.is_next(offset) {
             return None;
         }
-        let order = match self.order.try_lock() {
-            Ok(order) => order,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return None,
-        };
+        let order = self.order.try_lock()?;
         // The position may have advanced between the check and the lock.
         (order.hasher.position() == offset).then_some(Cursor { order, position: &self.cursor })
     }
@@ -288,7 +285,7 @@ impl StagedWriter {
         }
         // The kernel executes buffered writes to one file one after the other, and a second writer spins until its
         // turn. Wait on this mutex instead, which leaves the core to other threads.
-        let _exclusive = self.buffered_write.lock().unwrap_or_else(PoisonError::into_inner);
+        let _exclusive = self.buffered_write.lock();
         self.buffered.write_all_at(slice, offset)
     }
 
@@ -303,7 +300,7 @@ impl StagedWriter {
         if self.hashed_bytes() == u64::MAX {
             return Ok(false);
         }
-        let mut early = self.out_of_order();
+        let mut early = self.out_of_order.lock();
         early.parts.insert(part);
         if early.catching_up != CatchUp::Idle || self.next_unhashed(&mut early).is_none() {
             return Ok(false);
@@ -317,7 +314,7 @@ impl StagedWriter {
     /// Returns `None` if the part at the cursor is not written yet. This ends the task. The completion of that part
     /// requests a new one.
     pub(crate) fn next_to_catch_up(&self) -> Option<Range<u64>> {
-        let mut early = self.out_of_order();
+        let mut early = self.out_of_order.lock();
         let next = self.next_unhashed(&mut early);
         early.catching_up = if next.is_some() { CatchUp::Running } else { CatchUp::Idle };
         let position = next?;
@@ -326,7 +323,7 @@ impl StagedWriter {
 
     /// Returns the number of complete parts that a running catch-up task has not hashed yet; 0 if no task is running.
     pub(crate) fn parts_behind(&self) -> usize {
-        let mut early = self.out_of_order();
+        let mut early = self.out_of_order.lock();
         self.next_unhashed(&mut early);
         if early.catching_up == CatchUp::Running { early.parts.len() } else { 0 }
     }
@@ -347,9 +344,9 @@ impl StagedWriter {
     /// Resets the in-order hash, to write the file again from its beginning. No write may be running.
     pub(crate) fn rewind(&self) {
         if self.hashed_bytes() != u64::MAX {
-            let mut order = self.order();
+            let mut order = self.order.lock();
             *order = InOrder::new(self.size, self.part_size, order.git.is_some());
-            *self.out_of_order() = OutOfOrderParts::default();
+            *self.out_of_order.lock() = OutOfOrderParts::default();
             self.cursor.store(0, Ordering::Release);
         }
     }
@@ -357,7 +354,7 @@ impl StagedWriter {
     /// Returns the digests of a file that was hashed in order. All parts must be complete and hashed.
     pub(crate) fn hashed(&self) -> Hashed {
         use sha1::Digest as _;
-        let mut order = self.order();
+        let mut order = self.order.lock();
         let hasher = std::mem::replace(&mut order.hasher, LadderHasher::new(self.part_size));
         let git_oid = order.git.take().map(|git| GitOid::from_bytes(git.finalize().into()));
         let (sha256, ladder) = hasher.finish();
@@ -380,14 +377,6 @@ impl StagedWriter {
             true => Ok(metadata.identity()),
             false => Err(Error::corrupt(format!("{path} was replaced while it was being filled"))),
         }
-    }
-
-    fn order(&self) -> MutexGuard<'_, InOrder> {
-        self.order.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn out_of_order(&self) -> MutexGuard<'_, OutOfOrderParts> {
-        self.out_of_order.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

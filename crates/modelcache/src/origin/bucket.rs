@@ -12,6 +12,7 @@ use crate::config::{BucketConfig, RemoteConfig};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath, Version};
 use crate::manifest::Manifest;
+use crate::mutex::Mutex;
 use crate::reference::{BucketPlace, Reference, Scheme, Target, bucket};
 use crate::remote::{Address, AddressContents, Remote, UnmanagedObjects};
 use crate::source::{Body, Source};
@@ -21,7 +22,7 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use tokio::sync::OnceCell;
 
 /// Maximum number of bucket clients to keep. When it is reached, all are dropped and created again on demand.
@@ -50,7 +51,7 @@ impl Buckets {
 
     /// Returns the client of the bucket `name`. With `region`, creates a new one that signs for that region.
     fn client(&self, name: &str, region: Option<String>) -> Result<Remote> {
-        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut clients = self.clients.lock();
         // Without an explicit region the existing client is reused.
         if let (Some(remote), None) = (clients.get(name), &region) {
             return Ok(remote.clone());
@@ -112,13 +113,13 @@ impl Origin for Arc<Buckets> {
         let key = ArtifactKey::new(place.name()?, version(&found)?);
         let source = BucketSource::new(self, place, &key);
         let source = Arc::new(BucketSource { found: OnceCell::new_with(Some(Some((remote, found)))), ..source });
-        *self.last_resolved.lock().unwrap_or_else(PoisonError::into_inner) = Some(source.clone());
+        *self.last_resolved.lock() = Some(source.clone());
         Ok(Some(Resolved { key, source }))
     }
 
     fn source(&self, reference: &Reference, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
         let Target::Bucket(place) = &reference.target else { return None };
-        let last_resolved = self.last_resolved.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let last_resolved = self.last_resolved.lock().clone();
         // Reuse the listing of that source if it has the same version.
         match last_resolved.filter(|last_resolved| last_resolved.key == *key && last_resolved.place == *place) {
             Some(last_resolved) => Some(last_resolved),

@@ -15,6 +15,7 @@ use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::limits;
 use crate::manifest::{FileEntry, Manifest, Shape};
+use crate::mutex::Mutex;
 use crate::printable;
 use crate::reference::{HubRepo, Reference, Scheme, Target, hub};
 use crate::source::{Body, Source};
@@ -27,7 +28,7 @@ use serde::Deserialize;
 use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use tokio::sync::OnceCell;
 use url::Url;
 
@@ -514,7 +515,7 @@ impl HubSource {
             }
             // 2. The signed URL expired, or the file changed there: forget it and let the endpoint redirect again.
             tracing::debug!(%path, status = fetched.response.status().as_u16(), "signed URL refused; resolving again");
-            self.locations().remove(path);
+            self.locations.lock().remove(path);
             http::drain(fetched.response).await;
         }
         // 3. Request the file from the endpoint.
@@ -552,7 +553,7 @@ impl HubSource {
             .map_err(|error| Error::new(error.kind(), format!("{path}: {}", error.message())))?;
         // `If-Match` needs a strong tag; a weak one begins with `W/`.
         let etag = response.headers().get(ETAG).filter(|etag| etag.as_bytes().starts_with(b"\"")).cloned();
-        self.locations().insert(path.clone(), ReadLocation { url: url.clone(), etag });
+        self.locations.lock().insert(path.clone(), ReadLocation { url: url.clone(), etag });
         Ok(Body { start, stream: http::body_stream(response, &url) })
     }
 
@@ -571,11 +572,7 @@ impl HubSource {
     }
 
     fn location(&self, path: &FilePath) -> Option<ReadLocation> {
-        self.locations().get(path).cloned()
-    }
-
-    fn locations(&self) -> MutexGuard<'_, HashMap<FilePath, ReadLocation>> {
-        self.locations.lock().unwrap_or_else(PoisonError::into_inner)
+        self.locations.lock().get(path).cloned()
     }
 }
 

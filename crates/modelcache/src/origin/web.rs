@@ -17,6 +17,7 @@ use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath, Version};
 use crate::limits;
 use crate::manifest::{FileEntry, Manifest, Shape};
+use crate::mutex::Mutex;
 use crate::reference::{Reference, Scheme, Target, WebFile, is_derived, web};
 use crate::sidecar;
 use crate::source::{Body, Source};
@@ -31,8 +32,8 @@ use sha2::Digest as _;
 use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::OnceCell;
 use url::Url;
@@ -125,14 +126,14 @@ impl Web {
 
     /// Keeps a source for the next call of [`take_recent`](Self::take_recent), and drops outdated ones.
     fn keep_recent(&self, source: &Arc<WebSource>) {
-        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut recent = self.recent.lock();
         recent.retain(|_, (since, _)| since.elapsed() < RECENT_SOURCE_AGE_MAX);
         recent.insert(source.key.clone(), (Instant::now(), source.clone()));
     }
 
     /// Returns the source that resolving has just created for `key`, which saves a request.
     fn take_recent(&self, key: &ArtifactKey) -> Option<Arc<WebSource>> {
-        let (since, source) = self.recent.lock().unwrap_or_else(PoisonError::into_inner).remove(key)?;
+        let (since, source) = self.recent.lock().remove(key)?;
         (since.elapsed() < RECENT_SOURCE_AGE_MAX).then_some(source)
     }
 
@@ -578,7 +579,7 @@ impl WebSource {
         if let Some(body) = Body::for_empty_range(path, &range, Some(info.size))? {
             return Ok(body);
         }
-        let redirect_url = self.redirect_url.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let redirect_url = self.redirect_url.lock().clone();
         if let Some(redirect_url) = redirect_url {
             let fetched = self.request_range(redirect_url, info, &range).await?;
             if !matches!(fetched.response.status().as_u16(), 401 | 403 | 404 | 410 | 412) {
@@ -645,7 +646,7 @@ impl WebSource {
     }
 
     fn remember_redirect(&self, redirect_url: Option<Url>) {
-        *self.redirect_url.lock().unwrap_or_else(PoisonError::into_inner) = redirect_url;
+        *self.redirect_url.lock() = redirect_url;
     }
 }
 

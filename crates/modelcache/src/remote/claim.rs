@@ -14,12 +14,13 @@ use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::FilePath;
 use crate::limits;
+use crate::mutex::Mutex;
 use crate::transfer::spawn_cleanup;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::time::Instant;
 
@@ -159,11 +160,11 @@ impl HeldClaim {
     }
 
     fn record(&self) -> ClaimRecord {
-        self.record.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.record.lock().clone()
     }
 
     fn is_owner(&self, present: &ClaimRecord) -> bool {
-        present.owner == self.record.lock().unwrap_or_else(PoisonError::into_inner).owner
+        present.owner == self.record.lock().owner
     }
 }
 
@@ -175,7 +176,7 @@ impl UploadRegistry {
     /// Adds uploads to the claim object, so that the next writer can abort them. If the write fails, a later sweep
     /// finds the uploads by their age.
     pub(super) async fn register(&self, uploads: impl IntoIterator<Item = (String, FilePath)>) {
-        self.0.record.lock().unwrap_or_else(PoisonError::into_inner).uploads.extend(uploads);
+        self.0.record.lock().uploads.extend(uploads);
         match rewrite(&self.0, ClaimRecord::renewed).await {
             Ok(true) => {}
             Ok(false) => self.0.lost.store(true, Ordering::Relaxed),

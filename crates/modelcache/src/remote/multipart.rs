@@ -9,6 +9,7 @@ use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::ladder::PartHasher;
 use crate::manifest::ObjectIdentity;
+use crate::mutex::Mutex;
 use crate::progress::Progress;
 use crate::runtime::address_space_left;
 use crate::transfer::spawn_cleanup;
@@ -16,8 +17,8 @@ use bytes::{Bytes, BytesMut};
 use object_store::multipart::PartId;
 use object_store::path::Path;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
@@ -63,11 +64,11 @@ struct BufferPool(Mutex<Vec<BytesMut>>);
 
 impl BufferPool {
     fn take(&self) -> BytesMut {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
+        self.0.lock().pop().unwrap_or_default()
     }
 
     fn put(&self, sent: Bytes) {
-        let mut pool = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pool = self.0.lock();
         let held: usize = pool.iter().map(BytesMut::capacity).sum();
         // The buffer is reusable only if no clone of it exists any more, for instance in the HTTP client.
         if let Ok(buffer) = sent.try_into_mut()

@@ -12,12 +12,13 @@ use super::{Folder, Remote};
 use crate::error::{Context, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{Manifest, ObjectIdentity};
+use crate::mutex::Mutex;
 use crate::source::{Body, Source};
 use async_trait::async_trait;
 use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use tokio::sync::OnceCell;
 
 /// One artifact on the remote. The manifest is requested once and cached.
@@ -92,7 +93,7 @@ impl RemoteSource {
 
     /// Returns the ETag for the next request: the current one if it is known to differ, else the recorded one.
     fn etag(&self, path: &FilePath, recorded: &ObjectIdentity) -> Option<String> {
-        let etags = self.etags.lock().unwrap_or_else(PoisonError::into_inner);
+        let etags = self.etags.lock();
         etags.get(path).cloned().unwrap_or_else(|| recorded.etag.clone())
     }
 
@@ -115,7 +116,7 @@ impl RemoteSource {
             .hint(super::REPAIR_HINT));
         }
         tracing::debug!(artifact = %self.folder.key, %path, "the object has another ETag than recorded; its bytes will be checked");
-        self.etags.lock().unwrap_or_else(PoisonError::into_inner).insert(path.clone(), current.etag.clone());
+        self.etags.lock().insert(path.clone(), current.etag.clone());
         Ok(current.etag)
     }
 

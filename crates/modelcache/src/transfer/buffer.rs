@@ -5,8 +5,9 @@
 //! buffer while it holds a first one.
 
 use crate::disk::ALIGNMENT;
+use crate::mutex::Mutex;
 use std::ops::Deref;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Size of a slice, the unit of I/O: the bytes that are received, hashed and written at a time.
@@ -67,7 +68,7 @@ impl BufferPool {
 
     /// Returns a buffer, reusing the memory of an earlier one if possible.
     fn buffer(&self, permit: Option<OwnedSemaphorePermit>) -> Buffer {
-        let reused = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let reused = self.idle.lock().pop();
         let storage = reused.unwrap_or_else(|| vec![0; SLICE_BYTES + ALIGNMENT]);
         // O_DIRECT needs aligned memory. The storage has `ALIGNMENT` spare bytes, so that an aligned start exists in
         // it.
@@ -109,7 +110,7 @@ impl Deref for Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         let storage = std::mem::take(&mut self.storage);
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(storage);
+        self.idle.lock().push(storage);
     }
 }
 
@@ -127,7 +128,7 @@ mod tests {
             assert_eq!(buffer.fill(&vec![8; 2 * SLICE_BYTES], usize::MAX), SLICE_BYTES - 4);
             assert_eq!((&buffer[..4], buffer.len()), (&[7; 4][..], SLICE_BYTES));
         }
-        assert_eq!(pool.idle.lock().expect("lock").len(), 1);
+        assert_eq!(pool.idle.lock().len(), 1);
     }
 
     #[test]

@@ -19,6 +19,7 @@ use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::FilePath;
 use crate::ladder::{Ladder, part_size};
 use crate::manifest::{FileEntry, FileIdentity};
+use crate::mutex::Mutex;
 use crate::progress::Progress;
 use crate::runtime::blocking;
 use crate::source::Source;
@@ -26,8 +27,8 @@ use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use rand::seq::SliceRandom;
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -328,16 +329,16 @@ pub(super) struct Failures {
 impl Failures {
     /// Records that `tier` delivered wrong bytes, or lacks a file that it lists.
     pub(super) fn record_bad(&self, tier: Tier) {
-        self.bad.lock().unwrap_or_else(PoisonError::into_inner).insert(tier);
+        self.bad.lock().insert(tier);
     }
 
     fn bad_tiers(&self) -> BTreeSet<Tier> {
-        self.bad.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.bad.lock().clone()
     }
 
     /// Returns true on the first call for `tier`, whose failure must then be logged as a warning.
     pub(super) fn is_first_report(&self, tier: Tier) -> bool {
-        self.reported.lock().unwrap_or_else(PoisonError::into_inner).insert(tier)
+        self.reported.lock().insert(tier)
     }
 }
 
@@ -522,7 +523,7 @@ mod tests {
         }
 
         async fn read(&self, _: &FilePath, range: Range<u64>) -> Result<Body> {
-            let mut files = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut files = self.0.lock();
             let file = files.pop_front().ok_or_else(|| Error::unavailable("no more").transient(false))?;
             let sent = file[usize::try_from(range.start).unwrap_or_default()..].to_vec();
             Ok(Body { start: range.start, stream: stream::iter([Ok(Bytes::from(sent))]).boxed() })

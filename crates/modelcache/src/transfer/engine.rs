@@ -6,9 +6,10 @@
 use super::buffer::BufferPool;
 use super::limiter::Limiter;
 use super::workers::Workers;
+use crate::mutex::Mutex;
 use crate::runtime::address_space_left;
 use rustix::process::{Resource, getrlimit};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
 /// The resources that all fills of a process share.
 #[derive(Debug)]
@@ -24,7 +25,7 @@ static SHARED: Mutex<Option<(u32, Weak<Engine>)>> = Mutex::new(None);
 impl Engine {
     /// Returns the engine of this process, creating it if there is none.
     pub(super) fn shared() -> Arc<Self> {
-        let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut shared = SHARED.lock();
         let process = std::process::id();
         // After a fork the id differs, and the inherited engine must not be used.
         let existing = shared.as_ref().filter(|(owner, _)| *owner == process).and_then(|(_, engine)| engine.upgrade());

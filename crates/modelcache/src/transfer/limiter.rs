@@ -5,9 +5,10 @@
 //! hashing or disk writes, not the network, are the bottleneck. One limiter serves all fills, because they share the
 //! machine's network, and all fills of a fleet often read from one server.
 
+use crate::mutex::Mutex;
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -123,13 +124,13 @@ impl Limiter {
 
     /// Returns the number of files to download concurrently: enough small files to keep all permits in use.
     pub(super) fn concurrent_files_max(&self) -> usize {
-        (2 * self.state().controller.limit_max).min(CONCURRENT_FILES_MAX)
+        (2 * self.0.state.lock().controller.limit_max).min(CONCURRENT_FILES_MAX)
     }
 
     /// Records `bytes` received and, at the end of a window, adjusts the limit.
     pub(super) fn record_received(&self, bytes: u64) {
         let total = self.0.window_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        let mut state = self.state();
+        let mut state = self.0.state.lock();
         let took = state.window_start.elapsed();
         if took < WINDOW {
             return;
@@ -163,7 +164,7 @@ impl Limiter {
     /// Halves the limit after a server answered 503 or 429. Concurrent requests are throttled together, so this takes
     /// effect at most once per window.
     pub(super) fn record_throttled(&self) {
-        let mut state = self.state();
+        let mut state = self.0.state.lock();
         if state.last_halved.is_some_and(|last| last.elapsed() < WINDOW) {
             return;
         }
@@ -178,7 +179,7 @@ impl Limiter {
         // Small files carry few bytes per request. The credit lets the controller see that more requests help even when
         // throughput is bound by latency.
         self.record_received(REQUEST_CREDIT_BYTES);
-        let mut state = self.state();
+        let mut state = self.0.state.lock();
         if state.peers.len() == PEERS_MAX {
             state.peers.pop_front();
         }
@@ -190,7 +191,7 @@ impl Limiter {
         if elapsed < SLOW_MIN {
             return false;
         }
-        let mut peers: Vec<f64> = self.state().peers.iter().copied().collect();
+        let mut peers: Vec<f64> = self.0.state.lock().peers.iter().copied().collect();
         if peers.len() < PEERS_MIN {
             return false;
         }
@@ -214,19 +215,15 @@ impl Limiter {
         state.controller.applied_limit = limit;
     }
 
-    fn state(&self) -> MutexGuard<'_, LimiterState> {
-        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     #[cfg(test)]
     fn limit(&self) -> usize {
-        self.state().controller.limit
+        self.0.state.lock().controller.limit
     }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        let mut state = self.limiter.state();
+        let mut state = self.limiter.0.state.lock();
         if state.surplus_permits > 0
             && let Some(permit) = self.permit.take()
         {
@@ -378,7 +375,7 @@ mod tests {
         let mut free: Vec<_> = std::iter::from_fn(|| limiter.try_acquire()).take(CONCURRENCY_MAX).collect();
         assert_eq!(free.len(), CONCURRENCY_INITIAL / 2);
         free.clear();
-        let mut state = limiter.state();
+        let mut state = limiter.0.state.lock();
         let limit = state.controller.limit_max;
         limiter.adjust(&mut state, limit);
         drop(state);

@@ -11,9 +11,10 @@
 use super::order::PartQueue;
 use crate::disk::RootedPath;
 use crate::key::FilePath;
+use crate::mutex::Mutex;
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, watch};
 
@@ -154,7 +155,7 @@ impl PartialFile {
         });
         let received = self.received.borrow();
         // Satisfied demands end now, even if their readers have not woken up yet.
-        for demand in self.demands().values_mut() {
+        for demand in self.demands.lock().values_mut() {
             if demand.range.as_ref().is_some_and(|range| received.contains(range)) {
                 (demand.range, demand.wait_changed_at) = (None, Instant::now());
             }
@@ -189,7 +190,7 @@ impl PartialFile {
         // Demand the first byte at once, so that the first part is requested before the reader asks for it.
         let first = Some(0..self.size.min(1)).filter(|first| !first.is_empty());
         let demand = Demand { unchecked, range: first, read: 0..0, wait_changed_at: Instant::now() };
-        let mut demands = self.demands();
+        let mut demands = self.demands.lock();
         let id = demands.last_key_value().map_or(0, |(last, _)| last + 1);
         demands.insert(id, demand);
         drop(demands);
@@ -200,7 +201,7 @@ impl PartialFile {
     /// Returns which of the queued parts to request next.
     pub(super) fn next(&self, queue: &PartQueue, part_size: u64) -> NextPart {
         let by_part = self.is_readable_by_part();
-        let demands = self.demands();
+        let demands = self.demands.lock();
         // A reader that must wait for the whole file does not change the order of requests, which follows the hash.
         let relevant: Vec<&Demand> = demands.values().filter(|demand| demand.unchecked || by_part).collect();
         let parts = |range: Range<u64>| range.start / part_size..range.end.div_ceil(part_size);
@@ -224,10 +225,6 @@ impl PartialFile {
     /// Returns true if readers that want only verified bytes may read single parts.
     fn is_readable_by_part(&self) -> bool {
         self.read_gate == ReadGate::ByPart && self.received.borrow().has_ladder
-    }
-
-    fn demands(&self) -> MutexGuard<'_, BTreeMap<u64, Demand>> {
-        self.demands.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -308,7 +305,7 @@ impl PartialReader {
             };
             received.current().filter(|_| is_readable)?
         };
-        if let Some(demand) = self.partial_file.demands().get_mut(&self.id) {
+        if let Some(demand) = self.partial_file.demands.lock().get_mut(&self.id) {
             demand.record_read(range);
         }
         Some(generation)
@@ -316,7 +313,7 @@ impl PartialReader {
 
     /// Demands `range`: its parts are requested before all others.
     pub(crate) fn demand(&self, range: &Range<u64>) {
-        if let Some(demand) = self.partial_file.demands().get_mut(&self.id) {
+        if let Some(demand) = self.partial_file.demands.lock().get_mut(&self.id) {
             demand.record_read(range);
             (demand.range, demand.wait_changed_at) = (Some(range.clone()), Instant::now());
         }
@@ -331,7 +328,7 @@ impl PartialReader {
 
 impl Drop for PartialReader {
     fn drop(&mut self) {
-        self.partial_file.demands().remove(&self.id);
+        self.partial_file.demands.lock().remove(&self.id);
         self.partial_file.demand_changed.notify_one();
     }
 }
@@ -416,7 +413,7 @@ mod tests {
         part(&partial_file, 50);
         part(&partial_file, 51);
         assert_eq!(request_next(&partial_file, &mut queue), None, "the reader's next demand is expected");
-        partial_file.demands().values_mut().for_each(|demand| demand.wait_changed_at -= 2 * NEXT_DEMAND_WAIT);
+        partial_file.demands.lock().values_mut().for_each(|demand| demand.wait_changed_at -= 2 * NEXT_DEMAND_WAIT);
         assert_eq!(partial_file.next(&queue, PART), NextPart::Any);
         drop(reading);
         assert_eq!(partial_file.next(&queue, PART), NextPart::Any);

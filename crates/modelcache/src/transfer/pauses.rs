@@ -3,9 +3,10 @@
 //! A rate limit applies to a client, not to one request. Without a common pause, every request in flight would meet the
 //! limit by itself, and spend the retry budget of the others.
 
+use crate::mutex::Mutex;
 use crate::printable;
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -21,7 +22,7 @@ impl Pauses {
     pub(super) fn begin(&self, host: &str, wait: Duration) -> bool {
         let now = Instant::now();
         let Some(until) = now.checked_add(wait) else { return true };
-        let mut pauses = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pauses = self.0.lock();
         let end = pauses.entry(host.to_owned()).or_insert(now);
         let is_new = *end <= now;
         *end = until.max(*end);
@@ -30,13 +31,13 @@ impl Pauses {
 
     /// Returns true if any host was paused within the last `age`. A request may then have been held back.
     pub(super) fn any_within(&self, age: Duration) -> bool {
-        let (now, pauses) = (Instant::now(), self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        let (now, pauses) = (Instant::now(), self.0.lock());
         pauses.values().any(|end| *end + RESTART_WITHIN + age > now)
     }
 
     /// Returns the end of the pause of `host`.
     fn end(&self, host: &str) -> Option<Instant> {
-        let pauses = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let pauses = self.0.lock();
         pauses.get(host).copied().filter(|end| *end > Instant::now())
     }
 

@@ -7,9 +7,10 @@
 use super::pauses::Pauses;
 use crate::config::RetryConfig;
 use crate::error::{Error, Result};
+use crate::mutex::Mutex;
 use std::future::Future;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -106,7 +107,7 @@ impl Retry {
     /// Returns true if a wait may be reported now, and records the report. Many requests meet the same failure, so
     /// reports are limited to one per [`REPORT_INTERVAL`].
     fn take_report_turn(&self) -> bool {
-        let mut last_report = self.last_report.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last_report = self.last_report.lock();
         let is_due = last_report.is_none_or(|last| last.elapsed() >= REPORT_INTERVAL);
         if is_due {
             *last_report = Some(Instant::now());

@@ -12,9 +12,10 @@ use crate::digest::Digest;
 use crate::disk::{Cursor, StagedWriter};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ladder::{Ladder, PartHasher};
+use crate::mutex::Mutex;
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, MutexGuard, PoisonError};
 use tokio::sync::oneshot;
 
 /// Upper bound on the number of workers.
@@ -152,13 +153,13 @@ impl Workers {
 
     /// Returns true if the queue is so long that the workers, not the network, are the bottleneck.
     pub(super) fn are_behind(&self) -> bool {
-        self.0.lock().queue.len() > 2 * self.0.hashing_max
+        self.0.state.lock().queue.len() > 2 * self.0.hashing_max
     }
 
     /// Queues a slice. The returned value resolves to its outcome.
     pub(super) fn submit(&self, slice: Slice) -> PendingSlice {
         let (reply, pending) = oneshot::channel();
-        let mut state = self.0.lock();
+        let mut state = self.0.state.lock();
         state.queue.push_back(SliceJob { slice, reply });
         self.0.wake_worker(state);
         PendingSlice(pending)
@@ -166,7 +167,7 @@ impl Workers {
 
     #[cfg(test)]
     fn pairs(&self) -> u64 {
-        self.0.lock().pairs
+        self.0.state.lock().pairs
     }
 }
 
@@ -184,10 +185,6 @@ impl PendingSlice {
 }
 
 impl WorkerPool {
-    fn lock(&self) -> MutexGuard<'_, QueueState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Starts or wakes a worker after a job was added to the queue. `state` is the lock under which the job was added.
     fn wake_worker(self: &Arc<Self>, mut state: MutexGuard<'_, QueueState>) {
         if state.workers < self.workers_max {
@@ -235,7 +232,7 @@ impl Worker {
                 jobs.into_iter().partition(SliceJob::catches_up);
             let unfinished: Vec<SliceJob> = catch_up_jobs.into_iter().filter_map(SliceJob::next_slice).collect();
             if !unfinished.is_empty() {
-                let mut state = pool.lock();
+                let mut state = pool.state.lock();
                 unfinished.into_iter().for_each(|job| state.requeue_catch_up(job));
                 if !others.is_empty() {
                     // This worker writes next, so another one may continue the catch-up job.
@@ -250,7 +247,7 @@ impl Worker {
     /// Returns the next batch, or `None` if the queue is empty; then this worker is no longer counted. Waits while all
     /// queued jobs need a hashing slot and none is free.
     fn next<'a>(&mut self, pool: &'a WorkerPool) -> Option<Batch<'a>> {
-        let mut state = pool.lock();
+        let mut state = pool.state.lock();
         loop {
             // Discard the slices of dropped streams.
             state.queue.retain(|job| !job.reply.is_closed());
@@ -298,14 +295,14 @@ impl QueueState {
 impl Drop for Worker {
     fn drop(&mut self) {
         if self.is_counted {
-            self.pool.lock().workers -= 1;
+            self.pool.state.lock().workers -= 1;
         }
     }
 }
 
 impl Drop for Slot<'_> {
     fn drop(&mut self) {
-        self.0.lock().hashing -= 1;
+        self.0.state.lock().hashing -= 1;
         self.0.freed.notify_one();
     }
 }
@@ -533,7 +530,7 @@ mod tests {
         });
         let streams: Vec<_> = streams.collect();
         futures::future::join_all(streams).await;
-        assert_eq!(workers.0.lock().hashing, 0);
+        assert_eq!(workers.0.state.lock().hashing, 0);
     }
 
     /// With one hashing slot, queued slices are taken in pairs.
@@ -542,7 +539,7 @@ mod tests {
         let (folder, pool, workers) = (TempDir::new().expect("folder"), BufferPool::new(None), Workers::new(1));
         let content = bytes(SLICE_BYTES, 7);
         let writers: Vec<_> = (0..8).map(|at| writer(&folder, &at.to_string(), SLICE_BYTES, true)).collect();
-        workers.0.lock().hashing = 1;
+        workers.0.state.lock().hashing = 1;
         let mut pending = Vec::new();
         for writer in &writers {
             pending.push(workers.submit(slice(&pool, writer, 0, &content, Hash::InOrder).await));
@@ -632,7 +629,7 @@ mod tests {
         let (folder, pool, workers) = (TempDir::new().expect("folder"), BufferPool::new(None), Workers::new(1));
         let content = bytes(SLICE_BYTES, 1);
         let writer = writer(&folder, "f", SLICE_BYTES, true);
-        workers.0.lock().hashing = 1;
+        workers.0.state.lock().hashing = 1;
         drop(workers.submit(slice(&pool, &writer, 0, &content, Hash::InOrder).await));
         drop(Slot(&workers.0));
         let last = slice(&pool, &writer, 0, &content[..1], Hash::InOrder).await;

@@ -7,6 +7,7 @@
 mod layers;
 mod registry;
 
+use crate::mutex::Mutex;
 use registry::Registries;
 
 use super::http::{self, Fetched, Request};
@@ -24,7 +25,7 @@ use reqwest::header::{HeaderMap, RANGE};
 use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use tokio::sync::OnceCell;
 use url::Url;
 
@@ -207,15 +208,15 @@ impl OciSource {
     }
 
     fn redirect_url(&self, blob: &Digest) -> Option<Url> {
-        self.redirects.lock().unwrap_or_else(PoisonError::into_inner).get(blob).cloned()
+        self.redirects.lock().get(blob).cloned()
     }
 
     fn remember_redirect(&self, blob: Digest, url: Url) {
-        self.redirects.lock().unwrap_or_else(PoisonError::into_inner).insert(blob, url);
+        self.redirects.lock().insert(blob, url);
     }
 
     fn forget_redirect(&self, blob: &Digest) {
-        self.redirects.lock().unwrap_or_else(PoisonError::into_inner).remove(blob);
+        self.redirects.lock().remove(blob);
     }
 }
 

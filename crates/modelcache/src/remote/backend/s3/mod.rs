@@ -23,6 +23,7 @@ use super::{Backend, CopyOutcome, CopyRequest, EndpointContext, MultipartUploads
 use crate::check::{Check, Clock};
 use crate::config::RemoteConfig;
 use crate::error::{Error, Result, Tier};
+use crate::mutex::Mutex;
 use crate::reference::is_bucket_name;
 use crate::remote::store::Store;
 use crate::transfer::Retry;
@@ -38,7 +39,7 @@ use profile::Profiles;
 use raw_client::RawClient;
 use settings::S3Settings;
 use std::borrow::Cow;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 /// Longest key, in bytes (<https://docs.aws.amazon.com/AmazonS3/latest/userguide/object-keys.html>).
 const KEY_BYTES_MAX: usize = 1024;
@@ -193,7 +194,7 @@ impl Backend for S3Backend {
         let has_expired = failure::is_expired(&error);
         let region = failure::error_response(&error).and_then(|response| response.region.clone());
         if let Some(region) = region.filter(|region| *region != self.context.region) {
-            *self.reported_region.lock().unwrap_or_else(PoisonError::into_inner) = Some(region);
+            *self.reported_region.lock() = Some(region);
         }
         let error = failure::translate(error, what_failed, &self.context);
         // A retry helps only if the credentials can be renewed.
@@ -208,7 +209,7 @@ impl Backend for S3Backend {
     }
 
     fn reported_region(&self) -> Option<String> {
-        self.reported_region.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.reported_region.lock().clone()
     }
 
     async fn examine(&self, config: &RemoteConfig, clock: &Clock, checks: &mut Vec<Check>) -> Result<bool> {
