@@ -11,7 +11,8 @@ use super::plan::FillPlan;
 use super::resolve::FetchRequest;
 use super::{Artifact, BytesByTier, Cache, GetOptions, GetReport};
 use crate::disk::{
-    AcquireOutcome, LeasedArtifact, MissingFiles, Purpose, RootedPath, StagedFile, Staging, format_name, staged_name,
+    AcquireOutcome, LOCK_WAIT_MAX, LeasedArtifact, MissingFiles, Purpose, RootedPath, StagedFile, Staging, format_name,
+    staged_name,
 };
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::FilePath;
@@ -26,8 +27,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Longest wait for the end of an eviction of the requested artifact. An eviction takes milliseconds.
-const EVICTION_WAIT_MAX: Duration = Duration::from_secs(30);
 /// Time between two attempts to acquire a lease during an eviction.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
@@ -174,7 +173,7 @@ impl Cache {
             match self.on_disk(move |disk| disk.acquire(&key, &selection)).await? {
                 AcquireOutcome::Leased(leased) => return Ok(Some(*leased)),
                 AcquireOutcome::Absent => return self.acquire_lower(request).await,
-                AcquireOutcome::Evicting if started.elapsed() > EVICTION_WAIT_MAX => {
+                AcquireOutcome::Evicting if started.elapsed() > LOCK_WAIT_MAX => {
                     return Err(Error::unavailable("an eviction of the artifact does not finish")
                         .tier(Tier::Disk)
                         .hint("look for a stopped modelcache process; its lock is released when it ends"));

@@ -14,7 +14,7 @@ use super::files;
 use super::index::{Index, LastUseOrder, below_artifacts};
 use super::io_error::IoContext;
 use super::layout::ArtifactDir;
-use super::lock::FileLock;
+use super::lock::{FileLock, LOCK_WAIT_MAX};
 use super::pin::InTheWay;
 use super::rooted::{Metadata, RootedPath};
 use super::staging::StagingUse;
@@ -28,11 +28,8 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::os::unix::fs::FileExt;
 use std::sync::{MutexGuard, OnceLock};
-use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-/// Maximum wait for the budget lock, which is normally held for milliseconds.
-const LOCK_WAIT_MAX: Duration = Duration::from_secs(30);
 /// Size of the budget record in bytes. A record is padded to it, so that a shorter one overwrites a longer one
 /// completely.
 const RECORD_BYTES: usize = 256;
@@ -121,17 +118,10 @@ impl Disk {
     /// Takes the budget lock.
     ///
     /// # Errors
-    /// [`ErrorKind::Unavailable`] if another process holds the lock for longer than [`LOCK_WAIT_MAX`].
+    /// [`ErrorKind::Unavailable`] if another process holds the lock for too long.
     pub(crate) fn lock_budget(&self) -> Result<BudgetGuard<'_>> {
         let path = self.layout().budget_lock();
-        let started = Instant::now();
-        let lock = loop {
-            match FileLock::try_exclusive(&path)? {
-                Some(lock) => break lock,
-                None if started.elapsed() > LOCK_WAIT_MAX => return Err(held_too_long(&path)),
-                None => thread::sleep(Duration::from_millis(2)),
-            }
-        };
+        let lock = FileLock::wait_exclusive(&path)?.ok_or_else(|| held_too_long(&path))?;
         let record = read_record(lock.file());
         // Without a record, the end of the log is unknown: start a new log.
         let log_end = record.as_ref().map_or_else(Position::fresh, |record| record.changes);

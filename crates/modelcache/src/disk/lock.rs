@@ -14,6 +14,14 @@ use crate::error::Result;
 use rustix::io::Errno;
 use std::fs::{File, TryLockError};
 use std::io;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Longest wait for a lock that is held only for a critical section or an eviction. It is this long because a slow disk
+/// may have to remove many files meanwhile; a process that holds the lock for longer is probably stopped.
+pub(crate) const LOCK_WAIT_MAX: Duration = Duration::from_secs(30);
+/// Pause between two tries of a lock.
+const POLL_INTERVAL: Duration = Duration::from_millis(2);
 
 /// A held file lock, released on drop.
 #[derive(Debug)]
@@ -38,6 +46,28 @@ impl FileLock {
             Err(denied) => path.open(false).map_err(|_| denied).at("open the lock", path)?,
         };
         Self::try_shared_of(file, path)
+    }
+
+    /// Locks `path` exclusively; `None` if another process holds the lock for longer than [`LOCK_WAIT_MAX`].
+    pub(super) fn wait_exclusive(path: &RootedPath) -> Result<Option<Self>> {
+        Self::wait(|| Self::try_exclusive(path))
+    }
+
+    /// Locks `path` shared, as [`try_shared`](Self::try_shared) does; `None` if another process holds the lock
+    /// exclusively for longer than [`LOCK_WAIT_MAX`].
+    pub(super) fn wait_shared(path: &RootedPath) -> Result<Option<Self>> {
+        Self::wait(|| Self::try_shared(path))
+    }
+
+    fn wait(attempt: impl Fn() -> Result<Option<Self>>) -> Result<Option<Self>> {
+        let started = Instant::now();
+        loop {
+            match attempt()? {
+                // Poll, because no process may block in `flock`.
+                None if started.elapsed() <= LOCK_WAIT_MAX => thread::sleep(POLL_INTERVAL),
+                outcome => return Ok(outcome),
+            }
+        }
     }
 
     /// Tries to lock `file`, which is open at `path`, shared; `None` if another process holds the lock exclusively.

@@ -60,7 +60,7 @@ pub(crate) use io_error::fault;
 pub(crate) use layout::{ArtifactDir, Layout, staged_name};
 pub(crate) use leader::{HEARTBEAT_INTERVAL, HeartbeatWatch, Leader, Leadership};
 pub use link::Link;
-pub(crate) use lock::FileLock;
+pub(crate) use lock::{FileLock, LOCK_WAIT_MAX};
 pub(crate) use lower::Lower;
 pub(crate) use materialize::Tree;
 pub use materialize::{Destination, LinkMode, Materialized};

@@ -26,11 +26,6 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::io;
 use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
-
-/// Maximum wait for a shared lease. An eviction normally holds the exclusive lease for milliseconds.
-const LEASE_WAIT_MAX: Duration = Duration::from_secs(30);
 
 /// A verified file in staging.
 #[derive(Debug, Clone)]
@@ -95,21 +90,11 @@ impl Disk {
     /// Takes the shared lease of the artifact in `dir`.
     ///
     /// # Errors
-    /// `Unavailable` if an eviction holds the lease exclusively for longer than [`LEASE_WAIT_MAX`].
+    /// `Unavailable` if an eviction holds the lease exclusively for too long.
     pub(super) fn wait_for_lease(&self, dir: &ArtifactDir) -> Result<FileLock> {
-        let path = self.layout().lease_lock(dir);
-        let started = Instant::now();
-        loop {
-            match FileLock::try_shared(&path)? {
-                Some(lease) => return Ok(lease),
-                None if started.elapsed() > LEASE_WAIT_MAX => {
-                    return Err(Error::new(ErrorKind::Unavailable, "the artifact's lease is locked by an eviction")
-                        .tier(Tier::Disk));
-                }
-                // Poll, because no process may block in `flock`.
-                None => thread::sleep(Duration::from_millis(2)),
-            }
-        }
+        FileLock::wait_shared(&self.layout().lease_lock(dir))?.ok_or_else(|| {
+            Error::new(ErrorKind::Unavailable, "the artifact's lease is locked by an eviction").tier(Tier::Disk)
+        })
     }
 
     /// Links the staged files into `blobs/`, in the first critical section (under the budget lock).

@@ -31,10 +31,6 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
-
-/// Maximum wait for a shared lease while an eviction holds the exclusive one.
-const LEASE_WAIT_MAX: Duration = Duration::from_secs(30);
 
 /// One verification: the state that all its artifacts share.
 #[derive(Debug)]
@@ -330,18 +326,12 @@ impl Disk {
         Ok(self.read_manifest(&dir)?.map(|manifest| (manifest, dir, lease.0)))
     }
 
-    /// Takes a shared lease; `None` if an eviction holds the exclusive lease for longer than [`LEASE_WAIT_MAX`].
+    /// Takes a shared lease; `None` if an eviction holds the exclusive lease for too long.
     fn lease_for_reading(&self, dir: &ArtifactDir) -> Result<Option<Lease>> {
-        let started = Instant::now();
-        loop {
-            match FileLock::try_shared(&self.layout().lease_lock(dir)) {
-                Ok(Some(lease)) => return Ok(Some(Lease(Some(lease)))),
-                Ok(None) if started.elapsed() > LEASE_WAIT_MAX => return Ok(None),
-                Ok(None) => thread::sleep(Duration::from_millis(2)),
-                // A read-only directory may have no lock file that can be opened. Then read without a lease.
-                Err(_) if self.is_read_only() => return Ok(Some(Lease(None))),
-                Err(error) => return Err(error),
-            }
+        match FileLock::wait_shared(&self.layout().lease_lock(dir)) {
+            // A read-only directory may have no lock file that can be opened. Then read without a lease.
+            Err(_) if self.is_read_only() => Ok(Some(Lease(None))),
+            lease => Ok(lease?.map(|lease| Lease(Some(lease)))),
         }
     }
 }
