@@ -1,4 +1,6 @@
-//! Formats sizes for people, in messages and front ends.
+//! Texts for people, in messages and front ends: sizes, shortened lists, and suggestions for misspelt names.
+
+use std::fmt::Display;
 
 /// Formats bytes in decimal units with at most three significant digits: `0 B`, `1.2 GB`, `350 MB`.
 pub fn bytes(bytes: u64) -> String {
@@ -14,9 +16,39 @@ pub fn bytes(bytes: u64) -> String {
     format!("{value:.decimals$} {}", UNITS[unit])
 }
 
+/// Joins the first `shown` names for a message. A `…` stands for the others.
+pub(crate) fn first_few<T: Display>(names: impl IntoIterator<Item = T>, shown: usize) -> String {
+    let mut names = names.into_iter();
+    let mut few: Vec<String> = names.by_ref().take(shown).map(|name| name.to_string()).collect();
+    few.extend(names.next().map(|_| "…".to_owned()));
+    few.join(", ")
+}
+
+/// Returns the name in `known` that is closest to `name`, if at most a third of its characters differ (1 to 3). Ignores
+/// case, and treats `-` and `_` as equal.
+pub(crate) fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let plain = |name: &str| name.to_ascii_lowercase().replace('-', "_");
+    let (name, distance_max) = (plain(name), (name.chars().count() / 3).clamp(1, 3));
+    let near = known.into_iter().map(|known| (strsim::levenshtein(&name, &plain(known)), known)).min();
+    near.filter(|(distance, _)| *distance <= distance_max).map(|(_, known)| known)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_similar_name_is_suggested() {
+        let known = ["dir", "max_bytes", "origin"];
+        assert_eq!(nearest("MAX-BYTE", known), Some("max_bytes"));
+        assert_eq!(nearest("colour", known), None);
+    }
+
+    #[test]
+    fn a_long_list_is_shortened() {
+        assert_eq!(first_few(["a", "b"], 2), "a, b");
+        assert_eq!(first_few(["a", "b", "c"], 2), "a, b, …");
+    }
 
     #[test]
     fn sizes_are_shown_in_decimal_units() {

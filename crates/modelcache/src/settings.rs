@@ -17,6 +17,7 @@ use crate::config::{
 };
 use crate::credentials::Credentials;
 use crate::error::{Error, Result};
+use crate::human::nearest;
 use crate::redact;
 use crate::reference::{is_bucket_name, not_a_bucket};
 use std::collections::BTreeMap;
@@ -26,7 +27,8 @@ use std::path::{Path, PathBuf};
 pub use credentials::netrc_path;
 use file::File;
 pub use read::{environment, read_files, read_if_there};
-use values::{DURATION_ACCEPTS, SIZE_ACCEPTS, SWITCH_ACCEPTS, nearest, parse_switch};
+pub(crate) use values::parse_switch;
+use values::{DURATION_ACCEPTS, SIZE_ACCEPTS, SWITCH_ACCEPTS};
 pub use values::{parse_duration, parse_size};
 
 /// The file name of the user's and of the system-wide configuration file.

@@ -14,6 +14,7 @@ use crate::config::OnRemoteDown;
 use crate::digest::Provenance;
 use crate::disk::DiskSource;
 use crate::error::{Error, ErrorKind, Result, Tier};
+use crate::human::first_few;
 use crate::key::FilePath;
 use crate::ladder::Ladder;
 use crate::manifest::{FileEntry, Manifest};
@@ -488,7 +489,7 @@ pub(super) fn only_file<'a>(paths: impl Iterator<Item = &'a FilePath>) -> Result
         [path] => Ok(FilePath::clone(path)),
         [] => Err(Error::not_found("it has no file")),
         many => Err(Error::invalid(format!("it has {} files, but only one can be opened", many.len()))
-            .hint(format!("name one of them: {}", first_names(many.iter().copied())))),
+            .hint(format!("name one of them: {}", first_few(many, NAMES_SHOWN_MAX)))),
     }
 }
 
@@ -517,13 +518,6 @@ fn nothing_selected(request: &FetchRequest, listing: &Manifest) -> Error {
         Some(file) => format!("it has no file {file}"),
         None => format!("no file matches {}", request.selection.patterns().join(", ")),
     };
-    let names = first_names(listing.files.keys());
+    let names = first_few(listing.files.keys(), NAMES_SHOWN_MAX);
     Error::not_found(message).hint(format!("it has {} files: {names}", listing.files.len()))
-}
-
-/// Returns the first [`NAMES_SHOWN_MAX`] names, joined for a message. A `…` stands for the others.
-fn first_names<'a>(mut paths: impl Iterator<Item = &'a FilePath>) -> String {
-    let mut names: Vec<&str> = paths.by_ref().take(NAMES_SHOWN_MAX).map(FilePath::as_str).collect();
-    names.extend(paths.next().map(|_| "…"));
-    names.join(", ")
 }

@@ -4,6 +4,7 @@ use super::Origins;
 use crate::check::{Area, Check, Clock, with_timeout};
 use crate::config::{Config, Environment};
 use crate::error::ErrorKind;
+use crate::settings::parse_switch;
 use crate::transfer::Retry;
 
 /// Environment variables that turn on offline mode.
@@ -14,7 +15,7 @@ pub(crate) async fn examine(config: &Config, environment: &Environment, clock: &
     let mut checks = vec![templates(config)];
     if config.offline {
         // Name the variable that turned offline mode on; otherwise the configuration file did.
-        let is_set = |name: &&&str| environment.get(name).is_some_and(is_true);
+        let is_set = |name: &&&str| environment.get(name).is_some_and(|text| parse_switch(text).is_ok_and(|on| on));
         let name = OFFLINE.iter().find(is_set).copied().unwrap_or("offline in the configuration file");
         let summary =
             format!("{name} is set: no origin is contacted; only artifacts on disk or on the remote are found");
@@ -35,11 +36,6 @@ pub(crate) async fn examine(config: &Config, environment: &Environment, clock: &
         Err(error) => Some(Check::problem(Area::Origin, &error)),
     }));
     checks
-}
-
-/// Returns true if the value of a variable turns offline mode on.
-fn is_true(text: &str) -> bool {
-    matches!(text.trim().to_ascii_lowercase().as_str(), "1" | "true" | "yes" | "on")
 }
 
 /// Returns the origin templates, which say where bare names come from.

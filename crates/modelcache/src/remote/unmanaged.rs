@@ -13,6 +13,7 @@ use super::listing::{self, Address, AddressLookup, Listing};
 use super::store::{ReadBody, Store, etag_differs};
 use crate::digest::{Digest, Provenance};
 use crate::error::{Error, ErrorKind, Result};
+use crate::human::first_few;
 use crate::key::{ArtifactKey, FilePath};
 use crate::limits;
 use crate::manifest::{FileDetails, FileEntry, Held, Manifest, ObjectIdentity};
@@ -262,11 +263,7 @@ pub(crate) fn without_checksum(manifest: &Manifest) -> Vec<&FilePath> {
 
 /// Returns the first [`NAMES_SHOWN`] names, quoted and joined, for a message.
 pub(crate) fn quoted_names(names: &[impl ToString]) -> String {
-    let mut shown: Vec<String> = names.iter().take(NAMES_SHOWN).map(|name| format!("{:?}", name.to_string())).collect();
-    if names.len() > NAMES_SHOWN {
-        shown.push("…".into());
-    }
-    shown.join(", ")
+    first_few(names.iter().map(|name| format!("{:?}", name.to_string())), NAMES_SHOWN)
 }
 
 /// Reads a range of the object at `key`.

@@ -2,9 +2,9 @@
 //!
 //! This module checks types and refuses unknown keys. The values are validated when the settings are gathered.
 
-use super::values::nearest;
 use super::{CREDENTIALS_KEY, OPTIONS_KEY, SETTINGS};
 use crate::error::{Error, Result};
+use crate::human::nearest;
 use crate::redact;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

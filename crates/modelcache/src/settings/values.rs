@@ -1,4 +1,4 @@
-//! Parsers for sizes, durations and switches, and suggestions for misspelt names.
+//! Parsers for sizes, durations and switches.
 
 use crate::config::ByteBound;
 use crate::error::{Error, Result};
@@ -53,11 +53,11 @@ pub fn parse_size(text: &str) -> Result<ByteBound> {
     u64::try_from(whole + fraction).map(ByteBound::Bytes).map_err(|_| Error::invalid("too large"))
 }
 
-/// Parses a switch. See [`SWITCH_ACCEPTS`].
-pub(super) fn parse_switch(text: &str) -> Result<bool> {
+/// Parses a switch. See [`SWITCH_ACCEPTS`]. Accepts `y` and `n`, too, because the client of the object store does.
+pub(crate) fn parse_switch(text: &str) -> Result<bool> {
     match text.trim().to_ascii_lowercase().as_str() {
-        "1" | "true" | "yes" | "on" => Ok(true),
-        "0" | "false" | "no" | "off" => Ok(false),
+        "1" | "true" | "yes" | "y" | "on" => Ok(true),
+        "0" | "false" | "no" | "n" | "off" => Ok(false),
         _ => Err(Error::invalid("neither on nor off")),
     }
 }
@@ -91,29 +91,6 @@ pub fn parse_duration(text: &str) -> Result<Duration> {
     Duration::try_from_secs_f64(seconds)
         .map(|duration| Duration::from_micros(u64::try_from((duration.as_nanos() + 500) / 1000).unwrap_or(u64::MAX)))
         .map_err(|_| refuse())
-}
-
-/// Returns the name in `known` that is closest to `name`, if at most a third of its characters differ (1 to 3).
-pub(super) fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    let (distance, near) = known.into_iter().map(|known| (edit_distance(name, known), known)).min()?;
-    (distance <= (name.chars().count() / 3).clamp(1, 3)).then_some(near)
-}
-
-/// Returns the number of insertions, deletions and replacements that turn `a` into `b`. Ignores case, and treats `-`
-/// and `_` as equal.
-fn edit_distance(a: &str, b: &str) -> usize {
-    let plain = |c: char| if c == '-' { '_' } else { c.to_ascii_lowercase() };
-    let b: Vec<char> = b.chars().map(plain).collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (at, from) in a.chars().map(plain).enumerate() {
-        let mut diagonal = std::mem::replace(&mut row[0], at + 1);
-        for (column, to) in b.iter().enumerate() {
-            let replaced = diagonal + usize::from(from != *to);
-            diagonal = row[column + 1];
-            row[column + 1] = replaced.min(row[column] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
 }
 
 #[cfg(test)]
@@ -154,13 +131,5 @@ mod tests {
         for bad in ["", "s", "-1s", "1h30", "1 fortnight", "1..5s", "1e400s", &"9".repeat(400)] {
             assert!(parse_duration(bad).is_err(), "{bad:?} was accepted");
         }
-    }
-
-    #[test]
-    fn only_a_similar_name_is_suggested() {
-        let known = ["dir", "max_bytes", "origin"];
-        assert_eq!(nearest("MAX-BYTE", known), Some("max_bytes"));
-        assert_eq!(nearest("colour", known), None);
-        assert_eq!((edit_distance("", "abc"), edit_distance("kitten", "sitting")), (3, 3));
     }
 }

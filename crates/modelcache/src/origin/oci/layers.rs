@@ -5,6 +5,7 @@
 
 use crate::digest::{Digest, Provenance};
 use crate::error::{Error, ErrorKind, Result};
+use crate::human::first_few;
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileDetails, FileEntry, Manifest, Shape};
 use crate::origin::no_files;
@@ -82,13 +83,12 @@ pub(super) fn single_manifest(repo: &OciRepo, manifests: Vec<Descriptor>) -> Res
         [] => Err(Error::not_found("the index lists no manifest")),
         several => {
             let place = format!("oci://{}/{}", repo.registry, repo.repository);
-            let listed: Vec<String> =
-                several.iter().take(CHOICES_LISTED_MAX).map(|entry| entry.reference(&place)).collect();
+            let listed = first_few(several.iter().map(|entry| entry.reference(&place)), CHOICES_LISTED_MAX);
             Err(Error::invalid(format!(
                 "the index offers {} manifests, and the reference does not select one",
                 several.len()
             ))
-            .hint(format!("name one by its digest: {}", listed.join(", "))))
+            .hint(format!("name one by its digest: {listed}")))
         }
     }
 }

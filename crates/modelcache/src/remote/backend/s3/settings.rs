@@ -7,7 +7,9 @@ use super::endpoint::Endpoint;
 use super::profile::Profiles;
 use crate::config::{Environment, RemoteConfig, Secret};
 use crate::error::{Error, Result, Tier};
+use crate::human::nearest;
 use crate::redact;
+use crate::settings::parse_switch;
 use object_store::ClientConfigKey;
 use object_store::aws::AmazonS3ConfigKey;
 use std::path::PathBuf;
@@ -138,7 +140,7 @@ fn pass_on(name: &str, plain: &str) -> Result<AmazonS3ConfigKey> {
         }
         Ok(Key::Client(_)) | Err(_) => {
             let error = invalid(format!("unknown remote option {name:?}"));
-            Err(match nearest(plain) {
+            Err(match nearest(plain, NAMES) {
                 Some(known) => error.hint(format!("did you mean {known:?}?")),
                 None => error.hint(format!("known options: {}", NAMES.join(", "))),
             })
@@ -148,16 +150,13 @@ fn pass_on(name: &str, plain: &str) -> Result<AmazonS3ConfigKey> {
 }
 
 fn flag(name: &str, value: &str) -> Result<bool> {
-    match value.trim().to_ascii_lowercase().as_str() {
-        "true" | "1" | "yes" | "on" => Ok(true),
-        "false" | "0" | "no" | "off" => Ok(false),
-        _ => Err(invalid(format!("the remote option {name:?} is {value:?}")).hint("write true or false")),
-    }
+    parse_switch(value)
+        .map_err(|_| invalid(format!("the remote option {name:?} is {value:?}")).hint("write true or false"))
 }
 
 /// Returns true if an option passed on to `object_store` has a value that means true.
 pub(super) fn is_on(value: &str) -> bool {
-    matches!(value.to_ascii_lowercase().as_str(), "true" | "1" | "yes" | "on")
+    parse_switch(value).is_ok_and(|on| on)
 }
 
 fn seconds(name: &str, value: &str) -> Result<Duration> {
@@ -166,28 +165,6 @@ fn seconds(name: &str, value: &str) -> Result<Duration> {
         Some(time) if !time.is_zero() => Ok(time),
         _ => Err(invalid(format!("the remote option {name:?} is {value:?}")).hint("write a number of seconds")),
     }
-}
-
-/// Returns the option name with the smallest edit distance to `name`, if the distance is small enough for a typing
-/// error.
-fn nearest(name: &str) -> Option<&'static str> {
-    let scored = NAMES.iter().map(|known| (distance(name, known), *known));
-    scored.min().filter(|(edits, known)| *edits <= 1 + known.len() / 4).map(|(_, known)| known)
-}
-
-/// Returns the Levenshtein distance in bytes, computed row by row of its matrix.
-fn distance(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.bytes().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.bytes().enumerate() {
-            let replaced = diagonal + usize::from(x != y);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
 }
 
 /// The settings of the S3 client, merged from options, environment variables and AWS profile.
