@@ -10,7 +10,11 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutex::Mutex;
+use bytes::Bytes;
+use futures::StreamExt as _;
+use futures::stream::{self, BoxStream};
 use rustix::process::{Resource, getrlimit};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use std::{fs, io, thread};
@@ -25,6 +29,8 @@ const USER_THREADS_AMPLE: u64 = 4096;
 const GROUP_THREADS_AMPLE: u64 = 256;
 /// Maximum number of threads for disk work and hashing (tokio's default).
 const BLOCKING_MAX: usize = 512;
+/// Bytes of a file that are read at a time: a compromise between the number of system calls and memory.
+const CHUNK_BYTES: u64 = 1 << 20;
 /// Stack size of each thread, in bytes.
 const STACK_BYTES: usize = 1 << 20;
 /// Address space that must be free when the runtime starts, in bytes: for stacks, buffers, concurrent requests and a
@@ -44,6 +50,29 @@ pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T>
         Ok(outcome) => outcome,
         Err(cause) => Err(Error::new(ErrorKind::Other, "background work ended unexpectedly").cause(cause)),
     }
+}
+
+/// Streams `range` of a file in chunks of at most [`CHUNK_BYTES`]. `read` fills a buffer from an offset, on a blocking
+/// thread, and returns the number of bytes. The stream ends after the range, after 0 bytes, or after an error.
+pub(crate) fn chunks(
+    range: Range<u64>,
+    read: impl Fn(&mut [u8], u64) -> Result<usize> + Send + 'static,
+) -> BoxStream<'static, Result<Bytes>> {
+    let chunks = stream::unfold(Some((read, range)), |reading| async {
+        let (read, range) = reading.filter(|(_, range)| !range.is_empty())?;
+        let chunk = blocking(move || {
+            let mut buffer = vec![0; (range.end - range.start).min(CHUNK_BYTES) as usize];
+            let got = read(&mut buffer, range.start)?;
+            buffer.truncate(got);
+            Ok((Bytes::from(buffer), (read, range.start + got as u64..range.end)))
+        });
+        match chunk.await {
+            Ok((chunk, _)) if chunk.is_empty() => None,
+            Ok((chunk, rest)) => Some((Ok(chunk), Some(rest))),
+            Err(error) => Some((Err(error), None)),
+        }
+    });
+    chunks.boxed()
 }
 
 /// Starts the runtime for a program that uses the cache. `has_arenas` is true if the allocator may reserve address

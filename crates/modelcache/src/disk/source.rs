@@ -9,18 +9,12 @@ use super::{Disk, RootedPath, fault, files};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, Manifest};
-use crate::runtime::blocking;
+use crate::runtime::{blocking, chunks};
 use crate::source::{Body, Source};
 use async_trait::async_trait;
-use bytes::Bytes;
-use futures::StreamExt as _;
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
-
-/// Maximum bytes per chunk of a body.
-const CHUNK_BYTES: u64 = 1 << 20;
 
 /// The files of one artifact that a local directory has.
 #[derive(Debug)]
@@ -75,35 +69,11 @@ impl Source for DiskSource {
         let file = blocking(move || files::absent(opened.open(false)).map_err(|cause| fault("open", &opened, cause)))
             .await?
             .ok_or_else(gone)?;
-        let start = range.start;
-        let chunks = futures::stream::unfold(Some((file, range)), move |reading| {
-            let from = from.clone();
-            async move {
-                let (file, range) = reading.filter(|(_, range)| !range.is_empty())?;
-                let chunk = blocking(move || {
-                    let chunk = chunk(&file, &range).map_err(|cause| fault("read", &from, cause))?;
-                    let next = range.start + chunk.len() as u64;
-                    // The file was truncated since its size was checked.
-                    if chunk.is_empty() {
-                        return Err(Error::new(ErrorKind::Corrupt, format!("{} ends early", from)));
-                    }
-                    Ok((chunk, (file, next..range.end)))
-                });
-                Some(match chunk.await {
-                    Ok((chunk, rest)) => (Ok(chunk), Some(rest)),
-                    Err(error) => (Err(error), None),
-                })
-            }
-        });
-        Ok(Body { start, stream: chunks.boxed() })
+        let read = move |buffer: &mut [u8], at| match file.read_at(buffer, at) {
+            // The file was truncated since its size was checked.
+            Ok(0) => Err(Error::new(ErrorKind::Corrupt, format!("{from} ends early"))),
+            read => read.map_err(|cause| fault("read", &from, cause)),
+        };
+        Ok(Body { start: range.start, stream: chunks(range, read) })
     }
-}
-
-/// Reads the beginning of `range`, at most [`CHUNK_BYTES`].
-fn chunk(file: &File, range: &Range<u64>) -> std::io::Result<Bytes> {
-    let want = (range.end - range.start).min(CHUNK_BYTES);
-    let mut bytes = vec![0; usize::try_from(want).unwrap_or_default()];
-    let read = file.read_at(&mut bytes, range.start)?;
-    bytes.truncate(read);
-    Ok(bytes.into())
 }

@@ -14,11 +14,9 @@ use crate::key::{ArtifactKey, FilePath, Version};
 use crate::limits;
 use crate::manifest::{FileEntry, FileIdentity, Manifest, Shape};
 use crate::reference::{Reference, Scheme, Target, folder, folder_name};
-use crate::runtime::blocking;
+use crate::runtime::{blocking, chunks};
 use crate::source::{Body, Source};
 use async_trait::async_trait;
-use bytes::Bytes;
-use futures::StreamExt as _;
 use sha2::Digest as _;
 use std::collections::BTreeMap;
 use std::fs::{File, Metadata, OpenOptions};
@@ -28,8 +26,6 @@ use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOp
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Bytes read at a time: a compromise between the number of system calls and memory.
-const CHUNK_BYTES: u64 = 1024 * 1024;
 /// Nanoseconds in a second.
 const NS_PER_S: i64 = 1_000_000_000;
 
@@ -130,38 +126,21 @@ impl FolderSource {
         if range.end < range.start || range.end > identity.bytes {
             return Err(Error::invalid(format!("{path} has no bytes {}..{}", range.start, range.end)));
         }
-        let start = range.start;
         let full = self.base.join(path.as_str());
-        let reading = blocking(move || OpenFolderFile::open(full, identity, range)).await?;
-        // The state is `None` after an error, which ends the stream.
-        let chunks = futures::stream::unfold(Some(reading), |reading| async {
-            let mut reading = reading?;
-            if reading.range.is_empty() {
-                return None;
-            }
-            let chunk = blocking(move || {
-                let chunk = reading.chunk()?;
-                Ok((chunk, reading))
-            });
-            Some(match chunk.await {
-                Ok((chunk, reading)) => (Ok(chunk), Some(reading)),
-                Err(error) => (Err(error), None),
-            })
-        });
-        Ok(Body { start, stream: chunks.boxed() })
+        let file = blocking(move || OpenFolderFile::open(full, identity)).await?;
+        Ok(Body { start: range.start, stream: chunks(range, move |buffer, at| file.read(buffer, at)) })
     }
 }
 
-/// An open file, the identity that it must keep, and the range that is left to read.
+/// An open file and the identity that it must keep.
 struct OpenFolderFile {
     file: File,
     path: PathBuf,
     identity: FileIdentity,
-    range: Range<u64>,
 }
 
 impl OpenFolderFile {
-    fn open(path: PathBuf, identity: FileIdentity, range: Range<u64>) -> Result<Self> {
+    fn open(path: PathBuf, identity: FileIdentity) -> Result<Self> {
         // Non-blocking: if a pipe has replaced the file, `open` must not wait for a writer.
         let flags = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
         let file =
@@ -169,16 +148,14 @@ impl OpenFolderFile {
                 io::ErrorKind::NotFound => Error::not_found(format!("{} is gone", path.display())).hint(HINT_RUN_AGAIN),
                 _ => unreadable(&path, error),
             })?;
-        let reading = Self { file, path, identity, range };
-        reading.check()?;
-        Ok(reading)
+        let opened = Self { file, path, identity };
+        opened.check()?;
+        Ok(opened)
     }
 
-    /// Returns the next chunk, after checking that the file is still the listed one.
-    fn chunk(&mut self) -> Result<Bytes> {
-        let bytes = CHUNK_BYTES.min(self.range.end - self.range.start);
-        let mut buffer = vec![0; bytes as usize];
-        match self.file.read_exact_at(&mut buffer, self.range.start) {
+    /// Fills `buffer` from `offset`, and checks that the file is still the listed one. Returns the number of bytes.
+    fn read(&self, buffer: &mut [u8], offset: u64) -> Result<usize> {
+        match self.file.read_exact_at(buffer, offset) {
             Ok(()) => {}
             // The file became shorter.
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Err(self.changed()),
@@ -186,8 +163,7 @@ impl OpenFolderFile {
         }
         // Check after reading, so that a change before or during the read is noticed.
         self.check()?;
-        self.range.start += bytes;
-        Ok(buffer.into())
+        Ok(buffer.len())
     }
 
     /// Fails if the open file no longer has the listed identity.
@@ -305,6 +281,7 @@ fn unreadable(path: &Path, error: io::Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use futures::StreamExt as _;
     use std::os::unix::ffi::OsStrExt as _;
     use std::os::unix::fs::symlink;
 
@@ -430,13 +407,13 @@ mod tests {
 
     #[tokio::test]
     async fn a_file_that_changes_during_a_read_fails_the_stream() {
-        let content = vec![7; 3 * CHUNK_BYTES as usize];
+        let content = vec![7; 3 << 20];
         let folder = folder(&[("a", &content)]);
         let source = resolved(folder.path()).await.expect("resolves").expect("is there").source;
         let mut body = source.read(&FilePath::new("a").expect("path"), 0..content.len() as u64).await.expect("opens");
         body.stream.next().await.expect("first").expect("first chunk");
         let file = OpenOptions::new().write(true).open(folder.path().join("a")).expect("opens");
-        file.set_len(CHUNK_BYTES + 1).expect("cut");
+        file.set_len((1 << 20) + 1).expect("cut");
         let error = body.stream.next().await.expect("second").expect_err("cut short");
         assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
         assert!(body.stream.next().await.is_none(), "an error ends the stream");

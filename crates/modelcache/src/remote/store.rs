@@ -14,6 +14,7 @@ use crate::config::RemoteConfig;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::limits;
 use crate::manifest::ObjectIdentity;
+use crate::runtime::chunks;
 use crate::transfer::{BodyLimits, Paging, Retry, StallDetector, read_body};
 use bytes::Bytes;
 use futures::stream::BoxStream;
@@ -25,12 +26,10 @@ use object_store::{
 };
 use std::fmt;
 use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
-
-/// Size of one read of a local file, in bytes.
-const FILE_CHUNK_BYTES: usize = 1024 * 1024;
 
 /// An opened bucket or folder.
 pub(super) struct Store {
@@ -357,7 +356,10 @@ impl Store {
         let endpoint_context = self.endpoint_context().clone();
         let read_timeout = self.retry.read_timeout();
         match response.payload {
-            GetResultPayload::File(file, _) => file_stream(file, response.range, what_failed, endpoint_context),
+            // `object_store` would read 8 KiB at a time, each with a switch to another thread.
+            GetResultPayload::File(file, _) => chunks(response.range, move |buffer, offset| {
+                file.read_at(buffer, offset).map_err(|io| backend::from_io(&io, &what_failed, &endpoint_context))
+            }),
             GetResultPayload::Stream(stream) => {
                 let stream = stream.map_err({
                     let what_failed = what_failed.clone();
@@ -548,43 +550,6 @@ fn with_idle_limit(
             Err(_) => {
                 let error = Error::unavailable(format!("{what_failed}: no bytes for {} s", read_timeout.as_secs_f32()));
                 Some((Err(error.tier(Tier::Remote)), None))
-            }
-        }
-    })
-    .boxed()
-}
-
-/// Streams a local file in large reads. `object_store` reads 8 KiB at a time, each with a switch to another thread.
-fn file_stream(
-    file: std::fs::File,
-    range: Range<u64>,
-    what_failed: String,
-    endpoint_context: EndpointContext,
-) -> BoxStream<'static, Result<Bytes>> {
-    use std::os::unix::fs::FileExt as _;
-    let file = Arc::new(file);
-    futures::stream::try_unfold(range.start, move |offset| {
-        let (file, what_failed, endpoint_context, end) =
-            (file.clone(), what_failed.clone(), endpoint_context.clone(), range.end);
-        async move {
-            let want = usize::try_from(end - offset).unwrap_or(usize::MAX).min(FILE_CHUNK_BYTES);
-            if want == 0 {
-                return Ok(None);
-            }
-            let read = tokio::task::spawn_blocking(move || {
-                let mut buffer = vec![0; want];
-                let got = file.read_at(&mut buffer, offset)?;
-                buffer.truncate(got);
-                Ok(Bytes::from(buffer))
-            });
-            match read.await {
-                Ok(Ok(bytes)) if bytes.is_empty() => Ok(None),
-                Ok(Ok(bytes)) => {
-                    let next = offset + bytes.len() as u64;
-                    Ok(Some((bytes, next)))
-                }
-                Ok(Err(io)) => Err(backend::from_io(&io, &what_failed, &endpoint_context)),
-                Err(_) => Err(Error::unavailable(format!("{what_failed}: cancelled")).tier(Tier::Remote)),
             }
         }
     })
