@@ -102,6 +102,11 @@
 //! assert!(text.contains("# TYPE "));
 //! ```
 //!
+//! # Features
+//!
+//! `mlflow` and `oci`, both on by default, are the clients of those registries. Without one, its artifacts are still
+//! served from the local directory and the remote, and what needs the registry fails with the name of the feature.
+//!
 //! # Guarantees
 //!
 //! Only verified files are published. A process may be killed at any moment, and any number of processes may share a

@@ -415,6 +415,7 @@ pub(super) struct ErrorResponse {
     /// The wait that the server requests.
     pub(super) wait: Option<Duration>,
     /// The beginning of the body, for origins with an error format of their own. Empty if it must not be quoted.
+    #[cfg_attr(not(any(feature = "mlflow", feature = "oci")), allow(dead_code))]
     pub(super) body: Vec<u8>,
 }
 

@@ -25,11 +25,23 @@ mod doctor;
 mod folder;
 mod http;
 mod hub;
+#[cfg(any(test, not(all(feature = "mlflow", feature = "oci"))))]
+mod left_out;
+#[cfg(feature = "mlflow")]
 mod mlflow;
+#[cfg(feature = "oci")]
 mod oci;
 mod web;
 
 pub(crate) use doctor::examine;
+#[cfg(not(feature = "mlflow"))]
+use left_out::MLFLOW;
+#[cfg(not(feature = "oci"))]
+use left_out::OCI;
+#[cfg(feature = "mlflow")]
+use mlflow::BUILT_IN as MLFLOW;
+#[cfg(feature = "oci")]
+use oci::BUILT_IN as OCI;
 #[cfg(fuzzing)]
 pub(crate) use {hub::fuzz as fuzz_hub, oci::fuzz as fuzz_oci};
 
@@ -45,8 +57,7 @@ use std::fmt;
 use std::sync::Arc;
 
 /// The registry of built-in origins, in the order of help texts.
-static BUILT_IN: [BuiltIn; 6] =
-    [hub::BUILT_IN, bucket::BUILT_IN, mlflow::BUILT_IN, oci::BUILT_IN, web::BUILT_IN, folder::BUILT_IN];
+static BUILT_IN: [BuiltIn; 6] = [hub::BUILT_IN, bucket::BUILT_IN, MLFLOW, OCI, web::BUILT_IN, folder::BUILT_IN];
 
 /// A built-in origin.
 struct BuiltIn {

@@ -14,6 +14,7 @@ mod listing;
 mod multipart;
 mod orphaned_uploads;
 mod pending_publish;
+#[cfg(feature = "mlflow")]
 mod prefix;
 mod process;
 mod publish;
@@ -31,6 +32,7 @@ pub(crate) use doctor::examine;
 pub(crate) use listing::Address;
 pub(crate) use multipart::Multipart;
 pub(crate) use pending_publish::PendingPublish;
+#[cfg(feature = "mlflow")]
 pub(crate) use prefix::PrefixSource;
 pub use refs::{RefKind, RemoteRef};
 pub use source::RemoteSource;

@@ -1,0 +1,95 @@
+//! The stand-in for a built-in origin whose feature is off in this build.
+//!
+//! Its references are parsed and its names stay reserved, because other builds may have stored such artifacts in the
+//! same directory or on the same remote. From there they are served. Whatever needs the origin fails with the name of
+//! the feature.
+
+use super::{Origin, Resolved};
+use crate::error::{Error, Result, Tier};
+use crate::key::{ArtifactKey, FilePath};
+use crate::manifest::Manifest;
+use crate::reference::{Reference, Scheme};
+use crate::source::{Body, Source};
+use async_trait::async_trait;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// The registration of MLflow.
+#[cfg(not(feature = "mlflow"))]
+pub(super) const MLFLOW: super::BuiltIn = super::BuiltIn {
+    scheme: &crate::reference::mlflow::SCHEME,
+    open: |_, _| Arc::new(LeftOut { scheme: &crate::reference::mlflow::SCHEME, feature: "mlflow" }),
+};
+
+/// The registration of OCI registries.
+#[cfg(not(feature = "oci"))]
+pub(super) const OCI: super::BuiltIn = super::BuiltIn {
+    scheme: &crate::reference::oci::SCHEME,
+    open: |_, _| Arc::new(LeftOut { scheme: &crate::reference::oci::SCHEME, feature: "oci" }),
+};
+
+#[derive(Debug, Clone, Copy)]
+struct LeftOut {
+    scheme: &'static Scheme,
+    feature: &'static str,
+}
+
+impl LeftOut {
+    fn error(self) -> Error {
+        Error::invalid(format!("this build has no client for {} references", self.scheme.form))
+            .tier(Tier::Origin)
+            .hint(format!("build modelcache with the feature {:?}, which is on by default", self.feature))
+    }
+}
+
+#[async_trait]
+impl Origin for LeftOut {
+    fn scheme(&self) -> &'static Scheme {
+        self.scheme
+    }
+
+    async fn resolve(&self, _reference: &Reference) -> Result<Option<Resolved>> {
+        Err(self.error())
+    }
+
+    fn source(&self, _reference: &Reference, _key: &ArtifactKey) -> Option<Arc<dyn Source>> {
+        Some(Arc::new(*self))
+    }
+
+    fn listed_source(&self, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
+        key.name.scheme().filter(|word| self.scheme.words.contains(word)).map(|_| Arc::new(*self) as _)
+    }
+}
+
+#[async_trait]
+impl Source for LeftOut {
+    fn tier(&self) -> Tier {
+        Tier::Origin
+    }
+
+    async fn manifest(&self) -> Result<Option<Manifest>> {
+        Err(self.error())
+    }
+
+    async fn read(&self, _path: &FilePath, _range: Range<u64>) -> Result<Body> {
+        Err(self.error())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reference::oci;
+
+    #[tokio::test]
+    async fn the_error_names_the_feature() {
+        let origin = LeftOut { scheme: &oci::SCHEME, feature: "oci" };
+        let reference = Reference::parse("oci://registry.example/team/model:1").expect("parses");
+        let error = origin.resolve(&reference).await.expect_err("left out");
+        assert_eq!(error.hint_text(), Some("build modelcache with the feature \"oci\", which is on by default"));
+        let [ours, other] = ["oci://registry.example/team/model@sha256:", "mlflow/host/model@"];
+        let ours = Reference::parse(&format!("{ours}{}", "0".repeat(64))).expect("parses").exact_key().expect("exact");
+        let other = ArtifactKey::listed(&format!("{other}3")).expect("key");
+        assert!(origin.listed_source(&ours).is_some() && origin.listed_source(&other).is_none());
+    }
+}
