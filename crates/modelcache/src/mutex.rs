@@ -1,8 +1,8 @@
 //! A mutex without poisoning: a panic ends the call that held the lock, and other calls go on.
 //!
 //! It is the standard library's, not `parking_lot`'s. That one keeps the waiting threads of the whole process in one
-//! table with locks of its own. A child forked while a thread of the parent is in that table waits for ever at its next
-//! contended lock, and forked children may use a cache.
+//! table with locks of its own. A child that is forked while a thread of its parent holds one of them can hang at its
+//! next contended lock, and forked children may use a cache.
 
 use std::sync::{self, MutexGuard, PoisonError, TryLockError};
 
