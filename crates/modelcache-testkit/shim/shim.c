@@ -12,6 +12,7 @@
  *   SHIM_OF       the name of a function: SHIM_FAIL_AT then counts only calls of this function
  *   SHIM_FLOCK    "lies": flock succeeds without locking; "refuses": flock fails with ENOLCK (on any path, uncounted)
  *   SHIM_BOOT_ID  a file that is opened in place of /proc/sys/kernel/random/boot_id
+ *   SHIM_AHEAD    seconds by which CLOCK_BOOTTIME is ahead
  *   SHIM_GATE     a file: fsync, fdatasync and syncfs below the folder wait until it exists
  *   SHIM_LEDGER   a file outside the folder that records which changes a power cut may lose, one per line:
  *                   D device inode       before a call changes the content of this file
@@ -38,11 +39,12 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 static const char *root, *log_path, *flock_mode, *of, *boot_id, *gate, *ledger_path;
 static size_t root_len;
-static long kill_at, fail_at, fail_errno;
+static long kill_at, fail_at, fail_errno, ahead;
 static int sticky, count_reads;
 static atomic_long calls, calls_of;
 
@@ -63,6 +65,7 @@ __attribute__((constructor)) static void start(void) {
     kill_at = number("SHIM_KILL_AT");
     fail_at = number("SHIM_FAIL_AT");
     fail_errno = number("SHIM_ERRNO");
+    ahead = number("SHIM_AHEAD");
     sticky = number("SHIM_STICKY") != 0;
     count_reads = number("SHIM_READS") != 0;
 }
@@ -161,6 +164,13 @@ static void *next(const char *name) {
     void *function = dlsym(RTLD_NEXT, name);
     if (!function) abort();
     return function;
+}
+
+/* Passes a system call on, because programs read clocks too often for `dlsym`. */
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    int got = syscall(SYS_clock_gettime, clock, now);
+    if (got == 0 && clock == CLOCK_BOOTTIME) now->tv_sec += ahead;
+    return got;
 }
 
 /* Defines the override of a function that takes a path. `params` declares its parameters; `args` passes them on. */

@@ -135,6 +135,12 @@ impl Strike {
         self.with("SHIM_BOOT_ID", file.display())
     }
 
+    /// Makes the program run `seconds` later by the clock that counts from the boot.
+    #[must_use]
+    pub fn later(self, seconds: u32) -> Self {
+        self.with("SHIM_AHEAD", seconds)
+    }
+
     /// Makes every sync wait until the file `gate` exists.
     #[must_use]
     pub fn gated(self, gate: &Path) -> Self {
