@@ -5,14 +5,12 @@
 
 use super::machine::memory_bytes;
 use super::usage::kill_all;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use modelcache_testkit::Content;
-use modelcache_testkit::folder::syncing;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::{Duration, Instant};
 use tokio::signal::unix::{SignalKind, signal};
 use xtask::repository::target_folder;
 
@@ -23,10 +21,6 @@ const SHARED_MEMORY: &str = "/dev/shm";
 const SPARE_BYTES: u64 = 4 << 30;
 /// Maximum number of attempts to remove a folder in which files are created at the same time.
 const REMOVE_TRIES_MAX: u32 = 100;
-/// Longest wait until the files of a `get` are durable.
-const SYNC_WAIT_MAX: Duration = Duration::from_secs(120);
-/// Time between two polls.
-const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 pub(super) struct Scratch {
     /// For served data.
@@ -61,11 +55,9 @@ impl Scratch {
         Ok(path)
     }
 
-    /// Returns a new, empty folder on disk. First waits for the background syncs of earlier programs and writes dirty
-    /// pages back.
+    /// Returns a new, empty folder on disk. First writes dirty pages back, which would compete with the next program.
     pub(super) fn fresh(&self, name: &str) -> Result<PathBuf> {
         let folder = self.disk.join(name);
-        wait_for_syncing(&self.disk)?;
         remove(&folder)?;
         rustix::fs::sync();
         fs::create_dir_all(&folder)?;
@@ -78,20 +70,6 @@ impl Drop for Scratch {
         let _ = remove(&self.memory);
         let _ = remove(&self.disk);
     }
-}
-
-/// Waits until no background sync of our `get` runs below `folder`. It would compete with the next program.
-fn wait_for_syncing(folder: &Path) -> Result<()> {
-    let began = Instant::now();
-    while !syncing(folder)?.is_empty() {
-        ensure!(
-            began.elapsed() < SYNC_WAIT_MAX,
-            "the background sync below {} has not ended after {SYNC_WAIT_MAX:?}",
-            folder.display()
-        );
-        thread::sleep(POLL_INTERVAL);
-    }
-    Ok(())
 }
 
 /// Removes a folder if it exists, including files that another process creates in it meanwhile.
@@ -156,35 +134,6 @@ fn room_in_memory() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::process::CommandExt;
-    use std::process::{Command, Stdio};
-
-    #[test]
-    fn a_background_sync_is_waited_for() {
-        let folder = tempfile::tempdir().expect("a folder");
-        // A script named `sync`, so that its command line looks like that of our background sync.
-        fs::write(folder.path().join("sync"), "read line").expect("written");
-        let mut command = Command::new("sh");
-        command.arg0("modelcache").arg("sync").arg(folder.path().join("cache")).current_dir(&folder);
-        let mut process = command.stdin(Stdio::piped()).spawn().expect("runs");
-        let found = || syncing(folder.path()).expect("processes");
-        // A process that has just started has no command line for a moment.
-        let began = Instant::now();
-        while found().is_empty() && began.elapsed() < SYNC_WAIT_MAX {
-            thread::sleep(POLL_INTERVAL);
-        }
-        assert_eq!(found(), [process.id()]);
-        assert!(syncing(&folder.path().join("other")).expect("processes").is_empty());
-        let end = process.stdin.take();
-        thread::scope(|scope| {
-            scope.spawn(|| {
-                drop(end);
-                process.wait().expect("ends");
-            });
-            wait_for_syncing(folder.path()).expect("ends");
-        });
-        assert!(found().is_empty());
-    }
 
     #[test]
     fn a_folder_is_removed_while_files_are_created_in_it() {

@@ -60,9 +60,6 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
     if let Some(outcome) = arguments.verb.run_without_settings(output) {
         return outcome.map(|()| exit::DONE);
     }
-    if let verbs::Verb::Sync(sync) = &arguments.verb {
-        return sync.run();
-    }
     let started = Instant::now();
     // The doctor gathers its own settings: it has to run even if they are invalid.
     if let verbs::Verb::Doctor(doctor) = &arguments.verb {

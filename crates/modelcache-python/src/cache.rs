@@ -421,17 +421,6 @@ impl Cache {
         })
     }
 
-    /// Called in a forked child right after the fork. Tells the child's copy of the open cache to leave the pending
-    /// syncs to the parent.
-    fn forked(&self) {
-        // Do not block: a mutex that another thread of the parent held at the fork stays locked.
-        let slot = self.open.try_lock();
-        let inherited = slot.as_ref().and_then(|slot| slot.as_ref()).and_then(|local| local.of_any_process());
-        if let Some(open) = inherited {
-            open.cache.forked();
-        }
-    }
-
     /// Closes the cache: waits up to `seconds` until downloads are published and durable and background uploads are
     /// done, then releases all leases.
     fn close(&self, py: Python<'_>, seconds: f64) -> PyResult<Call> {

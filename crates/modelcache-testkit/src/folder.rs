@@ -1,21 +1,13 @@
 //! Counts the files of a cache directory, independently of the program's own accounting.
 //!
 //! Relies only on the layout that docs/disk-format.md promises. May run while other processes change the directory:
-//! files that vanish during the walk are skipped, and a file with several hard links counts once. [`syncing`] inspects
-//! processes instead of files.
+//! files that vanish during the walk are skipped, and a file with several hard links counts once.
 
 use std::collections::BTreeMap;
-use std::ffi::OsStr;
 use std::fs::{self, Metadata};
 use std::io;
-use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::Duration;
-
-/// Longest wait for the command line of a process that has just called `exec`, in milliseconds.
-const EXEC_WAIT_MS: u32 = 200;
 
 /// Result of one walk through a cache directory.
 #[derive(Debug, Default)]
@@ -109,28 +101,6 @@ fn present<T>(result: io::Result<T>) -> io::Result<Option<T>> {
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
         Err(error) => Err(error),
     }
-}
-
-/// Returns the processes that sync files a `get` left in the cache directory `folder` or in one below it.
-pub fn syncing(folder: &Path) -> io::Result<Vec<u32>> {
-    let is_one = |pid: &u32| {
-        let read = || fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let runs_a_program = || fs::read_link(format!("/proc/{pid}/exe")).is_ok();
-        let mut line = read();
-        // For a moment after `exec`, the command line of a process is empty. That of a dead process stays empty.
-        for _ in 0..EXEC_WAIT_MS {
-            if !line.is_empty() || !runs_a_program() {
-                break;
-            }
-            thread::sleep(Duration::from_millis(1));
-            line = read();
-        }
-        let mut words = line.split(|byte| *byte == 0);
-        let is_ours = words.next() == Some(b"modelcache") && words.next() == Some(b"sync");
-        is_ours && words.any(|word| Path::new(OsStr::from_bytes(word)).starts_with(folder))
-    };
-    let names = fs::read_dir("/proc")?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<Vec<_>>>()?;
-    Ok(names.iter().filter_map(|name| name.to_str()?.parse().ok()).filter(is_one).collect())
 }
 
 #[cfg(test)]

@@ -137,7 +137,7 @@ pub enum Durable {
     /// In the background, while this process runs.
     #[default]
     Background,
-    /// When the caller requests it, or in another process to which the sync is handed off.
+    /// By a later use of the files, once the kernel has had the time to write them back. For processes that end soon.
     Later,
 }
 

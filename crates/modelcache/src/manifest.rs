@@ -113,32 +113,20 @@ pub struct FileIdentity {
     pub mtime_ns: i64,
 }
 
-/// A published file that may lose its bytes in a power cut. It is trusted while its writer is alive. Afterwards it is
-/// hashed in full before it is used.
+/// A published file that may lose its bytes in a power cut. It is trusted in the boot in which it was marked. After a
+/// reboot it is hashed in full before it is used.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnsyncedFile {
+    /// The identity of the file when its bytes were hashed.
     #[serde(flatten)]
-    identity: FileIdentity,
-    /// The writer that syncs the file; see `disk/pending_sync.rs`.
-    #[serde(rename = "unsynced_by")]
-    writer: String,
-}
-
-impl UnsyncedFile {
-    /// Creates the record for a file that `writer` is going to sync.
-    pub fn new(identity: FileIdentity, writer: &str) -> Self {
-        Self { identity, writer: writer.to_owned() }
-    }
-
-    /// Returns the identity of the file when its bytes were hashed.
-    pub fn identity(&self) -> FileIdentity {
-        self.identity
-    }
-
-    /// Returns the writer that syncs the file.
-    pub fn writer(&self) -> &str {
-        &self.writer
-    }
+    pub identity: FileIdentity,
+    /// The boot and the mount whose page cache has the bytes; see `disk/unsynced.rs`. Older manifests
+    /// have `unsynced_by` instead, the name of a process; such a file is hashed.
+    #[serde(rename = "unsynced_mount", alias = "unsynced_by")]
+    pub mount: String,
+    /// The time of the mark: seconds since boot, including suspended time.
+    #[serde(rename = "unsynced_boottime_s", default)]
+    pub boottime_s: u64,
 }
 
 /// The identity of an object in an object store.
@@ -389,7 +377,7 @@ impl FileEntry {
     /// Returns the recorded identity of a file on disk, synced or not. It identifies the file, and does not imply that
     /// its bytes are right.
     pub fn recorded_on_disk(&self) -> Option<FileIdentity> {
-        self.on_disk().or_else(|| self.unsynced().map(UnsyncedFile::identity))
+        self.on_disk().or_else(|| self.unsynced().map(|file| file.identity))
     }
 
     /// Returns the identity of an object on the remote.
@@ -430,7 +418,7 @@ impl FileDetails {
     /// Returns the memory that these details use, in bytes.
     fn memory_bytes(&self) -> usize {
         let held = match &self.held {
-            Some(Held::Unsynced(file)) => file.writer().len(),
+            Some(Held::Unsynced(file)) => file.mount.len(),
             Some(Held::Remote(object)) => object.etag.as_ref().map_or(0, String::len),
             Some(Held::Disk(_)) | None => 0,
         };
@@ -492,13 +480,20 @@ mod tests {
         let (mut before, path) = (manifest(&[("a", b"x")]), FilePath::new("a").expect("path"));
         let entry = before.files.get_mut(&path).expect("entry");
         let identity = entry.on_disk().expect("held");
-        entry.held = Some(Held::Unsynced(UnsyncedFile::new(identity, "w")));
+        entry.held = Some(Held::Unsynced(UnsyncedFile { identity, mount: "m".into(), boottime_s: 5 }));
         let bytes = before.to_bytes().expect("writes");
         let after = Manifest::from_bytes(&bytes).expect("reads");
         assert_eq!(after, before);
         let entry = &after.files[&path];
         assert_eq!((entry.on_disk(), entry.recorded_on_disk()), (None, Some(identity)));
-        assert_eq!(entry.unsynced().map(UnsyncedFile::writer), Some("w"));
+        assert_eq!(entry.unsynced().map(|file| (file.mount.as_str(), file.boottime_s)), Some(("m", 5)));
+    }
+
+    #[test]
+    fn a_mark_that_names_a_process_is_never_read_as_durable() {
+        let text = r#"{"inode":7,"bytes":2,"mtime_ns":0,"unsynced_by":"0123456789abcdef-xyz"}"#;
+        let read: UnsyncedFile = serde_json::from_str(text).expect("a mark");
+        assert_eq!((read.mount.as_str(), read.boottime_s), ("0123456789abcdef-xyz", 0));
     }
 
     #[test]

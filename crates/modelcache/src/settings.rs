@@ -126,10 +126,10 @@ pub const SETTINGS: &[Setting] = &[
         flag: Some("durable"),
         value_name: SWITCH,
         default: "`0`",
-        description: "Sync downloaded files to stable storage (fsync) before the command returns. Without it, a \
-                  background process syncs them; if that is interrupted, the files are read in full and verified \
-                  before they are used again. `put`, `prewarm`, `get --into`, and `get` in a container always sync \
-                  before they return.",
+        description: "Sync downloaded files to stable storage (fsync) before the command returns. Without it, the kernel \
+                  writes them within about half a minute, and a later use syncs them; after a reboot, files that \
+                  were not synced are read in full and verified before they are used. `put`, `prewarm`, \
+                  `get --into`, and every command on a network filesystem always sync before they return.",
         accepts: SWITCH_ACCEPTS,
         set: |value, draft| {
             draft.config.durable = if parse_switch(&value.text)? { Durable::Wait } else { Durable::default() };

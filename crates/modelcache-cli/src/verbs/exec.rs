@@ -4,7 +4,7 @@
 //! releases the leases when the command ends, however it ends. `exec` prints nothing to standard output.
 
 use super::get_arguments::GetArguments;
-use super::{Session, reference_forms, sync};
+use super::{Session, reference_forms};
 use crate::{exit, progress, small_memory};
 use clap::Args;
 use modelcache::cache::Artifact;
@@ -40,11 +40,8 @@ pub(crate) struct Exec {
 impl Exec {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
         self.reject_unknown_placeholders()?;
-        let cache = open_cache(&session.config)?;
-        let outcome = self.arguments.in_time(self.get_all(session, &cache)).await;
-        // Call this before `hold_through_exec`: a child process for the sync must not inherit the leases.
-        sync::sync_or_hand_off(&cache, outcome.is_ok()).await;
-        let artifacts = outcome?;
+        let cache = open_cache(session.config_to_read())?;
+        let artifacts = self.arguments.in_time(self.get_all(session, &cache)).await?;
         let paths: Vec<PathBuf> = artifacts.iter().map(|artifact| artifact.path.clone()).collect();
         let words: Vec<OsString> = self.command.iter().map(|word| substitute_paths(word, &paths)).collect();
         let [program, arguments @ ..] = &words[..] else {
@@ -99,10 +96,8 @@ impl Exec {
 }
 
 /// Opens the cache. Background uploads are left to a later run, because `exec` ends this program.
-fn open_cache(config: &Config) -> Result<Cache> {
-    let backfill = config.backfill.map(|mode| if mode == Backfill::Background { Backfill::Later } else { mode });
-    let mut config = sync::with_deferred_sync(config);
-    config.backfill = backfill;
+fn open_cache(mut config: Config) -> Result<Cache> {
+    config.backfill = config.backfill.map(|mode| if mode == Backfill::Background { Backfill::Later } else { mode });
     Cache::open(config)
 }
 

@@ -7,7 +7,7 @@
 use super::backfill::{finish, to_remote};
 use super::get_arguments::GetArguments;
 use super::into::IntoFolder;
-use super::{Session, phase_list, reference_forms, sync};
+use super::{Session, phase_list, reference_forms};
 use crate::output::{Lines, WithReference, table};
 use crate::{exit, human, progress};
 use clap::Args;
@@ -38,11 +38,9 @@ pub(crate) struct Get {
 
 impl Get {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
-        let cache = session.cache_to_hand_off()?;
-        let outcome = self.arguments.in_time(self.get_all(session, &cache)).await;
-        sync::sync_or_hand_off(&cache, false).await;
+        let cache = Cache::open(session.config_to_read())?;
         // The leases are released when the process ends.
-        let (code, _leases) = outcome?;
+        let (code, _leases) = self.arguments.in_time(self.get_all(session, &cache)).await?;
         if !self.dry_run {
             finish(session, &cache).await;
         }

@@ -19,7 +19,6 @@ pub(crate) mod prune;
 pub(crate) mod put;
 pub(crate) mod resolve;
 pub(crate) mod stats;
-pub(crate) mod sync;
 pub(crate) mod tag;
 pub(crate) mod verify;
 
@@ -55,8 +54,6 @@ pub(crate) enum Verb {
     Doctor(doctor::Doctor),
     Completions(completions::Completions),
     Man(man::Man),
-    #[command(hide = true)]
-    Sync(sync::Sync),
 }
 
 /// The context in which a command runs.
@@ -104,9 +101,14 @@ impl Session<'_> {
         Cache::open(config)
     }
 
-    /// Opens the cache for a command that ends with [`sync::sync_or_hand_off`].
-    fn cache_to_hand_off(&self) -> Result<Cache> {
-        Cache::open(sync::with_deferred_sync(&self.config))
+    /// Returns the configuration of a command whose files are read next. It does not wait until they are on stable
+    /// storage, unless the user requires that. A background sync would delay the end of the process.
+    fn config_to_read(&self) -> Config {
+        let mut config = self.config.clone();
+        if config.durable == Durable::Background {
+            config.durable = Durable::Later;
+        }
+        config
     }
 }
 
@@ -141,7 +143,6 @@ impl Verb {
             Self::Doctor(_) => "doctor",
             Self::Completions(_) => "completions",
             Self::Man(_) => "man",
-            Self::Sync(_) => "sync",
         }
     }
 
@@ -164,7 +165,7 @@ impl Verb {
             Self::Stats(verb) => verb.run(session).await,
             Self::Verify(verb) => return verb.run(session).await,
             // `execute` has already run these.
-            Self::Completions(_) | Self::Man(_) | Self::Doctor(_) | Self::Sync(_) => Ok(()),
+            Self::Completions(_) | Self::Man(_) | Self::Doctor(_) => Ok(()),
         }
         .map(|()| exit::DONE)
     }

@@ -105,7 +105,7 @@ impl Shared {
     }
 }
 
-const FOLDERS: [&str; 14] = [
+const FOLDERS: [&str; 13] = [
     "locks",
     "artifacts",
     "artifacts/m",
@@ -116,7 +116,6 @@ const FOLDERS: [&str; 14] = [
     "blobs/xx",
     "quarantine",
     "staging",
-    "unsynced",
     "refs",
     "backfill",
     "lower",
@@ -147,9 +146,7 @@ fn a_link_in_the_place_of_a_folder_leads_no_command_outside() {
 #[allow(clippy::print_stderr)]
 fn a_folder_that_becomes_a_link_at_any_moment_leads_no_command_outside() {
     let seconds = std::env::var("NEIGHBOURS_SECONDS").map_or(SWAP_SECONDS, |text| text.parse().expect("seconds"));
-    for folder in
-        ["artifacts/m", "artifacts/m/1", "artifacts/m/1/files", "artifacts/m/1/files/d", "staging", "unsynced"]
-    {
+    for folder in ["artifacts/m", "artifacts/m/1", "artifacts/m/1/files", "artifacts/m/1/files/d", "staging"] {
         let shared = Shared::new();
         let (before, place) = (shared.possessions(), real_name(&shared, folder));
         let (end, ended) = (Instant::now() + Duration::from_secs_f64(seconds), AtomicBool::new(false));
@@ -195,7 +192,7 @@ fn entries_of_the_wrong_type_are_named_by_doctor_and_moved_by_prune() {
     };
     let folder: Plant = |path| fs::create_dir_all(path.join("inside")).unwrap();
     let link: Plant = |path| symlink("/dev/null", path).unwrap();
-    let cases: [(&str, &str, Plant); 10] = [
+    let cases: [(&str, &str, Plant); 9] = [
         ("locks/budget", "pipe", fifo),
         ("locks/budget", "folder", folder),
         ("locks/changes", "pipe", fifo),
@@ -205,7 +202,6 @@ fn entries_of_the_wrong_type_are_named_by_doctor_and_moved_by_prune() {
         ("artifacts/m/1/manifest.json", "folder", folder),
         ("artifacts/m/1/last-used", "symbolic link", link),
         ("artifacts/odd", "pipe", fifo),
-        ("unsynced/0123-abc", "folder", folder),
     ];
     for (name, is, plant) in cases {
         let shared = Shared::new();

@@ -87,7 +87,7 @@ fn two_users_share(sharing: &str, a: (u32, u32), b: (u32, u32), modes: (u32, u32
     for folder in ["", "blobs", "artifacts", "locks", "refs"] {
         assert_eq!(mode(&cache.join(folder)), modes.0 | 0o1000, "{folder} is sticky");
     }
-    for folder in ["staging", "quarantine", "backfill", "unsynced", "lower"] {
+    for folder in ["staging", "quarantine", "backfill", "lower"] {
         assert_eq!(mode(&cache.join(folder)), modes.0, "{folder}");
     }
     for file in files_below(&cache.join("locks")) {

@@ -781,14 +781,7 @@ def _close_all() -> None:
 atexit.register(_close_all)
 
 
-def _forked() -> None:
-    """Detach the open caches of a forked child from its parent. Runs in the child right after the fork."""
-    _native.forked()
-    for cache in list(_OPEN.values()):
-        cache._native.forked()
-
-
-os.register_at_fork(after_in_child=_forked)
+os.register_at_fork(after_in_child=_native.forked)
 
 
 def _reopen(arguments: dict[str, Any]) -> ModelCache:

@@ -40,7 +40,6 @@ pub use report::{
 };
 
 pub use builder::CacheBuilder;
-pub use durable::make_durable_for;
 
 pub use open::{OpenFile, OpenOptions};
 pub use request::{GetRequest, PutRequest};
@@ -49,7 +48,7 @@ pub use verify::{Verification, VerifyOptions, VerifyTarget, VerifyTier};
 
 pub use crate::disk::{
     Destination, Holder, InTheWay, KeptArtifact, Leftovers, Link, LinkMode, Materialized, Misplaced, Pin, PruneOptions,
-    PruneReport, PrunedArtifact, Purpose, SyncHandoff,
+    PruneReport, PrunedArtifact, Purpose,
 };
 
 use crate::config::{Config, RemoteMode, Secret};
@@ -61,7 +60,6 @@ use crate::remote::Remote;
 use crate::runtime::blocking;
 use crate::transfer::{Downloader, Retry};
 use backfill::Backfills;
-use durable::Durability;
 use fill::InFlightFills;
 use start_jitter::StartJitter;
 use std::sync::Arc;
@@ -83,7 +81,6 @@ struct Inner {
     in_flight: InFlightFills,
     start_jitter: StartJitter,
     backfills: Backfills,
-    durability: Durability,
 }
 
 impl Cache {
@@ -126,7 +123,6 @@ impl Cache {
             in_flight: InFlightFills::default(),
             start_jitter: StartJitter::default(),
             backfills: Backfills::default(),
-            durability: Durability::default(),
         })))
     }
 

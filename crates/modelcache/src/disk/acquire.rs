@@ -13,9 +13,10 @@ use super::hashing;
 use super::io_error::{IoContext, errno};
 use super::layout::ArtifactDir;
 use super::link::Link;
-use super::lock::FileLock;
+use super::lock::{FileLock, LOCK_WAIT_MAX};
 use super::modes;
 use super::rooted::{Folders, Metadata, NOW, RootedPath};
+use super::unsynced::MarkState::{Foreign, Old};
 use crate::digest::Digest;
 use crate::error::Result;
 use crate::key::{ArtifactKey, FilePath};
@@ -32,6 +33,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 /// every recorded identity.
 fn withdrawn_mtime() -> SystemTime {
     UNIX_EPOCH + Duration::from_secs(1)
+}
+
+/// Returns true if the file was withdrawn, perhaps after a failed sync: the page cache may have bytes that the disk does
+/// not have.
+pub(super) fn was_withdrawn(metadata: &Metadata) -> bool {
+    metadata.modified() == withdrawn_mtime()
 }
 
 /// Maximum number of corrections of manifests in one [`Disk::acquire`].
@@ -103,6 +110,7 @@ impl Disk {
             Err(_) if self.is_read_only() => None,
             Err(error) => return Err(error),
         };
+        let (present, mut tried_sync) = (self.present(), false);
         // Each correction below changes a manifest. After it, start again at step 2.
         for _ in 0..ROUNDS_MAX {
             // Step 2: read the manifest.
@@ -110,15 +118,23 @@ impl Disk {
             if !manifest.holds(selection) {
                 return Ok(AcquireOutcome::Absent);
             }
-            // The writer of an unsynced file died: hash the file, and sync it if its bytes are right.
-            if !self.is_read_only() && self.is_doubtful(&manifest, selection) {
-                self.recheck(key, &dir, selection)?;
-                continue;
+            // Step 3: settle the marks of unsynced files. A read-only directory cannot record the result. It does not sync
+            // either: the kernel reports a failed write once, and the report would be lost.
+            if !self.is_read_only() {
+                if present.marked(&manifest, selection, &[Foreign]).next().is_some() {
+                    self.recheck(key, &dir, selection)?;
+                    continue;
+                }
+                if !tried_sync && present.marked(&manifest, selection, &[Old]).next().is_some() {
+                    tried_sync = true;
+                    self.sync_old(&dir, selection)?;
+                    continue;
+                }
             }
-            // Step 3: compare the identities.
+            // Step 4: compare the identities.
             match self.first_mismatch(&dir, &manifest, selection)? {
                 None => {
-                    // Step 4: touch `last-used`. If this fails, the artifact may be evicted too early.
+                    // Step 5: touch `last-used`. If this fails, the artifact may be evicted too early.
                     let _ = self.touch_last_used(&dir, false);
                     return Ok(AcquireOutcome::Leased(Box::new(LeasedArtifact {
                         manifest,
@@ -146,14 +162,14 @@ impl Disk {
         manifest: &Manifest,
         selection: &Selection,
     ) -> Result<Option<(FilePath, FileEntry, Mismatch)>> {
-        let (mut writer_liveness, mut views) = (self.writer_liveness(), Folders::default());
+        let (present, mut views) = (self.present(), Folders::default());
         for (path, entry) in manifest.selected(selection) {
             let view = dir.view(path);
             let Some(metadata) = views.metadata(&view).at("examine", &view)? else {
                 return Ok(Some((path.clone(), entry.clone(), Mismatch::Missing)));
             };
-            // `identity` returns `None` for an unsynced file of a dead writer.
-            if writer_liveness.identity(entry) != Some(metadata.identity()) {
+            // In a read-only directory, an unsynced file of another boot is hashed at each use.
+            if present.trusted_identity(entry) != Some(metadata.identity()) {
                 match self.check_file(&view, entry)? {
                     // The new identity cannot be recorded here. Serve the file: its bytes are right.
                     Mismatch::Right(_) if self.is_read_only() => {}
@@ -179,9 +195,8 @@ impl Disk {
             return Ok(Mismatch::Missing);
         }
         let is_right = match entry.sha256 {
-            // The file was withdrawn before, perhaps after a failed sync. The page cache may have bytes that the disk
-            // does not have, so do not trust a read.
-            _ if before.modified() == withdrawn_mtime() => false,
+            // The page cache may have bytes that the disk does not have, so do not trust a read.
+            _ if was_withdrawn(&before) => false,
             Some(digest) => hashing::has_digest(&file, digest, entry.ladder.as_ref()).at("read", view)?,
             None => false,
         };
@@ -198,6 +213,11 @@ impl Disk {
         entry: &FileEntry,
         mismatch: Mismatch,
     ) -> Result<Vec<(ArtifactKey, FilePath)>> {
+        if let Mismatch::Wrong(file) = &mismatch {
+            // Quarantine, step 1: change the mtime through the descriptor that was hashed. By this one call, all hard
+            // links of the inode differ from every recorded identity.
+            let _ = file.set_times(fs::FileTimes::new().set_modified(withdrawn_mtime()));
+        }
         let present = files::stat(&dir.view(path))?;
         let size_differs = present.as_ref().is_some_and(|metadata| metadata.len() != entry.size);
         let inode = present.map(|metadata| metadata.ino()).or(entry.recorded_on_disk().map(|held| held.inode));
@@ -233,9 +253,6 @@ impl Disk {
         file: &File,
     ) -> Result<Vec<(ArtifactKey, FilePath)>> {
         tracing::warn!(artifact = %dir.path(), file = %path, "a cached file was changed or damaged; it is withdrawn, and the next get downloads it again");
-        // Quarantine, step 1: change the mtime through the descriptor that was hashed. By this one call, all hard links
-        // of the inode differ from every recorded identity.
-        let _ = file.set_times(fs::FileTimes::new().set_modified(withdrawn_mtime()));
         let inode = Metadata::of(file).at("examine", &dir.view(path))?.ino();
         // Step 2: move the blob to quarantine.
         if let Some(digest) = entry.sha256 {
@@ -278,7 +295,18 @@ impl Disk {
 
     /// Changes the manifest of `dir` in one critical section. `edit` returns true if it changed anything.
     pub(super) fn edit_manifest(&self, dir: &ArtifactDir, edit: impl FnOnce(&mut Manifest) -> bool) -> Result<()> {
-        let mut guard = self.lock_budget()?;
+        self.edit_manifest_within(LOCK_WAIT_MAX, dir, edit)
+    }
+
+    /// Changes the manifest of `dir` like [`edit_manifest`](Self::edit_manifest). Waits for the budget lock for at most
+    /// `wait_max`.
+    pub(super) fn edit_manifest_within(
+        &self,
+        wait_max: Duration,
+        dir: &ArtifactDir,
+        edit: impl FnOnce(&mut Manifest) -> bool,
+    ) -> Result<()> {
+        let mut guard = self.lock_budget_within(wait_max)?;
         if let Some(mut manifest) = self.read_manifest(dir)?
             && edit(&mut manifest)
         {

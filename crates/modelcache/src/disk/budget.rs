@@ -118,10 +118,15 @@ impl Disk {
     /// Takes the budget lock.
     ///
     /// # Errors
-    /// [`ErrorKind::Unavailable`] if another process holds the lock for too long.
+    /// [`ErrorKind::Unavailable`] if another process holds the lock for longer than [`LOCK_WAIT_MAX`].
     pub(crate) fn lock_budget(&self) -> Result<BudgetGuard<'_>> {
+        self.lock_budget_within(LOCK_WAIT_MAX)
+    }
+
+    /// Takes the budget lock like [`lock_budget`](Self::lock_budget). Waits for at most `wait_max`.
+    pub(super) fn lock_budget_within(&self, wait_max: Duration) -> Result<BudgetGuard<'_>> {
         let path = self.layout().budget_lock();
-        let lock = FileLock::wait_exclusive(&path)?.ok_or_else(|| held_too_long(&path))?;
+        let lock = FileLock::wait_exclusive(&path, wait_max)?.ok_or_else(|| held_too_long(&path, wait_max))?;
         let record = read_record(lock.file());
         // Without a record, the end of the log is unknown: start a new log.
         let log_end = record.as_ref().map_or_else(Position::fresh, |record| record.changes);
@@ -623,16 +628,15 @@ impl BudgetGuard<'_> {
 
     /// Removes the leftovers of dead processes in the whole directory, and rebuilds the index.
     ///
-    /// Leftovers are staging folders that cannot be resumed, temporary files, files in `unsynced/`, views that no
-    /// manifest lists as held, and blobs without a further link.
+    /// Leftovers are staging folders that cannot be resumed, temporary files, views that no manifest lists as held, and
+    /// blobs without a further link.
     pub(crate) fn sweep(&mut self) -> Result<()> {
         // Step 1: remove staging folders that cannot be resumed.
         self.remove_dead_stagings(|staging| !staging.may_be_resumed())?;
-        // Step 2: remove temporary files of dead writers, and files in `unsynced/`.
+        // Step 2: remove temporary files of dead writers.
         for folder in [self.disk.layout().stagings(), self.disk.layout().locks(), self.disk.layout().blobs()] {
             self.remove_dead_temporaries(&folder)?;
         }
-        self.disk.drop_dead_writers()?;
         // Step 3: in each artifact, remove temporary files and the views that are not held. Build the index in the same
         // pass.
         let (disk, mut index) = (self.disk, Index::as_of(self.log_end_at_start));
@@ -844,16 +848,13 @@ pub(super) fn recorded_total(layout: &super::Layout) -> Option<u64> {
     read_record(&file).filter(|record| !record.dirty && record.boot_id == boot_id()).map(|record| record.total)
 }
 
-/// Returns the error for a budget lock that another process has held for [`LOCK_WAIT_MAX`].
-fn held_too_long(path: &RootedPath) -> Error {
+/// Returns the error for a budget lock that another process has held for `waited`.
+fn held_too_long(path: &RootedPath, waited: Duration) -> Error {
     let holder = path.open(false).ok().and_then(|file| read_record(&file)).map(|record| record.pid);
     let holder = holder.map_or_else(|| "another process".into(), |pid| format!("process {pid}"));
-    Error::new(
-        ErrorKind::Unavailable,
-        format!("the budget lock has been held for {} s by {holder}", LOCK_WAIT_MAX.as_secs()),
-    )
-    .tier(Tier::Disk)
-    .hint("check whether that process is stopped; the lock is released when it ends")
+    Error::new(ErrorKind::Unavailable, format!("the budget lock has been held for {} s by {holder}", waited.as_secs()))
+        .tier(Tier::Disk)
+        .hint("check whether that process is stopped; the lock is released when it ends")
 }
 
 /// Returns the kernel's identifier of this boot, or an empty text if the kernel reports none.

@@ -87,7 +87,7 @@ impl Disk {
         let mut views = Folders::starting_at(dir.files(), folder.open_folder(FILES).ok()?);
         for (path, entry) in manifest.selected(selection) {
             let view = views.metadata(&dir.view(path)).ok()??;
-            // `on_disk` is `None` for unsynced files: `acquire` checks whether their writer is alive.
+            // `on_disk` is `None` for unsynced files: `acquire` settles their marks.
             if entry.on_disk() != Some(view.identity()) {
                 return None;
             }
@@ -159,7 +159,7 @@ mod tests {
         drop(put(&disk, &key, "content", &folder.path().join("source")).expect("fits"));
         // Files that are not durable yet are left to `acquire`.
         assert!(disk.try_acquire_fast(&key, &Selection::all()).is_none());
-        disk.sync_dirty().expect("syncs");
+        disk.sync_published().expect("syncs");
         (folder, disk, key)
     }
 

@@ -33,11 +33,8 @@ pub(super) struct Index {
     by_use: BTreeSet<LastUseOrder>,
     /// Number of views that manifests record, by inode.
     views: HashMap<u64, u32>,
-    /// Number of manifests that record a durable file, by the digest and the identity of the file.
-    durable: HashMap<(Digest, FileIdentity), u32>,
-    /// The writers that manifests record for an unsynced file. The digest is known to be right only while one of them
-    /// is alive.
-    unsynced_writers: HashMap<(Digest, FileIdentity), Vec<Arc<str>>>,
+    /// Number of manifests that record a file with this digest and identity, as durable or as unsynced in this boot.
+    vouched: HashMap<(Digest, FileIdentity), u32>,
 }
 
 #[derive(Debug)]
@@ -49,10 +46,9 @@ struct IndexedArtifact {
 /// A held file, as a manifest records it.
 #[derive(Debug)]
 struct RecordedFile {
+    /// The digest that the bytes are known to have; `None` for an unsynced file of another boot.
     digest: Option<Digest>,
     identity: FileIdentity,
-    /// The writer that has still to sync the file, if it is unsynced.
-    writer: Option<Arc<str>>,
 }
 
 impl Index {
@@ -101,17 +97,12 @@ impl Index {
     pub(super) fn insert(&mut self, disk: &Disk, artifact: &ScannedArtifact) {
         let Some(folder) = below_artifacts(disk, &artifact.dir) else { return };
         let folder: Arc<Path> = folder.into();
-        let files: Box<[RecordedFile]> = artifact.manifest.iter().flat_map(recorded).collect();
+        let files: Box<[RecordedFile]> =
+            artifact.manifest.iter().flat_map(|manifest| recorded(disk, manifest)).collect();
         for file in &files {
             *self.views.entry(file.identity.inode).or_default() += 1;
-            // A durable file has the bytes of its digest. For an unsynced file, this is known only while its writer is
-            // alive.
-            match (file.digest, &file.writer) {
-                (Some(digest), None) => *self.durable.entry((digest, file.identity)).or_default() += 1,
-                (Some(digest), Some(writer)) => {
-                    self.unsynced_writers.entry((digest, file.identity)).or_default().push(writer.clone());
-                }
-                (None, _) => {}
+            if let Some(digest) = file.digest {
+                *self.vouched.entry((digest, file.identity)).or_default() += 1;
             }
         }
         self.by_use.insert((artifact.last_used, folder.clone()));
@@ -123,24 +114,11 @@ impl Index {
         let Some((folder, known)) = self.artifacts.remove_entry(folder) else { return };
         for file in &known.files {
             decrement(&mut self.views, &file.identity.inode);
-            match (file.digest, &file.writer) {
-                (Some(digest), None) => decrement(&mut self.durable, &(digest, file.identity)),
-                (Some(digest), Some(writer)) => self.remove_writer((digest, file.identity), writer),
-                (None, _) => {}
+            if let Some(digest) = file.digest {
+                decrement(&mut self.vouched, &(digest, file.identity));
             }
         }
         self.by_use.remove(&(known.last_used, folder));
-    }
-
-    /// Removes one record of `writer` for an unsynced file.
-    fn remove_writer(&mut self, file: (Digest, FileIdentity), writer: &str) {
-        let Some(writers) = self.unsynced_writers.get_mut(&file) else { return };
-        if let Some(at) = writers.iter().position(|known| **known == *writer) {
-            writers.swap_remove(at);
-        }
-        if writers.is_empty() {
-            self.unsynced_writers.remove(&file);
-        }
     }
 
     /// Returns the artifact that follows `cursor` in the order of last use; without a cursor, the first artifact.
@@ -169,31 +147,22 @@ impl Index {
         let keys = |index: &Self| index.artifacts.keys().cloned().collect::<BTreeSet<_>>();
         assert_eq!(keys(self), keys(other), "artifacts");
         assert_eq!(self.views, other.views, "views");
-        assert_eq!(self.durable, other.durable, "durable files");
-        let unsynced_writers = |index: &Self| {
-            let sorted = |writers: &Vec<Arc<str>>| writers.iter().cloned().collect::<BTreeSet<_>>();
-            index.unsynced_writers.iter().map(|(file, writers)| (*file, sorted(writers))).collect::<HashMap<_, _>>()
-        };
-        assert_eq!(unsynced_writers(self), unsynced_writers(other), "unsynced writers");
+        assert_eq!(self.vouched, other.vouched, "vouched files");
         assert_eq!(self.artifacts.len(), self.by_use.len());
     }
 
-    /// Returns true if a manifest records a durable file with `digest` and `identity`.
+    /// Returns true if a manifest records a file with `digest` and `identity`, as durable or as unsynced in this boot.
     pub(super) fn vouches(&self, digest: &Digest, identity: FileIdentity) -> bool {
-        self.durable.contains_key(&(*digest, identity))
-    }
-
-    /// Returns the writers that manifests record for an unsynced file with `digest` and `identity`.
-    pub(super) fn unsynced_writers(&self, digest: &Digest, identity: FileIdentity) -> Vec<Arc<str>> {
-        self.unsynced_writers.get(&(*digest, identity)).cloned().unwrap_or_default()
+        self.vouched.contains_key(&(*digest, identity))
     }
 }
 
 /// Returns the held files that `manifest` records.
-fn recorded(manifest: &Manifest) -> impl Iterator<Item = RecordedFile> {
-    manifest.files.values().filter_map(|entry| {
-        let writer = entry.unsynced().map(|file| file.writer().into());
-        Some(RecordedFile { digest: entry.sha256, identity: entry.recorded_on_disk()?, writer })
+fn recorded(disk: &Disk, manifest: &Manifest) -> impl Iterator<Item = RecordedFile> {
+    let present = disk.present();
+    manifest.files.values().filter_map(move |entry| {
+        let digest = entry.sha256.filter(|_| present.trusted_identity(entry).is_some());
+        Some(RecordedFile { digest, identity: entry.recorded_on_disk()? })
     })
 }
 

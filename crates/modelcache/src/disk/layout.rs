@@ -71,11 +71,6 @@ impl Layout {
         self.root.join("quarantine")
     }
 
-    /// The folder with one locked file per process that has not yet synced all its files.
-    pub(crate) fn unsynced(&self) -> RootedPath {
-        self.root.join("unsynced")
-    }
-
     /// The records of pending uploads.
     pub(crate) fn pending_uploads(&self) -> RootedPath {
         self.root.join("backfill")
@@ -115,7 +110,7 @@ impl Layout {
         self.locks().join(if generation == 0 { format!("{hash}.fill") } else { format!("{hash}.fill-{generation}") })
     }
 
-    /// The lock of the process that verifies the unsynced files of `artifact` after their writer died.
+    /// The lock of the process that syncs or hashes the unsynced files of `artifact`.
     pub(crate) fn check_lock(&self, artifact: &ArtifactDir) -> RootedPath {
         self.locks().join(format!("{}.check", artifact.hash()))
     }

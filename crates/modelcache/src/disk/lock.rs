@@ -48,23 +48,23 @@ impl FileLock {
         Self::try_shared_of(file, path)
     }
 
-    /// Locks `path` exclusively; `None` if another process holds the lock for longer than [`LOCK_WAIT_MAX`].
-    pub(super) fn wait_exclusive(path: &RootedPath) -> Result<Option<Self>> {
-        Self::wait(|| Self::try_exclusive(path))
+    /// Locks `path` exclusively; `None` if another process holds the lock for longer than `wait_max`.
+    pub(super) fn wait_exclusive(path: &RootedPath, wait_max: Duration) -> Result<Option<Self>> {
+        Self::wait(wait_max, || Self::try_exclusive(path))
     }
 
     /// Locks `path` shared, as [`try_shared`](Self::try_shared) does; `None` if another process holds the lock
     /// exclusively for longer than [`LOCK_WAIT_MAX`].
     pub(super) fn wait_shared(path: &RootedPath) -> Result<Option<Self>> {
-        Self::wait(|| Self::try_shared(path))
+        Self::wait(LOCK_WAIT_MAX, || Self::try_shared(path))
     }
 
-    fn wait(attempt: impl Fn() -> Result<Option<Self>>) -> Result<Option<Self>> {
+    fn wait(wait_max: Duration, attempt: impl Fn() -> Result<Option<Self>>) -> Result<Option<Self>> {
         let started = Instant::now();
         loop {
             match attempt()? {
                 // Poll, because no process may block in `flock`.
-                None if started.elapsed() <= LOCK_WAIT_MAX => thread::sleep(POLL_INTERVAL),
+                None if started.elapsed() < wait_max => thread::sleep(POLL_INTERVAL),
                 outcome => return Ok(outcome),
             }
         }

@@ -65,13 +65,12 @@ pub(super) fn misplaced(layout: &Layout) -> Result<Vec<Misplaced>> {
     use ExpectedType::{ByName, Either, File, Folder};
     let mut found = Vec::new();
     // Each top folder, with the expected types of its entries, of their entries, and so on.
-    let tree: [(RootedPath, &[ExpectedType]); 9] = [
+    let tree: [(RootedPath, &[ExpectedType]); 8] = [
         (layout.blobs(), &[Folder, File]),
         (layout.artifacts(), &[Folder, Folder, ByName]),
         (layout.refs(), &[Folder, File]),
         (layout.stagings(), &[Either, File]),
         (layout.locks(), &[File]),
-        (layout.unsynced(), &[File]),
         (layout.pending_uploads(), &[File]),
         (layout.lower_records(), &[File]),
         (layout.quarantine(), &[]),

@@ -36,7 +36,6 @@ mod modes;
 mod open_file;
 mod ownership;
 mod parts_journal;
-mod pending_sync;
 mod pending_upload;
 mod pin;
 mod prune;
@@ -46,6 +45,7 @@ mod rooted;
 mod source;
 mod staging;
 mod sync;
+mod unsynced;
 mod verify;
 mod write_mode;
 mod writer;
@@ -67,7 +67,6 @@ pub use materialize::{Destination, LinkMode, Materialized};
 pub use misplaced::Misplaced;
 pub use open_file::LocalFile;
 pub(crate) use open_file::{open_staged, restore_readahead};
-pub use pending_sync::SyncHandoff;
 pub(crate) use pending_upload::{MissingFiles, PendingUpload};
 pub use pin::{Holder, InTheWay, Pin};
 pub use prune::{KeptArtifact, Leftovers, PruneOptions, PruneReport, PrunedArtifact};
@@ -95,11 +94,11 @@ use index::Index;
 use io_error::IoContext;
 use manifest_cache::ManifestCache;
 use modes::Removal;
-use pending_sync::PendingSyncs;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
+use unsynced::PendingSyncs;
 
 /// Content of the `FORMAT` file, with the format number. A directory with a higher number is refused.
 const FORMAT: &str = "modelcache 1\n";
@@ -212,16 +211,6 @@ impl Disk {
             maintenance: Mutex::default(),
             metrics: Metrics::default(),
         })))
-    }
-
-    /// Opens an existing cache directory for work that adds no files, so without a budget. Fails if it is missing.
-    pub(crate) fn open_existing(root: &Path) -> Result<Self> {
-        if files::stat(&Layout::new(root).format())?.is_none() {
-            return Err(Error::new(ErrorKind::Directory, format!("{} is not a cache directory", root.display()))
-                .tier(Tier::Disk)
-                .hint("point MODEL_CACHE_DIR to a cache directory"));
-        }
-        Self::open(root, ByteBound::Percent(100), ByteBound::Bytes(0), Sharing::Off)
     }
 
     pub(crate) fn layout(&self) -> &Layout {
@@ -449,8 +438,7 @@ fn prepare(layout: &Layout, sharing: Sharing) -> Result<()> {
     for folder in [layout.blobs(), layout.artifacts(), layout.locks(), layout.refs()] {
         modes::make_top_dir(&folder, sharing, Removal::ByOwner)?;
     }
-    let removable_by_any =
-        [layout.stagings(), layout.quarantine(), layout.lower_records(), layout.pending_uploads(), layout.unsynced()];
+    let removable_by_any = [layout.stagings(), layout.quarantine(), layout.lower_records(), layout.pending_uploads()];
     for folder in removable_by_any {
         modes::make_top_dir(&folder, sharing, Removal::ByAny)?;
     }

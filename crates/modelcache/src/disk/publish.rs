@@ -4,9 +4,10 @@
 //! manifest that lists missing bytes. `held` records the identity under which the bytes were verified. A staged file
 //! that changed after its verification is refused.
 //!
-//! Publishing does not wait for the disk: it marks the files as unsynced by this process, which syncs them later. The
-//! numbered steps are those under *Publish* in `docs/disk-format.md`.
+//! Publishing does not wait for the disk: it marks the files as unsynced. The numbered steps are those under *Publish*
+//! in `docs/disk-format.md`.
 
+use super::acquire::was_withdrawn;
 use super::budget::{BudgetGuard, allocated_for};
 use super::files;
 use super::io_error::IoContext;
@@ -21,7 +22,7 @@ use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::ladder::part_size;
-use crate::manifest::{FileEntry, FileIdentity, Held, Manifest, UnsyncedFile};
+use crate::manifest::{FileEntry, FileIdentity, Held, Manifest};
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::io;
@@ -46,13 +47,11 @@ struct Commit<'fill> {
     staged: &'fill BTreeMap<FilePath, StagedFile>,
     /// The identity of each blob; `None` if the file could not be linked into `blobs/`.
     blobs: &'fill BTreeMap<Digest, Option<FileIdentity>>,
-    /// The name in `unsynced/` of the process that will sync the files.
-    writer: &'fill str,
 }
 
 impl Disk {
     /// Makes the verified files of a fill visible, and returns the leased artifact. The files are not durable yet; see
-    /// [`sync_artifact`](Self::sync_artifact). Blocks on disk work.
+    /// [`sync_published`](Self::sync_published). Blocks on disk work.
     ///
     /// `listing` lists all files of the artifact, and `staged` the files that the fill staged.
     pub(crate) fn publish(
@@ -64,16 +63,14 @@ impl Disk {
         let dir = self.layout().artifact(&listing.key);
         // Step 1: take the shared lease. It protects the files as soon as they are visible, and the caller keeps it.
         let lease = self.wait_for_lease(&dir)?;
-        // The lock in `unsynced/` must be held before a manifest names this process as the writer.
-        let publication = self.mark_dirty(&listing.key, staged.values().map(|file| file.entry.size).sum())?;
         // Step 2: link the blobs, in the first critical section.
         let blobs = self.publish_blobs(&staging, listing, staged)?;
-        let commit = Commit { listing, staging: &staging, staged, blobs: &blobs, writer: &publication.writer };
+        let commit = Commit { listing, staging: &staging, staged, blobs: &blobs };
         // Step 3: link the views and write the manifest, in the second critical section. Until then the staging folder
         // has links to the blobs, so that no eviction or sweep in between can remove them.
         let (manifest, link) = self.publish_manifest(&dir, &commit)?;
         // From here on the artifact can be synced.
-        drop(publication);
+        self.add_pending_sync(&listing.key);
         // Step 4: remove the staging folder. If this fails, the artifact is still published.
         if let Err(error) = staging.discard() {
             tracing::debug!(%error, "the staging folder cannot be removed; it stays until the next sweep");
@@ -128,7 +125,7 @@ impl Disk {
     /// Returns the manifest, and how the views were linked; `None` if no file was staged. If the views differ, returns
     /// a reflink or copy rather than a hard link.
     fn publish_manifest(&self, dir: &ArtifactDir, commit: &Commit<'_>) -> Result<(Manifest, Option<Link>)> {
-        let Commit { listing, staging, staged, blobs, writer } = *commit;
+        let Commit { listing, staging, staged, blobs } = *commit;
         let mut guard = self.lock_budget()?;
         modes::make_dirs(dir.path()).at("make", dir.path())?;
         if !dir.is_real_folder()? {
@@ -156,10 +153,11 @@ impl Disk {
             let (identity, view_link) = guard.place_view(dir, path, file, blob, staging, &listing.key)?;
             link = link.max(Some(view_link));
             if let Some(entry) = manifest.files.get_mut(path) {
-                // Mark the file as unsynced by this process, unless it is recorded as durable under the same identity.
-                // If another process has not yet synced the file, both must sync it.
+                // Mark the file as unsynced, unless it is recorded as durable under the same identity. The mark is in
+                // the manifest that the commit below renames, so no reader finds the file without it. A file shared
+                // with another artifact is marked, too: that artifact may be evicted before it is synced.
                 if entry.on_disk() != Some(identity) {
-                    entry.held = Some(Held::Unsynced(UnsyncedFile::new(identity, writer)));
+                    entry.held = Some(Held::Unsynced(self.unsynced_now(identity)));
                 }
             }
         }
@@ -204,9 +202,9 @@ impl Disk {
         if metadata.is_file() && guard.is_vouched(digest, present)? {
             return Ok(Some(present));
         }
-        // No manifest vouches for the blob, for instance because its last artifact was evicted or its writer died: hash
-        // it.
-        if metadata.is_file() && self.hash_unchanged(&path)? == Some((*digest, present)) {
+        // No manifest vouches for the blob, for instance because its last artifact was evicted: hash it.
+        let is_candidate = metadata.is_file() && !was_withdrawn(&metadata);
+        if is_candidate && self.hash_unchanged(&path)? == Some((*digest, present)) {
             return Ok(Some(present));
         }
         guard.quarantine(&path, digest)?;
@@ -248,22 +246,9 @@ impl Disk {
 
 impl BudgetGuard<'_> {
     /// Returns true if the file with `identity` is known to have `digest`. Either a committed manifest records the
-    /// file, as durable or as unsynced by a live writer. Or the file was hashed before this critical section began.
+    /// file, as durable or as unsynced in this boot. Or the file was hashed before this critical section began.
     pub(super) fn is_vouched(&mut self, digest: &Digest, identity: FileIdentity) -> Result<bool> {
-        if self.verified_before.contains(&(*digest, identity)) {
-            return Ok(true);
-        }
-        let writers = {
-            let index = self.index()?;
-            if index.vouches(digest, identity) {
-                return Ok(true);
-            }
-            index.unsynced_writers(digest, identity)
-        };
-        // No manifest records the file as durable. Unsynced records count while one of their writers is alive.
-        let disk = self.disk();
-        let mut writer_liveness = disk.writer_liveness();
-        Ok(writers.iter().any(|writer| writer_liveness.has(writer)))
+        Ok(self.verified_before.contains(&(*digest, identity)) || self.index()?.vouches(digest, identity))
     }
 
     /// Returns the identity of the file at `path` if a manifest vouches that it has `digest`.
@@ -502,7 +487,7 @@ mod tests {
         let blobs = disk.publish_blobs(&staging, &listing, &files).expect("finds the blob");
         disk.evict(&ArtifactKey::bare("first@1").expect("key")).expect("evicts");
         let dir = disk.layout().artifact(&listing.key);
-        let commit = Commit { listing: &listing, staging: &staging, staged: &files, blobs: &blobs, writer: "nobody" };
+        let commit = Commit { listing: &listing, staging: &staging, staged: &files, blobs: &blobs };
         disk.publish_manifest(&dir, &commit).expect("the blob still exists");
     }
 }

@@ -7,6 +7,7 @@
 //! `docs/disk-format.md`.
 
 use super::Disk;
+use super::acquire::was_withdrawn;
 use super::budget::{BudgetGuard, allocated_for};
 use super::files;
 use super::io_error::IoContext;
@@ -185,16 +186,16 @@ impl Disk {
         }
     }
 
-    /// Hashes the wanted blobs for which no manifest vouches, for instance because their writer died before it synced
-    /// them. Returns the blobs with the right bytes, with the identity that each had when it was hashed.
+    /// Hashes the wanted blobs for which no manifest vouches, for instance because they were not synced before a reboot.
+    /// Returns the blobs with the right bytes, with the identity that each had when it was hashed.
     ///
     /// Call this before taking the budget lock: hashing under that lock would block all other processes.
     fn hash_unvouched(&self, wanted: &[(FilePath, FileEntry)]) -> Result<Vec<(Digest, FileIdentity)>> {
         let mut present: BTreeMap<Digest, (&FileEntry, FileIdentity)> = BTreeMap::new();
         for (_, entry) in wanted.iter().filter(|(_, entry)| entry.size >= PREHASH_BYTES_MIN) {
             let Some(digest) = entry.sha256 else { continue };
-            let blob =
-                files::stat(&self.layout().blob(&digest))?.filter(|blob| blob.is_file() && blob.len() == entry.size);
+            let blob = files::stat(&self.layout().blob(&digest))?;
+            let blob = blob.filter(|blob| blob.is_file() && blob.len() == entry.size && !was_withdrawn(blob));
             if let Some(blob) = blob {
                 present.insert(digest, (entry, blob.identity()));
             }

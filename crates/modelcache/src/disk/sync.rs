@@ -1,8 +1,8 @@
-//! Durability: brings published files to stable storage, and clears `unsynced` in their manifests.
+//! Durability: brings published files to stable storage, and clears their marks in the manifests.
 //!
-//! A power cut before the end leaves `unsynced` entries of another boot; the process that finds them hashes the files.
-//! If the sync of a file fails, the file counts as wrong and is quarantined, even if reads still succeed. No sync is
-//! tried twice. Files of a dead writer are hashed by the process that wants to lease them, and then synced as usual.
+//! A process syncs what it published in the background, or before it returns. Files that nobody has synced are synced
+//! by a use that comes after write-back. Files of another boot are hashed first, and then synced. If the sync of a file
+//! fails, the file counts as wrong and is quarantined, even if reads still succeed. No sync is tried twice.
 //!
 //! The numbered steps are those under *Durability* in `docs/disk-format.md`.
 
@@ -10,12 +10,13 @@ use super::acquire::{AcquireOutcome, Mismatch};
 use super::files;
 use super::io_error::IoContext;
 use super::layout::ArtifactDir;
-use super::lock::FileLock;
+use super::lock::{FileLock, LOCK_WAIT_MAX};
 use super::rooted::{Metadata, RootedPath};
+use super::unsynced::MarkState::{self, Foreign, Old, Recent};
 use super::{Disk, fault};
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::{ArtifactKey, FilePath};
-use crate::manifest::{FileEntry, FileIdentity, Held, Manifest};
+use crate::manifest::{FileEntry, FileIdentity, Held};
 use crate::selection::Selection;
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -26,7 +27,7 @@ use std::time::{Duration, Instant};
 
 /// Maximum number of files that are synced one by one; each costs a flush of the device. For more, `syncfs` is called.
 const FILE_SYNCS_MAX: usize = 64;
-/// Maximum wait for another process that verifies the same files. After that, both verify them.
+/// Maximum wait for another process that syncs or hashes the same files. After that, both do.
 const CHECK_WAIT_MAX: Duration = Duration::from_secs(120);
 /// Time between two attempts.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
@@ -41,117 +42,111 @@ pub(super) type SyncedFile = (FilePath, FileEntry, FileIdentity);
 
 impl Disk {
     /// Syncs every artifact that this process published. A failure does not stop the others; returns the first error.
-    pub(crate) fn sync_dirty(&self) -> Result<()> {
+    pub(crate) fn sync_published(&self) -> Result<()> {
         let mut outcome = Ok(());
-        for key in self.dirty() {
-            let synced = self.sync_artifact(&key);
+        for key in self.take_pending_syncs() {
+            let synced = self.sync_trusted(&self.layout().artifact(&key), &Selection::all());
             if let Err(error) = &synced {
                 tracing::warn!(artifact = %key, %error, "the files of a published artifact could not be synced to disk");
+                // The budget lock could not be taken, so try again. A failed sync is not tried again.
+                if error.kind() == ErrorKind::Unavailable {
+                    self.add_pending_sync(&key);
+                }
             }
             outcome = outcome.and(synced);
         }
         outcome
     }
 
-    /// Syncs the files of `key` that are unsynced by a writer that lives: this process, or another one.
+    /// Syncs the selected files of `key`. On return they are durable, or not all of them are here any more.
     ///
     /// # Errors
     /// `Directory` if the sync of a file failed. That file is quarantined, and the next get downloads it again.
-    pub(crate) fn sync_artifact(&self, key: &ArtifactKey) -> Result<()> {
-        let _turn = self.pending_syncs().turn.lock();
-        // The number is read first: a publication that starts during the sync has a higher one, and stays dirty.
-        let (dir, number) = (self.layout().artifact(key), self.dirty_number(key));
-        let synced = self.sync_unsynced(&dir);
-        // If the budget lock could not be taken (`Unavailable`), the artifact stays dirty and is tried again. A failed
-        // sync is not tried again.
-        if let Some(number) = number
-            && !synced.as_ref().is_err_and(|error| error.kind() == ErrorKind::Unavailable)
-        {
-            self.mark_synced(key, number);
-        }
-        synced
-    }
-
-    fn sync_unsynced(&self, dir: &ArtifactDir) -> Result<()> {
-        // No manifest: the artifact was evicted, and needs no sync.
-        let Some(manifest) = self.read_manifest(dir)? else { return Ok(()) };
-        let mut writer_liveness = self.writer_liveness();
-        let unsynced = manifest.files.iter().filter(|(_, entry)| entry.unsynced().is_some());
-        // Files of a dead writer are left out: their bytes must be hashed first, see `recheck`.
-        let found =
-            unsynced.filter_map(|(path, entry)| Some((path.clone(), entry.clone(), writer_liveness.identity(entry)?)));
-        self.make_durable(dir, &found.collect::<Vec<_>>())?.map_or(Ok(()), Err)
-    }
-
-    /// Syncs the selected files of `key`. On return they are durable, or not all of them are here any more.
     pub(crate) fn sync_selected(&self, key: &ArtifactKey, selection: &Selection) -> Result<()> {
         let dir = self.layout().artifact(key);
         for _ in 0..ROUNDS_MAX {
             let Some(manifest) = self.shared_manifest(&dir)? else { return Ok(()) };
             let is_unsynced = manifest.selected(selection).any(|(_, entry)| entry.unsynced().is_some());
-            if self.is_read_only() || (!is_unsynced && !self.is_dirty(key)) {
+            if self.is_read_only() || !is_unsynced {
                 return Ok(());
             }
-            self.sync_artifact(key)?;
-            // If the writer has just died, acquiring a lease hashes its files and syncs them.
-            if is_unsynced && !matches!(self.acquire(key, selection)?, AcquireOutcome::Leased(_)) {
+            self.sync_trusted(&dir, selection)?;
+            // Acquiring a lease hashes files of another boot and syncs them, and finds files that were changed.
+            if !matches!(self.acquire(key, selection)?, AcquireOutcome::Leased(_)) {
                 return Ok(());
-            }
-            // Another task of this process may be publishing more files of the artifact at this moment.
-            if self.is_dirty(key) {
-                thread::sleep(POLL_INTERVAL);
             }
         }
         Err(Error::unavailable("the artifact is published again each time its files have been synced to disk"))
     }
 
-    /// Hashes the selected files of dead writers. Syncs the right ones, and quarantines the others.
+    /// Syncs the selected files that were marked in this boot. Their bytes need not be hashed.
+    fn sync_trusted(&self, dir: &ArtifactDir, selection: &Selection) -> Result<()> {
+        let _turn = self.turn_to_check(dir, selection, &[Recent, Old])?;
+        let found = self.trusted_files(dir, selection, &[Recent, Old])?;
+        self.make_durable(dir, &found)?.map_or(Ok(()), Err)
+    }
+
+    /// Syncs the selected files that the kernel should have written back, which reports a write-back that failed, and
+    /// clears their marks. The caller then reads the manifest again.
+    ///
+    /// Waits for no other process. If the marks cannot be cleared now, they stay, and the next use tries again.
+    pub(super) fn sync_old(&self, dir: &ArtifactDir, selection: &Selection) -> Result<()> {
+        // Another process is syncing them.
+        let Ok(Some(_turn)) = FileLock::try_exclusive(&self.layout().check_lock(dir)) else { return Ok(()) };
+        let found = self.trusted_files(dir, selection, &[Old])?;
+        let (synced, _) = self.sync_bytes(dir, &found)?;
+        if let Err(error) = self.clear_marks(dir, &synced, Duration::ZERO) {
+            tracing::debug!(artifact = %dir.path(), %error, "the marks of synced files cannot be cleared; the next use tries again");
+        }
+        Ok(())
+    }
+
+    /// Returns the selected files whose marks are in one of `states`, in this boot, with their recorded identities.
+    fn trusted_files(&self, dir: &ArtifactDir, selection: &Selection, states: &[MarkState]) -> Result<Vec<SyncedFile>> {
+        // No manifest: the artifact was evicted, and needs no sync.
+        let Some(manifest) = self.read_manifest(dir)? else { return Ok(Vec::new()) };
+        let present = self.present();
+        let marked = present.marked(&manifest, selection, states);
+        Ok(marked.filter_map(|(path, entry)| Some((path.clone(), entry.clone(), entry.recorded_on_disk()?))).collect())
+    }
+
+    /// Hashes the selected files that were marked in another boot. Syncs the right ones, and quarantines the others.
     pub(super) fn recheck(&self, key: &ArtifactKey, dir: &ArtifactDir, selection: &Selection) -> Result<()> {
-        let _turn = self.turn_to_check(dir, selection)?;
+        let _turn = self.turn_to_check(dir, selection, &[Foreign])?;
         let Some(manifest) = self.read_manifest(dir)? else { return Ok(()) };
         let mut found = Vec::new();
-        for (path, entry) in self.doubtful(&manifest, selection) {
+        for (path, entry) in self.present().marked(&manifest, selection, &[Foreign]) {
             // Wrong and missing files are recorded one by one, the right ones together in one change of the manifest.
-            match self.check_file(&dir.view(&path), &entry)? {
-                Mismatch::Right(identity) => found.push((path, entry, identity)),
-                mismatch => drop(self.record_mismatch(dir, &path, &entry, mismatch)?),
+            match self.check_file(&dir.view(path), entry)? {
+                Mismatch::Right(identity) => found.push((path.clone(), entry.clone(), identity)),
+                mismatch => drop(self.record_mismatch(dir, path, entry, mismatch)?),
             }
         }
         if !found.is_empty() {
-            tracing::info!(artifact = %key, files = found.len(), "files left unsynced by a terminated process were read in full and are right");
+            tracing::info!(artifact = %key, files = found.len(), "files that were not synced to disk before a reboot were read in full and are right");
         }
         // If the sync of a file fails, the file is quarantined. It is missing then, and is downloaded again.
         self.make_durable(dir, &found).map(|_| ())
     }
 
-    /// Returns true if a selected file is unsynced by a dead writer.
-    pub(super) fn is_doubtful(&self, manifest: &Manifest, selection: &Selection) -> bool {
-        let mut writer_liveness = self.writer_liveness();
-        manifest
-            .selected(selection)
-            .any(|(_, entry)| entry.unsynced().is_some() && writer_liveness.identity(entry).is_none())
-    }
-
-    /// Returns the selected files that are unsynced by a dead writer.
-    fn doubtful(&self, manifest: &Manifest, selection: &Selection) -> Vec<(FilePath, FileEntry)> {
-        let mut writer_liveness = self.writer_liveness();
-        let selected = manifest.selected(selection).filter(|(_, entry)| entry.unsynced().is_some());
-        let doubtful = selected.filter(|(_, entry)| writer_liveness.identity(entry).is_none());
-        doubtful.map(|(path, entry)| (path.clone(), entry.clone())).collect()
-    }
-
-    /// Waits for the check lock, so that one of many processes that find the same files, for instance after a reboot,
-    /// hashes them. Returns `None` if another process has done so, or still holds the lock after [`CHECK_WAIT_MAX`].
+    /// Waits for the check lock, so that one of many processes that find the same marks, for instance after a reboot,
+    /// hashes or syncs the files. Returns `None` if another process has done so, or still holds the lock after
+    /// [`CHECK_WAIT_MAX`].
     ///
-    /// The lock only saves work: without it, the caller hashes the files that are still left.
-    fn turn_to_check(&self, dir: &ArtifactDir, selection: &Selection) -> Result<Option<FileLock>> {
+    /// The lock only saves work: without it, the caller handles the files that are still left.
+    fn turn_to_check(
+        &self,
+        dir: &ArtifactDir,
+        selection: &Selection,
+        states: &[MarkState],
+    ) -> Result<Option<FileLock>> {
         let (path, started) = (self.layout().check_lock(dir), Instant::now());
         loop {
             if let Some(turn) = FileLock::try_exclusive(&path)? {
                 return Ok(Some(turn));
             }
-            let manifest = self.shared_manifest(dir)?;
-            let is_done = manifest.is_none_or(|manifest| !self.is_doubtful(&manifest, selection));
+            let (manifest, present) = (self.shared_manifest(dir)?, self.present());
+            let is_done = manifest.is_none_or(|manifest| present.marked(&manifest, selection, states).next().is_none());
             if is_done || started.elapsed() > CHECK_WAIT_MAX {
                 return Ok(None);
             }
@@ -162,30 +157,51 @@ impl Disk {
     /// Syncs the files of `found`, and records them as durable in the manifest of `dir`. Quarantines each file
     /// that fails to sync, and returns the first such error.
     pub(super) fn make_durable(&self, dir: &ArtifactDir, found: &[SyncedFile]) -> Result<Option<Error>> {
-        if found.is_empty() {
-            return Ok(None);
+        let (synced, refusal) = self.sync_bytes(dir, found)?;
+        self.clear_marks(dir, &synced, LOCK_WAIT_MAX)?;
+        Ok(refusal)
+    }
+
+    /// Syncs the files of `found` and their names. Quarantines each file that fails to sync. Returns the others, and
+    /// the first failure. A file that was changed meanwhile is in neither.
+    fn sync_bytes<'a>(
+        &self,
+        dir: &ArtifactDir,
+        found: &'a [SyncedFile],
+    ) -> Result<(Vec<&'a SyncedFile>, Option<Error>)> {
+        // Step 1: sync the bytes. For many files, one `syncfs` per filesystem syncs the bytes and the folders. Old files
+        // are synced one by one: an earlier `syncfs` may have received the report of a failed write, and `syncfs` would
+        // wait for the writes of all processes.
+        let present = self.present();
+        let is_old = |entry: &FileEntry| entry.unsynced().is_some_and(|file| present.state(file) == Old);
+        let is_by_filesystem = found.len() > FILE_SYNCS_MAX && !found.iter().any(|(_, entry, _)| is_old(entry));
+        if found.is_empty() || (is_by_filesystem && self.sync_filesystems(dir)?) {
+            return Ok((found.iter().collect(), None));
         }
-        let (mut failed, mut refusal) = (BTreeSet::new(), None);
-        // Step 1: sync the bytes. For many files, one `syncfs` per filesystem syncs the bytes and the folders.
-        if found.len() <= FILE_SYNCS_MAX || !self.sync_filesystems(dir)? {
-            let (refused, changed) = self.sync_files(dir, found)?;
-            failed.extend(changed);
-            for (path, entry, file, cause) in refused {
-                let error = fault("make durable", &dir.view(&path), cause);
-                tracing::warn!(artifact = %dir.path(), file = %path, %error, "the file could not be synced to disk; it is quarantined, and the next get downloads it again");
-                // The page cache may still serve the bytes that the device did not store, so a read proves nothing.
-                self.record_mismatch(dir, &path, &entry, Mismatch::Wrong(file))?;
-                failed.insert(path);
-                refusal.get_or_insert(error);
-            }
-            // Step 2: sync the names that lead to the bytes.
-            self.sync_folders(dir, found)?;
+        let (mut refusal, (refused, mut unsynced)) = (None, self.sync_files(dir, found)?);
+        for (path, entry, file, cause) in refused {
+            let error = fault("make durable", &dir.view(&path), cause);
+            tracing::warn!(artifact = %dir.path(), file = %path, %error, "the file could not be synced to disk; it is quarantined, and the next get downloads it again");
+            // The page cache may still serve the bytes that the device did not store, so a read proves nothing.
+            self.record_mismatch(dir, &path, &entry, Mismatch::Wrong(file))?;
+            unsynced.insert(path);
+            refusal.get_or_insert(error);
         }
-        // Step 3: clear `unsynced` in the manifest, in a critical section. The new manifest is synced before its
-        // rename, and its folder after it.
-        self.edit_manifest(dir, |manifest| {
+        // Step 2: sync the names that lead to the bytes.
+        self.sync_folders(dir, found)?;
+        Ok((found.iter().filter(|(path, ..)| !unsynced.contains(path)).collect(), refusal))
+    }
+
+    /// Records the synced files as durable in the manifest of `dir`. Waits for the budget lock for `wait_max`.
+    fn clear_marks(&self, dir: &ArtifactDir, synced: &[&SyncedFile], wait_max: Duration) -> Result<()> {
+        if synced.is_empty() {
+            return Ok(());
+        }
+        // Step 3: change the manifest in a critical section. The new manifest is synced before its rename, and its
+        // folder after it.
+        self.edit_manifest_within(wait_max, dir, |manifest| {
             let mut is_changed = false;
-            for (path, _, identity) in found.iter().filter(|(path, ..)| !failed.contains(path)) {
+            for (path, _, identity) in synced {
                 let entry = manifest.files.get_mut(path).filter(|entry| entry.held.is_some());
                 if let Some(entry) = entry.filter(|entry| self.is_current(dir, path, entry, *identity)) {
                     is_changed |= entry.on_disk() != Some(*identity);
@@ -193,8 +209,7 @@ impl Disk {
                 }
             }
             is_changed
-        })?;
-        Ok(refusal)
+        })
     }
 
     /// Returns true if the synced file is the one that the manifest records or, if that is another one, the file that
@@ -230,14 +245,14 @@ impl Disk {
 
     /// Syncs each file once. Returns the files that failed to sync, and the files with a changed identity, which stay
     /// unsynced.
-    fn sync_files(&self, dir: &ArtifactDir, found: &[SyncedFile]) -> Result<(Vec<Refused>, Vec<FilePath>)> {
-        let (mut refused, mut changed, mut done) = (Vec::new(), Vec::new(), BTreeSet::new());
+    fn sync_files(&self, dir: &ArtifactDir, found: &[SyncedFile]) -> Result<(Vec<Refused>, BTreeSet<FilePath>)> {
+        let (mut refused, mut changed, mut done) = (Vec::new(), BTreeSet::new(), BTreeSet::new());
         for (path, entry, known) in found {
             let view = dir.view(path);
             let file = files::absent(view.open(false)).at("open", &view)?;
             let Some(file) = file.filter(|file| Metadata::of(file).is_ok_and(|found| found.identity() == *known))
             else {
-                changed.push(path.clone());
+                changed.insert(path.clone());
                 continue;
             };
             // Several paths may link one file. A second sync would not report the error again.

@@ -49,8 +49,8 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
         tables: vec![table(&lines, best)],
         targets: vec![target(DURABLE), target(DEFAULTS)],
         notes: vec![
-            "At `defaults`, the command leaves the sync of the file to a background process, which no figure includes. \
-             Python waits for the sync before the interpreter exits."
+            "At `defaults`, the command leaves the file to the kernel, which writes it to the disk later. No figure \
+             includes that. Python waits for the sync before the interpreter exits."
                 .into(),
         ],
     })
