@@ -6,7 +6,7 @@
 
 use crate::exit;
 use crate::verbs::Verb;
-use clap::error::{ContextKind, ContextValue};
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches, Parser};
 use modelcache::settings::{SETTINGS, SWITCH};
 use modelcache::{printable, redact};
@@ -18,7 +18,7 @@ use std::path::PathBuf;
 /// A tiered, verifying cache for model artifacts: local disk, an object store, and origins such as Hugging Face
 #[derive(Debug, Parser)]
 #[command(name = "modelcache", version, arg_required_else_help = true)]
-#[command(after_long_help = exit::help())]
+#[command(after_long_help = exit::help(), disable_help_subcommand = true)]
 pub(crate) struct Arguments {
     /// Options of every command.
     #[command(flatten)]
@@ -38,7 +38,7 @@ pub(crate) struct Global {
     /// Print neither progress nor summary, only errors
     #[arg(long, short, global = true)]
     pub(crate) quiet: bool,
-    /// Read only this configuration file [env: MODEL_CACHE_CONFIG]
+    /// Read only this configuration file [env: MODEL_CACHE_CONFIG]. Settings are options, too: `modelcache help settings`
     #[arg(long, global = true, value_name = "PATH")]
     pub(crate) config: Option<PathBuf>,
     /// Settings passed as flags.
@@ -64,6 +64,9 @@ impl Args for SettingFlags {
                     .help(help)
                     .action(ArgAction::Set)
                     .global(true)
+                    // `help settings` lists them once.
+                    .hide_short_help(true)
+                    .hide_long_help(true)
                     .help_heading("Settings");
                 command.arg(match setting.value_name {
                     // A value needs `=`, otherwise `--durable REF` would take the reference as its value.
@@ -96,9 +99,78 @@ impl FromArgMatches for SettingFlags {
     }
 }
 
+/// Commands of other tools, and what to use instead. Those with the same meaning as a command here name only that.
+const FOREIGN_VERBS: &[(&[&str], &str)] = &[
+    (&["download", "pull", "fetch", "wget", "snapshot"], "modelcache get REF"),
+    (&["upload", "push", "publish", "add", "save"], "modelcache put NAME@VERSION PATH"),
+    (
+        &["cp", "copy"],
+        "modelcache get REF --into DIR copies to a folder, modelcache put NAME@VERSION PATH publishes one",
+    ),
+    (
+        &["sync", "mirror"],
+        "modelcache get REF --into DIR makes a folder like an artifact, modelcache put NAME@VERSION DIR publishes one",
+    ),
+    (
+        &["mv", "move", "rename"],
+        "a version keeps its name: modelcache put it under the new one, then evict the old one",
+    ),
+    (&["rm", "rmi", "delete", "remove", "del"], "modelcache evict REF; --tier disk frees only this machine"),
+    (&["list", "dir", "images", "ll"], "modelcache ls, modelcache ls --remote"),
+    (&["info", "show", "describe", "cat", "head"], "modelcache inspect REF"),
+    (&["du", "df", "status"], "modelcache stats"),
+    (&["clean", "gc", "purge", "clear"], "modelcache prune"),
+    (&["check", "validate", "fsck"], "modelcache verify, modelcache doctor"),
+    (&["run"], "modelcache exec REF -- CMD"),
+    (&["login", "auth", "configure"], "HF_TOKEN and AWS_* are used as they are; modelcache doctor checks them"),
+];
+
+/// Options of other tools, and what to use instead.
+const FOREIGN_OPTIONS: &[(&[&str], &str)] = &[
+    (&["--token"], "set HF_TOKEN, which `ps` does not show"),
+    (&["--cache-dir"], "--dir DIR, or MODEL_CACHE_DIR"),
+    (&["--repo-type"], "write the type in the reference: hf://datasets/org/name, hf://spaces/org/name"),
+    (
+        &["--max-workers", "--concurrency", "--numworkers"],
+        "the number of connections adapts; `prewarm --jobs` gets several at once",
+    ),
+    (
+        &["--force-download"],
+        "--refresh asks the server again, --verify reads the files on disk and replaces damaged ones",
+    ),
+    (&["--resume-download"], "leave it out: downloads always resume"),
+    (&["--local-dir-use-symlinks"], "--link symlink, hard, reflink or copy"),
+    (&["--endpoint-url"], "set AWS_ENDPOINT_URL or HF_ENDPOINT"),
+    (&["--profile", "--region"], "set AWS_PROFILE or AWS_REGION"),
+    (&["--recursive"], "leave it out: a folder is always complete"),
+    (&["--dryrun"], "--dry-run"),
+    (&["--output-dir", "--output", "--destination"], "--into DIR"),
+    (&["--allow-patterns"], "--include GLOB"),
+    (&["--ignore-patterns"], "--exclude GLOB"),
+];
+
+/// Returns what to use instead of a command or option of another tool.
+fn replacement(error: &clap::Error) -> Option<&'static str> {
+    let (kind, table) = match error.kind() {
+        ErrorKind::InvalidSubcommand => (ContextKind::InvalidSubcommand, FOREIGN_VERBS),
+        ErrorKind::UnknownArgument => (ContextKind::InvalidArg, FOREIGN_OPTIONS),
+        _ => return None,
+    };
+    let Some(ContextValue::String(word)) = error.get(kind) else { return None };
+    let word = word.split('=').next().unwrap_or(word);
+    table.iter().find(|(words, _)| words.contains(&word)).map(|(_, instead)| *instead)
+}
+
 /// Prints what clap returns instead of arguments: help, version or a usage error. Returns the exit code.
 pub(crate) fn print_parse_error(error: clap::Error, args: &[OsString]) -> u8 {
-    let error = without_secrets(error);
+    let mut error = without_secrets(error);
+    let instead = replacement(&error);
+    if let Some(instead) = instead {
+        // Instead of the commands and options that are spelt alike.
+        error.remove(ContextKind::SuggestedSubcommand);
+        error.remove(ContextKind::SuggestedArg);
+        error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![instead.into()]));
+    }
     // Ignored: the stream may be closed, and the exit code already reports the failure.
     let _ = error.print();
     if error.use_stderr() && args.iter().take_while(|arg| *arg != "--").any(|arg| arg == "--json") {
@@ -108,7 +180,7 @@ pub(crate) fn print_parse_error(error: clap::Error, args: &[OsString]) -> u8 {
         let message = first_paragraph.trim_start_matches("error: ");
         let object = serde_json::json!({"error": {
             "code": modelcache::ErrorKind::Invalid.name(), "message": message,
-            "hint": null, "artifact": null, "tier": null,
+            "hint": instead, "artifact": null, "tier": null,
         }});
         let _ = writeln!(std::io::stdout(), "{}", printable::json(&object.to_string()));
     }
@@ -199,6 +271,39 @@ mod tests {
             let text = without_secrets(error).render().to_string();
             assert!(!text.contains(['\x1b', '\u{202e}']) && !text.contains("canary"), "{text}");
             assert!(!text.contains("\nerror: false"), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_command_or_option_of_another_tool_has_a_replacement_that_is_accepted() {
+        let instead = |args: &[&str]| {
+            let parsed = Arguments::try_parse_from(["modelcache"].iter().chain(args));
+            replacement(&parsed.expect_err("refused"))
+        };
+        for (words, _) in FOREIGN_OPTIONS {
+            words.iter().for_each(|word| assert!(instead(&["get", word, "x"]).is_some(), "{word}"));
+        }
+        assert_eq!(instead(&["get", "--token=canary", "x"]), instead(&["get", "--token", "x"]));
+        for (words, text) in FOREIGN_VERBS {
+            // `sync` is still a hidden command.
+            words.iter().filter(|word| **word != "sync").for_each(|word| assert!(instead(&[word]).is_some(), "{word}"));
+            for verb in text.split("modelcache ").skip(1).filter_map(|rest| rest.split([' ', ',', ';', ':']).next()) {
+                assert!(Arguments::command().find_subcommand(verb).is_some(), "{verb}");
+            }
+        }
+        assert_eq!(instead(&["frobnicate"]), None);
+    }
+
+    #[test]
+    fn settings_are_in_their_own_help_only() {
+        let help = |verb: &str| {
+            let mut command = Arguments::command();
+            command.build();
+            command.find_subcommand_mut(verb).expect("verb").render_long_help().to_string()
+        };
+        for verb in ["get", "pin", "evict"] {
+            let text = help(verb);
+            assert!(!text.contains("--retry-deadline") && text.contains("modelcache help settings"), "{text}");
         }
     }
 

@@ -8,6 +8,7 @@ pub use json::{Report, reports};
 
 use crate::arguments::Arguments;
 use crate::exit::EXITS;
+use crate::verbs::help;
 use clap::CommandFactory;
 use modelcache::settings;
 
@@ -46,6 +47,7 @@ pub fn command_line() -> String {
     let mut page = format!("# Command line\n\n{GENERATED}\n");
     let mut verbs: Vec<_> = command.get_subcommands().filter(|verb| !verb.is_hide_set()).cloned().collect();
     page.push_str(&help_block("modelcache", command.after_long_help("")));
+    page.push_str(&help_block("modelcache help settings", help::settings_command().term_width(HELP_COLUMNS)));
     for verb in &mut verbs {
         // Global options are documented once, under `modelcache`.
         let verb = verb.clone().mut_args(|argument| {

@@ -6,7 +6,7 @@
 use crate::output::{ErrorLine, Output};
 use modelcache::settings::{LogFormat, LogSettings};
 use modelcache::{Error, ErrorKind, Result, printable, redact};
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use tracing::Subscriber;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::field::MakeExt;
@@ -20,9 +20,14 @@ use tracing_subscriber::{EnvFilter, Registry};
 /// The prefix of modelcache's own log targets.
 const OWN_TARGET: &str = "modelcache";
 
-/// Starts logging for the whole process. With `--quiet` only errors are logged, unless a filter was set.
+/// Starts logging for the whole process. Unless a filter was set, only errors are logged with `--quiet`, and only
+/// warnings on a terminal, where the summary lines say the rest.
 pub(crate) fn start(settings: &LogSettings, output: &Output) -> Result<()> {
-    let filter = if output.is_quiet() && settings.source.is_none() { "error" } else { settings.filter.as_str() };
+    let filter = match settings.source {
+        None if output.is_quiet() => "error",
+        None if io::stderr().is_terminal() => "warn",
+        _ => settings.filter.as_str(),
+    };
     // A bare level is the usual case and needs no `EnvFilter`, which is slow to build.
     let started = match filter.parse::<LevelFilter>() {
         Ok(level) => install(line_layer(settings.format, output), Targets::new().with_target(OWN_TARGET, level)),

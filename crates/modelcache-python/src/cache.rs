@@ -206,7 +206,7 @@ impl Cache {
     }
 
     /// Publishes a file or folder under a name and version.
-    #[pyo3(signature = (name, version, path, *, tag, tier, expect, sidecar, force))]
+    #[pyo3(signature = (name, version, path, *, tag, tier, expect, sidecar, ignore_patterns, follow_links, force))]
     #[expect(clippy::too_many_arguments, reason = "the arguments of put, by name")]
     fn put(
         &self,
@@ -218,6 +218,8 @@ impl Cache {
         tier: &str,
         expect: Option<&str>,
         sidecar: bool,
+        ignore_patterns: Vec<String>,
+        follow_links: bool,
         force: bool,
     ) -> PyResult<Call> {
         self.call(py, |open| {
@@ -229,7 +231,8 @@ impl Cache {
                 other => return Err(unknown_tier(other, "all, remote")),
             };
             let expect = expect.map(Format::parse).transpose()?;
-            let options = PutOptions { force, tier, expect, sidecars: sidecar, tag };
+            let options =
+                PutOptions { force, tier, expect, sidecars: sidecar, exclude: ignore_patterns, follow_links, tag };
             let (cache, progress) = (open.cache.clone(), Progress::new());
             let handles = vec![progress.clone()];
             let work = async move {

@@ -126,8 +126,11 @@ def test_evict_releases_the_leases_of_its_own_cache(s3: str, model: Path, open_c
     assert path.exists()
     report = cache.evict("m", "1")
     assert report.remote_bytes
+    assert report.remote == s3
     assert report.disk_bytes
     assert not path.exists()
+    with pytest.raises(NotFoundError):
+        cache.evict("m", "1")
     with pytest.raises(NotFoundError):
         cache.get("m", "1")
 

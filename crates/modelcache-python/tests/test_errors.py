@@ -78,7 +78,7 @@ def test_arguments_of_the_wrong_type_raise_type_error(open_cache: Any) -> None:
             cache.get(**arguments)
 
 
-def test_log_records_go_to_logging(tmp_path: Path, open_cache: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_log_records_go_to_logging(s3: str, tmp_path: Path, open_cache: Any, caplog: pytest.LogCaptureFixture) -> None:
     cache = open_cache(max_bytes=150_000)
     for version in ("1", "2"):
         model = write_model(tmp_path / version, 100_000)

@@ -29,6 +29,8 @@ use std::time::Duration;
 pub struct Config {
     /// The local directory.
     pub dir: PathBuf,
+    /// Creates the local directory if it does not exist. A front end that only reads turns this off.
+    pub create_dir: bool,
     /// The budget: the directory takes at most this many bytes.
     pub max_bytes: ByteBound,
     /// Space that is left free on the filesystem.
@@ -83,6 +85,7 @@ impl Config {
     pub fn new(dir: impl Into<PathBuf>) -> Self {
         Self {
             dir: dir.into(),
+            create_dir: true,
             max_bytes: ByteBound::Percent(80),
             min_free_bytes: ByteBound::Percent(10),
             durable: Durable::default(),

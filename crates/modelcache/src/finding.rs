@@ -21,6 +21,8 @@ pub enum Problem {
     WrongBytes,
     /// The file cannot be read.
     Unreadable,
+    /// Disk and remote have different content. The expected digest is the remote's, the found one that on disk.
+    TiersDiffer,
 }
 
 impl fmt::Display for Problem {
@@ -31,6 +33,7 @@ impl fmt::Display for Problem {
             Self::WrongSize => "wrong size",
             Self::WrongBytes => "wrong bytes",
             Self::Unreadable => "cannot be read",
+            Self::TiersDiffer => "this disk and the remote have different content",
         })
     }
 }

@@ -133,6 +133,12 @@ impl ArtifactName {
         (first.starts_with(OWN_ORIGIN) || origin::scheme_of_word(first).is_some()).then_some(first)
     }
 
+    /// Returns true if the name comes from a URI whose origin keeps old versions, so that a version can be downloaded
+    /// again after the origin has moved on.
+    pub(crate) fn has_origin_with_versions(&self) -> bool {
+        self.scheme().is_some_and(origin::keeps_versions)
+    }
+
     /// Returns the name as text.
     pub fn as_str(&self) -> &str {
         &self.0
@@ -204,10 +210,9 @@ impl ArtifactKey {
     /// `Invalid` for any other text.
     pub fn bare(text: &str) -> Result<Self> {
         let parse = || {
-            let (name, version) = text.rsplit_once('@').ok_or_else(|| {
-                Error::invalid(format!("{text:?} has no version"))
-                    .hint("write NAME@VERSION, for instance fraud-detector@3")
-            })?;
+            let (name, version) = text
+                .rsplit_once('@')
+                .ok_or_else(|| Error::invalid(format!("{text:?} has no version")).hint(no_version_hint(text)))?;
             Ok(Self::new(ArtifactName::bare(name)?, Version::new(version)?))
         };
         parse().map_err(|error| redact::refusal(text, error))
@@ -245,6 +250,24 @@ impl ArtifactKey {
         let mut text = Digest::of(format!("{name}/{version}").as_bytes()).to_string();
         text.truncate(32);
         text
+    }
+}
+
+/// Returns the hint for a reference without `@`, which may be a repository of the Hub, a path, or a URL or a tag of
+/// another tool.
+fn no_version_hint(text: &str) -> String {
+    let with_at = |at: usize| format!("{}@{}", &text[..at], &text[at + 1..]);
+    let is_path = text.starts_with(['/', '.', '~']);
+    match (text.split_once(":/"), text.rfind(':'), text.split('/').count()) {
+        (Some((scheme, rest)), ..) if scheme.chars().all(char::is_alphanumeric) => {
+            format!("write {scheme}://{}", rest.trim_start_matches('/'))
+        }
+        (None, Some(at), _) if at > 0 && at + 1 < text.len() => format!("write NAME@VERSION: {}", with_at(at)),
+        _ if is_path => {
+            "write file:///FOLDER for a local file or folder, or NAME@VERSION for a published artifact".to_owned()
+        }
+        (.., 2) => format!("for the Hugging Face repository write hf://{text}, otherwise NAME@VERSION: {text}@3"),
+        _ => format!("write NAME@VERSION, for instance {text}@3; `modelcache ls` lists the versions on disk"),
     }
 }
 

@@ -167,4 +167,4 @@ pub use config::Config;
 pub use error::{Error, ErrorKind, Result, Tier};
 pub use key::ArtifactKey;
 pub use reference::Reference;
-pub use selection::Selection;
+pub use selection::{ReferencePattern, Selection};

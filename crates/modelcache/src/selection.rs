@@ -67,6 +67,12 @@ impl Selection {
         (self.include.is_empty() || any(&self.include)) && !any(&self.exclude)
     }
 
+    /// Returns true if `path` matches an exclude pattern. A folder, whose path ends in a slash, matches if every file
+    /// below it does.
+    pub(crate) fn excludes(&self, path: &str) -> bool {
+        self.exclude.iter().any(|pattern| pattern.is_match(path))
+    }
+
     /// Returns the selected file, if the selection was created by [`file`](Self::file).
     pub fn one_file(&self) -> Option<&FilePath> {
         self.file.as_ref()
@@ -90,6 +96,30 @@ impl Selection {
     /// Returns the patterns as they were passed, or the path of a single file, for messages.
     pub fn patterns(&self) -> &[String] {
         &self.patterns
+    }
+}
+
+/// A pattern for references, with the wildcards of [`Selection`].
+#[derive(Debug, Clone)]
+pub struct ReferencePattern(Regex);
+
+impl ReferencePattern {
+    /// Compiles `pattern`.
+    ///
+    /// # Errors
+    /// `Invalid` for a pattern that cannot be compiled.
+    pub fn new(pattern: &str) -> Result<Self> {
+        fnmatch(pattern).map(Self)
+    }
+
+    /// Returns true if the pattern matches the reference, its name without the version, or one of them without its
+    /// scheme. So `org/model` matches every revision of `hf://org/model`.
+    pub fn matches(&self, reference: &str) -> bool {
+        let without_scheme = reference.split_once("://").map(|(_, rest)| rest);
+        [Some(reference), without_scheme].into_iter().flatten().any(|text| {
+            let name = text.rsplit_once('@').map_or(text, |(name, _)| name);
+            self.0.is_match(text) || self.0.is_match(name)
+        })
     }
 }
 
@@ -151,6 +181,20 @@ mod tests {
 
     fn selects(include: &[&str], exclude: &[&str], path: &str) -> bool {
         Selection::globs(include, exclude).expect("patterns").matches(&FilePath::new(path).expect("path"))
+    }
+
+    #[test]
+    fn a_reference_pattern_matches_references_and_names() {
+        let matches = |pattern: &str, reference: &str| ReferencePattern::new(pattern).expect("glob").matches(reference);
+        for pattern in ["team/m@3", "team/m", "team/*", "*@3", "t?am/[lm]@*"] {
+            assert!(matches(pattern, "team/m@3"), "{pattern}");
+        }
+        for pattern in ["org/model", "hf://org/model", "hf://org/*", "org/model@main"] {
+            assert!(matches(pattern, "hf://org/model@main"), "{pattern}");
+        }
+        for pattern in ["m", "m@3", "team", "team/m@", "team/mm*"] {
+            assert!(!matches(pattern, "team/m@3"), "{pattern}");
+        }
     }
 
     #[test]

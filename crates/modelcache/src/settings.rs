@@ -29,7 +29,7 @@ use file::File;
 pub use read::{environment, read_files, read_if_there};
 pub(crate) use values::parse_switch;
 use values::{DURATION_ACCEPTS, SIZE_ACCEPTS, SWITCH_ACCEPTS};
-pub use values::{parse_duration, parse_size};
+pub use values::{parse_duration, parse_lifetime, parse_size};
 
 /// The file name of the user's and of the system-wide configuration file.
 pub const FILE_NAME: &str = "modelcache.toml";
@@ -478,7 +478,7 @@ pub const SETTINGS: &[Setting] = &[
         variable: Some("MODEL_CACHE_LOG"),
         flag: None,
         value_name: "FILTER",
-        default: "`info`",
+        default: "`info`; `warn` on a terminal",
         description: "The log level, or a filter in the form of `RUST_LOG`. A bare level applies to modelcache only; \
                   libraries are logged if the filter names them.",
         accepts: "off, error, warn, info, debug, trace, or for example info,modelcache=debug or \

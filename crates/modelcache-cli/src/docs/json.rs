@@ -104,7 +104,7 @@ pub fn reports() -> Result<Vec<Report>> {
     let pending = PendingBackfill {
         key: key.clone(),
         reference: key.to_string(),
-        remote: "s3://models/prod".into(),
+        remote: Some("s3://models/prod".into()),
         files: 2,
         bytes: 4_000_008,
     };
@@ -113,6 +113,8 @@ pub fn reports() -> Result<Vec<Report>> {
         dry_run: false,
         disk_bytes: Some(4_000_008),
         remote_bytes: Some(4_000_008),
+        remote: Some("s3://models/prod".into()),
+        only_copy: false,
         origin_can_give_back: false,
         tags: vec!["prod".into()],
     };

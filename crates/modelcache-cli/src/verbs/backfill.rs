@@ -15,10 +15,10 @@ use serde::Serialize;
 /// Upload artifacts that earlier runs left pending
 ///
 /// An upload is pending if the artifact was downloaded from an origin with --backfill later, while the remote was down,
-/// or by a run that was killed. Uploads to another remote than the configured one stay pending.
+/// or by a run that was killed. Artifacts that were put while no remote was configured are uploaded, too. Uploads to another remote than the configured one stay pending.
 #[derive(Debug, Args)]
 pub(crate) struct Backfill {
-    /// Only list the pending uploads
+    /// Only list the artifacts that would be uploaded
     #[arg(long)]
     pub(crate) dry_run: bool,
 }
@@ -64,7 +64,8 @@ impl Backfill {
 async fn count_for_other_remotes(cache: &Cache, session: &Session<'_>) -> Result<usize> {
     let configured = session.config.remote.as_ref().map(|remote| remote.url.as_str());
     let pending = cache.pending_backfills().await?;
-    Ok(pending.iter().filter(|pending| Some(pending.remote.as_str()) != configured).count())
+    let is_for_other = |pending: &&PendingBackfill| pending.remote.is_some() && pending.remote.as_deref() != configured;
+    Ok(pending.iter().filter(is_for_other).count())
 }
 
 /// Ends a command that got or put artifacts: waits for its background uploads and, if the remote has answered,
@@ -114,7 +115,8 @@ pub(super) fn to_remote(uploaded_bytes: u64, copied_bytes: u64) -> Option<String
 fn listing(pending: &[PendingBackfill]) -> Lines {
     let row = |pending: &PendingBackfill| {
         let (size, files) = (human::bytes(pending.bytes), pending.files.to_string());
-        vec![pending.key.to_string(), size, files, pending.remote.clone()]
+        let remote = pending.remote.clone().unwrap_or_else(|| "none (kept on this disk only)".into());
+        vec![pending.key.to_string(), size, files, remote]
     };
     table(&["NAME@VERSION", "SIZE", "FILES", "REMOTE"], &[1, 2], pending.iter().map(row))
 }

@@ -1,28 +1,29 @@
-//! `evict`: removes an artifact from the local disk and the remote.
+//! `evict`: removes artifacts from the local disk and the remote.
 //!
-//! If no origin has a copy, or if tags point to the artifact, the user has to confirm, or to pass `--yes`. A dry run
-//! determines this before anything is removed.
+//! If the only copies would be removed, if tags point to an artifact, or if the remote would be touched although no tier
+//! was named, the user has to confirm, or to pass `--yes`. A dry run determines this before anything is removed.
 
 use super::Session;
 use crate::output::Lines;
 use crate::{exit, human};
 use clap::{Args, ValueEnum};
 use modelcache::cache::{EvictReport, EvictTier};
-use modelcache::{Error, Reference, Result};
+use modelcache::{Cache, Error, Reference, ReferencePattern, Result};
+use std::collections::BTreeSet;
 use std::io::{self, BufRead, IsTerminal};
 
-/// Remove an artifact from the local disk and the remote
+/// Remove artifacts from the local disk and the remote
 ///
-/// Asks for confirmation, or requires --yes, if no origin has a copy of the artifact, or if tags point to it. Those
-/// tags are removed, too.
+/// Asks for confirmation, or requires --yes, if the only copies of an artifact would be removed, if tags point to it, or
+/// if it would be removed from the remote and --tier is not given. Those tags are removed, too.
 #[derive(Debug, Args)]
 pub(crate) struct Evict {
-    /// NAME@VERSION, or another reference
-    #[arg(value_name = "REF")]
-    pub(crate) reference: String,
-    /// Where to remove the artifact
-    #[arg(long, value_enum, default_value_t = EvictTierArgument::All)]
-    pub(crate) tier: EvictTierArgument,
+    /// NAME@VERSION, another reference, or a pattern such as 'NAME@*' for references that `ls` lists
+    #[arg(required = true, value_name = "REF")]
+    pub(crate) references: Vec<String>,
+    /// Where to remove the artifacts [default: all]
+    #[arg(long, value_enum)]
+    pub(crate) tier: Option<EvictTierArgument>,
     /// Print the copies and tags that would be removed, and remove nothing
     #[arg(long)]
     pub(crate) dry_run: bool,
@@ -52,69 +53,131 @@ impl From<EvictTierArgument> for EvictTier {
     }
 }
 
+/// An argument: a reference, or a pattern for references.
+enum Wanted<'a> {
+    Reference(Reference),
+    Pattern(&'a str, ReferencePattern),
+}
+
 impl Evict {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
         let output = session.output;
-        let reference = Reference::parse(&self.reference)?;
-        let cache = session.cache()?;
-        let tier = self.tier.into();
+        // Parse every argument before anything is removed.
+        let wanted: Vec<_> = self.references.iter().map(|text| parse(text)).collect::<Result<_>>()?;
+        let cache = session.existing_cache()?;
+        let tier = self.tier.map_or(EvictTier::All, Into::into);
+        let references = self.expand(session, &cache, wanted).await?;
         // A dry run finds the copies and the tags.
-        let found = self.require_copy(cache.evict(&reference, tier, true).await?)?;
-        if self.dry_run {
-            if output.is_json() {
-                output.print_json(&found)?;
-            } else {
-                let also = if found.tags.is_empty() { String::new() } else { format!(", and {}", tags(&found)) };
-                output.print(&Lines::one(&format!("{}: would remove {}{also}", found.key, sizes_by_tier(&found))))?;
+        let (mut found, mut code) = (Vec::new(), exit::DONE);
+        for reference in references {
+            match cache.evict(&reference, tier, true).await {
+                Ok(report) => found.push((reference, report)),
+                Err(error) => fail(session, &reference, &error, &mut code),
             }
-            return Ok(exit::DONE);
         }
-        if (self.may_remove_last_copy(&found) || !found.tags.is_empty()) && !self.yes {
-            if !(io::stdin().is_terminal() && io::stderr().is_terminal()) {
-                let alternative = if found.remote_bytes.is_some() && found.disk_bytes.is_some() {
-                    ", or use --tier disk to keep the copy on the remote"
+        if self.dry_run {
+            for (_, report) in &found {
+                if output.is_json() {
+                    output.print_json(report)?;
                 } else {
-                    ""
-                };
-                return Err(Error::invalid(consequences(&found))
-                    .artifact(&found.key)
-                    .hint(format!("add --yes to remove it{alternative}")));
+                    let also = if report.tags.is_empty() { String::new() } else { format!(", and {}", tags(report)) };
+                    let line = format!("{}: would remove {}{also}", report.key, sizes_by_tier(report));
+                    output.print(&Lines::one(&line))?;
+                }
             }
-            output.ask(&format!("{}: {}. Continue? [y/N] ", found.key, consequences(&found)));
+            return Ok(code);
+        }
+        let to_confirm: Vec<&EvictReport> =
+            found.iter().map(|(_, report)| report).filter(|report| self.needs_confirmation(report)).collect();
+        if !to_confirm.is_empty() && !self.yes {
+            let line = |report: &&EvictReport| format!("{}: {}", report.key, consequences(report));
+            let lines = to_confirm.iter().map(line).collect::<Vec<_>>().join("; ");
+            if !(io::stdin().is_terminal() && io::stderr().is_terminal()) {
+                let alternative = match to_confirm.iter().any(|report| report.disk_bytes.is_some() && !report.only_copy)
+                {
+                    true => "; --tier disk frees only this machine",
+                    false => "",
+                };
+                return Err(Error::invalid(lines).hint(format!("--yes removes it{alternative}")));
+            }
+            output.ask(&format!("{lines}. Continue? [y/N] "));
             if !answered_yes().await {
                 output.message("nothing was removed");
                 return Ok(exit::OTHER);
             }
         }
-        let removed = self.require_copy(cache.evict(&reference, tier, false).await?)?;
-        if output.is_json() {
-            output.print_json(&removed)?;
+        for (reference, _) in &found {
+            match cache.evict(reference, tier, false).await {
+                Ok(removed) => {
+                    if output.is_json() {
+                        output.print_json(&removed)?;
+                    }
+                    output.message(&format!("{}: removed {}", removed.key, sizes_by_tier(&removed)));
+                    if !removed.tags.is_empty() {
+                        output.message(&format!("{}: also removed {}", removed.key, tags(&removed)));
+                    }
+                }
+                Err(error) => fail(session, reference, &error, &mut code),
+            }
         }
-        output.message(&format!("{}: removed {}", removed.key, sizes_by_tier(&removed)));
-        if !removed.tags.is_empty() {
-            output.message(&format!("{}: also removed {}", removed.key, tags(&removed)));
-        }
-        Ok(exit::DONE)
+        Ok(code)
     }
 
-    /// Returns the report, or an error if no copy was found.
-    fn require_copy(&self, report: EvictReport) -> Result<EvictReport> {
-        if report.disk_bytes.is_some() || report.remote_bytes.is_some() {
-            return Ok(report);
+    /// Replaces each pattern by the references that it matches on the selected tiers.
+    async fn expand(&self, session: &Session<'_>, cache: &Cache, wanted: Vec<Wanted<'_>>) -> Result<Vec<Reference>> {
+        let mut listed = BTreeSet::new();
+        if wanted.iter().any(|wanted| matches!(wanted, Wanted::Pattern(..))) {
+            if self.tier != Some(EvictTierArgument::Remote) {
+                listed.extend(cache.list().await?.into_iter().map(|listed| listed.reference));
+            }
+            if self.tier != Some(EvictTierArgument::Disk) && session.config.remote.is_some() {
+                listed.extend(cache.list_remote().await?.into_iter().map(|listed| listed.reference));
+            }
         }
-        let message = match self.tier {
-            EvictTierArgument::All => "neither on disk nor on the remote",
-            EvictTierArgument::Disk => "not on disk",
-            EvictTierArgument::Remote => "not on the remote",
-        };
-        let list = if self.tier == EvictTierArgument::Remote { "modelcache ls --remote" } else { "modelcache ls" };
-        Err(Error::not_found(message).artifact(&report.key).hint(format!("`{list}` lists what is there")))
+        let mut references = Vec::new();
+        for wanted in wanted {
+            match wanted {
+                Wanted::Reference(reference) => references.push(reference),
+                Wanted::Pattern(text, pattern) => {
+                    let matching: Vec<_> = listed.iter().filter(|listed| pattern.matches(listed)).collect();
+                    if matching.is_empty() {
+                        return Err(Error::not_found(format!("no artifact matches {text:?}"))
+                            .hint("`modelcache ls` and `modelcache ls --remote` list what is there"));
+                    }
+                    for text in matching {
+                        references.push(Reference::parse(text)?);
+                    }
+                }
+            }
+        }
+        Ok(references)
     }
 
-    /// Returns true if the eviction may remove the last copy. `--tier disk` leaves the copy on the remote alone, so it
-    /// never asks.
-    fn may_remove_last_copy(&self, report: &EvictReport) -> bool {
-        self.tier != EvictTierArgument::Disk && !report.origin_can_give_back
+    /// Returns true if the user has to confirm this eviction.
+    fn needs_confirmation(&self, report: &EvictReport) -> bool {
+        match self.tier {
+            None if report.remote.is_some() => true,
+            Some(EvictTierArgument::Disk) => report.only_copy,
+            _ => !report.tags.is_empty() || !report.origin_can_give_back,
+        }
+    }
+}
+
+/// Parses an argument. Wildcards make it a pattern; in the address of a web server, a question mark or a bracket does not.
+fn parse(text: &str) -> Result<Wanted<'_>> {
+    let is_pattern = text.contains('*') || (text.contains(['?', '[']) && !text.starts_with("http"));
+    Ok(if is_pattern {
+        Wanted::Pattern(text, ReferencePattern::new(text)?)
+    } else {
+        Wanted::Reference(Reference::parse(text)?)
+    })
+}
+
+/// Reports a failed eviction. The first one determines the exit code.
+fn fail(session: &Session<'_>, reference: &Reference, error: &Error, code: &mut u8) {
+    session.report_failure(error, Some(&reference.to_string()));
+    if *code == exit::DONE {
+        *code = exit::code(error.kind());
     }
 }
 
@@ -131,79 +194,91 @@ fn is_yes(line: &str) -> bool {
     matches!(line.trim().to_ascii_lowercase().as_str(), "y" | "yes")
 }
 
-/// Formats the bytes on each tier: `1.2 GB on disk, 5 B on remote`.
+/// Formats the bytes on each tier: `1.2 GB on disk, 5 B on s3://models/prod`.
 fn sizes_by_tier(report: &EvictReport) -> String {
-    let places = [(report.disk_bytes, "disk"), (report.remote_bytes, "remote")];
+    let places = [(report.disk_bytes, "disk"), (report.remote_bytes, report.remote.as_deref().unwrap_or("remote"))];
     let bytes = places.into_iter().filter_map(|(bytes, place)| Some(format!("{} on {place}", human::bytes(bytes?))));
     bytes.collect::<Vec<_>>().join(", ")
 }
 
 /// Returns the consequences that the user has to confirm.
 fn consequences(report: &EvictReport) -> String {
-    let copies = format!("the only copies ({})", sizes_by_tier(report));
-    match (report.tags.len(), report.origin_can_give_back) {
-        (0, _) => format!("this would delete {copies}"),
-        (_, true) => format!("this would delete {} on the remote", tags(report)),
-        (_, false) => format!("this would delete {copies}, and {} on the remote", tags(report)),
-    }
+    let copies = match report.origin_can_give_back && !report.only_copy {
+        true => sizes_by_tier(report),
+        false => format!("the only copies ({})", sizes_by_tier(report)),
+    };
+    let removed = [copies, tags(report)].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>();
+    format!("this would delete {}", removed.join(", and "))
 }
 
-/// Formats the tags: `the tag prod`, `the tags prod, stable`.
+/// Formats the tags: `the tag prod`, `the tags prod, stable`. Empty if there are none.
 fn tags(report: &EvictReport) -> String {
-    format!("the tag{} {}", if report.tags.len() == 1 { "" } else { "s" }, report.tags.join(", "))
+    let plural = match report.tags.len() {
+        0 => return String::new(),
+        1 => "",
+        _ => "s",
+    };
+    format!("the tag{plural} {}", report.tags.join(", "))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use modelcache::{ArtifactKey, ErrorKind};
+    use modelcache::ArtifactKey;
 
-    fn evict(tier: EvictTierArgument) -> Evict {
-        Evict { reference: "a@1".into(), tier, dry_run: false, yes: false }
+    fn needs_confirmation(tier: Option<EvictTierArgument>, report: &EvictReport) -> bool {
+        Evict { references: vec!["a@1".into()], tier, dry_run: false, yes: false }.needs_confirmation(report)
     }
 
     fn report(disk_bytes: Option<u64>, remote_bytes: Option<u64>, origin_can_give_back: bool) -> EvictReport {
         let key = ArtifactKey::bare("a@1").expect("key");
-        EvictReport { key, dry_run: false, disk_bytes, remote_bytes, origin_can_give_back, tags: Vec::new() }
+        let remote = remote_bytes.map(|_| "s3://b/p".to_owned());
+        let (dry_run, only_copy, tags) = (true, false, Vec::new());
+        EvictReport { key, dry_run, disk_bytes, remote_bytes, remote, only_copy, origin_can_give_back, tags }
     }
 
     #[test]
-    fn only_the_last_copies_need_confirmation() {
-        assert!(evict(EvictTierArgument::All).may_remove_last_copy(&report(Some(1), Some(1), false)));
-        assert!(
-            evict(EvictTierArgument::All).may_remove_last_copy(&report(Some(1), None, false)),
-            "the last copy may be on disk"
-        );
-        assert!(evict(EvictTierArgument::Remote).may_remove_last_copy(&report(None, Some(1), false)));
-        assert!(!evict(EvictTierArgument::All).may_remove_last_copy(&report(Some(1), Some(1), true)));
-        assert!(!evict(EvictTierArgument::Disk).may_remove_last_copy(&report(Some(1), None, false)));
+    fn the_remote_and_the_last_copies_need_confirmation() {
+        use EvictTierArgument::{All, Disk, Remote};
+        let only_copy = EvictReport { only_copy: true, ..report(Some(1), None, false) };
+        for (tier, report, expected) in [
+            (None, report(Some(1), Some(1), true), true),
+            (None, report(Some(1), None, true), false),
+            (None, report(Some(1), None, false), true),
+            (Some(All), report(Some(1), Some(1), false), true),
+            (Some(All), report(Some(1), Some(1), true), false),
+            (Some(Remote), report(None, Some(1), false), true),
+            (Some(Remote), report(None, Some(1), true), false),
+            (Some(Disk), report(Some(1), None, false), false),
+            (Some(Disk), only_copy, true),
+        ] {
+            assert_eq!(needs_confirmation(tier, &report), expected, "{tier:?} {report:?}");
+        }
+        let tagged = EvictReport { tags: vec!["prod".into()], ..report(None, Some(5), true) };
+        assert!(needs_confirmation(Some(Remote), &tagged));
     }
 
     #[test]
-    fn tags_that_would_dangle_are_named() {
+    fn the_consequences_name_the_remote_and_the_tags() {
         let tagged = |names: &[&str], can_give_back| {
             let tags = names.iter().map(|name| (*name).to_owned()).collect();
-            EvictReport { tags, ..report(None, Some(5), can_give_back) }
+            EvictReport { tags, ..report(Some(1_200_000_000), Some(5), can_give_back) }
         };
-        assert_eq!(consequences(&tagged(&[], false)), "this would delete the only copies (5 B on remote)");
-        assert_eq!(consequences(&tagged(&["prod"], true)), "this would delete the tag prod on the remote");
-        let both = consequences(&tagged(&["prod", "stable"], false));
-        assert!(both.ends_with("the only copies (5 B on remote), and the tags prod, stable on the remote"), "{both}");
-    }
-
-    #[test]
-    fn an_artifact_without_copies_is_not_found() {
-        let error = evict(EvictTierArgument::Disk).require_copy(report(None, None, false)).expect_err("nothing");
-        assert_eq!((error.kind(), error.to_string().as_str()), (ErrorKind::NotFound, "a@1: not on disk"));
-        assert!(
-            evict(EvictTierArgument::All).require_copy(report(None, Some(0), false)).is_ok(),
-            "an artifact of 0 bytes exists"
+        let says = |report: EvictReport| consequences(&report);
+        assert_eq!(says(tagged(&[], true)), "this would delete 1.2 GB on disk, 5 B on s3://b/p");
+        assert_eq!(
+            says(tagged(&["prod"], true)),
+            "this would delete 1.2 GB on disk, 5 B on s3://b/p, and the tag prod"
         );
+        let only = "this would delete the only copies (1.2 GB on disk, 5 B on s3://b/p), and the tags prod, stable";
+        assert_eq!(says(tagged(&["prod", "stable"], false)), only);
+        assert!(is_yes("Y\n") && is_yes(" yes ") && !is_yes("") && !is_yes("n"));
     }
 
     #[test]
-    fn bytes_are_listed_by_tier() {
-        assert_eq!(sizes_by_tier(&report(Some(1_200_000_000), Some(5), false)), "1.2 GB on disk, 5 B on remote");
-        assert!(is_yes("Y\n") && is_yes(" yes ") && !is_yes("") && !is_yes("n"));
+    fn wildcards_make_a_pattern_unless_they_belong_to_a_web_address() {
+        for (text, expected) in [("m@*", true), ("m@[12]", true), ("m@1", false), ("https://h/x?v=1", false)] {
+            assert_eq!(matches!(parse(text), Ok(Wanted::Pattern(..))), expected, "{text}");
+        }
     }
 }

@@ -10,7 +10,7 @@ use clap::Args;
 use modelcache::cache::Artifact;
 use modelcache::config::{Backfill, Config};
 use modelcache::progress::Progress;
-use modelcache::{Cache, Error, ErrorKind, Result};
+use modelcache::{Cache, Error, ErrorKind, Reference, Result};
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -40,8 +40,9 @@ pub(crate) struct Exec {
 impl Exec {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
         self.reject_unknown_placeholders()?;
+        let Some(references) = self.arguments.references(session, &self.references) else { return Ok(exit::USAGE) };
         let cache = open_cache(session.config_to_read())?;
-        let artifacts = self.arguments.in_time(self.get_all(session, &cache)).await?;
+        let artifacts = self.arguments.in_time(self.get_all(session, &cache, &references)).await?;
         let paths: Vec<PathBuf> = artifacts.iter().map(|artifact| artifact.path.clone()).collect();
         let words: Vec<OsString> = self.command.iter().map(|word| substitute_paths(word, &paths)).collect();
         let [program, arguments @ ..] = &words[..] else {
@@ -62,14 +63,13 @@ impl Exec {
     }
 
     /// Gets every reference. Stops at the first failure.
-    async fn get_all(&self, session: &Session<'_>, cache: &Cache) -> Result<Vec<Artifact>> {
+    async fn get_all(&self, session: &Session<'_>, cache: &Cache, references: &[Reference]) -> Result<Vec<Artifact>> {
         let (output, options) = (session.output, self.arguments.options()?);
         let mut artifacts = Vec::new();
-        for text in &self.references {
+        for (text, reference) in self.references.iter().zip(references) {
             let progress = Progress::new();
-            let reference = self.arguments.reference(text)?;
             let artifact =
-                progress::show(output, text, &progress, cache.get_with(&reference, &options, &progress)).await?;
+                progress::show(output, text, &progress, cache.get_with(reference, &options, &progress)).await?;
             session.report_get(&artifact);
             artifacts.push(artifact);
         }

@@ -1,8 +1,8 @@
 //! `get`: makes artifacts local and prints their paths.
 //!
 //! Standard output carries one path per reference, in the order of the arguments, and nothing else, so that
-//! `$(modelcache get …)` works. If one reference fails, the others are still downloaded. The artifacts stay leased
-//! until the process ends.
+//! `$(modelcache get …)` works. If one reference fails, the others are still downloaded; but a reference that cannot be
+//! parsed is refused before any download. The artifacts stay leased until the process ends.
 
 use super::backfill::{finish, to_remote};
 use super::get_arguments::GetArguments;
@@ -13,7 +13,7 @@ use crate::{exit, human, progress};
 use clap::Args;
 use modelcache::cache::{Artifact, BytesByTier, Destination, GetAnswer, GetOptions, GetPlan, GetReport};
 use modelcache::progress::Progress;
-use modelcache::{ArtifactKey, Cache, Result, Tier};
+use modelcache::{ArtifactKey, Cache, Reference, Result, Tier};
 
 /// Download artifacts that are not on disk yet, and print the local paths
 ///
@@ -38,9 +38,10 @@ pub(crate) struct Get {
 
 impl Get {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
+        let Some(references) = self.arguments.references(session, &self.references) else { return Ok(exit::USAGE) };
         let cache = Cache::open(session.config_to_read())?;
         // The leases are released when the process ends.
-        let (code, _leases) = self.arguments.in_time(self.get_all(session, &cache)).await?;
+        let (code, _leases) = self.arguments.in_time(self.get_all(session, &cache, &references)).await?;
         if !self.dry_run {
             finish(session, &cache).await;
         }
@@ -48,14 +49,19 @@ impl Get {
     }
 
     /// Gets every reference. The first failure determines the exit code.
-    async fn get_all(&self, session: &Session<'_>, cache: &Cache) -> Result<(u8, Vec<Artifact>)> {
+    async fn get_all(
+        &self,
+        session: &Session<'_>,
+        cache: &Cache,
+        references: &[Reference],
+    ) -> Result<(u8, Vec<Artifact>)> {
         let destination = self.into.destination(cache, self.references.len()).await?;
         // The links in the destination must not survive a crash that loses the files, so the files are synced first.
         let options = GetOptions { verify: self.verify, durable: destination.is_some(), ..self.arguments.options()? };
         let mut code = exit::DONE;
         let mut leased = Vec::new();
-        for text in &self.references {
-            match self.get_one(session, cache, text, &options, destination.as_ref()).await {
+        for (text, reference) in self.references.iter().zip(references) {
+            match self.get_one(session, cache, (text, reference), &options, destination.as_ref()).await {
                 Ok(artifact) => leased.extend(artifact),
                 Err(error) => {
                     session.report_failure(&error, Some(text));
@@ -73,14 +79,13 @@ impl Get {
         &self,
         session: &Session<'_>,
         cache: &Cache,
-        text: &str,
+        (text, reference): (&str, &Reference),
         options: &GetOptions,
         destination: Option<&Destination>,
     ) -> Result<Option<Artifact>> {
         let output = session.output;
-        let reference = self.arguments.reference(text)?;
         if self.dry_run {
-            let plan = cache.plan(&reference, options).await?;
+            let plan = cache.plan(reference, options).await?;
             if output.is_json() {
                 output.print_json(&WithReference { reference: text, report: &plan })?;
             } else {
@@ -89,7 +94,7 @@ impl Get {
             return Ok(None);
         }
         let progress = Progress::new();
-        let artifact = progress::show(output, text, &progress, cache.get_with(&reference, options, &progress)).await?;
+        let artifact = progress::show(output, text, &progress, cache.get_with(reference, options, &progress)).await?;
         session.report_get(&artifact);
         let materialized = match destination {
             Some(destination) => Some(self.into.materialize(output, &artifact, destination).await?),
@@ -116,7 +121,12 @@ pub(super) fn summary(key: &ArtifactKey, report: &GetReport) -> String {
     let phases = phase_list(&report.phases).map_or_else(String::new, |phases| format!("{phases}; "));
     let backfilled = to_remote(report.backfilled_bytes, report.copied_bytes);
     let backfilled = backfilled.map_or_else(String::new, |bytes| format!("; {bytes}"));
-    format!("{key}: {received} from {} in {took} ({phases}{}{backfilled})", report.from, by_tier(&report.bytes))
+    // Name the remote, too, if it supplied a part of what was missing there.
+    let from = match report.bytes.remote {
+        1.. if report.from == Tier::Origin => "remote and origin".to_owned(),
+        _ => report.from.to_string(),
+    };
+    format!("{key}: {received} from {from} in {took} ({phases}{}{backfilled})", by_tier(&report.bytes))
 }
 
 /// Formats the bytes of each tier: `disk 0 B, remote 1.2 GB, origin 0 B`.

@@ -1,5 +1,6 @@
 //! Options that `get`, `exec` and `prewarm` share: files, revision, allowed tiers, timeout.
 
+use super::Session;
 use crate::human;
 use clap::Args;
 use modelcache::cache::GetOptions;
@@ -29,7 +30,8 @@ pub(crate) struct GetArguments {
 /// Options for the tiers that may be used.
 #[derive(Debug, Default, Args)]
 pub(crate) struct TierArguments {
-    /// Resolve revisions and tags again, even if the cached answer is recent; fail if the server cannot be reached
+    /// Resolve revisions and tags again, even if the cached answer is recent, and download NAME@VERSION again if the
+    /// remote has other content under it now; fail if the server cannot be reached
     #[arg(long, conflicts_with_all = ["offline", "local_files_only"])]
     pub(crate) refresh: bool,
     /// Contact no origin: use the files on disk and remote, and the last known meaning of revisions
@@ -57,6 +59,11 @@ pub(super) fn duration(text: &str) -> Result<Duration, String> {
     settings::parse_duration(text).map_err(message_with_hint)
 }
 
+/// Parses an age or a lifetime, in which a number needs a unit.
+pub(super) fn lifetime(text: &str) -> Result<Duration, String> {
+    settings::parse_lifetime(text).map_err(message_with_hint)
+}
+
 /// Returns an error and its hint as one line, for clap.
 pub(super) fn message_with_hint(error: Error) -> String {
     match error.hint_text() {
@@ -79,6 +86,15 @@ impl GetArguments {
             Some(revision) => reference.at_revision(revision),
             None => Ok(reference),
         }
+    }
+
+    /// Parses every reference before anything is downloaded. Reports each one that cannot be parsed, and returns `None`
+    /// if there is one.
+    pub(crate) fn references(&self, session: &Session<'_>, texts: &[String]) -> Option<Vec<Reference>> {
+        let parse =
+            |text: &String| self.reference(text).map_err(|error| session.report_failure(&error, Some(text))).ok();
+        let parsed: Vec<_> = texts.iter().map(parse).collect();
+        parsed.into_iter().collect()
     }
 
     /// Runs `work`. Fails if it takes longer than `--timeout`.

@@ -20,7 +20,7 @@ impl Inspect {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<()> {
         let output = session.output;
         let reference = Reference::parse(&self.reference)?;
-        let inspection = session.cache()?.inspect(&reference).await?;
+        let inspection = session.existing_cache()?.inspect(&reference).await?;
         if !(inspection.known_on_disk || inspection.known_in_lower || inspection.known_on_remote) {
             return Err(not_found(&inspection));
         }

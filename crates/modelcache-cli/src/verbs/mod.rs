@@ -9,6 +9,7 @@ pub(crate) mod evict;
 pub(crate) mod exec;
 pub(crate) mod get;
 pub(crate) mod get_arguments;
+pub(crate) mod help;
 pub(crate) mod inspect;
 pub(crate) mod into;
 pub(crate) mod ls;
@@ -54,6 +55,7 @@ pub(crate) enum Verb {
     Doctor(doctor::Doctor),
     Completions(completions::Completions),
     Man(man::Man),
+    Help(help::Help),
 }
 
 /// The context in which a command runs.
@@ -101,6 +103,17 @@ impl Session<'_> {
         Cache::open(config)
     }
 
+    /// Opens the cache for a command that only reads, or only removes. A missing directory counts as empty, and is not
+    /// created.
+    pub(crate) fn existing_cache(&self) -> Result<Cache> {
+        let mut config = self.config.clone();
+        (config.durable, config.create_dir) = (Durable::Wait, false);
+        if !config.dir.exists() {
+            self.output.message(&format!("there is no cache directory at {}", config.dir.display()));
+        }
+        Cache::open(config)
+    }
+
     /// Returns the configuration of a command whose files are read next. It does not wait until they are on stable
     /// storage, unless the user requires that. A background sync would delay the end of the process.
     fn config_to_read(&self) -> Config {
@@ -118,6 +131,7 @@ impl Verb {
         match self {
             Self::Completions(verb) => Some(verb.run(output)),
             Self::Man(verb) => Some(verb.run(output)),
+            Self::Help(verb) => Some(verb.run(output)),
             _ => None,
         }
     }
@@ -143,6 +157,7 @@ impl Verb {
             Self::Doctor(_) => "doctor",
             Self::Completions(_) => "completions",
             Self::Man(_) => "man",
+            Self::Help(_) => "help",
         }
     }
 
@@ -165,7 +180,7 @@ impl Verb {
             Self::Stats(verb) => verb.run(session).await,
             Self::Verify(verb) => return verb.run(session).await,
             // `execute` has already run these.
-            Self::Completions(_) | Self::Man(_) | Self::Doctor(_) => Ok(()),
+            Self::Completions(_) | Self::Man(_) | Self::Help(_) | Self::Doctor(_) => Ok(()),
         }
         .map(|()| exit::DONE)
     }

@@ -1,7 +1,7 @@
 //! `pin` and `unpin`: protect an artifact on this disk from eviction until it is unpinned.
 
 use super::Session;
-use super::get_arguments::duration;
+use super::get_arguments::lifetime;
 use crate::environment;
 use clap::Args;
 use modelcache::cache::{self, PinReport};
@@ -18,7 +18,7 @@ pub(crate) struct Pin {
     #[arg(value_name = "REF")]
     pub(crate) reference: String,
     /// How long the pin lasts, for example 12h or 7d; without it, until `unpin`
-    #[arg(long = "for", value_name = "DURATION", value_parser = duration)]
+    #[arg(long = "for", value_name = "DURATION", value_parser = lifetime)]
     pub(crate) lasting: Option<Duration>,
     /// The reason, which is shown when the pin prevents an eviction
     #[arg(long, value_name = "TEXT")]
@@ -43,7 +43,7 @@ impl Pin {
             by: Some(environment::caller()),
             reason: self.reason.clone().filter(|reason| !reason.trim().is_empty()),
         };
-        let report = session.cache()?.pin(&reference, pin.clone()).await?;
+        let report = session.existing_cache()?.pin(&reference, pin.clone()).await?;
         if output.is_json() {
             output.print_json(&report)?;
         }
@@ -55,7 +55,7 @@ impl Pin {
 impl Unpin {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<()> {
         let (output, reference) = (session.output, Reference::parse(&self.reference)?);
-        let report = session.cache()?.unpin(&reference).await?;
+        let report = session.existing_cache()?.unpin(&reference).await?;
         if output.is_json() {
             output.print_json(&Unpinned { report: &report, was_pinned: report.pin.is_some() })?;
         }

@@ -1,11 +1,11 @@
 //! `prune`: frees space in the local directory now, instead of when the next download needs it.
 
 use super::Session;
-use super::get_arguments::{duration, message_with_hint};
+use super::get_arguments::{lifetime, message_with_hint};
 use crate::output::{Lines, table};
 use crate::{exit, human};
 use clap::Args;
-use modelcache::cache::{Leftovers, PruneOptions, PruneReport};
+use modelcache::cache::{InTheWay, Leftovers, PruneOptions, PruneReport};
 use modelcache::config::ByteBound;
 use modelcache::{Error, ErrorKind, Result, Tier, settings};
 use std::time::{Duration, SystemTime};
@@ -14,15 +14,19 @@ use std::time::{Duration, SystemTime};
 ///
 /// Always removes the leftovers of interrupted downloads, blobs that belong to no artifact, and quarantined files.
 /// Removes artifacts only with --older-than or --to, least recently used first. Artifacts in use and pinned artifacts
-/// stay. Nothing is removed from the remote.
+/// stay. Artifacts that were not uploaded to a remote stay, too, unless --only-copies is given. Nothing is removed from
+/// the remote.
 #[derive(Debug, Args)]
 pub(crate) struct Prune {
     /// Remove artifacts that were not used for this long, for example 12h or 30d
-    #[arg(long, value_name = "AGE", value_parser = duration)]
+    #[arg(long, value_name = "AGE", value_parser = lifetime)]
     pub(crate) older_than: Option<Duration>,
     /// Remove artifacts until at most SIZE is used, for example 100GB, or 50% of the filesystem
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub(crate) to: Option<ByteBound>,
+    /// Also remove artifacts that no other tier has: put without a remote, or not uploaded yet
+    #[arg(long)]
+    pub(crate) only_copies: bool,
     /// List the artifacts and leftovers that would be removed, and remove nothing
     #[arg(long)]
     pub(crate) dry_run: bool,
@@ -35,8 +39,13 @@ fn size(text: &str) -> Result<ByteBound, String> {
 impl Prune {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
         let output = session.output;
-        let options = PruneOptions { older_than: self.older_than, to: self.to, dry_run: self.dry_run };
-        let report = session.cache()?.prune(&options).await?;
+        let options = PruneOptions {
+            older_than: self.older_than,
+            to: self.to,
+            only_copies: self.only_copies,
+            dry_run: self.dry_run,
+        };
+        let report = session.existing_cache()?.prune(&options).await?;
         let text = report_text(&report, SystemTime::now());
         if output.is_json() {
             output.print_json(&report)?;
@@ -60,9 +69,13 @@ impl Prune {
 fn not_reached(report: &PruneReport) -> Error {
     let (used, to) = (human::bytes(report.used_bytes), human::bytes(report.to_bytes.unwrap_or_default()));
     let reason = if report.kept.is_empty() { "; the rest is being downloaded" } else { "" };
+    let hint = match report.kept.iter().any(|kept| kept.why == InTheWay::OnlyCopy) {
+        true => "upload the only copies with `modelcache backfill`, or add --only-copies to remove them",
+        false => "unpin the kept artifacts, or prune again when the processes that use them have ended",
+    };
     Error::new(ErrorKind::Full, format!("{used} are still used, more than the requested {to}{reason}"))
         .tier(Tier::Disk)
-        .hint("unpin the kept artifacts, or prune again when the processes that use them have ended")
+        .hint(hint)
 }
 
 fn report_text(report: &PruneReport, now: SystemTime) -> Lines {
@@ -107,7 +120,7 @@ fn leftovers_text(leftovers: &Leftovers) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use modelcache::cache::{InTheWay, KeptArtifact, PrunedArtifact};
+    use modelcache::cache::{KeptArtifact, PrunedArtifact};
 
     #[test]
     fn the_report_lists_removed_and_kept_artifacts() {

@@ -8,8 +8,8 @@ use clap::{Args, ValueEnum};
 use modelcache::cache::{PutOptions, PutReport, PutTier};
 use modelcache::format::Format;
 use modelcache::progress::Progress;
-use modelcache::{ArtifactKey, Result};
-use std::path::PathBuf;
+use modelcache::{ArtifactKey, Error, Reference, Result};
+use std::path::{Path, PathBuf};
 
 /// Publish a file or folder under a name and version
 ///
@@ -37,6 +37,12 @@ pub(crate) struct Put {
     /// file whose name claims it
     #[arg(long, value_name = "FORMAT", value_parser = format)]
     pub(crate) expect: Option<Format>,
+    /// Leave out files of the folder that match this pattern; may be repeated. `*` matches across folders
+    #[arg(long, value_name = "GLOB")]
+    pub(crate) exclude: Vec<String>,
+    /// Publish what symbolic links to places outside the folder point to, instead of refusing them
+    #[arg(long)]
+    pub(crate) follow_links: bool,
     /// Also write FILE.sha256 for every file on the remote, for readers that verify with sha256sum
     #[arg(long)]
     pub(crate) sidecar: bool,
@@ -58,8 +64,8 @@ fn format(name: &str) -> Result<Format, String> {
 impl Put {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<()> {
         let output = session.output;
-        let key = ArtifactKey::bare(&self.key)?;
-        let path = absolute(&self.path)?;
+        let key = ArtifactKey::bare(&self.key).map_err(|error| self.explain_key(error))?;
+        let path = absolute(self.local_path()?)?;
         let cache = session.cache()?;
         let (options, progress) = (self.options()?, Progress::new());
         let report =
@@ -69,9 +75,50 @@ impl Put {
             output.print_json(&report)?;
         }
         output.message(&summary(&report));
+        if !report.on_remote {
+            output.message(&format!(
+                "{}: kept on this disk only, and not evicted to make room; to share it, set MODEL_CACHE_REMOTE and run \
+                 `modelcache backfill`",
+                report.key
+            ));
+        }
         report.tag.iter().for_each(|tagged| output.message(&tag::summary(tagged)));
         finish(session, &cache).await;
         Ok(())
+    }
+
+    /// Adds the right order to the error of a key that is a path, if the path is a key.
+    fn explain_key(&self, error: Error) -> Error {
+        match self.path.to_str() {
+            Some(path) if ArtifactKey::bare(path).is_ok() && Path::new(&self.key).exists() => {
+                Error::invalid(format!("{:?} is a file or folder, and has no version", self.key))
+                    .hint(format!("the name comes first: modelcache put {path} {}", self.key))
+            }
+            _ => error,
+        }
+    }
+
+    /// Returns the path. Refuses standard input and URLs, which `put` does not read.
+    fn local_path(&self) -> Result<&Path> {
+        let refuse = |what: &str, hint: String| Err(Error::invalid(what).hint(hint));
+        let key = &self.key;
+        match self.path.to_str() {
+            Some("-" | "/dev/stdin") => refuse(
+                "put does not read standard input",
+                format!("write it to a file first: cat > FILE && modelcache put {key} FILE"),
+            ),
+            Some(url) if url.contains("://") && !self.path.exists() => {
+                let url = Reference::shown(url);
+                refuse(
+                    "put takes a local file or folder, not a URL",
+                    format!(
+                        "`modelcache get {url}` caches it under its own name; to publish it as {key}: modelcache put {key} \
+                     \"$(modelcache get {url})\""
+                    ),
+                )
+            }
+            _ => Ok(&self.path),
+        }
     }
 
     fn options(&self) -> Result<PutOptions> {
@@ -80,6 +127,8 @@ impl Put {
             tier: if self.tier == PutTierArgument::Remote { PutTier::Remote } else { PutTier::All },
             expect: self.expect,
             sidecars: self.sidecar,
+            exclude: self.exclude.clone(),
+            follow_links: self.follow_links,
             tag: self.tag.as_deref().map(tag::parse_tag).transpose()?,
         })
     }
@@ -89,6 +138,8 @@ fn summary(report: &PutReport) -> String {
     let files = human::counted(report.files, "file");
     let remote = match to_remote(report.uploaded_bytes, report.copied_bytes) {
         _ if !report.on_remote => "no remote".into(),
+        // Without bytes, it is unknown whether the remote had the files.
+        None if report.bytes == 0 => "on the remote".into(),
         None => "already on the remote".into(),
         Some(bytes) => bytes,
     };

@@ -37,7 +37,10 @@ impl Resolve {
             Some(revision) => reference.at_revision(revision)?,
             None => reference,
         };
-        let pinned = session.cache()?.pinned(&reference, &self.tiers.apply(GetOptions::default())).await?;
+        // Without an origin, there is no answer to record.
+        let records = !(self.tiers.offline || self.tiers.local_files_only || session.config.offline);
+        let cache = if records { session.cache()? } else { session.existing_cache()? };
+        let pinned = cache.pinned(&reference, &self.tiers.apply(GetOptions::default())).await?;
         if output.is_json() {
             output.print_json(&WithReference { reference: &self.reference, report: &pinned })?;
         } else if self.digest {

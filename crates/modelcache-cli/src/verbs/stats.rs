@@ -13,7 +13,7 @@ pub(crate) struct Stats {}
 impl Stats {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<()> {
         let output = session.output;
-        let stats = session.cache()?.stats().await?;
+        let stats = session.existing_cache()?.stats().await?;
         if output.is_json() { output.print_json(&stats) } else { output.print(&stats_text(&stats)) }
     }
 }

@@ -86,7 +86,8 @@ impl Verify {
         let references = self.references.iter().map(|text| Reference::parse(text)).collect::<Result<Vec<_>>>()?;
         let options = VerifyOptions { tier: self.tier.into(), repair: self.repair, bytes_per_second: self.limit_rate };
         let started = Instant::now();
-        let verification = session.cache()?.verification(options);
+        let cache = if self.repair { session.cache()? } else { session.existing_cache()? };
+        let verification = cache.verification(options);
         let targets = verification.targets(&references).await?;
         let mut totals = Totals::default();
         for target in &targets {

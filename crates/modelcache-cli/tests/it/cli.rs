@@ -94,6 +94,11 @@ fn a_wrong_command_line_ends_in_2_and_leaves_the_answer_empty() {
         (&["get"], "<REF>"),
         (&["get", "--inclde", "x", "a@1"], "--include"),
         (&["get", "--timeout", "soon", "a@1"], "not a duration"),
+        (
+            &["prune", "--older-than", "7"],
+            "a number without a unit; write 7d for days, 7h for hours, or 7s for seconds",
+        ),
+        (&["pin", "a@1", "--for", "30"], "write 30d for days"),
         (&["evict", "a@1", "--tier", "cloud"], "[possible values: all, disk, remote]"),
         (&["completions", "cmd"], "possible values"),
     ] {

@@ -484,3 +484,30 @@ fn the_commands_of_the_page_on_existing_buckets_work() {
         assert!(printed.contains(part), "{part:?} is not printed: {printed}{said}");
     }
 }
+
+#[test]
+fn files_that_the_origin_reads_from_the_bucket_of_the_remote_are_not_stored_twice() {
+    let house = by_hand(&[("raw/big.bin", big()), ("raw/more/small", "small".into())]);
+    let contents = || house.s3.keys(BUCKET).into_iter().filter(|key| !key.contains("/refs/")).collect::<Vec<_>>();
+    let before = contents();
+    for remote in ["s3://models", "s3://models/elsewhere"] {
+        let on = |dir: &str| house.on(dir).env("MODEL_CACHE_REMOTE", remote);
+        for dir in ["a", "b"] {
+            assert_same(&on(dir).run(["get", "s3://models/cache/raw/big.bin"]).path(), &big());
+            on(dir).env("MODEL_CACHE_ORIGIN", "s3://models/cache/{name}/{version}/").run(["get", "raw@more"]).path();
+            assert_eq!(house.pending(dir), (0, 0));
+            fs::remove_dir_all(house.path(dir)).unwrap();
+        }
+        assert_eq!(contents(), before, "{remote}");
+    }
+    // Another bucket.
+    house.s3.bucket("other").unwrap();
+    house.on("c").env("MODEL_CACHE_REMOTE", "s3://other/c").run(["get", "s3://models/cache/raw/big.bin"]).path();
+    assert!(house.s3.keys("other").iter().any(|key| key.ends_with("big.bin")));
+    // A folder below the folder of the remote.
+    let file = house.write("far/raw/x", "x");
+    let address = |path: &Path| format!("file://{}", path.display());
+    let run = house.on_local("d").env("MODEL_CACHE_REMOTE", address(&house.path("far")));
+    run.run(["get", &address(&file)]).path();
+    assert_eq!(files_below(&house.path("far")).iter().filter(|path| path.ends_with("x")).count(), 1);
+}

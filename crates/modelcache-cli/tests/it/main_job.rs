@@ -221,17 +221,21 @@ fn evict_removes_from_the_given_tier_and_needs_yes_for_the_last_copy() {
     house.on("b").run(["get", "m@1"]).failed(3, &["m@1", "not found", "s3://models/cache"]);
     assert_model(&house.on("a").run(["get", "m@1"]).path_saying(&["on disk"]));
     house.on("a").run(["put", "m@1", mine]).ok();
-    house.on("a").run(["evict", "m@1", "--yes"]).ok().said(&["on disk", "on remote"]);
+    house.on("a").run(["evict", "m@1", "--yes"]).ok().said(&["on disk", "on s3://models/cache"]);
     house.on("a").run(["get", "m@1"]).failed(3, &["m@1"]);
     house.on("a").run(["evict", "m@1", "--yes"]).failed(3, &["m@1", "neither on disk nor on the remote"]);
     assert_eq!(house.s3.keys(BUCKET), [""; 0]);
 }
 
 #[test]
-fn an_artifact_that_an_origin_has_is_evicted_without_yes() {
+fn an_artifact_that_an_origin_has_leaves_the_remote_with_yes_or_a_named_tier_only() {
     let (house, commit) = House::with_model();
     house.on("a").run(["get", "hf://org/model"]).path();
-    house.on("a").run(["evict", "hf://org/model"]).ok();
+    let refused = house.on("a").run(["evict", "hf://org/model"]);
+    refused.failed(2, &["this would delete", "on s3://models/cache", "--yes", "--tier disk"]);
+    assert_eq!(house.on("a").run(["ls", "--remote", "--json"]).objects().len(), 1, "nothing was removed");
+    house.on_local("a").run(["evict", "hf://org/model", "--dry-run"]).ok();
+    house.on("a").run(["evict", "hf://org/model", "--tier", "all"]).ok();
     house.assert_nothing("a");
     assert_eq!(house.s3.keys(BUCKET), [""; 0]);
     let again = house.on("a").run(["get", &format!("hf://org/model@{commit}")]);
@@ -277,6 +281,35 @@ fn ls_inspect_and_stats_show_the_state() {
     assert!((15..100_000).contains(&used), "{stats}");
     let stats = house.on("a").run(["stats"]).ok().stdout;
     assert!(stats.contains("artifacts     2 (2 files)") && stats.contains("of 1.0 GB"), "{stats}");
+}
+
+#[test]
+fn several_references_and_patterns_are_evicted_at_once() {
+    let house = House::new();
+    let file = house.write("file", "1");
+    let put = |key: &str| drop(house.on("a").run(["put", key, file.to_str().unwrap()]).ok());
+    ["m@1", "m@2", "n@1", "team/m@1"].into_iter().for_each(put);
+    let run = |args: &[&str]| house.on("a").run([&["evict"], args].concat());
+    run(&["m@1", "no version", "--yes"]).failed(2, &["no version"]);
+    run(&["m@*", "--tier", "all"]).failed(2, &["m@1: this would delete", "m@2: this would delete", "--yes"]);
+    run(&["x@*", "--yes"]).failed(3, &["no artifact matches \"x@*\"", "modelcache ls"]);
+    assert_eq!(house.listed("a").len(), 4, "nothing was removed");
+    run(&["nope@1", "n@1", "--yes"]).failed(3, &["nope@1: neither on disk nor on the remote", "n@1: removed"]);
+    run(&["m@*", "--yes"]).ok();
+    assert_eq!(house.listed("a"), ["team/m@1"]);
+    assert_eq!(house.on("a").run(["ls", "--remote", "--json"]).objects().len(), 1);
+}
+
+#[test]
+fn the_only_copy_on_this_disk_is_evicted_with_yes_only() {
+    let house = House::new();
+    let file = house.write("file", "1");
+    house.on_local("a").run(["put", "m@1", file.to_str().unwrap()]).ok();
+    for tier in ["disk", "all"] {
+        house.on("a").run(["evict", "m@1", "--tier", tier]).failed(2, &["the only copies", "--yes"]);
+    }
+    house.on("a").run(["evict", "m@1", "--tier", "disk", "--yes"]).ok();
+    house.assert_nothing("a");
 }
 
 #[test]

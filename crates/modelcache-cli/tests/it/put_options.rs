@@ -6,6 +6,7 @@ use modelcache_testkit::{Content, Moto, content};
 use serde_json::{Value, json};
 use std::fs;
 use std::io::Write as _;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -293,4 +294,45 @@ fn a_forced_put_that_the_remote_refuses_keeps_the_old_content() {
     house.on("a").run(["put", "m@1", new.to_str().unwrap(), "--force"]).ok();
     assert_same(&house.on_local("a").run(["get", "m@1"]).path(), &"new".into());
     assert_same(&house.on("b").run(["get", "m@1"]).path(), &"new".into());
+}
+
+#[test]
+fn a_link_out_of_the_folder_is_followed_on_request_only() {
+    let house = House::new();
+    house.write("t/sub/inside", "inside");
+    house.write("secret/outside", "outside");
+    symlink("sub/inside", house.path("t/link")).unwrap();
+    let tree = house.path("t");
+    put(house.on_local("a"), "t@1", &tree, &[]);
+    symlink("../secret/outside", house.path("t/file")).unwrap();
+    symlink(house.path("secret"), house.path("t/sub/folder")).unwrap();
+    let refused = house.on_local("a").run(["put", "t@2", tree.to_str().unwrap()]);
+    refused.failed(2, &["t/file is a symbolic link to", "secret/outside", "--follow-links", "--exclude"]);
+    put(house.on_local("a"), "t@3", &tree, &["--exclude", "file", "--exclude", "sub/folder/"]);
+    put(house.on_local("a"), "t@4", &tree, &["--follow-links"]);
+    let files = |version: &str| files_below(&house.on_local("a").run(["get", &format!("t@{version}")]).path());
+    assert_eq!(files("3"), ["link", "sub/inside"].map(PathBuf::from));
+    assert_eq!(files("4"), ["file", "link", "sub/folder/outside", "sub/inside"].map(PathBuf::from));
+    // The path on the command line may be a link.
+    symlink(&tree, house.path("tree")).unwrap();
+    put(house.on_local("a"), "t@5", &house.path("tree"), &["--exclude", "[f]*", "--exclude", "*/folder/*"]);
+    assert_eq!(files("5"), files("3"));
+}
+
+#[test]
+fn excluded_files_and_the_marker_of_a_materialized_folder_are_not_published() {
+    let house = House::new();
+    for path in ["t/a.bin", "t/run.log", "t/logs/x", "t/logs/deep/y"] {
+        house.write(path, path);
+    }
+    // Excluded entries are not examined.
+    symlink("nowhere", house.path("t/dangling.log")).unwrap();
+    put(house.on_local("a"), "t@1", &house.path("t"), &["--exclude", "*.log", "--exclude", "logs/"]);
+    let got = house.path("work");
+    house.on_local("a").run(["get", "t@1", "--into", got.to_str().unwrap()]).ok();
+    assert_eq!(files_below(&got), [".modelcache.json", "a.bin"].map(PathBuf::from));
+    house.write("work/b.bin", "b");
+    put(house.on_local("a"), "t@2", &got, &[]);
+    assert_eq!(files_below(&house.on_local("a").run(["get", "t@2"]).path()), ["a.bin", "b.bin"].map(PathBuf::from));
+    house.on_local("a").run(["put", "t@3", got.to_str().unwrap(), "--exclude", "*"]).failed(2, &["holds no files"]);
 }

@@ -259,7 +259,7 @@ fn refs_do_not_block_other_artifacts() {
             run().run(["tag", "m@1", tag]).ok();
             assert_eq!(content(&kind.on(&house, "a").run(["get", &format!("m@{tag}")]).path()), "1", "{tag}");
         }
-        assert_eq!(run().run(["ls", "--remote"]).ok().stdout.lines().count(), 5);
+        assert_eq!(run().run(["ls", "--remote"]).ok().stdout.lines().count(), 6);
     }
 }
 

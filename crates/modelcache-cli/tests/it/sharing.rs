@@ -423,7 +423,7 @@ fn an_artifact_linked_outside_the_cache_is_not_evicted() {
     let house = House::new();
     let put = |name: &str, seed| {
         let file = house.write("file", Content::generated(seed, 3 * MIB));
-        house.on_local("a").env("MODEL_CACHE_MAX_BYTES", "5MiB").run(["put", name, file.to_str().unwrap()])
+        house.on("a").env("MODEL_CACHE_MAX_BYTES", "5MiB").run(["put", name, file.to_str().unwrap()])
     };
     put("linked@1", 1).ok();
     let kept = house.on_local("a").run(["get", "linked@1"]).path();
@@ -507,7 +507,7 @@ fn with_broken_locks_only_long_idle_artifacts_are_evicted_for_space() {
     let library = flock_that(&house, LYING);
     let put = |name: &str, seed| {
         let file = house.write("file", Content::generated(seed, 3 * MIB));
-        let run = house.on_local("a").env("LD_PRELOAD", &library).env("MODEL_CACHE_MAX_BYTES", "5MiB");
+        let run = house.on("a").env("LD_PRELOAD", &library).env("MODEL_CACHE_MAX_BYTES", "5MiB");
         run.run(["put", name, file.to_str().unwrap()])
     };
     put("first@1", 1).ok();

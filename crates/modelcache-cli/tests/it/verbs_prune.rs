@@ -19,7 +19,7 @@ fn house() -> House {
     house.write("c/shared", shared);
     for (days, name) in (1..).zip(["c", "b", "a"]) {
         let path = house.path(name);
-        house.on_local("d").run(["put", &format!("{name}@1"), path.to_str().unwrap()]).ok();
+        house.on("d").run(["put", &format!("{name}@1"), path.to_str().unwrap()]).ok();
         let last_used =
             File::options().write(true).open(house.path(&format!("d/artifacts/{name}/1/last-used"))).unwrap();
         let then = SystemTime::now() - Duration::from_secs(days * 86_400);
@@ -142,4 +142,82 @@ fn bytes_linked_outside_the_cache_are_not_reported_as_freed() {
     let did = prune(&house, &["--older-than", "36h"]);
     assert_eq!((references(&did["evicted"]), &did["freed_bytes"]), (vec!["a@1".into(), "b@1".into()], &json!(0)));
     assert_same(&house.path("kept"), &Content::generated(2, 2 * MIB));
+}
+
+/// Puts 20 MB under each of three versions, in a cache of 50 MB. Returns the outcome of the last put.
+fn put_three(run: impl Fn() -> Run, house: &House) -> Outcome {
+    let put = |version: u64| {
+        let file = house.write("file", Content::generated(version, 20_000_000));
+        run().env("MODEL_CACHE_MAX_BYTES", "50MB").run(["put", &format!("only@{version}"), file.to_str().unwrap()])
+    };
+    put(1).ok();
+    put(2).ok();
+    put(3)
+}
+
+#[test]
+fn the_only_copy_of_an_artifact_is_not_evicted_to_make_room() {
+    let house = House::new();
+    let refused = put_three(|| house.on_local("a"), &house);
+    refused.failed(6, &["only@1 is the only copy", "MODEL_CACHE_REMOTE", "modelcache backfill", "modelcache evict"]);
+    assert_eq!(house.listed("a"), ["only@1", "only@2"]);
+    let file = house.path("file");
+    let said = house.on_local("a").run(["put", "only@3", file.to_str().unwrap()]).ok();
+    assert!(said.stderr.contains("only@3: kept on this disk only"), "{said}");
+
+    // Another user's record, and one that cannot be read, protect, too.
+    for record in files_below(&house.path("a/backfill")) {
+        let record = house.path("a/backfill").join(record);
+        let name = record.file_name().unwrap().to_str().unwrap().split_once('-').unwrap().0.to_owned();
+        fs::remove_file(&record).unwrap();
+        fs::write(record.with_file_name(format!("{name}-4711")), "{").unwrap();
+    }
+    let kept = house.on_local("a").run(["prune", "--to", "0", "--json"]);
+    assert_eq!(kept.code, Some(6));
+    assert_eq!(house.listed("a").len(), 3);
+}
+
+#[test]
+fn prune_removes_only_copies_with_a_flag_only() {
+    let house = House::new();
+    let file = house.write("file", Content::generated(1, MIB));
+    house.on_local("a").run(["put", "only@1", file.to_str().unwrap()]).ok();
+    for options in [&["--older-than", "0s"][..], &["--to", "0"], &["--older-than", "0s", "--dry-run"]] {
+        let pruned = house.on_local("a").run([&["prune"], options].concat());
+        assert!(format!("{pruned}").contains("kept only@1: it is the only copy"), "{pruned}");
+        assert_eq!(pruned.code, Some(if options[0] == "--to" { 6 } else { 0 }), "{pruned}");
+    }
+    house.on_local("a").run(["prune", "--to", "0"]).failed(6, &["--only-copies", "modelcache backfill"]);
+    assert_eq!(house.listed("a"), ["only@1"]);
+    house.on_local("a").run(["prune", "--to", "0", "--only-copies"]).ok();
+    assert_eq!(house.listed("a"), [""; 0]);
+    assert_eq!(files_below(&house.path("a/backfill")), [""; 0].map(Path::new));
+}
+
+#[test]
+fn a_backfill_uploads_what_was_put_without_a_remote_and_then_it_may_be_evicted() {
+    let house = House::new();
+    put_three(|| house.on_local("a").env("MODEL_CACHE_MAX_BYTES", "1GB"), &house);
+    house.on("a").run(["get", "only@1"]).path();
+    assert_eq!(house.published_keys(), [""; 0], "a get does not upload it");
+    let listed = house.on("a").run(["backfill", "--dry-run", "--json"]).objects();
+    assert_eq!((listed.len(), &listed[0]["remote"]), (2, &Value::Null));
+    house.on("a").run(["backfill"]).ok().said(&["2 artifacts complete on the remote"]);
+    let file = house.write("file", Content::generated(3, 20_000_000));
+    house.on("a").env("MODEL_CACHE_MAX_BYTES", "50MB").run(["put", "only@3", file.to_str().unwrap()]).ok();
+    assert_eq!(house.listed("a"), ["only@1", "only@3"]);
+    // Put again with a remote.
+    house.on_local("b").run(["put", "again@1", file.to_str().unwrap()]).ok();
+    house.on("b").run(["put", "again@1", file.to_str().unwrap()]).ok();
+    house.on("b").run(["prune", "--to", "0"]).ok();
+    assert_eq!(house.listed("b"), [""; 0]);
+}
+
+#[test]
+fn a_refused_upload_leaves_the_artifact_the_only_copy() {
+    let house = House::new();
+    house.on("b").run(["put", "m@1", house.write("one", "1").to_str().unwrap()]).ok();
+    house.on_local("a").run(["put", "m@1", house.write("two", "22").to_str().unwrap()]).ok();
+    house.on("a").run(["backfill"]).failed(1, &["already published with other content"]);
+    house.on("a").run(["prune", "--to", "0"]).failed(6, &["kept m@1: it is the only copy"]);
 }

@@ -438,3 +438,49 @@ fn a_broken_stream_is_retried_and_a_remote_that_is_down_is_unavailable() {
     house.on("b").env("MODEL_CACHE_RETRY_DEADLINE", "100ms").run(["verify", "--tier", "remote"]).failed(7, &["remote"]);
     house.on_local("b").run(["verify", "--tier", "remote"]).failed(2, &["no remote is configured"]);
 }
+
+#[test]
+fn a_version_that_was_replaced_on_the_remote_is_named_and_refreshed() {
+    let house = House::new();
+    let [one, two] =
+        ["1", "22"].map(|content| house.write(&format!("v{content}/w"), content).parent().unwrap().to_owned());
+    house.on("a").run(["put", "m@1", one.to_str().unwrap(), "--tag", "prod"]).ok();
+    let old = house.on("a").run(["get", "m@1", "--refresh"]).path().join("w");
+    house.on("b").run(["put", "m@1", two.to_str().unwrap(), "--force", "--tag", "prod"]).ok();
+    assert_eq!(fs::read_to_string(&old).unwrap(), "1");
+    house.on("a").run(["get", "m@1"]).path();
+
+    let outcome = house.on("a").run(["verify", "m@1", "--tier", "all"]);
+    assert_eq!(outcome.code, Some(5), "{outcome}");
+    assert!(outcome.stdout.contains("w: this disk and the remote have different content"), "{outcome}");
+    assert!(outcome.stdout.contains("get m@1 --refresh"), "{outcome}");
+    house.on("a").run(["verify", "m@1"]).ok();
+
+    // A copy in use is not replaced.
+    let running = house.on("a").start(["exec", "m@1", "--", "sleep", "600"]);
+    running.wait_until_it_is("sleep");
+    house.on("a").run(["get", "m@1", "--refresh"]).failed(1, &["was replaced on the remote", "in use"]);
+    running.signal("KILL");
+    running.wait();
+    let new = house.on("a").run(["get", "m@1", "--refresh"]).path_saying(&["was replaced on the remote", "w was"]);
+    assert_eq!(fs::read_to_string(new.join("w")).unwrap(), "22");
+    house.on("a").run(["verify", "m@1", "--tier", "all"]).ok();
+
+    // Without the remote, a refresh fails.
+    let down = house.on("a").env("AWS_ENDPOINT_URL", "http://127.0.0.1:9");
+    down.run(["get", "m@1", "--refresh"]).failed(7, &["m@1"]);
+    // A copy that was never uploaded is not replaced.
+    house.on_local("c").run(["put", "m@1", one.to_str().unwrap()]).ok();
+    house.on("c").run(["get", "m@1", "--refresh"]).failed(1, &["m@1", "never uploaded", "--force"]);
+}
+
+#[test]
+fn a_refresh_of_a_tag_replaces_a_version_that_was_replaced() {
+    let house = House::new();
+    let [one, two] =
+        ["1", "22"].map(|content| house.write(&format!("v{content}/w"), content).parent().unwrap().to_owned());
+    house.on("a").run(["put", "m@1", one.to_str().unwrap(), "--tag", "prod"]).ok();
+    house.on("b").run(["put", "m@1", two.to_str().unwrap(), "--force", "--tag", "prod"]).ok();
+    let new = house.on("a").run(["get", "m@prod", "--refresh"]).path_saying(&["was replaced on the remote"]);
+    assert_eq!(fs::read_to_string(new.join("w")).unwrap(), "22");
+}

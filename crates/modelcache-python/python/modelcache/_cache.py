@@ -481,6 +481,8 @@ class ModelCache:
         tier: Literal["all", "remote"] = "all",
         expect: str | None = None,
         sidecar: bool = False,
+        ignore_patterns: _Patterns = None,
+        follow_links: bool = False,
         force: bool = False,
         progress: ProgressArgument | None = None,
     ) -> PutReport:
@@ -493,6 +495,9 @@ class ModelCache:
         :param tier: ``"all"``, or ``"remote"`` to keep no copy on this disk.
         :param expect: refuse files of another format than ``"safetensors"``, ``"gguf"``, ``"onnx"``, ``"tar.gz"``, …
         :param sidecar: write ``FILE.sha256`` beside every object on the remote.
+        :param ignore_patterns: leave out files of the folder that match one of these patterns.
+        :param follow_links: publish what symbolic links to places outside the folder point to. By default such a link
+            is refused.
         :param force: replace other content, or a damaged copy, of the version.
         :param progress: as for :meth:`get`.
         :returns: a report with the digest and the bytes uploaded.
@@ -500,7 +505,8 @@ class ModelCache:
         :raises IntegrityError: a file does not have the expected format.
         """
         call = self._native.put(
-            name, version, os.fsdecode(path), tag=tag, tier=tier, expect=expect, sidecar=sidecar, force=force
+            name, version, os.fsdecode(path), tag=tag, tier=tier, expect=expect, sidecar=sidecar,
+            ignore_patterns=_patterns(ignore_patterns), follow_links=follow_links, force=force,
         )
         return PutReport._parse(_calls.wait(call, progress, _reference_text(name, version)))
 
@@ -514,12 +520,15 @@ class ModelCache:
         tier: Literal["all", "remote"] = "all",
         expect: str | None = None,
         sidecar: bool = False,
+        ignore_patterns: _Patterns = None,
+        follow_links: bool = False,
         force: bool = False,
         progress: ProgressArgument | None = None,
     ) -> PutReport:
         """Asynchronous version of :meth:`put`."""
         call = self._native.put(
-            name, version, os.fsdecode(path), tag=tag, tier=tier, expect=expect, sidecar=sidecar, force=force
+            name, version, os.fsdecode(path), tag=tag, tier=tier, expect=expect, sidecar=sidecar,
+            ignore_patterns=_patterns(ignore_patterns), follow_links=follow_links, force=force,
         )
         return PutReport._parse(await _calls.awaited(call, progress, _reference_text(name, version)))
 
@@ -533,6 +542,9 @@ class ModelCache:
     ) -> EvictReport:
         """Remove an artifact from disk and remote, with the tags that point to it. Does not ask for confirmation.
 
+        The remote is shared: pass ``tier="disk"`` to free space on this machine only. ``remote`` in the report is the
+        address of the remote from which the artifact was removed.
+
         The leases that :meth:`get` and :meth:`prewarm` left in this cache are released first.
 
         :param name: the name of the artifact, or a reference.
@@ -540,6 +552,7 @@ class ModelCache:
         :param tier: ``"all"``, or ``"disk"`` or ``"remote"`` to remove it from one tier only.
         :param dry_run: remove nothing, and report the data that would be removed.
         :returns: a report with the bytes and tags removed.
+        :raises NotFoundError: none of the selected tiers has the artifact.
         :raises ConflictError: the artifact is leased by another user, or pinned.
         """
         return EvictReport._parse(_calls.wait(self._native.evict(name, version, tier, dry_run)))

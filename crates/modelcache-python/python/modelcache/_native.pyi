@@ -92,6 +92,8 @@ class Cache:
         tier: str,
         expect: str | None,
         sidecar: bool,
+        ignore_patterns: list[str],
+        follow_links: bool,
         force: bool,
     ) -> Call: ...
     def evict(self, reference: str, version: str | None, tier: str, dry_run: bool) -> Call: ...

@@ -188,6 +188,10 @@ class EvictReport(_Report):
     """Bytes freed on disk; ``None`` if the artifact was not on disk or the tier was not selected."""
     remote_bytes: int | None
     """Bytes removed from the remote; ``None`` if the artifact was not on the remote or the tier was not selected."""
+    remote: str | None
+    """The address of the remote from which it was removed; ``None`` if nothing was removed there."""
+    only_copy: bool
+    """True if the copy on disk was removed and no other tier was known to have the artifact."""
     origin_can_give_back: bool
     """True if the artifact can be downloaded again from an origin."""
     tags: list[str]

@@ -5,6 +5,8 @@
 //! uploads are completed by [`Cache::backfill_pending`], and at the end of every run that reached the remote. A hit
 //! never waits for them. An upload that can never succeed is dropped with a warning.
 //!
+//! An artifact that was put while no remote was configured is recorded, too. Only [`Cache::backfill_pending`] uploads it.
+//!
 //! If the remote refuses a write because of a missing permission, this is reported once, and the remote counts as
 //! read-only until the process ends.
 
@@ -13,7 +15,8 @@ use super::tasks::Tasks;
 use super::{BackfillReport, Cache, PendingBackfill};
 use crate::config::Backfill;
 use crate::disk::{
-    AcquireOutcome, Disk, FileLock, HeartbeatWatch, Leadership, LeasedArtifact, LocalFile, MissingFiles, PendingUpload,
+    AcquireOutcome, Disk, FileLock, HeartbeatWatch, Leadership, LeasedArtifact, LocalFile, MissingFiles, NO_REMOTE,
+    PendingUpload,
 };
 use crate::error::{Context, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
@@ -85,7 +88,7 @@ impl Cache {
         to_download: &mut BTreeMap<String, DownloadFile>,
     ) -> Option<StreamingUpload> {
         let is_immediate = matches!(self.backfill_mode(), Backfill::Wait | Backfill::Background) && self.may_backfill();
-        let is_new = plan.remote.is_none() && !plan.remote_unusable && !plan.remote_unmanaged;
+        let is_new = plan.remote.is_none() && !plan.remote_unusable && !plan.remote_unmanaged && !plan.origin_in_remote;
         let remote = self.0.remote.as_ref().filter(|_| is_immediate && is_new && !to_download.is_empty())?;
         let files = to_download.values().map(|file| (file.path.clone(), file.partial_file.clone())).collect();
         let (streaming_upload, sink) = StreamingUpload::start(remote, plan.listing.clone(), files);
@@ -235,8 +238,19 @@ impl Cache {
         let published =
             remote.publish_pending(&listing, &files, options, pending, progress).await.context(key, Tier::Remote)?;
         // Only after the publish: a crash before it leaves the upload pending.
-        self.remove_pending_files(remote, key, &missing.files).await?;
+        self.record_uploaded(remote, key, missing.files.clone()).await?;
         Ok(published)
+    }
+
+    /// Records that the remote has these files, so that they are not pending and not the only copies.
+    pub(super) async fn record_uploaded(
+        &self,
+        remote: &Remote,
+        key: &ArtifactKey,
+        files: BTreeSet<FilePath>,
+    ) -> Result<()> {
+        let (key, url) = (key.clone(), remote.url().to_owned());
+        self.on_disk(move |disk| disk.record_uploaded(&key, &url, &files)).await
     }
 
     /// Removes the pending upload if the error is permanent. Returns true if it is.
@@ -256,12 +270,13 @@ impl Cache {
         true
     }
 
-    /// Returns the pending uploads to any remote.
+    /// Returns the pending uploads to any remote, and the artifacts that were put while no remote was configured.
     pub async fn pending_backfills(&self) -> Result<Vec<PendingBackfill>> {
         self.on_disk(pending).await
     }
 
-    /// Completes all pending uploads to the configured remote. If one fails, the others are still attempted, unless the
+    /// Completes all pending uploads to the configured remote, and uploads the artifacts that were put while no remote
+    /// was configured. If one fails, the others are still attempted, unless the
     /// error concerns the remote as a whole: `Unavailable`, `Unauthorized` or `Invalid`.
     ///
     /// # Errors
@@ -273,6 +288,13 @@ impl Cache {
         };
         remote.ensure_read_write("run it on a machine that may write to the remote")?;
         let _guard = self.0.backfills.completing.lock().await;
+        let url = remote.url().to_owned();
+        self.on_disk(move |disk| {
+            let pending = disk.pending_uploads()?;
+            let mut without_remote = pending.iter().filter(|pending| pending.remote == NO_REMOTE);
+            without_remote.try_for_each(|pending| disk.request_upload(&pending.key, &url))
+        })
+        .await?;
         self.complete_all(remote, progress).await
     }
 
@@ -472,14 +494,19 @@ fn is_permanent(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::Conflict | ErrorKind::Corrupt)
 }
 
-/// Returns the pending uploads to any remote. Blocks.
+/// Returns the pending uploads to any remote, and the artifacts that were put while no remote was configured. Blocks.
 pub(super) fn pending(disk: &Disk) -> Result<Vec<PendingBackfill>> {
     let report = |PendingUpload { key, remote, missing }: PendingUpload| {
         let manifest = disk.manifest(&key).ok().flatten();
         let entries = manifest.iter().flat_map(|manifest| &manifest.files);
         let held = entries.filter(|(path, entry)| missing.files.contains(*path) && entry.held.is_some());
         let bytes = held.map(|(_, entry)| entry.size).sum();
+        let remote = Some(remote).filter(|remote| remote != NO_REMOTE);
         PendingBackfill { reference: key.to_string(), key, remote, files: missing.files.len(), bytes }
     };
-    Ok(disk.pending_uploads()?.into_iter().map(report).collect())
+    let mut pending: Vec<_> = disk.pending_uploads()?.into_iter().map(report).collect();
+    // If the upload of an artifact without a remote was requested and failed, list it under that remote only.
+    let requested: BTreeSet<_> = pending.iter().filter(|p| p.remote.is_some()).map(|p| p.key.clone()).collect();
+    pending.retain(|pending| pending.remote.is_some() || !requested.contains(&pending.key));
+    Ok(pending)
 }

@@ -4,9 +4,8 @@
 
 use super::resolve::LookupPolicy;
 use super::{Cache, EvictReport, EvictTier, GetOptions};
-use crate::error::{Context, ErrorKind, Result, Tier};
+use crate::error::{Context, Error, ErrorKind, Result, Tier};
 use crate::key::ArtifactKey;
-use crate::origin;
 use crate::reference::{Pointer, Reference, Target};
 use crate::remote::RefKind;
 use crate::source::Source;
@@ -17,7 +16,7 @@ impl Cache {
     /// it last resolved to on this machine.
     ///
     /// # Errors
-    /// `Conflict` while the artifact is leased, or while another writer publishes it on the remote; `Invalid` for a
+    /// `NotFound` if none of the selected tiers has it; `Conflict` while the artifact is leased, or while another writer publishes it on the remote; `Invalid` for a
     /// tag.
     pub async fn evict(&self, reference: &Reference, tier: EvictTier, dry_run: bool) -> Result<EvictReport> {
         // A tag is not resolved, because it may have moved since this machine resolved it last. Only the version with
@@ -33,6 +32,7 @@ impl Cache {
         }
         // List the refs before the version is removed, so that they can be removed with it.
         let refs = if tier == EvictTier::Disk { Vec::new() } else { self.refs_to(&key).await? };
+        let only_copy = tier != EvictTier::Remote && self.is_only_copy(&key).await?;
         // Step 1: evict from disk. This fails if the artifact is leased or pinned.
         let disk_bytes = match tier {
             EvictTier::All | EvictTier::Disk => self.evict_disk(&key, dry_run).await.context(&key, Tier::Disk)?,
@@ -58,7 +58,7 @@ impl Cache {
             },
             _ => None,
         };
-        // Neither tier has a version of this name, so the name may be a tag.
+        // None of these tiers has a version of this name, so the name may be a tag.
         if disk_bytes.is_none() && remote_bytes.is_none() {
             self.refuse_tag(&key).await?;
         }
@@ -69,13 +69,24 @@ impl Cache {
         let origin_can_give_back = match origin {
             _ if remote_stays => true,
             // A commit or a digest can be fetched again. Objects in a bucket may have been replaced.
-            Some(_) if key.name.scheme().is_some_and(origin::keeps_versions) => true,
+            Some(_) if key.name.has_origin_with_versions() => true,
             Some(origin) if dry_run && tier != EvictTier::Disk => matches!(origin.manifest().await, Ok(Some(_))),
             _ => false,
         };
-        let tags =
+        let tags: Vec<_> =
             refs.into_iter().filter(|remote_ref| remote_ref.kind == RefKind::Tag).map(|tag| tag.revision).collect();
-        Ok(EvictReport { key, dry_run, disk_bytes, remote_bytes, origin_can_give_back, tags })
+        if disk_bytes.is_none() && remote_bytes.is_none() && tags.is_empty() {
+            return Err(not_there(&key, tier));
+        }
+        let is_on_remote = remote_bytes.is_some() || !tags.is_empty();
+        let remote = self.0.remote.as_ref().filter(|_| is_on_remote).map(|remote| remote.url().to_owned());
+        Ok(EvictReport { key, dry_run, disk_bytes, remote_bytes, remote, only_copy, origin_can_give_back, tags })
+    }
+
+    /// Returns true if the artifact is on disk and no other tier is known to have it.
+    pub(super) async fn is_only_copy(&self, key: &ArtifactKey) -> Result<bool> {
+        let key = key.clone();
+        self.on_disk(move |disk| disk.is_only_copy(&key)).await
     }
 
     /// Evicts `key` from disk. Returns the bytes that were removed, or `None` if the artifact is not on disk.
@@ -123,4 +134,14 @@ impl Cache {
         (!is_version && key.name.scheme().is_none())
             .then(|| Pointer { name: key.name.clone(), revision: key.version.to_string() })
     }
+}
+
+/// Returns the error for an artifact that none of the selected tiers has.
+fn not_there(key: &ArtifactKey, tier: EvictTier) -> Error {
+    let (message, list) = match tier {
+        EvictTier::All => ("neither on disk nor on the remote", "modelcache ls"),
+        EvictTier::Disk => ("not on disk", "modelcache ls"),
+        EvictTier::Remote => ("not on the remote", "modelcache ls --remote"),
+    };
+    Error::not_found(message).artifact(key).hint(format!("`{list}` lists what is there"))
 }

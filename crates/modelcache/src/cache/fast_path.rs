@@ -26,6 +26,10 @@ impl Cache {
         };
         let (placed, policy) = (self.0.origins.placed(reference), self.policy(options));
         let key = placed.exact_key().or_else(|| self.cached_key(&placed, policy)).filter(|_| !options.verify)?;
+        // A refresh compares a bare version with the remote's manifest.
+        if options.refresh && key.name.scheme().is_none() {
+            return None;
+        }
         let leased = {
             let _phase = progress.enter(Phase::Acquire, 0);
             self.0.disk.try_acquire_fast(&key, &selection)?

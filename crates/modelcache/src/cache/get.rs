@@ -277,9 +277,12 @@ impl Cache {
     /// Returns the upload of the files that the remote lacks or has with wrong bytes. Moves the streaming upload out of
     /// `staged` into it. Returns `None` if there are no such files, or if they must not be uploaded.
     fn backfill_job(&self, plan: &FillPlan, staged: &mut StagedFill) -> Option<BackfillJob> {
-        if !self.may_backfill() || plan.remote_unmanaged {
+        if !self.may_backfill() || plan.remote_unmanaged || plan.origin_in_remote {
             let key = &plan.listing.key;
-            tracing::debug!(%key, "no backfill: there is no writable remote, or its objects are unmanaged");
+            tracing::debug!(
+                %key,
+                "no backfill: there is no writable remote, its objects are unmanaged, or they are what the origin reads"
+            );
             return None;
         }
         // The remote contradicts the origin or refused a request. If it is only unreachable, a later run can upload the

@@ -25,6 +25,7 @@ mod prewarm;
 mod prune;
 mod put;
 mod queries;
+mod replaced;
 mod report;
 mod request;
 mod resolve;
@@ -36,7 +37,7 @@ mod verify;
 pub use report::{
     Artifact, BackfillReport, BytesByTier, EvictReport, EvictTier, GetAnswer, GetOptions, GetPlan, GetReport,
     InspectedFile, Inspection, Listed, PendingBackfill, PinReport, Pinned, PlannedFile, PlannedPrewarm, PrewarmPlan,
-    PutOptions, PutReport, PutTier, Stats, TagReport,
+    PutOptions, PutReport, PutTier, RemoteSurvey, Stats, TagReport,
 };
 
 pub use builder::CacheBuilder;
@@ -84,12 +85,16 @@ struct Inner {
 }
 
 impl Cache {
-    /// Opens the cache. Creates the local directory if it does not exist. Sends no request over the network.
+    /// Opens the cache. Creates the local directory if it does not exist, unless the configuration forbids that; then the
+    /// cache is empty and read-only. Sends no request over the network.
     ///
     /// # Errors
     /// `Directory` if the local directory cannot be used; `Invalid` if the configuration of the remote is wrong.
     pub fn open(config: Config) -> Result<Self> {
-        let disk = Disk::open(&config.dir, config.max_bytes, config.min_free_bytes, config.shared)?;
+        let disk = match config.create_dir || config.dir.exists() {
+            true => Disk::open(&config.dir, config.max_bytes, config.min_free_bytes, config.shared)?,
+            false => Disk::open_absent(&config.dir, config.max_bytes, config.min_free_bytes)?,
+        };
         Self::with_disk(disk, config)
     }
 

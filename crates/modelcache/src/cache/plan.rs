@@ -47,6 +47,9 @@ pub(super) struct FillPlan {
     /// True if the files on the remote are unmanaged objects. They are read only while they are unchanged since they
     /// were listed, and never written.
     pub(super) remote_unmanaged: bool,
+    /// True if the origin reads from the bucket or folder of the remote, so that a backfill would only copy the files
+    /// within it.
+    pub(super) origin_in_remote: bool,
     sources: BTreeMap<FilePath, Vec<Arc<dyn Source>>>,
     read_gates: BTreeMap<FilePath, ReadGate>,
 }
@@ -163,6 +166,9 @@ impl Cache {
         // recorded in its manifest.
         keep_ladders_from_disk(&mut listing, tier_manifests.disk.as_ref());
         let remote_unusable = tier_manifests.remote_failure.is_some() || self.remote_within(request.max_tier).is_none();
+        let store = request.origin.as_ref().and_then(|origin| origin.store());
+        let origin_in_remote =
+            self.0.remote.as_ref().is_some_and(|remote| store.is_some_and(|store| remote.contains(&store)));
         let is_down = |error: &Error| error.kind() == ErrorKind::Unavailable;
         let remote_down = tier_manifests.remote_failure.as_ref().is_some_and(is_down);
         Ok(FillPlan {
@@ -173,6 +179,7 @@ impl Cache {
             policy: request.policy(),
             remote_down,
             remote_unmanaged: tier_manifests.remote_unmanaged,
+            origin_in_remote,
             sources,
             read_gates,
         })

@@ -10,8 +10,8 @@
 
 use super::{Cache, PutOptions, PutReport, PutTier};
 use crate::disk::{
-    InputFile, InputReader, LocalFile, RootedPath, StagedFile, Staging, copy_input, format_of, hash_input, list_input,
-    staged_name,
+    InputFile, InputReader, LocalFile, MissingFiles, NO_REMOTE, RootedPath, StagedFile, Staging, copy_input, format_of,
+    hash_input, list_input, staged_name,
 };
 use crate::error::{Context, Error, ErrorKind, Result, Tier};
 use crate::format::{self, Format};
@@ -20,6 +20,7 @@ use crate::manifest::{FileEntry, FileIdentity, Manifest, Shape};
 use crate::progress::{Phase, Progress};
 use crate::remote::{Multipart, PendingPublish, PublishOptions, Published, Remote};
 use crate::runtime::blocking;
+use crate::selection::Selection;
 use futures::{StreamExt, TryStreamExt, stream};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -67,9 +68,10 @@ impl Cache {
         let started = Instant::now();
         // Checks that do not read whole files come first.
         let remote = self.remote_for_put(options)?;
-        let (source, expected) = (path.to_owned(), options.expect);
+        let (source, expected, follow_links) = (path.to_owned(), options.expect, options.follow_links);
+        let excluded = Selection::globs(&[], &options.exclude)?;
         let (shape, inputs) = blocking(move || {
-            let (shape, inputs) = list_input(&source)?;
+            let (shape, inputs) = list_input(&source, &excluded, follow_links)?;
             expected.map_or(Ok(()), |expected| check_formats(expected, shape, &inputs)).map(|()| (shape, inputs))
         })
         .await?;
@@ -139,11 +141,15 @@ impl Cache {
             let _phase = progress.enter(Phase::Publish, 0);
             let manifest = manifest.clone();
             let leased = self.on_disk(move |disk| disk.publish(staging, &manifest, &files)).await?;
-            self.sync(key, &crate::Selection::all()).await?;
+            self.sync(key, &Selection::all()).await?;
             leased
         };
+        // Under the lease, so that no eviction comes in between.
+        if self.0.remote.is_none() {
+            self.record_only_copy(&manifest).await?;
+        };
         drop(leader);
-        Ok((manifest, published, Some(leased.path(&crate::Selection::all()))))
+        Ok((manifest, published, Some(leased.path(&Selection::all()))))
     }
 
     /// Publishes on the remote only. The files are uploaded from their own paths.
@@ -274,6 +280,15 @@ impl Cache {
         .await
     }
 
+    /// Records that no other tier has the artifact, so that it is not evicted to make room.
+    async fn record_only_copy(&self, manifest: &Manifest) -> Result<()> {
+        let digest = |(path, entry): (&FilePath, &FileEntry)| Some((path.clone(), entry.sha256?));
+        let files = manifest.files.keys().cloned().collect();
+        let digests = manifest.files.iter().filter_map(digest).collect();
+        let (key, missing) = (manifest.key.clone(), MissingFiles { files, digests, ..MissingFiles::default() });
+        self.on_disk(move |disk| disk.record_pending_upload(&key, NO_REMOTE, &missing)).await
+    }
+
     /// Evicts the old content from disk. Called after the publish on the remote, so that the old content stays if that
     /// fails.
     async fn evict_replaced(&self, key: &ArtifactKey) -> Result<()> {
@@ -302,6 +317,10 @@ impl Cache {
         self.metrics().record_health(Tier::Remote, &published);
         let published = published?;
         self.set_remote_usable(true);
+        let uploaded = manifest.files.keys().cloned().collect();
+        if let Err(error) = self.record_uploaded(remote, &manifest.key, uploaded).await {
+            tracing::debug!(%error, "cannot record that the remote has the artifact; a later upload finds it there");
+        }
         Ok(published)
     }
 }

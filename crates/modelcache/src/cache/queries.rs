@@ -2,12 +2,13 @@
 
 use super::backfill::pending;
 use super::plan::manifest_of;
-use super::{Cache, GetOptions, InspectedFile, Inspection, Listed, Stats};
+use super::{Cache, GetOptions, InspectedFile, Inspection, Listed, RemoteSurvey, Stats};
 use crate::disk::{ArtifactDir, Lower, ScannedArtifact};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, Manifest, Shape};
 use crate::reference::{Reference, Target};
+use crate::remote::RemoteListing;
 use crate::selection::Selection;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -34,19 +35,27 @@ impl Cache {
     /// # Errors
     /// `Invalid` if no remote is configured.
     pub async fn list_remote(&self) -> Result<Vec<Listed>> {
+        Ok(self.survey_remote().await?.artifacts)
+    }
+
+    /// Lists the artifacts on the remote as [`list_remote`](Self::list_remote) does, and what else is there.
+    ///
+    /// # Errors
+    /// `Invalid` if no remote is configured.
+    pub async fn survey_remote(&self) -> Result<RemoteSurvey> {
         let Some(remote) = &self.0.remote else {
             return Err(Error::invalid("no remote is configured")
                 .hint("set MODEL_CACHE_REMOTE, for instance s3://bucket/prefix"));
         };
-        let (manifests, tags) = remote.list_with_tags().await?;
+        let RemoteListing { manifests, tags, longer_prefixes, unmanaged_folders } = remote.list_with_tags().await?;
         let tags_of = |key: &ArtifactKey| {
             let tags = tags.iter().filter(|(name, tag)| *name == key.name && tag.version == key.version);
             tags.map(|(_, tag)| tag.revision.clone()).collect()
         };
         let row = |manifest: &Manifest| Listed { tags: tags_of(&manifest.key), ..list_entry(manifest, None) };
-        let mut rows: Vec<Listed> = manifests.iter().map(row).collect();
-        rows.sort_by(|a, b| a.key.cmp(&b.key));
-        Ok(rows)
+        let mut artifacts: Vec<Listed> = manifests.iter().map(row).collect();
+        artifacts.sort_by(|a, b| a.key.cmp(&b.key));
+        Ok(RemoteSurvey { artifacts, longer_prefixes, unmanaged_folders })
     }
 
     /// Returns what the manifests on disk, in the lower directory and on the remote record about one artifact. An error
@@ -123,7 +132,9 @@ impl Cache {
             let manifests: Vec<&Manifest> =
                 artifacts.iter().filter_map(|artifact| artifact.manifest.as_ref()).collect();
             let pinned = |artifact: &&ScannedArtifact| matches!(disk.pin_in(&artifact.dir), Ok(Some(_)));
-            let pending = pending(disk)?;
+            // An artifact that was put without a remote waits for no upload.
+            let mut pending = pending(disk)?;
+            pending.retain(|pending| pending.remote.is_some());
             let held_files =
                 |manifest: &&Manifest| manifest.files.values().filter(|entry| entry.held.is_some()).count();
             Ok(Stats {

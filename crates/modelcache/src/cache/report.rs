@@ -213,6 +213,11 @@ pub struct PutOptions {
     pub expect: Option<Format>,
     /// Write `<file>.sha256` beside every object on the remote.
     pub sidecars: bool,
+    /// Leave out files of a folder that match one of these patterns, which are those of
+    /// [`Selection`](crate::Selection).
+    pub exclude: Vec<String>,
+    /// Publish what symbolic links to files and folders outside the folder point to, instead of refusing such links.
+    pub follow_links: bool,
     /// Point this tag to the version after it is published, as [`Cache::tag`](super::Cache::tag) does. A tag that
     /// cannot be set is refused before anything is published.
     pub tag: Option<Version>,
@@ -251,7 +256,7 @@ pub struct PutReport {
     pub tag: Option<TagReport>,
 }
 
-/// A pending upload: files of one artifact that one remote still lacks.
+/// A pending upload: files of one artifact that one remote still lacks, or that are kept on this disk only.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct PendingBackfill {
     /// The key of the artifact.
@@ -259,8 +264,8 @@ pub struct PendingBackfill {
     pub key: ArtifactKey,
     /// The reference to the artifact.
     pub reference: String,
-    /// The address of the remote.
-    pub remote: String,
+    /// The address of the remote; `None` if the artifact was put while no remote was configured.
+    pub remote: Option<String>,
     /// Number of missing files.
     pub files: usize,
     /// Total size in bytes of those that are on this disk.
@@ -310,6 +315,11 @@ pub struct EvictReport {
     pub disk_bytes: Option<u64>,
     /// Bytes removed from the remote; `None` if the artifact was not there or the remote was not selected.
     pub remote_bytes: Option<u64>,
+    /// The address of the remote from which it was removed; `None` if nothing was removed there.
+    pub remote: Option<String>,
+    /// True if the copy on disk is removed and no other tier is known to have the artifact: it was put without a remote,
+    /// or its upload is pending and its origin does not keep old versions.
+    pub only_copy: bool,
     /// True if a later get can fetch the artifact again, from an origin or from unmanaged objects that stay on the
     /// remote.
     pub origin_can_give_back: bool,
@@ -405,6 +415,17 @@ pub struct PinReport {
     /// The pin that was set or removed; `None` if there was none to remove.
     #[serde(serialize_with = "pin")]
     pub pin: Option<Pin>,
+}
+
+/// Result of [`Cache::survey_remote`](super::Cache::survey_remote).
+#[derive(Debug, Clone, Default)]
+pub struct RemoteSurvey {
+    /// The published artifacts, sorted by key.
+    pub artifacts: Vec<Listed>,
+    /// The number of artifacts that were published under a longer prefix, by the part that the remote's address lacks.
+    pub longer_prefixes: BTreeMap<String, usize>,
+    /// The folders, directly below the remote's prefix, in which other tools put objects.
+    pub unmanaged_folders: BTreeSet<String>,
 }
 
 /// One artifact in a list of [`Cache::list`](super::Cache::list) or [`Cache::list_remote`](super::Cache::list_remote).

@@ -113,7 +113,12 @@ impl Cache {
             Some(file) => Selection::file(file.clone()),
             None => options.selection.clone(),
         };
-        let Resolution { key, origin, tag_record, remote, .. } = self.resolution(reference, policy).await?;
+        let resolution = self.resolution(reference, policy).await?;
+        // A call that downloads nothing does not share versions, and changes nothing on disk.
+        if policy.refresh && policy.share_versions {
+            self.evict_if_replaced(&resolution, policy).await?;
+        }
+        let Resolution { key, origin, tag_record, remote, .. } = resolution;
         // The content of a tagged version must still be the content that was tagged.
         if let Some(tag_record) = &tag_record {
             self.check_tagged(&key, tag_record).await?;
@@ -305,5 +310,10 @@ impl Source for TemplateOrigin {
     fn stated_by(&self, path: &FilePath) -> Option<String> {
         let (source, _) = self.located.get()?.as_ref()?;
         source.stated_by(path)
+    }
+
+    fn store(&self) -> Option<String> {
+        let (source, _) = self.located.get()?.as_ref()?;
+        source.store()
     }
 }

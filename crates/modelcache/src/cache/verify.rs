@@ -10,7 +10,7 @@ use crate::disk::{LocalFile, Purpose, RootedPath, VerifyItem, VerifyRun};
 use crate::error::{Context, Error, Result, Tier};
 use crate::finding::{Finding, Problem, Verified};
 use crate::key::{ArtifactKey, FilePath};
-use crate::manifest::Manifest;
+use crate::manifest::{FileEntry, Manifest};
 use crate::progress::{Phase, Progress};
 use crate::reference::Reference;
 use crate::remote::{PublishOptions, Remote};
@@ -230,7 +230,13 @@ impl Verification {
                 Ok(has_result.then_some(verified))
             }
             Subject::Artifact { key, reference } => match target.tier {
-                Tier::Remote => self.verify_on_remote(key, reference.as_ref(), progress).await,
+                Tier::Remote => {
+                    let mut verified = self.verify_on_remote(key, reference.as_ref(), progress).await?;
+                    if let Some(verified) = verified.as_mut().filter(|_| self.options.tier == VerifyTier::All) {
+                        verified.findings.extend(self.differences(key).await?);
+                    }
+                    Ok(verified)
+                }
                 _ => self.verify_on_disk(key, reference.as_ref(), progress).await.context(key, Tier::Disk),
             },
         }
@@ -318,6 +324,42 @@ impl Verification {
             Err(error) => record_repair(&mut verified.findings, |_| true, Err(error)),
         }
         Ok(Some(verified))
+    }
+
+    /// Returns the files of which disk and remote record different content, if both have the artifact.
+    async fn differences(&self, key: &ArtifactKey) -> Result<Vec<Finding>> {
+        let (disk, owned_key) = (self.cache.0.disk.clone(), key.clone());
+        let local = blocking(move || disk.manifest(&owned_key)).await?;
+        let (Some(local), Ok(Some(published))) = (local, self.remote()?.source(key).manifest().await) else {
+            // A manifest that cannot be read is among the other findings.
+            return Ok(Vec::new());
+        };
+        if local.agrees_with(&published).is_ok() {
+            return Ok(Vec::new());
+        }
+        let paths: BTreeSet<&FilePath> = local.files.keys().chain(published.files.keys()).collect();
+        let finding = |path: &FilePath| {
+            let [found, expected] = [&local, &published].map(|manifest| manifest.files.get(path));
+            let digest = |entry: Option<&FileEntry>| entry.and_then(|entry| entry.sha256);
+            // An unknown digest does not contradict any other.
+            let contradicts = matches!((digest(found), digest(expected)), (Some(a), Some(b)) if a != b);
+            let is_same = found.map(|entry| entry.size) == expected.map(|entry| entry.size) && !contradicts;
+            (!is_same).then(|| Finding {
+                expected: digest(expected),
+                found: digest(found),
+                detail: match (found, expected) {
+                    (None, _) => Some("only the remote lists it".into()),
+                    (_, None) => Some("only this disk lists it".into()),
+                    _ => None,
+                },
+                remedy: Some(format!(
+                    "`modelcache get {key} --refresh` replaces the copy on this disk, `modelcache put {key} PATH --force` \
+                     the one on the remote"
+                )),
+                ..Finding::new(Some(path.clone()), Problem::TiersDiffer)
+            })
+        };
+        Ok(paths.into_iter().filter_map(finding).collect())
     }
 
     /// Returns true if the disk holds all files in `bad`, or all files of the artifact if `all_files` is set.

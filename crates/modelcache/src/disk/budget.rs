@@ -85,6 +85,8 @@ pub(crate) struct BudgetGuard<'disk> {
     changing: Vec<ArtifactDir>,
     /// Number of links from staging and quarantine, by inode; `None` until they are counted at the first use.
     private_links: Option<HashMap<u64, u64>>,
+    /// The key hashes of the artifacts with a pending upload; `None` until they are listed at the first use.
+    pending_hashes: Option<HashSet<String>>,
     /// Blobs that were hashed before the lock was taken and had the right bytes, with their identity at that time.
     pub(super) verified_before: Vec<(Digest, FileIdentity)>,
 }
@@ -141,6 +143,7 @@ impl Disk {
             index_is_current: false,
             changing: Vec::new(),
             private_links: None,
+            pending_hashes: None,
             verified_before: Vec::new(),
         };
         match record {
@@ -405,10 +408,14 @@ impl BudgetGuard<'_> {
             }
             let obstacle = match self.disk.lease_or_pin(&artifact.dir)? {
                 Some(reason) => Some(reason),
+                None if self.is_only_copy(&artifact)? => Some(InTheWay::OnlyCopy),
                 None => self.reason_to_spare(&artifact)?,
             };
             match obstacle {
-                Some(reason) => search.obstacles.add(format!("{} is {reason}", artifact.name()), reason.is_transient()),
+                Some(reason) => {
+                    search.obstacles.only_copies |= reason == InTheWay::OnlyCopy;
+                    search.obstacles.add(format!("{} is {reason}", artifact.name()), reason.is_transient());
+                }
                 None => {
                     freed += self.bytes_freed_by(&artifact, &mut removed_links)?;
                     victims.push(artifact);
@@ -484,7 +491,15 @@ impl BudgetGuard<'_> {
                 "free space on this filesystem, lower MODEL_CACHE_MIN_FREE_BYTES, or point MODEL_CACHE_DIR to a larger one"
             }
         };
-        Error::new(ErrorKind::Full, message).tier(Tier::Disk).transient(obstacles.transient).hint(hint)
+        let only_copies = match obstacles.only_copies {
+            true => {
+                "; only copies: upload them (set MODEL_CACHE_REMOTE, then `modelcache backfill`), or remove them \
+                 (`modelcache evict NAME@VERSION --tier disk --yes`)"
+            }
+            false => "",
+        };
+        let error = Error::new(ErrorKind::Full, message).tier(Tier::Disk).transient(obstacles.transient);
+        error.hint(format!("{hint}{only_copies}"))
     }
 
     /// Evicts one artifact, unless it is leased or pinned, or was used since it was scanned.
@@ -510,6 +525,16 @@ impl BudgetGuard<'_> {
         tracing::info!(artifact = artifact.name(), freed_bytes = freed, "evicted");
         self.disk.metrics().record_eviction(freed);
         Ok(Evicted::Freed(freed))
+    }
+
+    /// Returns true if no other tier is known to have the artifact: an upload of it is pending, or it was put without a
+    /// remote, and it has no origin that keeps old versions.
+    pub(super) fn is_only_copy(&mut self, artifact: &ScannedArtifact) -> Result<bool> {
+        let pending = match self.pending_hashes.take() {
+            Some(hashes) => hashes,
+            None => self.disk.pending_hashes()?,
+        };
+        Ok(artifact.is_only_copy(self.pending_hashes.insert(pending)))
     }
 
     /// Returns the reason not to evict this artifact when room is made; `None` if it may be evicted.
@@ -769,6 +794,13 @@ impl BudgetGuard<'_> {
 }
 
 impl ScannedArtifact {
+    /// Returns true if no other tier is known to have the artifact. `pending` is the result of
+    /// [`Disk::pending_hashes`].
+    pub(super) fn is_only_copy(&self, pending: &HashSet<String>) -> bool {
+        let is_at_origin = self.manifest.as_ref().is_some_and(|m| m.key.name.has_origin_with_versions());
+        !is_at_origin && pending.contains(&self.dir.hash())
+    }
+
     /// Returns the manifest entry of the file at `view`.
     fn entry_of(&self, view: &RootedPath) -> Option<&FileEntry> {
         let path = FilePath::new(view.below(&self.dir.files())?.to_str()?).ok()?;
@@ -804,6 +836,8 @@ struct Obstacles {
     descriptions: Vec<String>,
     /// True if at least one of them may go away by itself.
     transient: bool,
+    /// True if at least one of them is the only copy of an artifact.
+    only_copies: bool,
 }
 
 impl Obstacles {

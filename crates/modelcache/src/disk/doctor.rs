@@ -75,7 +75,7 @@ fn examine_root(root: &Path, config: &Config, checks: &mut Vec<Check>) {
 }
 
 /// Returns the first of `root` and the paths above it that exists. It may not be a folder.
-fn nearest_existing(root: &Path) -> Option<PathBuf> {
+pub(super) fn nearest_existing(root: &Path) -> Option<PathBuf> {
     root.ancestors().find(|path| fs::symlink_metadata(path).is_ok()).map(Path::to_owned) // outside the root
 }
 

@@ -3,6 +3,7 @@
 //! The caller's files are read once and never changed. A file that changes while it is read is refused, so that no
 //! mixture of old and new bytes is published.
 
+use super::materialize::MARKER;
 use super::{RootedPath, StagedFile, StagedFileSpec, StagedWriter, files, identity};
 use crate::digest::{Digest, Provenance};
 use crate::error::{Error, ErrorKind, Result};
@@ -12,6 +13,7 @@ use crate::ladder::{Ladder, LadderHasher, PartHasher, part_size};
 use crate::limits;
 use crate::manifest::{FileDetails, FileEntry, FileIdentity, Shape};
 use crate::progress::Progress;
+use crate::selection::Selection;
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -179,11 +181,13 @@ fn changed(input: &InputFile) -> Error {
         .hint("put it again when it is complete")
 }
 
-/// Returns the files at `path`, which is a file or a folder. Symbolic links are followed.
+/// Returns the files at `path`, which is a file or a folder, without those that `excluded` excludes and without the marker
+/// of a materialized folder. Symbolic links are followed; with `follow_links`, also those to targets outside the folder.
 ///
 /// # Errors
-/// Fails if a link points to a folder above it or to nothing, or if an entry is neither a file nor a folder.
-pub(crate) fn list_input(path: &Path) -> Result<(Shape, Vec<InputFile>)> {
+/// Fails if a link points to a folder above it or to nothing, or out of the folder without `follow_links`, or if an entry
+/// is neither a file nor a folder.
+pub(crate) fn list_input(path: &Path, excluded: &Selection, follow_links: bool) -> Result<(Shape, Vec<InputFile>)> {
     let metadata = fs::metadata(path).map_err(|cause| unreadable(path, cause))?;
     if metadata.is_file() {
         let name = path.file_name().and_then(|name| name.to_str());
@@ -200,8 +204,9 @@ pub(crate) fn list_input(path: &Path) -> Result<(Shape, Vec<InputFile>)> {
     if !metadata.is_dir() {
         return Err(neither_file_nor_folder(path).hint("put a file or a folder"));
     }
-    let mut inputs = Vec::new();
-    list_folder(path, "", &mut vec![canonical(path)?], &mut inputs)?;
+    let (root, mut inputs) = (canonical(path)?, Vec::new());
+    let boundary = (!follow_links).then_some(root.as_path());
+    list_folder(path, "", (boundary, excluded), &mut vec![root.clone()], &mut inputs)?;
     if inputs.is_empty() {
         return Err(
             Error::invalid(format!("{} holds no files", path.display())).hint("an artifact has at least one file")
@@ -210,9 +215,15 @@ pub(crate) fn list_input(path: &Path) -> Result<(Shape, Vec<InputFile>)> {
     Ok((Shape::Tree, inputs))
 }
 
-/// Adds the files below `folder` to `inputs`, sorted by name. `ancestors` has the real paths of `folder` and of the
-/// folders that lead to it.
-fn list_folder(folder: &Path, prefix: &str, ancestors: &mut Vec<PathBuf>, inputs: &mut Vec<InputFile>) -> Result<()> {
+/// Adds the files below `folder` to `inputs`, sorted by name. No link may lead out of the folder `boundary`, if there is
+/// one. `ancestors` has the real paths of `folder` and of the folders that lead to it.
+fn list_folder(
+    folder: &Path,
+    prefix: &str,
+    (boundary, excluded): (Option<&Path>, &Selection),
+    ancestors: &mut Vec<PathBuf>,
+    inputs: &mut Vec<InputFile>,
+) -> Result<()> {
     let mut entries: Vec<_> = fs::read_dir(folder)
         .and_then(|entries| entries.collect::<std::io::Result<_>>())
         .map_err(|cause| unreadable(folder, cause))?;
@@ -221,6 +232,10 @@ fn list_folder(folder: &Path, prefix: &str, ancestors: &mut Vec<PathBuf>, inputs
         let from = entry.path();
         let name = entry.file_name();
         let name = name.to_str().ok_or_else(|| not_utf8(&from))?;
+        let path = format!("{prefix}{name}");
+        if path == MARKER || excluded.excludes(&path) {
+            continue;
+        }
         let metadata = fs::metadata(&from).map_err(|cause| match cause.kind() {
             std::io::ErrorKind::NotFound => {
                 Error::invalid(format!("the symbolic link {} points to nothing", from.display()))
@@ -228,7 +243,19 @@ fn list_folder(folder: &Path, prefix: &str, ancestors: &mut Vec<PathBuf>, inputs
             }
             _ => unreadable(&from, cause),
         })?;
-        let path = format!("{prefix}{name}");
+        if let Some(boundary) = boundary
+            && entry.file_type().map_err(|cause| unreadable(&from, cause))?.is_symlink()
+        {
+            let target = canonical(&from)?;
+            if !target.starts_with(boundary) {
+                let (link, target) = (from.display(), target.display());
+                return Err(Error::invalid(format!("{link} is a symbolic link to {target}, outside the folder"))
+                    .hint("--follow-links publishes what such links point to; --exclude leaves one out"));
+            }
+        }
+        if metadata.is_dir() && excluded.excludes(&format!("{path}/")) {
+            continue;
+        }
         if metadata.is_dir() {
             // If a link points to a folder that is being listed, the listing would never end.
             let real = canonical(&from)?;
@@ -237,7 +264,7 @@ fn list_folder(folder: &Path, prefix: &str, ancestors: &mut Vec<PathBuf>, inputs
                     .hint("remove that link"));
             }
             ancestors.push(real);
-            list_folder(&from, &format!("{path}/"), ancestors, inputs)?;
+            list_folder(&from, &format!("{path}/"), (boundary, excluded), ancestors, inputs)?;
             ancestors.pop();
         } else if metadata.is_file() {
             inputs.push(InputFile {

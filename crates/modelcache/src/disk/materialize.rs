@@ -28,7 +28,7 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 /// Name of the marker file, which lists the files of a materialized folder. No artifact has a file of this name.
-const MARKER: &str = ".modelcache.json";
+pub(super) const MARKER: &str = ".modelcache.json";
 /// Suffix of the temporary name of the old folder, where the filesystem cannot exchange two folders.
 const OLD: &str = "-old";
 /// Maximum size of a marker file in bytes.

@@ -67,7 +67,7 @@ pub use materialize::{Destination, LinkMode, Materialized};
 pub use misplaced::Misplaced;
 pub use open_file::LocalFile;
 pub(crate) use open_file::{open_staged, restore_readahead};
-pub(crate) use pending_upload::{MissingFiles, PendingUpload};
+pub(crate) use pending_upload::{MissingFiles, NO_REMOTE, PendingUpload};
 pub use pin::{Holder, InTheWay, Pin};
 pub use prune::{KeptArtifact, Leftovers, PruneOptions, PruneReport, PrunedArtifact};
 pub(crate) use publish::StagedFile;
@@ -213,6 +213,27 @@ impl Disk {
         })))
     }
 
+    /// Returns an empty read-only directory in place of the missing one at `root`. Creates nothing.
+    pub(crate) fn open_absent(root: &Path, max_bytes: ByteBound, min_free_bytes: ByteBound) -> Result<Self> {
+        let root = std::path::absolute(root).at("resolve", root)?;
+        let message = format!("there is no cache directory at {}", root.display());
+        let absent = Error::new(ErrorKind::NotFound, message).hint("`modelcache get` and `modelcache put` create it");
+        Ok(Self(Arc::new(DiskState {
+            layout: Layout::new(&root),
+            max_bytes,
+            min_free_bytes,
+            unwritable: Some(absent),
+            locks_are_honest: true,
+            is_local: false,
+            manifests: ManifestCache::default(),
+            pending_syncs: PendingSyncs::default(),
+            leases: Leases::default(),
+            index: Mutex::default(),
+            maintenance: Mutex::default(),
+            metrics: Metrics::default(),
+        })))
+    }
+
     pub(crate) fn layout(&self) -> &Layout {
         &self.0.layout
     }
@@ -265,10 +286,13 @@ impl Disk {
         Ok(bound.bytes(stat.f_blocks * stat.f_frsize))
     }
 
-    /// Returns the size and the free space of the filesystem.
+    /// Returns the size and the free space of the filesystem, on which a missing root would be created.
     fn filesystem(&self) -> Result<rustix::fs::StatVfs> {
         let root = self.layout().root();
-        root.filesystem().at("examine the filesystem of", root)
+        match (root.filesystem(), doctor::nearest_existing(&root.full())) {
+            (Err(_), Some(parent)) => RootedPath::root(&parent).filesystem().at("examine the filesystem of", root),
+            (filesystem, _) => filesystem.at("examine the filesystem of", root),
+        }
     }
 
     /// Returns the manifest of `key`, whether its files are held or not.

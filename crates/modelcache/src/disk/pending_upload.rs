@@ -5,6 +5,9 @@
 //! the artifact is evicted. It is replaced by rename, under the budget lock. The uploading process holds the lock
 //! `<key hash>.backfill`. No process waits for this lock, and a process that leads a fill does not try it.
 //!
+//! An artifact that was put without a remote has such a record, too, under [`NO_REMOTE`]. An artifact with a record is
+//! the only copy, unless its origin keeps old versions: it is not evicted to make room.
+//!
 //! Each user uploads only from their own records, and only files with the recorded digests. Otherwise one user of a
 //! shared directory could publish to the remote with the credentials of another user.
 
@@ -18,10 +21,13 @@ use crate::key::{ArtifactKey, ArtifactName, FilePath, Version};
 use crate::limits;
 use crate::manifest::Manifest;
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 /// Format number of the record. A record with a higher number is not changed.
 const FORMAT: u32 = 1;
+
+/// The address in the record of an artifact that was put while no remote was configured.
+pub(crate) const NO_REMOTE: &str = "";
 
 /// The files of one artifact that one remote still lacks.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,7 +67,7 @@ impl MissingFiles {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct PendingUpload {
     pub(crate) key: ArtifactKey,
-    /// The address of the remote.
+    /// The address of the remote, or [`NO_REMOTE`].
     pub(crate) remote: String,
     pub(crate) missing: MissingFiles,
 }
@@ -84,6 +90,17 @@ struct StoredUploadFields {
     name: ArtifactName,
     version: Version,
     remotes: BTreeMap<String, MissingFiles>,
+}
+
+impl StoredUpload {
+    /// Removes files of one remote.
+    fn remove(&mut self, remote: &str, files: &BTreeSet<FilePath>) {
+        if let Some(recorded) = self.remotes.get_mut(remote) {
+            recorded.files.retain(|path| !files.contains(path));
+            recorded.rewrite.retain(|path| !files.contains(path));
+            recorded.digests.retain(|path, _| !files.contains(path));
+        }
+    }
 }
 
 impl From<StoredUploadFields> for StoredUpload {
@@ -118,13 +135,40 @@ impl Disk {
         remote: &str,
         files: &BTreeSet<FilePath>,
     ) -> Result<()> {
+        self.edit_pending_upload(key, |stored| stored.remove(remote, files))
+    }
+
+    /// Removes files from the record of `key`, because `remote` has them now.
+    pub(crate) fn record_uploaded(&self, key: &ArtifactKey, remote: &str, files: &BTreeSet<FilePath>) -> Result<()> {
+        if read(&self.layout().pending_upload(&key.hash()))?.is_none() {
+            return Ok(());
+        }
         self.edit_pending_upload(key, |stored| {
-            if let Some(recorded) = stored.remotes.get_mut(remote) {
-                recorded.files.retain(|path| !files.contains(path));
-                recorded.rewrite.retain(|path| !files.contains(path));
-                recorded.digests.retain(|path, _| !files.contains(path));
+            stored.remove(remote, files);
+            stored.remove(NO_REMOTE, files);
+        })
+    }
+
+    /// Makes the upload of an artifact that was put without a remote pending for `remote`. The record under
+    /// [`NO_REMOTE`] stays until `remote` has the files, so that a dropped upload leaves the artifact the only copy.
+    pub(crate) fn request_upload(&self, key: &ArtifactKey, remote: &str) -> Result<()> {
+        self.edit_pending_upload(key, |stored| {
+            if let Some(missing) = stored.remotes.get(NO_REMOTE).cloned() {
+                stored.remotes.insert(remote.to_owned(), missing);
             }
         })
+    }
+
+    /// Returns true if `key` is on this disk and no other tier is known to have it.
+    pub(crate) fn is_only_copy(&self, key: &ArtifactKey) -> Result<bool> {
+        let artifact = self.scan_one(&self.layout().artifact(key))?;
+        artifact.map_or(Ok(false), |artifact| Ok(artifact.is_only_copy(&self.pending_hashes()?)))
+    }
+
+    /// Returns the key hashes of the artifacts with a record of any user.
+    pub(super) fn pending_hashes(&self) -> Result<HashSet<String>> {
+        let hash = |path: RootedPath| path.name().split('-').next().map(str::to_owned);
+        Ok(files::entries(&self.layout().pending_uploads())?.into_iter().filter_map(hash).collect())
     }
 
     /// Returns the files of `key` that `remote` lacks; `None` if no upload is pending.
@@ -190,11 +234,15 @@ impl Disk {
             if !path.name().starts_with(hash) {
                 continue;
             }
-            let key = read(&path).ok().flatten().map(|stored| stored.key.to_string());
-            tracing::warn!(
-                artifact = key.as_deref().unwrap_or(hash),
-                "the artifact is evicted before the remote has all its files; the pending upload is removed"
-            );
+            let stored = read(&path).ok().flatten();
+            // Nobody waits for an upload of an artifact that was put without a remote.
+            if stored.as_ref().is_none_or(|stored| stored.remotes.keys().any(|remote| remote != NO_REMOTE)) {
+                let key = stored.map(|stored| stored.key.to_string());
+                tracing::warn!(
+                    artifact = key.as_deref().unwrap_or(hash),
+                    "the artifact is evicted before the remote has all its files; the pending upload is removed"
+                );
+            }
             files::unless_inaccessible(files::remove_file(&path), &path)?;
         }
         Ok(())

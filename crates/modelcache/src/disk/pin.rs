@@ -115,10 +115,8 @@ impl Disk {
     /// `NotFound` if the artifact is not on this disk.
     fn lease_existing(&self, key: &ArtifactKey, dir: &ArtifactDir) -> Result<FileLock> {
         let absent = || {
-            Err(Error::not_found("it is not on this disk")
-                .artifact(key)
-                .tier(Tier::Disk)
-                .hint(format!("make it local first: modelcache get '{key}'")))
+            let hint = format!("`modelcache ls` lists what is there; `modelcache get '{key}'` downloads it");
+            Err(Error::not_found("it is not on this disk").artifact(key).tier(Tier::Disk).hint(hint))
         };
         if files::stat(&dir.manifest())?.is_none() {
             return absent();
@@ -172,6 +170,8 @@ pub enum InTheWay {
     LinkedOutside,
     /// Locks do not exclude on this filesystem, and it was used within the last hour.
     UsedLately,
+    /// No other tier is known to have it.
+    OnlyCopy,
     /// Another user put entries into it that this user cannot remove.
     NotRemovable,
 }
@@ -190,6 +190,7 @@ impl InTheWay {
             Self::JustUsed => "just_used",
             Self::LinkedOutside => "linked_outside",
             Self::UsedLately => "used_lately",
+            Self::OnlyCopy => "only_copy",
             Self::NotRemovable => "not_removable",
         }
     }
@@ -208,6 +209,7 @@ impl fmt::Display for InTheWay {
             Self::JustUsed => f.write_str("just used"),
             Self::LinkedOutside => f.write_str("linked outside the cache, so that no byte would become free"),
             Self::UsedLately => f.write_str("perhaps in use: it was used lately, and locks do not work here"),
+            Self::OnlyCopy => f.write_str("the only copy: it was not uploaded to a remote"),
             Self::NotRemovable => f.write_str("not removable: another user put entries into its folder"),
         }
     }

@@ -5,7 +5,7 @@
 //! under its exclusive lease before it is removed. A dry run changes nothing: it applies the same rules to a table of
 //! link counts in memory. A file with a link outside the cache frees no bytes.
 
-use super::budget::Evicted;
+use super::budget::{BudgetGuard, Evicted};
 use super::files;
 use super::pin::InTheWay;
 use super::rooted::RootedPath;
@@ -26,6 +26,9 @@ pub struct PruneOptions {
     /// Removes the least recently used artifacts until at most this much is used. A percentage refers to the size of
     /// the filesystem.
     pub to: Option<ByteBound>,
+    /// Also removes artifacts that no other tier is known to have: those put without a remote, and those whose upload
+    /// is pending and whose origin does not keep old versions.
+    pub only_copies: bool,
     /// Changes nothing, and only reports what would be removed.
     pub dry_run: bool,
 }
@@ -124,8 +127,9 @@ trait PruneActions {
     fn used(&mut self) -> Result<u64>;
     /// Removes leftovers.
     fn sweep(&mut self) -> Result<Leftovers>;
-    /// Evicts one artifact unless it is leased or pinned. With `for_space`, also keeps it if no byte would become free.
-    fn evict(&mut self, artifact: &ScannedArtifact, for_space: bool) -> Result<Evicted>;
+    /// Evicts one artifact unless it is leased or pinned, or, without `only_copies`, the only copy. With `for_space`,
+    /// also keeps it if no byte would become free.
+    fn evict(&mut self, artifact: &ScannedArtifact, for_space: bool, only_copies: bool) -> Result<Evicted>;
 }
 
 impl Disk {
@@ -155,7 +159,7 @@ impl Disk {
             }
             let reference = artifact.name();
             // An old artifact is evicted even if that frees no bytes.
-            match actions.evict(&artifact, !is_old)? {
+            match actions.evict(&artifact, !is_old, options.only_copies)? {
                 Evicted::Freed(freed_bytes) => {
                     report.evicted.push(PrunedArtifact { reference, last_used: artifact.last_used, freed_bytes });
                 }
@@ -182,16 +186,33 @@ impl Disk {
     /// Returns the bytes that sweeping and evicting everything would free at this moment, except the artifacts in
     /// `kept` and the blobs with the inodes `kept_inodes`.
     pub(super) fn evictable_bytes(&self, kept: &BTreeSet<ArtifactKey>, kept_inodes: &[u64]) -> Result<u64> {
-        let mut dry_run = DryRun::new(self)?;
+        let (mut dry_run, pending) = (DryRun::new(self)?, self.pending_hashes()?);
         kept_inodes.iter().for_each(|inode| dry_run.keep(*inode));
         let mut bytes = dry_run.sweep()?.bytes();
         let others = |artifact: &&ScannedArtifact| artifact.manifest.as_ref().is_none_or(|m| !kept.contains(&m.key));
-        for artifact in self.scan()?.iter().filter(others) {
-            if let Evicted::Freed(freed) = dry_run.evict(artifact, false)? {
+        for artifact in self.scan()?.iter().filter(others).filter(|artifact| !artifact.is_only_copy(&pending)) {
+            if let Evicted::Freed(freed) = dry_run.evict(artifact, false, true)? {
                 bytes += freed;
             }
         }
         Ok(bytes)
+    }
+}
+
+impl BudgetGuard<'_> {
+    /// Returns the reason why `prune` keeps an artifact that is neither leased nor pinned; `None` if it removes it.
+    fn reason_not_to_prune(
+        &mut self,
+        artifact: &ScannedArtifact,
+        for_space: bool,
+        only_copies: bool,
+    ) -> Result<Option<InTheWay>> {
+        if !only_copies && self.is_only_copy(artifact)? {
+            return Ok(Some(InTheWay::OnlyCopy));
+        }
+        // Evicting for space is useless if no byte would become free. An artifact that is evicted by age goes in any
+        // case.
+        if for_space { self.reason_to_spare(artifact) } else { Ok(None) }
     }
 }
 
@@ -232,11 +253,9 @@ impl PruneActions for Apply<'_> {
         })
     }
 
-    fn evict(&mut self, artifact: &ScannedArtifact, for_space: bool) -> Result<Evicted> {
+    fn evict(&mut self, artifact: &ScannedArtifact, for_space: bool, only_copies: bool) -> Result<Evicted> {
         let mut guard = self.0.lock_budget()?;
-        // Evicting for space is useless if no byte would become free. An artifact that is evicted by age goes in any
-        // case.
-        let spared = if for_space { guard.reason_to_spare(artifact)? } else { None };
+        let spared = guard.reason_not_to_prune(artifact, for_space, only_copies)?;
         let evicted = match spared {
             Some(why) => Evicted::Kept(why),
             None => guard.evict(artifact)?,
@@ -368,13 +387,13 @@ impl PruneActions for DryRun<'_> {
         Ok(leftovers)
     }
 
-    fn evict(&mut self, artifact: &ScannedArtifact, for_space: bool) -> Result<Evicted> {
+    fn evict(&mut self, artifact: &ScannedArtifact, for_space: bool, only_copies: bool) -> Result<Evicted> {
         if let Some(why) = self.disk.lease_or_pin(&artifact.dir)? {
             return Ok(Evicted::Kept(why));
         }
-        if for_space {
+        if for_space || !only_copies {
             let mut guard = self.disk.lock_budget()?;
-            let spared = guard.reason_to_spare(artifact)?;
+            let spared = guard.reason_not_to_prune(artifact, for_space, only_copies)?;
             guard.release()?;
             if let Some(why) = spared {
                 return Ok(Evicted::Kept(why));

@@ -105,9 +105,7 @@ impl Origin for Arc<Buckets> {
         let Some((remote, found)) = self.find(place).await.map_err(as_origin_error)? else {
             return Err(Error::not_found("there is no such object, and no object below this prefix")
                 .tier(Tier::Origin)
-                .hint(
-                    "check bucket and key, for instance with `aws s3 ls`; percent escapes in a key are not decoded",
-                ));
+                .hint(absent_hint(place)));
         };
         // The listing is kept in the source, so that reading the manifest does not list again.
         let key = ArtifactKey::new(place.name()?, version(&found)?);
@@ -126,6 +124,20 @@ impl Origin for Arc<Buckets> {
             None => Some(Arc::new(BucketSource::new(self, place, key))),
         }
     }
+}
+
+/// Returns the hint for a location without objects. A key with wildcards is probably meant as a pattern.
+fn absent_hint(place: &BucketPlace) -> String {
+    let Some(at) = place.key.find(['*', '?', '[']) else {
+        return "check bucket and key, for instance with `aws s3 ls`; percent escapes in a key are not decoded".into();
+    };
+    let (folder, pattern) = place.key[..at]
+        .rfind('/')
+        .map_or(("", place.key.as_str()), |slash| (&place.key[..=slash], &place.key[slash + 1..]));
+    format!(
+        "a key is no pattern; choose files with --include: modelcache get 's3://{}/{folder}' --include '{pattern}'",
+        place.bucket
+    )
 }
 
 /// Returns the version of the listed contents: a hash over keys, sizes and ETags.
@@ -216,6 +228,10 @@ fn replaced(what: impl fmt::Display) -> Error {
 impl Source for BucketSource {
     fn tier(&self) -> Tier {
         Tier::Origin
+    }
+
+    fn store(&self) -> Option<String> {
+        Some(format!("s3://{}", self.place.bucket))
     }
 
     async fn manifest(&self) -> Result<Option<Manifest>> {

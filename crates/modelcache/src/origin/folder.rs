@@ -25,6 +25,7 @@ use std::ops::Range;
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use url::Url;
 
 /// Nanoseconds in a second.
 const NS_PER_S: i64 = 1_000_000_000;
@@ -73,6 +74,10 @@ struct FolderSource {
 impl Source for FolderSource {
     fn tier(&self) -> Tier {
         Tier::Origin
+    }
+
+    fn store(&self) -> Option<String> {
+        Url::from_file_path(&self.base).ok().map(String::from)
     }
 
     async fn manifest(&self) -> Result<Option<Manifest>> {

@@ -120,7 +120,9 @@ impl Reference {
 
     /// Parses `text`, a reference of `scheme` or a bare key. The error may quote secrets in it.
     fn parse_unredacted(text: &str, scheme: Option<&'static Scheme>) -> Result<Self> {
-        let (body, digest) = split_digest(text)?;
+        // A `#` is a character like any other in a key of a bucket, unless a digest follows.
+        let is_key = scheme.is_some_and(|scheme| *scheme == bucket::SCHEME) && !text.contains("#sha256=");
+        let (body, digest) = if is_key { (text, None) } else { split_digest(text)? };
         let reference = match (scheme.and_then(|scheme| Some((scheme, scheme.split(body)?))), body.split_once("://")) {
             (Some((scheme, (prefix, rest))), _) => scheme.parse(prefix, rest)?,
             (None, Some((unknown, _))) => {
@@ -201,7 +203,7 @@ const DIGEST_HINT: &str = "append #sha256= and the 64 hex digits of the expected
 
 /// Splits `#sha256=<hex>` off the end of a reference.
 fn split_digest(text: &str) -> Result<(&str, Option<Digest>)> {
-    match text.split_once('#') {
+    match text.rsplit_once('#') {
         None => Ok((text, None)),
         Some((body, fragment)) => match fragment.strip_prefix("sha256=") {
             Some(hex) => Ok((

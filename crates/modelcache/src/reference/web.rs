@@ -113,6 +113,31 @@ fn parse(prefix: &str, rest: &str) -> Result<Reference> {
     Ok(Reference { target: Target::Web(file), file: None, digest: None })
 }
 
+/// Returns the reference to the repository or file that a page of the public Hub shows; `None` for any other URL, and for
+/// the URL of a file (`…/resolve/…`).
+fn hub_page(server: &str, path: &str) -> Option<String> {
+    const OTHER_PAGES: [&str; 9] = ["api", "blog", "docs", "front", "join", "learn", "papers", "posts", "settings"];
+    if !["huggingface.co", "www.huggingface.co", "hf.co"].contains(&server) {
+        return None;
+    }
+    let segments: Vec<&str> = path.trim_end_matches('/').split('/').collect();
+    let (kind, rest) = match segments.as_slice() {
+        [kind @ ("datasets" | "spaces"), rest @ ..] if rest.len() > 1 => (format!("{kind}/"), rest),
+        ["models", rest @ ..] if !rest.is_empty() => (String::new(), rest),
+        [first, ..] if OTHER_PAGES.contains(first) || first.is_empty() => return None,
+        rest => (String::new(), rest),
+    };
+    match rest {
+        [name] => Some(format!("hf://{kind}{name}")),
+        [owner, name] => Some(format!("hf://{kind}{owner}/{name}")),
+        [owner, name, "tree" | "blob" | "raw", revision, file @ ..] => {
+            let file = file.iter().map(|segment| format!("/{segment}")).collect::<String>();
+            Some(format!("hf://{kind}{owner}/{name}@{revision}{file}"))
+        }
+        _ => None,
+    }
+}
+
 /// Parses the text after `<scheme>://`.
 ///
 /// # Errors
@@ -135,6 +160,10 @@ fn parse_file(scheme: &str, rest: &str) -> Result<WebFile> {
             "leave the query out, and put credentials into the netrc or the configuration file; \
              or download the file, and publish it with `modelcache put NAME@VERSION FILE`",
         ));
+    }
+    if let Some(repository) = hub_page(server, path) {
+        let message = format!("{scheme}://{server}/{path} is a page of the Hugging Face Hub, not a file");
+        return Err(Error::invalid(message).hint(format!("write {repository}")));
     }
     let refuse = |why: &str| {
         Error::invalid(format!("{}: {why}", redact::reference(&format!("{scheme}://{rest}")))).hint(FORM_HINT)
@@ -166,6 +195,25 @@ fn parse_file(scheme: &str, rest: &str) -> Result<WebFile> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_page_of_the_hub_is_refused_with_the_reference_that_it_shows() {
+        for (url, reference) in [
+            ("https://huggingface.co/gpt2", "hf://gpt2"),
+            ("https://huggingface.co/org/model/", "hf://org/model"),
+            ("http://hf.co/org/model", "hf://org/model"),
+            ("https://huggingface.co/datasets/org/name", "hf://datasets/org/name"),
+            ("https://huggingface.co/org/model/tree/v1", "hf://org/model@v1"),
+            ("https://huggingface.co/org/model/blob/main/sub/a.json", "hf://org/model@main/sub/a.json"),
+        ] {
+            let error = Reference::parse(url).expect_err("a page");
+            assert_eq!(error.hint_text(), Some(format!("write {reference}").as_str()), "{url}");
+            assert!(Reference::parse(reference).is_ok(), "{reference}");
+        }
+        for file in ["https://huggingface.co/org/model/resolve/main/a.bin", "https://h/org/model"] {
+            assert!(Reference::parse(file).is_ok(), "{file}");
+        }
+    }
 
     fn web(text: &str) -> Result<WebFile> {
         let (scheme, rest) = text.split_once("://").expect("a scheme");

@@ -29,6 +29,7 @@ mod verify;
 pub use crate::disk::LocalFile;
 pub use backend::{Policy, Role};
 pub(crate) use doctor::examine;
+pub(crate) use list::RemoteListing;
 pub(crate) use listing::Address;
 pub(crate) use multipart::Multipart;
 pub(crate) use pending_publish::PendingPublish;
@@ -206,6 +207,15 @@ impl Remote {
         &self.0.config.url
     }
 
+    /// Returns true if `store`, the result of [`Source::store`](crate::source::Source::store), is the bucket of this remote or lies in its folder.
+    pub(crate) fn contains(&self, store: &str) -> bool {
+        match (&self.0.location, RemoteLocation::parse(store)) {
+            (RemoteLocation::Bucket { bucket: ours, .. }, Ok(RemoteLocation::Bucket { bucket, .. })) => *ours == bucket,
+            (RemoteLocation::Folder(ours), Ok(RemoteLocation::Folder(folder))) => folder.starts_with(ours),
+            _ => false,
+        }
+    }
+
     /// Returns a [`RemoteSource`] for the artifact `key`. Sends no request.
     pub fn source(&self, key: &ArtifactKey) -> RemoteSource {
         RemoteSource::new(self.clone(), key.clone())
@@ -274,8 +284,9 @@ impl Remote {
         list::list(self).await.map_err(|error| error.tier(Tier::Remote))
     }
 
-    /// Returns the manifests as [`list`](Self::list) does, and every tag with its name, from one listing.
-    pub async fn list_with_tags(&self) -> Result<(Vec<Manifest>, Vec<(ArtifactName, RemoteRef)>)> {
+    /// Returns the manifests as [`list`](Self::list) does, every tag with its name, and what else is there, from one
+    /// listing.
+    pub(crate) async fn list_with_tags(&self) -> Result<RemoteListing> {
         list::list_with_tags(self).await.map_err(|error| error.tier(Tier::Remote))
     }
 
@@ -420,17 +431,27 @@ impl Folder {
     /// # Errors
     /// [`ErrorKind::Corrupt`] if the manifest is damaged or belongs to another artifact.
     async fn read_manifest(&self, store: &Store) -> Result<Option<(Manifest, ObjectIdentity)>> {
+        match self.read_any_manifest(store).await? {
+            // A folder that was copied to another key contains the manifest of the original key.
+            Some((manifest, _)) if manifest.key != self.key => Err(foreign_manifest(&manifest.key)),
+            read => Ok(read),
+        }
+    }
+
+    /// Reads the manifest in the folder, whatever key it belongs to. Otherwise as [`read_manifest`](Self::read_manifest).
+    async fn read_any_manifest(&self, store: &Store) -> Result<Option<(Manifest, ObjectIdentity)>> {
         let Some((bytes, identity)) = store.get(&self.manifest(store)?, limits::MANIFEST_BYTES_MAX).await? else {
             return Ok(None);
         };
         // Parsing a manifest of many files takes long enough to block an async thread.
         let manifest = blocking(move || Manifest::from_bytes(&bytes)).await.map_err(|error| error.hint(REPAIR_HINT))?;
-        // A folder that was copied to another key contains the manifest of the original key.
-        if manifest.key != self.key {
-            return Err(Error::corrupt(format!("the manifest belongs to {}", manifest.key)).hint(REPAIR_HINT));
-        }
         Ok(Some((manifest, identity)))
     }
+}
+
+/// Returns the error for a manifest that belongs to another key than its place says.
+fn foreign_manifest(key: &ArtifactKey) -> Error {
+    Error::corrupt(format!("the manifest belongs to {key}")).hint(REPAIR_HINT)
 }
 
 /// Name of the claim object.

@@ -126,6 +126,10 @@ impl Source for PrefixSource {
         Tier::Origin
     }
 
+    fn store(&self) -> Option<String> {
+        Some(format!("s3://{}", self.bucket))
+    }
+
     async fn manifest(&self) -> Result<Option<Manifest>> {
         let found = self.found().await.context(&self.key, Tier::Origin)?;
         Ok(found.map(|found| found.manifest.clone()))

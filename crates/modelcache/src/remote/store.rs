@@ -435,11 +435,11 @@ impl Store {
     pub(super) async fn list_matching(
         &self,
         prefix: Option<&Path>,
-        wanted: impl Fn(&ObjectMeta) -> bool,
+        mut wanted: impl FnMut(&ObjectMeta) -> bool,
     ) -> Result<Option<Vec<ObjectMeta>>> {
         let mut objects = Vec::new();
         let listed = self.for_each_page(prefix, false, |page| {
-            objects.extend(page.objects.into_iter().filter(&wanted));
+            objects.extend(page.objects.into_iter().filter(&mut wanted));
             within_files_max(objects.len()).map(|()| true)
         });
         match listed.await {

@@ -62,7 +62,17 @@ pub(crate) fn parse_switch(text: &str) -> Result<bool> {
     }
 }
 
-/// Parses a duration: a number of seconds, or numbers with the units `ms`, `s` (or `sec`), `m` (or `min`), `h`, `d`.
+/// Parses an age or a lifetime, which may be days as well as seconds: as [`parse_duration`], but a number needs a unit.
+pub fn parse_lifetime(text: &str) -> Result<Duration> {
+    let number = text.trim();
+    if number.parse::<f64>().is_ok() {
+        return Err(Error::invalid("a number without a unit")
+            .hint(format!("write {number}d for days, {number}h for hours, or {number}s for seconds")));
+    }
+    parse_duration(text)
+}
+
+/// Parses a duration: a number of seconds, or numbers with units such as `ms`, `s`, `sec`, `minutes`, `h`, `days`.
 pub fn parse_duration(text: &str) -> Result<Duration> {
     let refuse = || Error::invalid("not a duration").hint(format!("accepted: {DURATION_ACCEPTS}"));
     let mut rest = text.trim();
@@ -76,12 +86,13 @@ pub fn parse_duration(text: &str) -> Result<Duration> {
         let (unit, tail) = tail.split_at(tail.find(|c: char| !c.is_ascii_alphabetic()).unwrap_or(tail.len()));
         let unit_seconds = match unit {
             "ms" => 0.001,
-            "s" | "sec" => 1.0,
+            "s" | "sec" | "secs" | "second" | "seconds" => 1.0,
             // A number without a unit must be the whole text.
             "" if number.len() == text.trim().len() => 1.0,
-            "m" | "min" => 60.0,
-            "h" => 3600.0,
-            "d" => 86_400.0,
+            "m" | "min" | "mins" | "minute" | "minutes" => 60.0,
+            "h" | "hr" | "hrs" | "hour" | "hours" => 3600.0,
+            "d" | "day" | "days" => 86_400.0,
+            "w" | "week" | "weeks" => 604_800.0,
             _ => return Err(refuse()),
         };
         seconds += number.parse::<f64>().map_err(|_| refuse())? * unit_seconds;
@@ -125,11 +136,23 @@ mod tests {
         assert_eq!(seconds("1h30m"), Some(5400.0));
         assert_eq!(seconds("1h 30m"), Some(5400.0));
         assert_eq!(seconds("1.5m"), Some(90.0));
-        assert_eq!(seconds("7d"), Some(604_800.0));
+        for week in ["7d", "7days", "7 days", "1w", "168 hours"] {
+            assert_eq!(seconds(week), Some(604_800.0), "{week}");
+        }
         assert_eq!(seconds("90"), Some(90.0));
         assert_eq!(seconds("0.1s"), Some(0.1));
         for bad in ["", "s", "-1s", "1h30", "1 fortnight", "1..5s", "1e400s", &"9".repeat(400)] {
             assert!(parse_duration(bad).is_err(), "{bad:?} was accepted");
+        }
+    }
+
+    #[test]
+    fn an_age_needs_a_unit() {
+        assert_eq!(parse_lifetime("7days").ok(), Some(Duration::from_secs(604_800)));
+        assert_eq!(parse_lifetime("0s").ok(), Some(Duration::ZERO));
+        for number in ["7", " 7 ", "0", "1.5"] {
+            let error = parse_lifetime(number).expect_err("no unit");
+            assert!(error.hint_text().is_some_and(|hint| hint.contains(&format!("{}d", number.trim()))), "{number}");
         }
     }
 }

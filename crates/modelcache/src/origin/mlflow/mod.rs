@@ -128,6 +128,13 @@ impl Source for MlflowSource {
     fn ignores_ranges(&self) -> bool {
         self.found.get().is_some_and(|found| matches!(found.location, FileLocation::Server(..)))
     }
+
+    fn store(&self) -> Option<String> {
+        match &self.found.get()?.location {
+            FileLocation::Elsewhere(source) => source.store(),
+            FileLocation::Server(..) => None,
+        }
+    }
 }
 
 impl MlflowSource {
