@@ -28,7 +28,7 @@ const FLOATS: usize = 64 << 20;
 /// Size of each of the three models that compete for space. The budget holds two of them.
 const SMALL_BYTES: u64 = 48 << 20;
 const BUDGET: &str = "110MB";
-/// Size of a part in bytes: the most that a killed connection may have to download again.
+/// Size of a part in bytes: the most that the get after a kill may have to download again.
 const PART_BYTES: u64 = 8 << 20;
 /// Number of timed runs of the warm call.
 const WARM_RUNS: usize = 11;

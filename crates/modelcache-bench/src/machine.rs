@@ -26,8 +26,9 @@ pub(super) fn description(setup: &Setup) -> Result<String> {
     Ok(format!(
         "{}, {} rounds{}\n\
          {model}, {cores} cores, shared by the servers and the measured programs; {memory_gib:.0} GiB of memory;\n\
-         Linux {}. Downloads are written to {}, which O_DIRECT writes at {write:.0} MB/s and reads at {read:.0} MB/s\n\
-         (one file of {size} MiB, 4 MiB at a time for writes and 8 MiB for reads). Served data is {served_data}.\n\n\
+         Linux {}. Downloads are written to {}, at {write:.0} MB/s for writes and {read:.0} MB/s for reads with\n\
+         O_DIRECT (one file of {size} MiB, 4 MiB at a time for writes and 8 MiB for reads).\n\
+         Served data is {served_data}.\n\n\
          Peers: {}.",
         super::server::day(SystemTime::now()),
         setup.rounds,

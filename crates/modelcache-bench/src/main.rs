@@ -237,8 +237,8 @@ impl Bench {
     }
 }
 
-/// Returns the rows in the order of measurement: first those that share the large file, then those that remove it to
-/// make room.
+/// Returns the rows in the order of measurement: first those that share the large file, then the others, some of
+/// which remove it to make room.
 fn measurement_order() -> Vec<Row> {
     let of_python = |row: Row| row.is_in_python() && row != Row::PythonCold;
     let last =

@@ -2,8 +2,8 @@
 //!
 //! Servers and this process are not included. A program that does not end is killed after [`LIMIT`].
 //!
-//! Peak memory is that of the largest process. It is never below the size of this process, which the kernel counts
-//! until the child has executed the program, so this process must stay small.
+//! Peak memory is that of the largest process. Until a child has executed its program, the kernel counts this process's
+//! memory as the child's. No peak is therefore below that size, so this process must stay small.
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 pub(crate) fn gather(global: &Global) -> Result<Settings> {
     let environment = settings::environment(std::env::vars_os())?;
     let files = read_files(ConfigFiles::choose(global.config.as_deref(), &environment))?;
-    Settings::gather(&global.settings.0, &environment, &files, read_if_there)?.placed(&environment)
+    Settings::gather(&global.settings.0, &environment, &files, read_if_there)?.completed_on_this_machine(&environment)
 }
 
 /// The settings and their sources, for `doctor`.

@@ -670,7 +670,8 @@ fn load_settings(
     }
     let argument = |(text, source): &(String, String)| Argument { text: text.clone(), source: source.clone() };
     let arguments = arguments.iter().map(|(key, value)| (key.as_str(), argument(value))).collect();
-    Settings::gather_arguments(&arguments, &environment, &files, settings::read_if_there)?.placed(&environment)
+    Settings::gather_arguments(&arguments, &environment, &files, settings::read_if_there)?
+        .completed_on_this_machine(&environment)
 }
 
 /// Builds the reference from the arguments of a call. A bare name takes its version from `version` or `revision`; a URI

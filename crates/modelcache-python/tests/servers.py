@@ -56,7 +56,7 @@ class SlowProxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def let_through(self, count: int | None) -> None:
-        """Let `count` more bytes through, over all connections, and then block; ``None`` removes the limit."""
+        """Let at most `count` more bytes through, in whole chunks, and then block; ``None`` removes the limit."""
         with self._limit_moved:
             self._limit = None if count is None else self.bytes_to_clients + count
             self._limit_moved.notify_all()

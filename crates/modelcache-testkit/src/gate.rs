@@ -160,7 +160,7 @@ impl Gate {
         self.cdn.set_down(down);
     }
 
-    /// All requests so far. The gate's own listener is logged as [`Place::Hub`].
+    /// All requests so far. The gate's own listener is logged as [`Place::Gate`].
     pub fn requests(&self) -> Vec<Seen> {
         self.shared.log.all()
     }
@@ -177,7 +177,7 @@ async fn at_the_front(
     cdn: SocketAddr,
     request: Request<Incoming>,
 ) -> Result<Answer, Dropped> {
-    let mut seen = Seen::of(Place::Hub, &request);
+    let mut seen = Seen::of(Place::Gate, &request);
     let decided = shared.decide(front, cdn, &request);
     let answer = match decided {
         Some(answer) => Ok(answer),

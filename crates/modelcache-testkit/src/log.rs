@@ -20,6 +20,8 @@ pub enum Place {
     S3,
     /// A web server.
     Web,
+    /// A gate in front of another server.
+    Gate,
 }
 
 /// One request and the status of its answer.

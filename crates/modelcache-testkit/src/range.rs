@@ -21,16 +21,13 @@ pub(crate) fn wanted(header: Option<&str>, len: u64) -> Wanted {
     let Some((first, last)) = spec.split_once('-') else {
         return Wanted::Whole;
     };
-    match (first.trim().parse::<u64>(), last.trim().parse::<u64>()) {
-        (Ok(first), _) if first >= len && (last.trim().is_empty() || !last.contains(',')) => Wanted::Unsatisfiable,
-        (Ok(first), Ok(last)) if first <= last => Wanted::Part(first..last.saturating_add(1).min(len)),
-        (Ok(first), Err(_)) if last.trim().is_empty() => Wanted::Part(first..len),
-        (Err(_), Ok(suffix)) if first.trim().is_empty() => match suffix.min(len) {
-            0 => Wanted::Unsatisfiable,
-            suffix => Wanted::Part(len - suffix..len),
-        },
-        _ => Wanted::Whole,
-    }
+    let part = match (first.trim().parse::<u64>(), last.trim().parse::<u64>()) {
+        (Ok(first), Ok(last)) if first <= last => first..last.saturating_add(1).min(len),
+        (Ok(first), Err(_)) if last.trim().is_empty() => first..len,
+        (Err(_), Ok(suffix)) if first.trim().is_empty() => len - suffix.min(len)..len,
+        _ => return Wanted::Whole,
+    };
+    if part.is_empty() { Wanted::Unsatisfiable } else { Wanted::Part(part) }
 }
 
 #[cfg(test)]
@@ -49,7 +46,10 @@ mod tests {
             ("bytes=-0", 10, Wanted::Unsatisfiable),
             ("bytes=10-", 10, Wanted::Unsatisfiable),
             ("bytes=0-0", 0, Wanted::Unsatisfiable),
+            ("bytes=10-12", 10, Wanted::Unsatisfiable),
             ("bytes=4-2", 10, Wanted::Whole),
+            ("bytes=20-12", 10, Wanted::Whole),
+            ("bytes=10-x", 10, Wanted::Whole),
             ("bytes=0-1,4-5", 10, Wanted::Whole),
             ("lines=0-1", 10, Wanted::Whole),
         ];

@@ -39,7 +39,8 @@ pub struct Config {
     pub durable: Durable,
     /// Which users share the local directory.
     pub shared: Sharing,
-    /// A read-only cache below the local directory, for example one that is part of a container image.
+    /// A second cache directory, only read, in which files are looked up that the local directory lacks, for example
+    /// one that is part of a container image.
     pub lower_dir: Option<PathBuf>,
     /// How files are written to disk.
     pub write_mode: WriteMode,
@@ -244,7 +245,7 @@ pub enum Backfill {
 /// How to reach the Hub.
 #[derive(Debug, Clone)]
 pub struct HubConfig {
-    /// Scheme and host, without a slash at the end.
+    /// The URL of the Hub, without a slash at the end; it may have a path.
     pub endpoint: String,
     /// The token sent to that endpoint, and to no other host.
     pub token: Option<Secret>,
@@ -301,7 +302,7 @@ pub enum OciLogin {
 /// How requests are retried.
 #[derive(Debug, Clone, Copy)]
 pub struct RetryConfig {
-    /// How long after its first failure a request may be retried.
+    /// The time from its first failure during which a request is retried.
     pub deadline: Duration,
     /// Timeout for connecting, for the first byte, and between bytes.
     pub read_timeout: Duration,
@@ -391,7 +392,7 @@ impl OriginTemplate {
         let encode = |text: &str| if is_decoded { encode_segment(text) } else { text.to_owned() };
         let name = key.name.as_str().split('/').map(encode).collect::<Vec<_>>().join("/");
         let filled = self.0.replace("{name}", &name).replace("{version}", &encode(key.version.as_str()));
-        // The version comes from the key, so the server's validators are not needed to derive one.
+        // The version comes from the key, so none has to be derived from the server's ETag or Last-Modified.
         let reference = Reference::parse(&filled)?.with_version(&key.version);
         match reference.scheme() {
             None => Err(Error::invalid(format!("the origin {:?} is not a URI", redact::reference(&self.0)))),

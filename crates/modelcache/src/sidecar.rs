@@ -55,8 +55,25 @@ fn coreutils(text: &str) -> Option<Line> {
     }
     let name = rest.strip_prefix("  ").or_else(|| rest.strip_prefix(" *")).or_else(|| rest.strip_prefix(' '))?;
     let name = name.strip_prefix("./").unwrap_or(name);
-    let name = if escaped { name.replace("\\n", "\n").replace("\\\\", "\\") } else { name.to_owned() };
+    let name = if escaped { unescape(name) } else { name.to_owned() };
     Some(Line { name: Some(name), digest })
+}
+
+/// Replaces the escapes `\n` and `\\` of `sha256sum`, from left to right, so that no replacement is read as part of
+/// another escape.
+fn unescape(name: &str) -> String {
+    let (mut unescaped, mut rest) = (String::with_capacity(name.len()), name);
+    while let Some(at) = rest.find('\\') {
+        let (character, escape_len) = match rest[at + 1..].chars().next() {
+            Some('n') => ('\n', 2),
+            Some('\\') => ('\\', 2),
+            _ => ('\\', 1),
+        };
+        unescaped.push_str(&rest[..at]);
+        unescaped.push(character);
+        rest = &rest[at + escape_len..];
+    }
+    unescaped + rest
 }
 
 #[cfg(test)]
@@ -85,6 +102,15 @@ mod tests {
             assert_eq!(digest_of(text, "model.tar.gz"), None, "{text:?}");
         }
         assert_eq!(digest_of(&format!("{digest}  other.bin\n"), "model.tar.gz"), None);
+    }
+
+    #[test]
+    fn escaped_names_are_unescaped_from_left_to_right() {
+        let name =
+            |escaped: &str| lines(&format!("\\{}  {escaped}", Digest::of(b"x"))).next().and_then(|line| line.name);
+        assert_eq!(name(r"a\\nb").as_deref(), Some(r"a\nb"), "an escaped backslash before an n");
+        assert_eq!(name(r"a\nb").as_deref(), Some("a\nb"));
+        assert_eq!(name(r"a\\\nb\x\").as_deref(), Some("a\\\nb\\x\\"));
     }
 
     #[test]

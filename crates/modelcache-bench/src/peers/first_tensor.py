@@ -12,7 +12,7 @@ import sys
 import numpy as np
 
 import measured
-from safetensors_layout import LENGTH_BYTES, header_bytes, read_tensors, tensors
+from safetensors_layout import LENGTH_BYTES, header_length, read_tensors, tensors
 
 
 def with_open(reference, path):
@@ -39,7 +39,7 @@ def with_runai(url):
         list(engine.read(url, [at], [size], [memory.ctypes.data]))
         return memory.tobytes()
 
-    rows = tensors(read(LENGTH_BYTES, header_bytes(read(0, LENGTH_BYTES))))
+    rows = tensors(read(LENGTH_BYTES, header_length(read(0, LENGTH_BYTES))))
     memory = np.empty(rows[-1][1] + rows[-1][2], np.uint8)
     places = [memory.ctypes.data + at for _, at, _ in rows]
     for number in engine.read(url, [at for _, at, _ in rows], [size for _, _, size in rows], places):

@@ -138,9 +138,9 @@ pub(super) struct NextStep {
 }
 
 const SYNCED: &[NextStep] = &[NextStep { suffix: " + sync", durable: "yes", run: sync }];
-const LOADED: &[NextStep] = &[NextStep { suffix: " + read", durable: "no", run: read_cached }];
+const LOADED: &[NextStep] = &[NextStep { suffix: " + read", durable: "no", run: read_buffered }];
 
-fn read_cached(path: &Path) -> Result<Run> {
+fn read_buffered(path: &Path) -> Result<Run> {
     read(path, false)
 }
 
@@ -220,9 +220,14 @@ pub(crate) fn loaded(setup: &Setup) -> Result<Section> {
     let served = ServedFile::start(setup, Kind::Plain)?;
     let steps = [("", "after"), (" + read", "after")];
     let mut entries = vec![
-        served.ours(DEFAULTS, &steps, |command| command, Some(read_cached)),
-        served.ours("buffered", &steps, |command| command.env("MODEL_CACHE_WRITE_MODE", "buffered"), Some(read_cached)),
-        served.ours(DURABLE, &[("", "yes"), (" + read", "yes")], durable, Some(read_cached)),
+        served.ours(DEFAULTS, &steps, |command| command, Some(read_buffered)),
+        served.ours(
+            "buffered",
+            &steps,
+            |command| command.env("MODEL_CACHE_WRITE_MODE", "buffered"),
+            Some(read_buffered),
+        ),
+        served.ours(DURABLE, &[("", "yes"), (" + read", "yes")], durable, Some(read_buffered)),
         served.streamer(None),
         served.streamer(Some(16)),
     ];

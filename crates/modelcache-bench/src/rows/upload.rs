@@ -20,8 +20,8 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
     let server = ServerProcess::start(&folder, Kind::Plain)?;
     let bytes = setup.sizes.file;
     let number = Cell::new(0);
-    // A new prefix for each upload, because modelcache does not upload content again that the remote has.
-    let next_prefix = || {
+    // A new name for each upload, because modelcache does not upload content again that the remote has.
+    let next_name = || {
         number.set(number.get() + 1);
         format!("upload-{}", number.get())
     };
@@ -32,11 +32,11 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
         ensure!(taken >= bytes, "the program sent {taken} bytes, not {bytes}");
         Ok(vec![used])
     };
-    let (measure_upload, next_prefix, file, server) = (&measure_upload, &next_prefix, &file, &server);
+    let (measure_upload, next_name, file, server) = (&measure_upload, &next_name, &file, &server);
     let steps = || vec![("", "remote")];
     let ours_run = move |folder: &std::path::Path| {
         let mut put = setup.with_remote(&folder.join("cache"), server);
-        put.env("MODEL_CACHE_REMOTE", url(&next_prefix()));
+        put.env("MODEL_CACHE_REMOTE", url(&next_name()));
         measure_upload(put.args(["put", "bench/model@1", "--tier", "remote", "--quiet"]).arg(file))
     };
     let mut entries = vec![Entry {
@@ -48,7 +48,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
     }];
     for copier in COPIERS {
         let run = move |_: &std::path::Path| {
-            measure_upload(&mut copier.command(setup, server, Operation::Put, &next_prefix(), file)?)
+            measure_upload(&mut copier.command(setup, server, Operation::Put, &next_name(), file)?)
         };
         let setting = copier.setting();
         entries.push(Entry { program: copier.program, setting, verified: "no", steps: steps(), run: Box::new(run) });

@@ -28,7 +28,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
         Err(error) => vec![HUB_CALL.into(), format!("{error:#}")],
     });
     let hits = hits(&in_process);
-    let median_of = |count: u64| format!("warm get in process, {count} artifacts: median");
+    let target_name = |count: u64| format!("warm get in process, {count} artifacts: median");
     let [least, most] = [hits.iter().min_by_key(|(count, _)| *count), hits.iter().max_by_key(|(count, _)| *count)];
     // The target is for 100 artifacts. Without that measurement, the smallest directory takes its place.
     let few = hits.iter().find(|(count, _)| *count == 100).or(least);
@@ -43,8 +43,8 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
             .into(),
         tables: vec![markdown(&["operation", "median", "percentiles", "notes"], &rows)],
         targets: vec![
-            Target::at_most(&median_of(few_count), few.map(|(_, us)| *us), " us", 20.0, None),
-            Target::at_most(&format!("{}, relative to {few_count}", median_of(most_count)), growth, " x", 2.0, None),
+            Target::at_most(&target_name(few_count), few.map(|(_, us)| *us), " us", 20.0, None),
+            Target::at_most(&format!("{}, relative to {few_count}", target_name(most_count)), growth, " x", 2.0, None),
         ],
         notes: Vec::new(),
     })

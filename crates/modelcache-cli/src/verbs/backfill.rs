@@ -14,8 +14,9 @@ use serde::Serialize;
 
 /// Upload artifacts that earlier runs left pending
 ///
-/// An upload is pending if the artifact was downloaded from an origin with --backfill later, while the remote was down,
-/// or by a run that was killed. Artifacts that were put while no remote was configured are uploaded, too. Uploads to another remote than the configured one stay pending.
+/// An upload is pending if the artifact was downloaded from an origin with `--backfill later`, while the remote was
+/// down, or by a run that was killed. Artifacts that were put while no remote was configured are uploaded, too. Uploads
+/// to another remote than the configured one stay pending.
 #[derive(Debug, Args)]
 pub(crate) struct Backfill {
     /// Only list the artifacts that would be uploaded
@@ -87,7 +88,7 @@ fn summary(report: &BackfillReport, others: usize) -> String {
         _ => format!("{} complete on the remote", counted(report.done.len())),
     };
     text.push_str(
-        &to_remote(report.uploaded_bytes, report.copied_bytes).map_or_else(String::new, |b| format!(", {b}")),
+        &remote_bytes_text(report.uploaded_bytes, report.copied_bytes).map_or_else(String::new, |b| format!(", {b}")),
     );
     let rest = [
         (report.failed.len(), "still pending"),
@@ -105,7 +106,7 @@ fn summary(report: &BackfillReport, others: usize) -> String {
 
 /// Formats the bytes that were written to the remote: `5.0 MB to remote, 1.2 GB copied within the remote`. Returns
 /// `None` if there are none.
-pub(super) fn to_remote(uploaded_bytes: u64, copied_bytes: u64) -> Option<String> {
+pub(super) fn remote_bytes_text(uploaded_bytes: u64, copied_bytes: u64) -> Option<String> {
     let parts = [(uploaded_bytes, "to remote"), (copied_bytes, "copied within the remote")];
     let parts = parts.into_iter().filter(|(bytes, _)| *bytes > 0);
     let parts: Vec<_> = parts.map(|(bytes, what)| format!("{} {what}", human::bytes(bytes))).collect();
@@ -156,6 +157,6 @@ mod tests {
                         1 still pending, 1 in progress elsewhere; 2 artifacts for another remote stay pending";
         assert_eq!(summary(&report, 2), expected);
         assert_eq!(summary(&BackfillReport::default(), 0), "nothing to upload");
-        assert_eq!(to_remote(0, 0), None);
+        assert_eq!(remote_bytes_text(0, 0), None);
     }
 }

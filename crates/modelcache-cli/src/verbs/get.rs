@@ -4,7 +4,7 @@
 //! `$(modelcache get …)` works. If one reference fails, the others are still downloaded; but a reference that cannot be
 //! parsed is refused before any download. The artifacts stay leased until the process ends.
 
-use super::backfill::{finish, to_remote};
+use super::backfill::{finish, remote_bytes_text};
 use super::get_arguments::GetArguments;
 use super::into::IntoFolder;
 use super::{Session, phase_list, reference_forms};
@@ -119,7 +119,7 @@ pub(super) fn summary(key: &ArtifactKey, report: &GetReport) -> String {
     }
     let received = human::bytes(report.bytes.remote + report.bytes.origin);
     let phases = phase_list(&report.phases).map_or_else(String::new, |phases| format!("{phases}; "));
-    let backfilled = to_remote(report.backfilled_bytes, report.copied_bytes);
+    let backfilled = remote_bytes_text(report.backfilled_bytes, report.copied_bytes);
     let backfilled = backfilled.map_or_else(String::new, |bytes| format!("; {bytes}"));
     // Name the remote, too, if it supplied a part of what was missing there.
     let from = match report.bytes.remote {

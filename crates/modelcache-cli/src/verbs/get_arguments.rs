@@ -43,7 +43,7 @@ pub(crate) struct TierArguments {
 }
 
 impl TierArguments {
-    /// Returns `options` with the tiers that these options allow.
+    /// Returns `options` with the tiers that these arguments allow, and with `refresh`.
     pub(crate) fn apply(&self, options: GetOptions) -> GetOptions {
         let max_tier = match (self.local_files_only, self.offline) {
             (true, _) => Tier::Disk,

@@ -179,7 +179,7 @@ impl Verb {
             Self::Inspect(verb) => verb.run(session).await,
             Self::Stats(verb) => verb.run(session).await,
             Self::Verify(verb) => return verb.run(session).await,
-            // `execute` has already run these.
+            // `execute` in `lib.rs` has already run these.
             Self::Completions(_) | Self::Man(_) | Self::Help(_) | Self::Doctor(_) => Ok(()),
         }
         .map(|()| exit::DONE)

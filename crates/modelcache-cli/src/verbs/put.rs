@@ -1,6 +1,6 @@
 //! `put`: publishes a file or folder on the local disk and on the remote.
 
-use super::backfill::{finish, to_remote};
+use super::backfill::{finish, remote_bytes_text};
 use super::get_arguments::message_with_hint;
 use super::{Session, absolute, phase_list, tag};
 use crate::{human, progress};
@@ -136,7 +136,7 @@ impl Put {
 
 fn summary(report: &PutReport) -> String {
     let files = human::counted(report.files, "file");
-    let remote = match to_remote(report.uploaded_bytes, report.copied_bytes) {
+    let remote = match remote_bytes_text(report.uploaded_bytes, report.copied_bytes) {
         _ if !report.on_remote => "no remote".into(),
         // Without bytes, it is unknown whether the remote had the files.
         None if report.bytes == 0 => "on the remote".into(),

@@ -100,7 +100,8 @@ impl Verify {
                 }
                 // The artifact was evicted after the list was made.
                 Ok(None) if references.is_empty() => {}
-                // With `--tier all`, one of the tiers is enough.
+                // With `--tier all`, one of the tiers is enough. The target on disk comes first, so only a miss on the
+                // remote can be reported.
                 Ok(None)
                     if self.tier == VerifyTierArgument::All
                         && (target.tier == Tier::Disk || totals.has_found(target)) => {}
@@ -207,12 +208,17 @@ fn finding_text(finding: &Finding) -> String {
     text.extend(finding.expected.map(|digest| format!("; expected sha256 {digest}")));
     text.extend(finding.found.map(|digest| format!(", found {digest}")));
     match finding.repaired_from {
-        Some(_) if finding.path.is_none() && finding.expected.is_some() => text.push_str("; in quarantine"),
+        Some(_) if is_blob_without_artifact(finding) => text.push_str("; in quarantine"),
         Some(tier) => text.push_str(&format!("; repaired from {tier}")),
         None if finding.withdrawn => text.push_str("; withdrawn"),
         None => {}
     }
     text
+}
+
+/// Returns true if the finding is in a blob that no artifact holds: it names no file, but expects a digest.
+fn is_blob_without_artifact(finding: &Finding) -> bool {
+    finding.path.is_none() && finding.expected.is_some()
 }
 
 /// Formats the first bad part and the number of others: `part 3 (bytes 25165824-33554431) and 1 more`.

@@ -8,7 +8,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::process::Command;
 
 #[test]
-fn anything_missing_at_the_hub_ends_in_3_with_a_remedy() {
+fn anything_missing_at_an_origin_ends_in_3_with_a_remedy() {
     let (house, _) = House::with_model();
     let unknown = "hf://org/model@0123456789abcdef0123456789abcdef01234567";
     for (args, says) in [
@@ -23,7 +23,7 @@ fn anything_missing_at_the_hub_ends_in_3_with_a_remedy() {
         (&["file:///no/such/folder"], &["file:///no/such/folder", "origin", "check the path"]),
     ] {
         house.on("a").run([&["get"], args].concat()).failed(3, says);
-        house.assert_invisible("a");
+        house.assert_no_artifact("a");
     }
     assert_eq!(house.published_keys(), [""; 0], "nothing was written to the remote");
     assert_model(&house.on("a").run(["get", "hf://org/model"]).path());
@@ -38,7 +38,7 @@ fn the_error_for_an_unknown_bare_name_lists_the_tiers_that_were_asked() {
     house.on("a").run(["get", "nobody@1"]).failed(3, &remote);
     let origin = ["nobody@1", "s3://models/cache", "hf://org/{name}@{version}", "MODEL_CACHE_ORIGIN"];
     house.on("a").run(["get", "nobody@1", "--origin", "hf://org/{name}@{version}"]).failed(3, &origin);
-    house.assert_invisible("a");
+    house.assert_no_artifact("a");
     assert!(house.hub.body_gets().is_empty());
 
     house.write("w.bin", "weights");
@@ -51,11 +51,10 @@ fn a_gated_repository_names_the_page_where_its_conditions_are_accepted() {
     let (house, commit) = House::with_model();
     house.hub.repo("org/model").accept(TOKEN);
     let page = format!("{}/org/model", house.hub.url());
-    let says = ["hf://org/model", "origin", "org/model is gated", "accept its conditions", &page, "HF_TOKEN"];
-    let says = says.map(|text| if text == "hf://org/model" { commit.as_str() } else { text });
+    let says = [commit.as_str(), "origin", "org/model is gated", "accept its conditions", &page, "HF_TOKEN"];
     house.on("a").run(["get", "hf://org/model"]).failed(4, &says);
     house.on("a").env("HF_TOKEN", "hf_other").run(["get", "hf://org/model"]).failed(4, &says);
-    house.assert_invisible("a");
+    house.assert_no_artifact("a");
     assert_eq!(house.published_keys(), [""; 0]);
     assert_model(&house.on("a").env("HF_TOKEN", TOKEN).run(["get", "hf://org/model"]).path());
     assert_eq!(house.hub.tokens_at_cdn(), [""; 0]);
@@ -65,24 +64,24 @@ fn a_gated_repository_names_the_page_where_its_conditions_are_accepted() {
 fn a_private_repository_accepts_its_token_from_every_source() {
     let (house, _) = House::with_model();
     house.hub.repo("org/model").private(TOKEN);
-    let get = |dir: &str| house.on_local(dir);
+    let on = |dir: &str| house.on_local(dir);
     let says = ["hf://org/model", "origin", "or it is private", "set HF_TOKEN"];
-    get("a").run(["get", "hf://org/model"]).failed(3, &says);
+    on("a").run(["get", "hf://org/model"]).failed(3, &says);
     let says = ["hf://org/model", "origin", "the token may not read it", "an account with access"];
-    get("a").env("HF_TOKEN", "hf_canary-secret").run(["get", "hf://org/model"]).failed(3, &says);
-    get("a")
+    on("a").env("HF_TOKEN", "hf_canary-secret").run(["get", "hf://org/model"]).failed(3, &says);
+    on("a")
         .env("HF_TOKEN", "hf_canary-secret\nx")
         .run(["get", "hf://org/model"])
         .failed(2, &["HF_TOKEN", "line breaks"]);
-    house.assert_invisible("a");
+    house.assert_no_artifact("a");
 
     let file = house.write("token", format!("{TOKEN}\n").as_str());
     house.write("hf/token", TOKEN);
     house.write("home/.cache/huggingface/token", TOKEN);
-    assert_model(&get("a").env("HF_TOKEN", TOKEN).run(["get", "hf://org/model"]).path());
-    assert_model(&get("b").env("HF_TOKEN_PATH", &file).run(["get", "hf://org/model"]).path());
-    assert_model(&get("c").env("HF_HOME", house.path("hf")).run(["get", "hf://org/model"]).path());
-    assert_model(&get("d").run(["get", "hf://org/model"]).path());
+    assert_model(&on("a").env("HF_TOKEN", TOKEN).run(["get", "hf://org/model"]).path());
+    assert_model(&on("b").env("HF_TOKEN_PATH", &file).run(["get", "hf://org/model"]).path());
+    assert_model(&on("c").env("HF_HOME", house.path("hf")).run(["get", "hf://org/model"]).path());
+    assert_model(&on("d").run(["get", "hf://org/model"]).path());
     assert_eq!(house.hub.tokens_at_cdn(), [""; 0]);
 }
 
@@ -116,7 +115,7 @@ fn the_error_for_a_malformed_reference_shows_the_right_form() {
     let both = ["get", "hf://org/model@main/config.json", "--include", "*.bin"];
     house.on("a").run(both).failed(2, &["config.json", "--include"]);
     assert_eq!(house.hub.requests().len() + house.s3.requests().len(), 0, "no request is sent");
-    house.assert_invisible("a");
+    house.assert_no_artifact("a");
     assert_model(&house.on("a").run(["get", "hf://org/model"]).path());
 }
 
@@ -129,7 +128,7 @@ fn a_digest_mismatch_is_refused_before_any_download_if_the_digest_is_known() {
         let says = says(what);
         let says: Vec<&str> = says.iter().map(String::as_str).collect();
         house.on("a").run(["get", &format!("{reference}#sha256={other}")]).failed(5, &says);
-        house.assert_invisible("a");
+        house.assert_no_artifact("a");
     };
     // The Hub states the SHA-256 of a large file. For a small one it states only a SHA-1, so that file is downloaded
     // first.
@@ -139,7 +138,7 @@ fn a_digest_mismatch_is_refused_before_any_download_if_the_digest_is_known() {
         .on("a")
         .run(["get", &format!("hf://org/model@main/config.json#sha256={other}")])
         .failed(5, &["config.json", &other, "does not match the digest in the reference"]);
-    house.assert_invisible("a");
+    house.assert_no_artifact("a");
     fails("hf://org/model", "the artifact has");
 
     for (path, content) in model() {
@@ -178,7 +177,7 @@ fn paths_that_cannot_be_an_artifact_are_not_put() {
         (2, "hf://org/model", "w.bin", &["hf://org/model"]),
     ] {
         house.on("a").run(["put", key, path]).failed(code, says);
-        house.assert_nothing("a");
+        house.assert_no_artifact_or_staging("a");
     }
     assert_eq!(house.s3.keys(BUCKET), [""; 0]);
     house.on("a").run(["put", "m@1", "w.bin"]).ok();
@@ -188,19 +187,19 @@ fn paths_that_cannot_be_an_artifact_are_not_put() {
 #[test]
 fn an_unreadable_file_is_named() {
     let house = House::new();
-    let open = |name: &str, mode| fs::set_permissions(house.path(name), fs::Permissions::from_mode(mode)).unwrap();
+    let chmod = |name: &str, mode| fs::set_permissions(house.path(name), fs::Permissions::from_mode(mode)).unwrap();
     house.write("mine/secret/key.bin", "weights");
     fs::create_dir_all(house.path("a")).unwrap();
-    open("", 0o755);
-    open("a", 0o777);
+    chmod("", 0o755);
+    chmod("a", 0o777);
     let put = || house.on("a").unprivileged().run(["put", "m@1", "mine"]);
     let get = || house.on("a").unprivileged().run(["get", &format!("file://{}", house.path("mine").display())]);
     for (name, mode, back) in [("mine/secret/key.bin", 0, 0o644), ("mine/secret", 0, 0o755)] {
-        open(name, mode);
+        chmod(name, mode);
         put().failed(4, &["m@1", name, "ermission denied", "read access to it"]);
         get().failed(4, &["origin", name, "ermission denied", "read access to it"]);
-        house.assert_invisible("a");
-        open(name, back);
+        house.assert_no_artifact("a");
+        chmod(name, back);
     }
     assert_eq!(house.s3.keys(BUCKET), [""; 0]);
     put().ok();

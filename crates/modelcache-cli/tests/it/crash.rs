@@ -30,7 +30,7 @@ struct Operation {
     /// Commands that run before, undisturbed.
     before: &'static [&'static [&'static str]],
     /// Further preparation of the directory.
-    prepare: fn(&Bench, &str),
+    prepare: fn(&CrashTest, &str),
     /// The command that is killed, then repeated.
     act: &'static [&'static str],
     /// Exit codes allowed for the repeated command.
@@ -38,9 +38,9 @@ struct Operation {
     /// Artifacts may be absent after the kill.
     evicts: bool,
     /// Further check after the kill.
-    died: fn(&Bench, &str),
+    died: fn(&CrashTest, &str),
     /// Further check after the repeated command.
-    repeated: fn(&Bench, &str),
+    repeated: fn(&CrashTest, &str),
     /// References to get afterwards, with the expected files.
     right: &'static [Right],
 }
@@ -120,20 +120,20 @@ fn a_get_that_must_evict_survives_a_kill_at_any_call() {
 
 #[test]
 fn a_get_that_resumes_survives_a_second_kill() {
-    let prepare = |bench: &Bench, dir: &str| bench.kill_halfway(dir, &["get", V1]);
+    let prepare = |bench: &CrashTest, dir: &str| bench.kill_halfway(dir, &["get", V1]);
     crash(Operation { name: "get resumed", prepare, act: &["get", V1], right: &[(V1, v1)], ..ROW });
 }
 
 #[test]
 fn a_get_that_adopts_parts_survives_a_kill_at_any_call() {
-    let prepare = |bench: &Bench, dir: &str| bench.leave_a_part(dir);
+    let prepare = |bench: &CrashTest, dir: &str| bench.leave_a_part(dir);
     crash(Operation { name: "get adopting", prepare, act: &["get", V1], right: &[(V1, v1)], ..ROW });
 }
 
 #[test]
 fn a_get_that_heals_survives_a_kill_at_any_call() {
     let before: &[&[&str]] = &[&["get", V1]];
-    let prepare = |bench: &Bench, dir: &str| bench.damage(dir, "first.bin");
+    let prepare = |bench: &CrashTest, dir: &str| bench.damage(dir, "first.bin");
     crash(Operation { name: "get healing", before, prepare, act: &["get", V1], right: &[(V1, v1)], ..ROW });
 }
 
@@ -144,14 +144,14 @@ fn a_get_that_backfills_survives_a_kill_at_any_call() {
 
 #[test]
 fn a_get_that_leaves_the_remote_for_later_survives_a_kill_at_any_call() {
-    let row = Operation { name: "get later", remote: true, repeated: Bench::assert_completed, ..ROW };
+    let row = Operation { name: "get later", remote: true, repeated: CrashTest::assert_completed, ..ROW };
     crash(Operation { act: &["get", V1, "--backfill", "later"], right: &[(V1, v1)], ..row });
 }
 
 #[test]
 fn a_backfill_survives_a_kill_at_any_call() {
     let before: &[&[&str]] = &[&["get", V1, "--backfill", "later"]];
-    let row = Operation { name: "backfill", remote: true, before, repeated: Bench::assert_completed, ..ROW };
+    let row = Operation { name: "backfill", remote: true, before, repeated: CrashTest::assert_completed, ..ROW };
     crash(Operation { act: &["backfill"], right: &[(V1, v1)], ..row });
 }
 
@@ -182,8 +182,9 @@ fn an_evict_survives_a_kill_at_any_call() {
 #[test]
 fn a_prune_survives_a_kill_at_any_call() {
     let before: &[&[&str]] = &[&["get", OTHER], &["put", "gone@1", "v1"], &["get", V1, "--include", "*.json"]];
-    let prepare = |bench: &Bench, dir: &str| bench.litter(dir);
-    let repeated = |bench: &Bench, dir: &str| assert!(bench.house.staging(dir).is_empty(), "prune leaves nothing over");
+    let prepare = |bench: &CrashTest, dir: &str| bench.litter(dir);
+    let repeated =
+        |bench: &CrashTest, dir: &str| assert!(bench.house.staging(dir).is_empty(), "prune leaves nothing over");
     crash(Operation { name: "prune", before, prepare, repeated, act: &["prune"], right: &[(OTHER, other)], ..ROW });
 }
 
@@ -196,23 +197,23 @@ fn a_prune_to_a_size_survives_a_kill_at_any_call() {
 
 #[test]
 fn a_pin_survives_a_kill_at_any_call() {
-    let row = Operation { name: "pin", before: &[&["get", V1]], died: Bench::assert_pin_readable, ..ROW };
-    let repeated = |bench: &Bench, dir: &str| assert_eq!(bench.pin_reason(dir).as_deref(), Some("why"));
+    let row = Operation { name: "pin", before: &[&["get", V1]], died: CrashTest::assert_pin_readable, ..ROW };
+    let repeated = |bench: &CrashTest, dir: &str| assert_eq!(bench.pin_reason(dir).as_deref(), Some("why"));
     crash(Operation { repeated, act: &["pin", V1, "--reason", "why"], right: &[(V1, v1)], ..row });
 }
 
 #[test]
 fn an_unpin_survives_a_kill_at_any_call() {
     let before: &[&[&str]] = &[&["get", V1], &["pin", V1, "--reason", "why"]];
-    let row = Operation { name: "unpin", before, died: Bench::assert_pin_readable, ..ROW };
-    let repeated = |bench: &Bench, dir: &str| assert_eq!(bench.pin_reason(dir), None);
+    let row = Operation { name: "unpin", before, died: CrashTest::assert_pin_readable, ..ROW };
+    let repeated = |bench: &CrashTest, dir: &str| assert_eq!(bench.pin_reason(dir), None);
     crash(Operation { repeated, act: &["unpin", V1], right: &[(V1, v1)], ..row });
 }
 
 #[test]
 fn a_sweep_survives_a_kill_at_any_call() {
     let before: &[&[&str]] = &[&["get", OTHER], &["put", "gone@1", "v1"], &["get", V1, "--include", "*.json"]];
-    let prepare = |bench: &Bench, dir: &str| bench.litter(dir);
+    let prepare = |bench: &CrashTest, dir: &str| bench.litter(dir);
     crash(Operation { name: "sweep", before, prepare, act: &["stats"], right: &[(OTHER, other)], ..ROW });
 }
 
@@ -230,16 +231,16 @@ fn a_folder_of_copies_is_the_old_or_the_new_one_after_a_kill_at_any_call() {
 #[allow(clippy::print_stderr)]
 fn into(link: &'static str) {
     let Some(shim) = shim() else { return };
-    let bench = Bench::new(shim);
+    let bench = CrashTest::new(shim);
     let mut dice = Dice::from_env("CRASH_SEED");
     let get = |parent: &str, version: &'static str, strike: &Strike| {
         let out = bench.house.path(parent).join("out");
         let run = bench.run(&ROW, "cache").envs(strike.envs());
         run.run(["get", version, "--into", out.to_str().unwrap(), "--link", link])
     };
-    let clean = |parent: &str| bench.shim.count(&bench.house.path(parent));
-    let count = clean("whole");
-    get("whole", V1, &clean("elsewhere")).ok();
+    let only_count = |parent: &str| bench.shim.count(&bench.house.path(parent));
+    let count = only_count("whole");
+    get("whole", V1, &only_count("elsewhere")).ok();
     get("whole", V2, &count).ok();
     let (calls, root) = (count.calls(), bench.house.path("whole"));
 
@@ -247,17 +248,17 @@ fn into(link: &'static str) {
     let points = bench.points(&root, false, &calls, &mut dice);
     for n in &points {
         let parent = format!("into-{n}");
-        get(&parent, V1, &clean("elsewhere")).ok();
+        get(&parent, V1, &only_count("elsewhere")).ok();
         let strike = bench.shim.kill_at(&bench.house.path(&parent), *n);
         let outcome = get(&parent, V2, &strike);
-        eprintln!("killed before call {n}: {:?}", strike.calls().into_iter().find(|call| call.number == *n));
+        eprintln!("kill planned before call {n}: {:?}", strike.calls().into_iter().find(|call| call.number == *n));
         assert!(matches!(outcome.code, None | Some(0)), "{outcome}");
         killed += u32::from(outcome.code.is_none());
         let out = bench.house.path(&parent).join("out");
         let is_new = out.join("new.bin").exists();
         renewed += u32::from(is_new);
         assert_folder(&out, &if is_new { v2() } else { v1() });
-        get(&parent, V2, &clean("elsewhere")).ok();
+        get(&parent, V2, &only_count("elsewhere")).ok();
         assert_folder(&out, &v2());
         let beside: Vec<_> = fs::read_dir(bench.house.path(&parent)).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(beside, ["out"], "leftovers");
@@ -265,7 +266,8 @@ fn into(link: &'static str) {
     bench.house.assert_consistent("cache");
     let (total, seed) = (calls.len(), dice.seed());
     eprintln!(
-        "crash: get --into --link {link}: killed before {killed} of {total} calls, {renewed} after the exchange, seed {seed}"
+        "crash: get --into --link {link}: killed before {killed} of {total} calls; {renewed} runs left the new folder, \
+         seed {seed}"
     );
     assert!(killed > 0, "no run was killed: this proved nothing");
 }
@@ -280,12 +282,12 @@ fn assert_folder(folder: &Path, files: &Files) {
 }
 
 /// The environment and the fault shim of one test.
-struct Bench {
+struct CrashTest {
     house: House,
     shim: Shim,
 }
 
-impl Bench {
+impl CrashTest {
     fn new(shim: Shim) -> Self {
         let house = House::new();
         for (repo, tag, files) in [("org/model", "v1", v1()), ("org/model", "v2", v2()), ("org/other", "v1", other())] {
@@ -365,8 +367,8 @@ impl Bench {
         fs::write(&view, vec![7; usize::try_from(len).unwrap()]).unwrap();
     }
 
-    /// Leaves every kind of leftover: an interrupted fill, views without a manifest, unlinked blobs, a corrupt budget
-    /// record.
+    /// Leaves every kind of leftover: an interrupted fill, views without a manifest, blobs without a view, a corrupt
+    /// budget record.
     fn litter(&self, dir: &str) {
         let root = self.house.path(dir);
         self.kill_halfway(dir, &["get", V2]);
@@ -381,7 +383,7 @@ impl Bench {
 #[allow(clippy::print_stderr)]
 fn crash(row: Operation) {
     let Some(shim) = shim() else { return };
-    let bench = Bench::new(shim);
+    let bench = CrashTest::new(shim);
     let mut dice = Dice::from_env("CRASH_SEED");
 
     // One undisturbed run shows the state before, the state after, and the calls between them.
@@ -403,7 +405,7 @@ fn crash(row: Operation) {
     assert!(killed > 0, "no run was killed: this proved nothing");
 }
 
-impl Bench {
+impl CrashTest {
     /// Returns the numbers of the calls before which to kill. In a prepared directory, calls on the top folders are
     /// left out: they only find that the folders exist.
     fn points(&self, root: &Path, is_prepared: bool, calls: &[Call], dice: &mut Dice) -> Vec<u64> {
@@ -411,14 +413,14 @@ impl Bench {
             return sample(calls, root, dice, usize::MAX);
         }
         let want = std::env::var("CRASH_POINTS").map_or(POINTS, |points| points.parse().unwrap());
-        let at_top = |call: &&Call| call.path != root && call.path.parent() != Some(root);
+        let below_top = |call: &&Call| call.path != root && call.path.parent() != Some(root);
         let calls: Vec<Call> =
-            if is_prepared { calls.iter().filter(at_top).cloned().collect() } else { calls.to_vec() };
+            if is_prepared { calls.iter().filter(below_top).cloned().collect() } else { calls.to_vec() };
         sample(&calls, root, dice, want)
     }
 
-    /// Kills one run before call `n` and checks everything that must hold afterwards. Returns true if the run was
-    /// killed: it may make fewer calls than the one that was counted.
+    /// Kills one run before call `n` and checks everything that must hold afterwards. Returns false if the run was
+    /// not killed, because it made fewer calls than the counted run.
     #[allow(clippy::print_stderr)]
     fn dies_at(&self, row: &Operation, n: u64, old: &State, new: &State) -> bool {
         let dir = format!("killed-{n}");
@@ -429,7 +431,7 @@ impl Bench {
         let outcome = self.run(row, &dir).envs(strike.envs()).run(row.act);
         let last = strike.calls().into_iter().find(|call| call.number == n);
         // The test runner shows this only if the test fails.
-        eprintln!("killed before call {n}: {last:?}");
+        eprintln!("kill planned before call {n}: {last:?}");
         assert!(matches!(outcome.code, None | Some(0)), "{outcome}");
         // A fresh process finds the old or the new state.
         self.assert_old_or_new(row, &dir, old, new);
@@ -450,7 +452,8 @@ impl Bench {
             }
         }
         if row.name == "sweep" {
-            // The interrupted fill is kept so that another process can resume it, and is only counted.
+            // `stats` keeps the interrupted fill, so that another process can resume it. Make it old and sweep it, so
+            // that the check for leftovers passes.
             self.house.sweep(&dir);
         } else {
             assert_eq!(self.house.state(&dir), *new, "the state of an undisturbed run");

@@ -1,5 +1,5 @@
-//! `doctor`: problems are reported with a fix, the exit code is that of the failure to expect, and nothing is left
-//! behind.
+//! `doctor`: problems are reported with a fix, the exit code is the one with which a get would fail, and nothing
+//! is left behind.
 
 use crate::common::*;
 use modelcache_testkit::s3::S3Fault;
@@ -67,8 +67,11 @@ fn a_working_setup_passes_and_nothing_is_left_behind() {
     assert_eq!(house.s3.keys(BUCKET), [""; 0]);
     assert!(house.s3.requests().iter().all(|seen| seen.path.starts_with("/models/cache/.modelcache-doctor")
         || seen.path.trim_end_matches('/').len() <= "/models".len()));
-    let people = house.on("a").run(["doctor"]).ok();
-    assert!(people.stdout.starts_with("configuration\n  ok ") && people.stderr.contains("no problem"), "{people}");
+    let human_readable = house.on("a").run(["doctor"]).ok();
+    assert!(
+        human_readable.stdout.starts_with("configuration\n  ok ") && human_readable.stderr.contains("no problem"),
+        "{human_readable}"
+    );
 }
 
 #[test]
@@ -205,7 +208,7 @@ fn rights_that_are_lacking_are_named_one_by_one() {
 }
 
 #[test]
-fn clock_skew_is_reported_with_the_server() {
+fn clock_skew_against_the_server_is_reported() {
     let house = House::new();
     house.s3.clock_ahead(-100);
     let report = doctor(house.on("a"));

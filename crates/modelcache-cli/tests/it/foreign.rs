@@ -70,7 +70,7 @@ fn a_wrong_sidecar_is_named_and_nothing_is_kept() {
     let house = by_hand(&[("fraud/3/model.tar.gz", model_file()), ("fraud/3/model.tar.gz.sha256", other)]);
     let digest = sha256(&model_file());
     house.on("a").run(["get", "fraud@3"]).failed(5, &["(from model.tar.gz.sha256)", &digest]);
-    house.assert_invisible("a");
+    house.assert_no_artifact("a");
 }
 
 #[test]
@@ -123,7 +123,7 @@ fn without_checksums_a_get_warns_once_and_a_requirement_refuses() {
         let [name, value] = required();
         house.on(dir).env(name, value).run(["get", "fraud@3"]).failed(5, &says);
     }
-    house.assert_nothing("b");
+    house.assert_no_artifact_or_staging("b");
     let demanded = format!("fraud@3#sha256={}", sha256(&model_file()));
     house.on("b").run(["get", "--require-checksum", &demanded]).path();
 }
@@ -213,7 +213,7 @@ fn a_file_without_a_digest_is_read_from_one_source() {
     house.s3.faults().add(S3Fault::hang_up().on("model.bin").method("GET").after_skipping(1));
     let got = house.on("a").env("MODEL_CACHE_ORIGIN", &origin).run(["get", "big@1"]);
     assert_ne!(got.code, Some(0), "a mix of two sources is refused: {got}");
-    house.assert_invisible("a");
+    house.assert_no_artifact("a");
     house.s3.faults().clear();
     assert_same(&house.on("a").env("MODEL_CACHE_ORIGIN", &origin).run(["get", "big@1"]).path(), &big());
 }
@@ -229,7 +229,7 @@ fn an_object_replaced_between_list_and_read_is_listed_again() {
 fn an_object_that_is_replaced_twice_is_an_error() {
     let (house, outcome) = replaced_while_read(2);
     outcome.failed(1, &["model.bin was replaced or removed after it was listed"]);
-    house.assert_invisible("a");
+    house.assert_no_artifact("a");
 }
 
 #[test]

@@ -30,7 +30,7 @@ fn assert_quarantined(house: &House, bytes: &[u8]) {
 
 /// Returns the number of files of `reference` that `ls` reports as held, and true if `inspect` reports the shared file
 /// as on disk.
-fn claimed(house: &House, reference: &str) -> (u64, bool) {
+fn reported(house: &House, reference: &str) -> (u64, bool) {
     let rows = house.on_local("a").run(["ls", "--json"]).objects();
     let row = rows.iter().find(|row| text(&row["reference"]).starts_with(reference)).unwrap();
     let seen = house.on_local("a").run(["inspect", reference, "--json"]).object();
@@ -59,7 +59,7 @@ fn a_changed_file_is_withdrawn_from_every_artifact_that_shares_it_and_both_are_r
         refused.said(&["shared.bin", "was changed or damaged", "hint: "]);
         assert_quarantined(&house, &wrong);
         for reference in &references {
-            assert_eq!(claimed(&house, reference), (1, false), "{reference}");
+            assert_eq!(reported(&house, reference), (1, false), "{reference}");
         }
         house.state("a");
         house.assert_counted("a");
@@ -67,7 +67,7 @@ fn a_changed_file_is_withdrawn_from_every_artifact_that_shares_it_and_both_are_r
         house.hub.down(false);
         for at in [0, 1] {
             assert_same(&get(at).path().join("shared.bin"), &shared());
-            assert_eq!(claimed(&house, &references[at]), (2, true));
+            assert_eq!(reported(&house, &references[at]), (2, true));
         }
         assert_eq!(house.hub.body_bytes(), shared().len(), "it was fetched once");
         assert_eq!(fs::metadata(&one).unwrap().ino(), fs::metadata(&two).unwrap().ino(), "they share one again");
@@ -90,7 +90,7 @@ fn a_changed_file_without_another_source_is_an_error_until_the_artifact_is_put_a
     let wrong = spoil(&get("one@1").path().join("shared.bin"));
     for reference in ["one@1", "two@1"] {
         get(reference).failed(3, &[reference, "shared.bin", "put"]);
-        assert_eq!(claimed(&house, reference), (1, false), "{reference}");
+        assert_eq!(reported(&house, reference), (1, false), "{reference}");
     }
     assert_quarantined(&house, &wrong);
     assert_same(&house.on_local("a").run(["get", "two@1", "--include", "own"]).path().join("own"), &"two".into());

@@ -15,7 +15,7 @@ const PUT: &[&str] = &["put", "m@1", "model"];
 const EVICT: &[&str] = &["evict", "hf://org/model", "--tier", "disk"];
 
 #[test]
-fn no_bytes_are_wrong_if_every_lock_succeeds() {
+fn no_bytes_are_wrong_if_locks_succeed_without_locking() {
     together(Flock::Lies, &[GET, GET, PUT, EVICT]);
 }
 
@@ -25,7 +25,7 @@ fn no_bytes_are_wrong_if_every_lock_fails() {
 }
 
 #[test]
-fn every_get_and_put_succeeds_if_every_lock_succeeds() {
+fn every_get_and_put_succeeds_if_locks_succeed_without_locking() {
     all_succeed(Flock::Lies);
 }
 
@@ -34,13 +34,13 @@ fn every_get_and_put_succeeds_if_every_lock_fails() {
     all_succeed(Flock::Refuses);
 }
 
-struct Bench {
+struct LockTest {
     house: House,
     shim: Shim,
     dice: Dice,
 }
 
-impl Bench {
+impl LockTest {
     fn new(shim: Shim) -> Self {
         let (house, _) = House::with_model();
         model().into_iter().for_each(|(path, content)| drop(house.write(&format!("model/{path}"), content)));
@@ -62,6 +62,7 @@ impl Bench {
 
     /// Asserts that all files are right and that everything works again with working locks.
     fn assert_recovers(&self, dir: &str) {
+        // Asserts the digest of every held file.
         self.house.state(dir);
         assert_model(&self.house.on_local(dir).run(GET).path());
         self.house.on_local(dir).run(PUT).ok();
@@ -76,7 +77,7 @@ impl Bench {
 #[allow(clippy::print_stderr)]
 fn together(how: Flock, commands: &[&'static [&'static str]]) {
     let Some(shim) = shim() else { return };
-    let mut bench = Bench::new(shim);
+    let mut bench = LockTest::new(shim);
     let (mut runs, mut done) = (0, 0);
     for round in 0..rounds() {
         let dir = format!("round-{round}");
@@ -105,7 +106,7 @@ fn together(how: Flock, commands: &[&'static [&'static str]]) {
 #[allow(clippy::print_stderr)]
 fn all_succeed(how: Flock) {
     let Some(shim) = shim() else { return };
-    let mut bench = Bench::new(shim);
+    let mut bench = LockTest::new(shim);
     let mut runs = 0;
     for round in 0..rounds() {
         let dir = format!("round-{round}");

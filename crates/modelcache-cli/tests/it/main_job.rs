@@ -131,7 +131,7 @@ fn a_dry_run_prints_sizes_and_tiers_and_downloads_nothing() {
     let outcome = house.on("a").run(["get", "hf://org/model", "--dry-run"]).ok();
     assert!(outcome.stdout.contains("model.safetensors") && outcome.stdout.contains("origin 9.4 MB"), "{outcome}");
     assert_eq!(house.hub.body_gets().len(), 0);
-    house.assert_nothing("a");
+    house.assert_no_artifact_or_staging("a");
     assert_eq!(house.s3.keys(BUCKET), [""; 0]);
 
     house.on("a").run(["get", "hf://org/model", "--include", "*.json"]).path();
@@ -205,7 +205,7 @@ fn evict_removes_from_the_given_tier_and_needs_yes_for_the_last_copy() {
     let mine = mine.to_str().unwrap();
     house.on("a").run(["put", "m@1", mine]).ok();
     house.on("a").run(["evict", "m@1", "--tier", "disk"]).ok().said(&["removed", "on disk"]);
-    house.assert_nothing("a");
+    house.assert_no_artifact_or_staging("a");
     assert_model(&house.on("a").run(["get", "m@1"]).path_saying(&["from remote"]));
 
     for tier in ["all", "remote"] {
@@ -236,7 +236,7 @@ fn an_artifact_that_an_origin_has_leaves_the_remote_with_yes_or_a_named_tier_onl
     assert_eq!(house.on("a").run(["ls", "--remote", "--json"]).objects().len(), 1, "nothing was removed");
     house.on_local("a").run(["evict", "hf://org/model", "--dry-run"]).ok();
     house.on("a").run(["evict", "hf://org/model", "--tier", "all"]).ok();
-    house.assert_nothing("a");
+    house.assert_no_artifact_or_staging("a");
     assert_eq!(house.s3.keys(BUCKET), [""; 0]);
     let again = house.on("a").run(["get", &format!("hf://org/model@{commit}")]);
     assert_model(&again.path_saying(&["from origin"]));
@@ -309,7 +309,7 @@ fn the_only_copy_on_this_disk_is_evicted_with_yes_only() {
         house.on("a").run(["evict", "m@1", "--tier", tier]).failed(2, &["the only copies", "--yes"]);
     }
     house.on("a").run(["evict", "m@1", "--tier", "disk", "--yes"]).ok();
-    house.assert_nothing("a");
+    house.assert_no_artifact_or_staging("a");
 }
 
 #[test]
@@ -351,7 +351,7 @@ fn a_timeout_ends_in_7_and_the_next_one_works() {
     house.hub.faults().add(HubFault::stall(MIB, Duration::from_secs(600)).on("model.safetensors"));
     let run = house.on("a").env("MODEL_CACHE_READ_TIMEOUT", "10m");
     run.run(["get", "hf://org/model", "--timeout", "1s"]).failed(7, &["not done within 1.0 s", "--timeout"]);
-    house.assert_invisible("a");
+    house.assert_no_artifact("a");
     house.hub.faults().clear();
     assert_model(&house.on("a").run(["get", "hf://org/model", "--timeout", "1m"]).path());
 }
@@ -384,7 +384,7 @@ fn a_flipped_byte_without_another_source_ends_in_5_and_is_repaired_by_putting_ag
     house.s3.flip_byte(BUCKET, &house.s3_key("m/1", "model.safetensors"), 5).unwrap();
     let says = ["m@1", "remote", "model.safetensors", "sha256"];
     house.on("b").run(["get", "m@1"]).failed(5, &says);
-    house.assert_invisible("b");
+    house.assert_no_artifact("b");
     assert_model(&house.on("a").run(["get", "m@1"]).path_saying(&["on disk"]));
     // The intact files can still be fetched.
     house.on("b").run(["get", "m@1", "--include", "*.json"]).path();
@@ -413,7 +413,7 @@ fn a_lost_object_without_another_source_is_named() {
     house.on("a").run(["put", "m@1", mine.to_str().unwrap()]).ok();
     house.s3.remove(BUCKET, &house.s3_key("m/1", "model.safetensors")).unwrap();
     house.on("b").run(["get", "m@1"]).failed(3, &["m@1", "remote", "model.safetensors"]);
-    house.assert_invisible("b");
+    house.assert_no_artifact("b");
     house.on("a").run(["put", "m@1", mine.to_str().unwrap()]).ok().said(&["to remote"]);
     assert_model(&house.on("b").run(["get", "m@1"]).path());
 }

@@ -68,7 +68,7 @@ fn an_artifact_is_fetched_by_tag_and_by_digest_and_kept_under_its_digest() {
     drop(registry);
     house.on_local("a").run(["get", &pinned]).path_saying(&["on disk"]);
     assert_eq!(house.on_local("a").run(["evict", &pinned, "--yes"]).code, Some(0));
-    house.assert_nothing("a");
+    house.assert_no_artifact_or_staging("a");
 }
 
 #[test]
@@ -147,7 +147,7 @@ fn a_password_is_taken_from_the_docker_configuration_and_a_missing_one_is_report
     run(config(wrong.to_string())).run(["get", &tag]).failed(4, &["401", "may read it"]);
     let helper = json!({"credHelpers": {&host: "ecr-login"}});
     run(config(helper.to_string())).run(["get", &tag]).failed(4, &["docker-credential-ecr-login"]);
-    house.assert_nothing("a");
+    house.assert_no_artifact_or_staging("a");
     assert_model(&run(login(&house, addr)).run(["get", &tag]).path());
     // The file is also found in its default place, `~/.docker`.
     fs::create_dir_all(house.path("home")).unwrap();
@@ -180,7 +180,7 @@ fn tokens_are_fetched_with_the_password_renewed_and_never_sent_to_the_cdn() {
             "{token:?}"
         );
     }
-    let at_registry = seen.iter().filter(|seen| seen.place == Place::Hub && seen.path.starts_with("/v2/"));
+    let at_registry = seen.iter().filter(|seen| seen.place == Place::Gate && seen.path.starts_with("/v2/"));
     assert!(at_registry.clone().all(|seen| !seen.authorization.as_deref().unwrap_or("").starts_with("Basic ")));
     let at_cdn: Vec<_> = seen.iter().filter(|seen| seen.place == Place::Cdn).collect();
     assert!(at_cdn.len() >= 4, "{at_cdn:?}");
@@ -251,7 +251,7 @@ fn a_layer_with_a_path_outside_its_folder_is_refused_before_a_byte_is_written() 
         let got = house.on_local("a").run(["get", &reference(registry.addr(), &format!("org/bad:{at}"))]);
         got.failed(5, &["names a layer", "rejected as a whole"]);
     }
-    house.assert_nothing("a");
+    house.assert_no_artifact_or_staging("a");
 }
 
 /// Changes one byte of a file in place.
@@ -270,7 +270,7 @@ fn wrong_bytes_of_a_registry_are_detected_by_the_digests() {
     let big = format!("sha256:{}", content::sha256(&big().to_vec().unwrap()));
     flip(&blob_file(&house, &big));
     house.on_local("a").run(["get", &tag]).failed(5, &["sha256 mismatch", "model.safetensors"]);
-    house.assert_invisible("a");
+    house.assert_no_artifact("a");
     flip(&blob_file(&house, &big));
     assert_model(&house.on_local("a").run(["get", &tag]).path());
 
@@ -281,5 +281,5 @@ fn wrong_bytes_of_a_registry_are_detected_by_the_digests() {
         .on_local("b")
         .run(["get", &reference(registry.addr(), &format!("org/model@{digest}"))])
         .failed(5, &["manifest"]);
-    house.assert_nothing("b");
+    house.assert_no_artifact_or_staging("b");
 }

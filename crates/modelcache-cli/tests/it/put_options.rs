@@ -112,7 +112,7 @@ fn a_put_to_the_remote_only_needs_no_local_space() {
     let report = put(run(), "team/m@1", &v1, &["--tier", "remote"]);
     assert_eq!((&report["path"], &report["on_remote"]), (&Value::Null, &json!(true)));
     assert_eq!(report["uploaded_bytes"], SHARED + 12);
-    house.assert_nothing("a");
+    house.assert_no_artifact_or_staging("a");
     assert_eq!(files_below(&house.path("a/blobs")), Vec::<PathBuf>::new());
     assert_version(&house.on("b").run(["get", "team/m@1"]).path(), &v1);
     let everywhere = put(house.on("c"), "team/m@1", &v1, &[]);
@@ -236,7 +236,7 @@ fn a_file_of_another_format_than_expected_is_refused_and_its_format_named() {
     refused(&house.path("wrong"), "safetensors", &["model.safetensors", "a Git LFS pointer", "git lfs pull"]);
     refused(&house.path("right"), "gguf", &["no file in the folder is gguf"]);
     house.on("b").run(["put", "no@1", "weights", "--expect", "toast"]).said(&["toast", "known formats: tar.gz"]);
-    house.assert_nothing("b");
+    house.assert_no_artifact_or_staging("b");
     assert!(!house.s3.keys(BUCKET).iter().any(|key| key.contains("/no/")));
 }
 

@@ -405,7 +405,7 @@ fn a_resolved_reference_keeps_its_meaning() {
     assert_eq!(on(&house, "c").run(["resolve", "m@1", "--json"]).object()["from"], "remote");
     assert_eq!(on(&house, "b").run(["resolve", "m@1", "--json"]).object()["from"], "disk");
     on(&house, "b").run(["resolve", "m@2"]).failed(3, &["m@2", "not found"]);
-    house.assert_invisible("c");
+    house.assert_no_artifact("c");
 }
 
 #[test]

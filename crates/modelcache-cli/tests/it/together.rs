@@ -62,7 +62,7 @@ fn after_a_kill_or_an_interrupt_only_the_part_in_flight_is_fetched_again() {
         running.signal(signal);
         let outcome = running.wait().said(&[word]);
         assert_eq!((outcome.code, outcome.stdout.as_str()), (code, ""), "{outcome}");
-        house.assert_invisible("a");
+        house.assert_no_artifact("a");
         let stats = run(&house, "a").run(["stats", "--json"]).object();
         assert!(stats["staging_bytes"].as_u64().unwrap() >= large().len(), "the staged bytes are counted: {stats}");
 

@@ -151,7 +151,7 @@ fn an_interrupted_put_aborts_its_uploads() {
         put.signal(signal);
         assert_eq!(put.wait().code, Some(code));
         assert_clean(&house);
-        house.assert_nothing("a");
+        house.assert_no_artifact_or_staging("a");
     }
 }
 
@@ -169,7 +169,7 @@ fn a_put_that_is_interrupted_after_reading_its_file_aborts_its_uploads() {
         put.signal("INT");
         assert_eq!(put.wait().code, Some(130));
         assert_clean(&house);
-        house.assert_nothing("a");
+        house.assert_no_artifact_or_staging("a");
     }
 }
 
@@ -189,7 +189,7 @@ fn a_file_that_changes_while_a_put_reads_it_is_refused_and_nothing_is_left() {
         put.wait().failed(1, &["changed while it was being read", "put it again"]);
         house.s3.faults().clear();
         assert_clean(&house);
-        house.assert_nothing("a");
+        house.assert_no_artifact_or_staging("a");
     }
 }
 
@@ -201,7 +201,7 @@ fn a_put_that_fails_during_the_upload_leaves_nothing_behind() {
     // An expired claim may remain.
     let there = house.published_keys().into_iter().filter(|key| !key.ends_with("claim"));
     assert_eq!((there.count(), house.s3.uploads(BUCKET)), (0, vec![]));
-    house.assert_nothing("a");
+    house.assert_no_artifact_or_staging("a");
     house.s3.faults().clear();
     house.on("a").run(["put", "m@1", "large.bin"]).ok();
     assert_on_remote(&house, "m@1");

@@ -281,7 +281,7 @@ fn an_artifact_in_use_is_verified_and_an_eviction_does_not_wait_for_it() {
     let ended = slow.wait();
     assert!(matches!(ended.code, Some(0 | 3)), "an evicted file is not wrong: {ended}");
     assert!(!ended.stdout.contains("bad"), "{ended}");
-    house.assert_nothing("a");
+    house.assert_no_artifact_or_staging("a");
 }
 
 #[test]

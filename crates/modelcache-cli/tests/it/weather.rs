@@ -95,7 +95,7 @@ fn a_lasting_failure_of_s3_is_reported_and_the_origin_serves() {
         let says = [says, &["remote"]].concat();
         run().run(["get", "m@1"]).failed(code, &[&says[..], &["m@1"]].concat());
         run().run(["put", "p@1", "mine/config.json"]).failed(code, &[&says[..], &["p@1"]].concat());
-        house.assert_invisible("a");
+        house.assert_no_artifact("a");
         run().run(["ls", "--remote"]).failed(code, &says);
 
         // The Hub serves the artifact, with a warning that contains the remedy.
@@ -215,7 +215,7 @@ fn access_denied_is_a_miss_with_a_warning_for_a_get_and_an_error_for_a_put() {
     let lists = ["listing the remote is not permitted", "s3:ListBucket"];
     house.on("a").run(["put", "p@1", "mine"]).failed(4, &[&rights[..], &["p@1"]].concat());
     house.on("a").run(["ls", "--remote"]).failed(4, &lists);
-    house.assert_invisible("a");
+    house.assert_no_artifact("a");
     let served = house.on("a").run(["get", "hf://org/model"]);
     assert_model(
         &served.path_saying(&[&warns[..], &rights, &["the artifact is available locally", "from origin"]].concat()),
@@ -244,7 +244,7 @@ fn a_misconfigured_remote_ends_in_2_and_is_never_skipped() {
         for args in [&["get", "m@1"][..], &["get", "hf://org/model"], &["put", "p@1", "mine"], &["ls", "--remote"]] {
             change(house.on("a")).run(args).failed(2, &[says, &["remote"]].concat());
         }
-        house.assert_invisible("a");
+        house.assert_no_artifact("a");
         house.s3.faults().clear();
     }
     assert_model(&house.on("a").run(["get", "m@1"]).path());
@@ -363,7 +363,7 @@ fn a_lasting_failure_of_the_hub_is_reported() {
             .run(["get", "hf://org/model"])
             .failed(code, &[says, &["hf://org/model@", "origin"]].concat());
         assert!(hits.count() > 0, "{shown} was not triggered");
-        house.assert_invisible("a");
+        house.assert_no_artifact("a");
         house.hub.faults().clear();
         let keys = house.published_keys();
         assert!(!keys.iter().any(|key| key.contains("hf/")), "nothing was published: {keys:?}");
@@ -384,7 +384,7 @@ fn an_unreachable_hub_is_reported_with_a_remedy() {
     ] {
         let run = house.on_local("a").env("HF_ENDPOINT", endpoint).env("MODEL_CACHE_RETRY_DEADLINE", "300ms");
         run.run(["get", "hf://org/model"]).failed(code, says);
-        house.assert_invisible("a");
+        house.assert_no_artifact("a");
     }
     assert_model(&house.on("a").run(["get", "hf://org/model"]).path());
 }
@@ -437,7 +437,7 @@ fn a_lasting_failure_of_the_network_ends_in_7() {
         let on = |run: Run| impatient(run).env("HF_ENDPOINT", hub.url()).env("AWS_ENDPOINT_URL", s3.url());
         on(house.on("a")).run(["get", "m@1"]).failed(7, &["m@1", "remote", "127.0.0.1"]);
         on(house.on_local("a")).run(["get", "hf://org/model"]).failed(7, &["hf://org/model", "origin", "127.0.0.1"]);
-        house.assert_invisible("a");
+        house.assert_no_artifact("a");
         for proxy in [&hub, &s3] {
             proxy.faults().clear();
             proxy.sever();

@@ -186,7 +186,7 @@ fn answers_other_than_the_file_are_refused() {
     get("a.tar.gz").failed(5, &["x-gzip", "Content-Encoding"]);
     get("b.bin").failed(5, &["text/html", "login page"]);
     get("c.bin").failed(3, &["404", "no credential was sent"]);
-    house.assert_nothing("c");
+    house.assert_no_artifact_or_staging("c");
     for (address, says) in [
         ("http://ann:canary-secret@127.0.0.1:1/x", "netrc"),
         ("http://127.0.0.1:1/x?sig=canary-signature", "query"),

@@ -193,7 +193,8 @@ class EvictReport(_Report):
     only_copy: bool
     """True if the copy on disk was removed and no other tier was known to have the artifact."""
     origin_can_give_back: bool
-    """True if the artifact can be downloaded again from an origin."""
+    """True if a later get can download the artifact again, from an origin or from unmanaged objects that stay on the
+    remote."""
     tags: list[str]
     """Tags that pointed to it and were removed."""
 
@@ -231,10 +232,11 @@ class Resolved(_Report):
     sha256: str | None
     """Digest of the file, or of the file list of a tree; ``None`` if neither disk nor remote knows it."""
     origin: str | None
-    """The tier that resolved the reference: ``"disk"``, ``"remote"`` or ``"origin"``; ``None`` if no lookup was
-    needed."""
+    """The tier that answered the lookup, which need not be an origin: ``"disk"``, ``"remote"`` or ``"origin"``;
+    ``None`` if no lookup was needed."""
     age_seconds: float | None
-    """Age of the resolution, in whole seconds; ``None`` if it is unknown or cannot become outdated."""
+    """Age of the resolution, in seconds, rounded to a whole number; ``None`` if it is unknown or cannot become
+    outdated."""
 
     @classmethod
     def _from(cls, values: dict[str, Any]) -> Resolved:

@@ -52,8 +52,8 @@ async fn answered(shared: &Arc<Shared>, seen: &mut Seen, request: Request<Incomi
             if seen.query.is_empty() { path } else { format!("{path}?{}", seen.query) }
         }
     };
-    // Faults that replace the answer apply before routing and authorization.
-    if let Some(kind) = shared.faults.strike(&seen.method, &subject, Kind::replaces_answer)
+    // These faults apply before routing and authorization.
+    if let Some(kind) = shared.faults.strike(&seen.method, &subject, Kind::applies_before_routing)
         && let Some(answer) = struck(kind, seen).await?
     {
         return Ok(answer);

@@ -1,11 +1,13 @@
 //! Faults of the Hub and its CDN.
 //!
-//! There are two sorts. Faults that replace the answer (`throttle`, `status`, `redirect_loop`) apply to any matching
-//! request on both listeners. Faults of a body (`flip`, `cut`, `short`, `stall`, `stall_at`, `ignore_range`) apply only
-//! to answers with file content, so a redirect to the CDN never uses one up.
+//! There are three sorts. Faults that apply before routing (`throttle`, `rate_limit`, `status`, `redirect_loop`,
+//! `hang_up`, `delay`) match any request on both listeners. Faults of a body (`flip`, `cut`, `short`, `stall`,
+//! `stall_at`, `ignore_range`) apply only to answers with file content, so a redirect to the CDN never uses one up.
+//! `lie_size` alters metadata.
 //!
-//! [`Fault::on`] is compared with the decoded path. The CDN's URLs name only digests, so its requests are compared by
-//! the path of the resolve URL that redirected there (`/org/model/resolve/<commit>/<file>`).
+//! [`Fault::on`] is compared with the decoded path and, at the Hub, with the query. The CDN's URLs name only digests,
+//! so its requests are compared by the path of the resolve URL that redirected there
+//! (`/org/model/resolve/<commit>/<file>`).
 
 use std::time::Duration;
 
@@ -21,7 +23,7 @@ pub enum Kind {
     RateLimit(u64),
     /// Any status, with an error body.
     Status(u16),
-    /// 302 to another address of the same request, without end.
+    /// 302 to the same path with a counter in the query, without end.
     RedirectLoop,
     /// The connection is closed without an answer.
     HangUp,
@@ -62,7 +64,7 @@ impl Fault<Kind> {
         Self::new(Kind::Status(code))
     }
 
-    /// A redirect to its own path, without end.
+    /// 302 to the same path with a counter in the query, without end.
     pub fn redirect_loop() -> Self {
         Self::new(Kind::RedirectLoop)
     }
@@ -115,8 +117,8 @@ impl Fault<Kind> {
 }
 
 impl Kind {
-    /// Returns true if the fault replaces the answer, false if it alters a body or a listing.
-    pub(super) fn replaces_answer(&self) -> bool {
+    /// Returns true if the fault applies before routing, false if it alters a body or metadata.
+    pub(super) fn applies_before_routing(&self) -> bool {
         use Kind::{Delay, HangUp, RateLimit, RedirectLoop, Status, Throttle};
         matches!(self, Throttle(_) | RateLimit(_) | Status(_) | RedirectLoop | HangUp | Delay(_))
     }

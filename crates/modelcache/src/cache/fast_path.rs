@@ -11,7 +11,7 @@ use crate::selection::Selection;
 
 impl Cache {
     /// Returns the leased artifact if the reference or a cached resolution determines the key, and all selected files
-    /// are on disk. Takes a few microseconds. Returns `None` if the caller has to continue with the slow path.
+    /// are on disk. Takes some tens of microseconds. Returns `None` if the caller has to continue with the slow path.
     pub(super) fn try_fast_hit(
         &self,
         reference: &Reference,

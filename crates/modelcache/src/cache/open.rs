@@ -191,7 +191,7 @@ impl Cache {
         Ok(opened)
     }
 
-    /// Returns the only file of an artifact that is not on disk. Plans a fill to find it. The source on the remote is
+    /// Plans a fill of an artifact that is not on disk, and returns its only file. The source on the remote is
     /// kept in `request`, so that the fill does not request the manifest again.
     async fn resolve_only_file(&self, request: &mut FetchRequest, progress: &Progress) -> Result<FilePath> {
         if let (None, Some(remote)) = (&request.remote, self.remote_within(request.max_tier)) {
@@ -318,13 +318,14 @@ impl OpenFile {
         self.shared.whole.get().map(PathBuf::as_path)
     }
 
-    /// Returns the file once [`wait`](Self::wait) has returned for any range of it. Only ranges for which `wait` or
-    /// [`try_wait`](Self::try_wait) returned the file may be read. Takes no lock.
+    /// Returns the file once it is open: after the first [`wait`](Self::wait), or once the whole file is on disk.
+    /// Only ranges for which `wait` or [`try_wait`](Self::try_wait) returned the file may be read. Takes no lock.
     pub fn file(&self) -> Option<&Arc<File>> {
         self.shared.bound.get().map(|bound| &bound.file)
     }
 
-    /// Returns the file if `range` (in bytes) can be read from it without waiting.
+    /// Returns the file if `range` (in bytes) can be read from it without waiting. Returns `None` until
+    /// [`wait`](Self::wait) has opened the file or the fill has ended, even if the range is downloaded.
     ///
     /// # Errors
     /// As for [`wait`](Self::wait), if the error is known already.

@@ -95,7 +95,7 @@ impl InputReader {
     /// Returns the manifest entry of the file, and the identity of the copy, if there is one.
     ///
     /// # Errors
-    /// Fails if the file has more or fewer bytes than were read, or was changed meanwhile.
+    /// Fails unless exactly the listed size was read, or if the file has grown or was changed meanwhile.
     pub(crate) fn finish(mut self) -> Result<(FileEntry, Option<FileIdentity>)> {
         let read_error = |cause: std::io::Error| unreadable(&self.input.from, cause);
         // Try to read one more byte: the file may have grown.

@@ -3,7 +3,7 @@
 //! This finds damage that acquiring a lease cannot detect: bytes that changed while size and mtime did not. A file with
 //! a ladder is read part by part on all cores, two parts at a time on each, so that bad parts are reported by number. A
 //! file that several artifacts share is read once. A wrong file is quarantined, and `held` is cleared, as when a lease
-//! is acquired. Nothing else changes: the time of last use stays, and nothing is evicted.
+//! is acquired. The new identity of a right file is recorded. The time of last use stays, and nothing is evicted.
 //!
 //! If the caller wants it, reads bypass the page cache and leave it as it is.
 
@@ -44,9 +44,9 @@ pub(crate) struct VerifyRun {
     stopped: AtomicBool,
     /// Files with the right bytes: device, identity, digest.
     verified: Mutex<HashSet<(u64, FileIdentity, Digest)>>,
-    /// Files with wrong bytes: device and inode.
+    /// Files with wrong bytes or read errors: device and inode.
     bad: Mutex<HashSet<(u64, u64)>>,
-    /// Findings in files that other artifacts share, by the key of the other artifact. Each is reported when that
+    /// Findings by the key of each artifact that held the file, including the verified one. Each is reported when that
     /// artifact is verified, although its `held` is already cleared.
     shared: Mutex<HashMap<ArtifactKey, Vec<Finding>>>,
 }
@@ -93,7 +93,7 @@ impl VerifyRun {
 
     /// Returns the digest of a file of `size` bytes, read in order. The result is wrong if the run was stopped
     /// meanwhile.
-    fn in_order(&self, file: &File, size: u64, progress: &Progress) -> io::Result<Digest> {
+    fn digest_in_order(&self, file: &File, size: u64, progress: &Progress) -> io::Result<Digest> {
         if self.bypass_page_cache {
             hashing::bypass_page_cache(file);
         }
@@ -176,7 +176,7 @@ impl Disk {
             opened: Condvar::new(),
             report: Mutex::new(verified),
         };
-        let failed = thread::scope(|scope| {
+        let outcome = thread::scope(|scope| {
             // If a thread cannot be started, the other threads do its work.
             let start = |_| thread::Builder::new().spawn_scoped(scope, || work.hash_pieces()).ok();
             let threads: Vec<_> = (1..run.threads).map_while(start).collect();
@@ -184,7 +184,7 @@ impl Disk {
             let theirs = threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err(thread_panicked())));
             theirs.fold(ours, |first, next| first.and(next))
         });
-        failed?;
+        outcome?;
         let mut verified = work.report.into_inner();
         // Add the findings in shared files that were made while another artifact was verified.
         for finding in run.shared.lock().remove(key).unwrap_or_default() {
@@ -268,7 +268,7 @@ impl Disk {
         // The name of a blob is the expected digest.
         let Some(expected) = name.parse::<Digest>().ok().filter(|digest| self.layout().blob(digest) == *path) else {
             verified.findings.push(Finding {
-                detail: Some(format!("{} is not a blob: its name is not a SHA-256 digest", path)),
+                detail: Some(format!("{} is not a blob: it is not at the path of a SHA-256 digest", path)),
                 remedy: Some("remove it; modelcache did not create it and does not use it".into()),
                 ..Finding::new(None, Problem::WrongBytes)
             });
@@ -283,7 +283,7 @@ impl Disk {
         }
         verified.files += 1;
         verified.bytes += metadata.len();
-        let found = match run.in_order(&file, metadata.len(), progress) {
+        let found = match run.digest_in_order(&file, metadata.len(), progress) {
             Ok(found) if found == expected || run.is_stopped() => return Ok(()),
             Ok(found) => Some(found),
             Err(_) => None,
@@ -297,7 +297,8 @@ impl Disk {
             found,
             detail: Some(format!("the blob {}", path)),
             withdrawn: !self.is_read_only(),
-            // No view is a link to this blob, and the blob is in quarantine, so nothing needs to be repaired.
+            // No view is a link to this blob, and the blob is in quarantine. Nothing is left to repair, so the finding
+            // counts as repaired.
             repaired_from: (!self.is_read_only()).then_some(Tier::Disk),
             ..Finding::new(None, problem)
         });
@@ -308,7 +309,7 @@ impl Disk {
     pub(crate) fn hash_rate_limited(&self, path: &RootedPath, run: &VerifyRun) -> Result<Option<Digest>> {
         let Some(file) = files::absent(path.open(false)).at("open", path)? else { return Ok(None) };
         let size = Metadata::of(&file).at("examine", path)?.len();
-        let digest = run.in_order(&file, size, &Progress::new()).at("read", path)?;
+        let digest = run.digest_in_order(&file, size, &Progress::new()).at("read", path)?;
         Ok((!run.is_stopped()).then_some(digest))
     }
 
@@ -336,7 +337,7 @@ impl Disk {
     }
 }
 
-/// A shared lease; without a lock in a read-only directory that has no lock file.
+/// A shared lease. `None` if the directory is read-only and its lock file cannot be opened.
 struct Lease(Option<FileLock>);
 
 fn thread_panicked() -> Error {
@@ -377,8 +378,7 @@ struct Queue {
     opening: usize,
 }
 
-/// Counts a thread that is opening a file, while idle threads wait for the parts of that file. It is dropped when the
-/// file is open or could not be opened.
+/// When dropped, ends the count of a thread in [`Queue::opening`] and wakes the idle threads.
 struct OpeningGuard<'work>(&'work ArtifactWork<'work>);
 
 impl Drop for OpeningGuard<'_> {
@@ -578,7 +578,7 @@ impl ArtifactWork<'_> {
         if !results.bad.is_empty() && results.found.is_none() && results.read_error.is_none() {
             // Parts do not match the ladder. The ladder may be wrong and the file right, so hash the whole file in
             // order.
-            match self.run.in_order(&open.file, open.identity.bytes, &Progress::new()) {
+            match self.run.digest_in_order(&open.file, open.identity.bytes, &Progress::new()) {
                 Ok(found) => results.found = Some(found),
                 Err(error) => results.read_error = Some(error),
             }

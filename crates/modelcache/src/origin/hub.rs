@@ -226,7 +226,8 @@ impl Hub {
         self.http.follow(url, request).await
     }
 
-    /// Converts an error response into an error. All statuses and error codes of the Hub are mapped here.
+    /// Converts an error response to a request for a repository into an error. `account_check` maps the statuses of
+    /// `whoami` itself, and `api` handles missing revisions and unknown calls.
     async fn error_of(&self, fetched: Fetched, repo: &HubRepo, path: Option<&FilePath>) -> Error {
         let Fetched { response, url, is_same_origin, .. } = fetched;
         let response = ErrorResponse::read(&self.http, response, is_same_origin).await;
@@ -287,7 +288,8 @@ fn no_entry(repo: &HubRepo, path: Option<&FilePath>) -> Error {
 fn redirect_target_error(response: &ErrorResponse, url: &Url) -> Error {
     let message = || format!("{} refused a URL that the Hub has just signed ({})", Server(url), response.status);
     match response.status.as_u16() {
-        401 | 403 => Error::unavailable(message()).hint("check the clock of this machine"),
+        401 | 403 => Error::unavailable(message())
+            .hint("try again; if it persists, check any proxy between this machine and the CDN"),
         404 | 410 | 412 => Error::unavailable(message()).transient(false),
         _ => response.error(url),
     }
@@ -433,7 +435,8 @@ impl HubSource {
     }
 
     /// Lists the files with the older call that every mirror and proxy knows: the names in the description of the
-    /// revision. Where it states no sizes, each file is asked for its own. Returns false if the commit does not exist.
+    /// revision. If it lacks the size or the digest of a file, a request for the file's first byte gets them. Returns
+    /// false if the commit does not exist.
     ///
     /// # Errors
     /// `unknown_tree`, the error of the newer call, if the server knows neither.
@@ -454,7 +457,7 @@ impl HubSource {
         if siblings.len() > limits::FILES_MAX {
             return Err(Error::corrupt(format!("the revision lists {} files", siblings.len())));
         }
-        let siblings: Vec<_> = siblings.into_iter().filter(|sibling| files.accepts(&sibling.name)).collect();
+        let siblings: Vec<_> = siblings.into_iter().filter(|sibling| files.keep_or_leave_out(&sibling.name)).collect();
         let entries = siblings.into_iter().map(|sibling| self.entry_of(sibling));
         let mut entries = futures::stream::iter(entries).buffered(FILE_REQUESTS_MAX);
         while let Some(entry) = entries.try_next().await? {
@@ -473,7 +476,7 @@ impl HubSource {
         self.hub.retry.run(|| self.describe(&path)).await
     }
 
-    /// Requests the first byte of a file, and takes its size and digest from the headers of the fetched.
+    /// Requests the first byte of a file, and takes its size and digest from the response headers.
     async fn describe(&self, path: &str) -> Result<TreeEntry> {
         let fetched = self.request_range(self.file_url(path)?, &(0..1), None).await?;
         let (status, headers) = (fetched.response.status(), fetched.response.headers());
@@ -489,7 +492,7 @@ impl HubSource {
         let tag = http::header(&fetched.same_origin_headers, "x-linked-etag")
             .or_else(|| http::header(&fetched.same_origin_headers, "etag"));
         let tag = tag.map(|tag| tag.trim_start_matches("W/").trim_matches('"').to_owned());
-        // The Hub's entity tag is the SHA-256 of a large file, or the git object id of another.
+        // The Hub's entity tag is the SHA-256 of a large file (LFS), or the git object id of any other file.
         let of_length = |length: usize| tag.clone().filter(|tag| tag.len() == length);
         let (lfs, oid) = (of_length(64).map(|oid| Lfs { oid }), of_length(40));
         Ok(TreeEntry { kind: "file".into(), path: path.to_owned(), size, oid, lfs })
@@ -609,9 +612,9 @@ impl FileList {
         Self { manifest: Manifest::new(key, Shape::Tree), left_out: (0, Vec::new()) }
     }
 
-    /// Returns true unless the name cannot be a file path and is harmless, for instance `onnx\\model.onnx`. Such a file
-    /// is left out.
-    fn accepts(&mut self, name: &str) -> bool {
+    /// Returns false, and records the name as left out, if it cannot be a file path but is harmless, for instance
+    /// `onnx\model.onnx`. Returns true for names that leave the folder, which `add_entry` refuses.
+    fn keep_or_leave_out(&mut self, name: &str) -> bool {
         let leaves_folder = name.starts_with('/') || name.split('/').any(|segment| matches!(segment, "" | "." | ".."));
         if leaves_folder || FilePath::new(name).is_ok() {
             return true;
@@ -642,7 +645,7 @@ impl FileList {
                 return Ok(());
             }
         }
-        if !self.accepts(&entry.path) {
+        if !self.keep_or_leave_out(&entry.path) {
             return Ok(());
         }
         let refuse = |why: &dyn fmt::Display| Error::corrupt(format!("the tree lists {:?}: {why}", entry.path));

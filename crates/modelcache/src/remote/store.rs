@@ -450,21 +450,21 @@ impl Store {
     }
 
     /// Lists the objects below `prefix` and passes each page to `handle_page`, until `handle_page` returns false. With
-    /// `flat`, lists only the objects and folders directly in `prefix`. Returns false if listing is not permitted.
+    /// `one_level`, lists only the objects and folders directly in `prefix`. Returns false if listing is not permitted.
     ///
     /// # Errors
     /// `Corrupt` for a listing that does not end, see [`Paging`].
     pub(super) async fn for_each_page(
         &self,
         prefix: Option<&Path>,
-        flat: bool,
+        one_level: bool,
         mut handle_page: impl FnMut(ListResult) -> Result<bool>,
     ) -> Result<bool> {
         let what_failed = "cannot list the remote";
         let (mut paging, mut token) = (Paging::default(), None);
         loop {
             let page = self.retry.run(|| async {
-                match self.backend.list_page(prefix, flat, token.clone()).await {
+                match self.backend.list_page(prefix, one_level, token.clone()).await {
                     Ok(page) => Ok(Some(page)),
                     Err(error) if backend::is_ambiguous(&error) => Ok(None),
                     Err(error) => Err(self.failed(error, what_failed).await),

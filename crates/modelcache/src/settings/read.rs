@@ -42,7 +42,8 @@ pub fn read_files(files: ConfigFiles) -> Result<Vec<(PathBuf, String)>> {
         ConfigFiles::Usual(paths) => paths
             .into_iter()
             .filter_map(|path| match read_if_there(&path) {
-                Ok(text) => Some(Ok((path, text?))),
+                Ok(None) => None,
+                Ok(Some(text)) => Some(Ok((path, text))),
                 Err(cause) => Some(Err(refuse(&path, cause))),
             })
             .collect(),
@@ -61,7 +62,7 @@ pub fn read_if_there(path: &Path) -> io::Result<Option<String>> {
 impl Settings {
     /// Completes the settings from the local machine: checks whether other users may read the netrc, and makes the
     /// cache directory absolute.
-    pub fn placed(mut self, environment: &Environment) -> Result<Self> {
+    pub fn completed_on_this_machine(mut self, environment: &Environment) -> Result<Self> {
         if netrc_path(environment).is_some_and(|path| others_may_read(&path)) {
             self.config.credentials.mark_netrc_readable_by_others();
         }

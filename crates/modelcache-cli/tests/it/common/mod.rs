@@ -49,9 +49,9 @@ pub struct House {
     folder: TempDir,
 }
 
-/// Makes child processes independent of the umask and the ignored signals that the test process has inherited. New
-/// files are readable by other users. A background job of a shell and `nohup` ignore some signals: these get a handler
-/// here, so that child processes start with the default action.
+/// Makes child processes independent of the umask and the ignored signals that the test process has inherited. The
+/// umask becomes 022, so that other users can read new files. Signals that this process ignores, because a shell
+/// started it in the background or with `nohup`, get a handler, so that child processes start with the default action.
 fn reset_inherited_state() {
     static RESET: Once = Once::new();
     RESET.call_once(|| {
@@ -146,16 +146,20 @@ impl House {
 
     /// Asserts that `dir` has no artifact, complete or partial, and no staging folder.
     #[track_caller]
-    pub fn assert_nothing(&self, dir: &str) {
-        self.assert_invisible(dir);
+    pub fn assert_no_artifact_or_staging(&self, dir: &str) {
+        self.assert_no_artifact(dir);
         assert_eq!(self.staging(dir), Vec::<PathBuf>::new(), "staging folders are left");
     }
 
     /// Asserts that `dir` has no artifact, complete or partial. The staging folder of an interrupted fill may remain.
     #[track_caller]
-    pub fn assert_invisible(&self, dir: &str) {
+    pub fn assert_no_artifact(&self, dir: &str) {
         assert_eq!(self.listed(dir), [""; 0]);
-        assert_eq!(files_below(&self.path(dir).join("artifacts")), Vec::<PathBuf>::new(), "partial");
+        assert_eq!(
+            files_below(&self.path(dir).join("artifacts")),
+            Vec::<PathBuf>::new(),
+            "files of a partial artifact are left"
+        );
     }
 
     /// Returns the keys of artifacts in the bucket. Refs are left out: a get writes them before it knows whether it
@@ -220,7 +224,8 @@ pub fn assert_model(folder: &Path) {
 #[track_caller]
 pub fn assert_same(path: &Path, content: &Content) {
     let found = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    assert!(found == content.to_vec().unwrap(), "{} has {} other bytes", path.display(), found.len());
+    let expected = content.to_vec().unwrap();
+    assert!(found == expected, "{} differs: found {} bytes, expected {}", path.display(), found.len(), expected.len());
 }
 
 /// Returns the paths of all files below `folder`, relative to it and sorted. Empty if `folder` does not exist.
@@ -365,7 +370,7 @@ impl Running {
     pub fn wait_with_peak_memory(self) -> (Outcome, u64) {
         let status = PathBuf::from(format!("/proc/{}/status", self.child.id()));
         let (mut kib_max, end) = (0, Instant::now() + PATIENCE);
-        // The status file of an ended process has no memory fields until the process is waited for.
+        // Between its end and the wait for it, a process has a status file without memory fields.
         while let Some(kib) = peak_kib(&fs::read_to_string(&status).unwrap()).filter(|_| Instant::now() < end) {
             kib_max = kib;
             std::thread::sleep(Duration::from_millis(1));

@@ -104,10 +104,10 @@ impl Backend for FolderBackend {
     async fn list_page(
         &self,
         prefix: Option<&Path>,
-        flat: bool,
+        one_level: bool,
         _token: Option<String>,
     ) -> object_store::Result<PaginatedListResult> {
-        let result = match flat {
+        let result = match one_level {
             true => self.objects.list_with_delimiter(prefix).await?,
             false => ListResult {
                 objects: self.objects.list(prefix).try_collect().await?,

@@ -72,11 +72,11 @@ pub(super) trait Backend: Send + Sync {
     /// Returns the reason if `key` cannot be the key of an object, or `None` if it can.
     fn unusable_key(&self, key: &Path) -> Option<String>;
 
-    /// Lists one page of the objects below `prefix`. With `flat`, lists only objects and folders directly in it.
+    /// Lists one page of the objects below `prefix`. With `one_level`, lists only objects and folders directly in it.
     async fn list_page(
         &self,
         prefix: Option<&Path>,
-        flat: bool,
+        one_level: bool,
         token: Option<String>,
     ) -> object_store::Result<PaginatedListResult>;
 

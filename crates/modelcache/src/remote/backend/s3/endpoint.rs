@@ -46,7 +46,8 @@ impl Endpoint {
 
     /// Returns true if `bucket` is addressed by path.
     pub(super) fn is_path_style(&self, bucket: &str) -> bool {
-        // The certificate of the endpoint does not cover a host name with more labels, and an address has no subdomains.
+        // Over HTTPS a bucket name with dots must be in the path: the wildcard certificate covers one label only. An IP
+        // address has no subdomains.
         let https = self.custom.as_deref().is_none_or(|url| url.starts_with("https://"));
         let must = !is_host_label(bucket, !https) || self.custom.as_deref().is_some_and(is_ip_address);
         // Most S3-compatible servers do not resolve `bucket.endpoint`, so a custom endpoint defaults to path style.

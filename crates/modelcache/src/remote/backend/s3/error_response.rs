@@ -330,12 +330,12 @@ const OVERLOADED: Meaning = meaning(ErrorKind::Unavailable, true, DEFAULT_MESSAG
 const OTHER: Meaning = meaning(ErrorKind::Unavailable, false, DEFAULT_MESSAGE, None);
 
 /// Returns true if the server blames a permission on an encryption key. It names it in its message only.
-pub(super) fn names_key_permission(message: &str) -> bool {
+pub(super) fn names_kms_permission(message: &str) -> bool {
     message.contains("kms:")
 }
 
 fn missing_permission(context: &MessageContext<'_>) -> String {
-    if context.response.message.as_deref().is_some_and(names_key_permission) {
+    if context.response.message.as_deref().is_some_and(names_kms_permission) {
         return "grant the permission on the key that the server names: kms:Decrypt to read, kms:GenerateDataKey to write"
             .into();
     }

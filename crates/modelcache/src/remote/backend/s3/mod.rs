@@ -1,4 +1,5 @@
-//! The S3 backend: requests and their signatures, credentials, settings, and deviations of listings.
+//! The S3 backend: requests and their signatures, credentials, settings, and listings without the keys that
+//! `object_store` cannot represent.
 
 mod copy;
 mod credentials;
@@ -48,7 +49,9 @@ const KEY_BYTES_MAX: usize = 1024;
 pub(super) struct S3Backend {
     s3: AmazonS3,
     credentials: Arc<Credentials>,
-    raw_client: Option<Arc<RawClient>>,
+    /// The client for reads that `object_store` does not offer: stored checksums and listings of uploads. `None` if the
+    /// options exclude it.
+    read_client: Option<Arc<RawClient>>,
     copier: Option<Copier>,
     /// The HTTP client without the request timeouts and errors of `http_client.rs`.
     plain_client: reqwest::Client,
@@ -80,7 +83,7 @@ impl S3Backend {
             Arc::new(Credentials::new(&config.environment, options, profiles, &settings.region, plain_client.clone()));
         let raw_client = Arc::new(RawClient::new(bucket, &settings, options, &connector, &credentials));
         let copier = Copier::new(&raw_client, options);
-        let raw_client = raw_client::supports_reads(options).then_some(raw_client);
+        let read_client = raw_client::supports_reads(options).then_some(raw_client);
         let mut builder = AmazonS3Builder::new()
             .with_bucket_name(bucket)
             .with_region(&settings.region)
@@ -118,7 +121,7 @@ impl S3Backend {
         Ok(Self {
             s3,
             credentials,
-            raw_client,
+            read_client,
             copier,
             plain_client,
             settings,
@@ -129,9 +132,9 @@ impl S3Backend {
         })
     }
 
-    /// Returns the client for requests that `object_store` does not offer, or `None` if the options exclude it.
-    fn raw_client(&self) -> Option<&RawClient> {
-        self.raw_client.as_deref()
+    /// Returns the client for stored checksums and listings of uploads, or `None` if the options exclude it.
+    fn read_client(&self) -> Option<&RawClient> {
+        self.read_client.as_deref()
     }
 
     /// Returns the client for copies and for parts with a known digest, or `None` if the options exclude it.
@@ -162,11 +165,11 @@ impl Backend for S3Backend {
     async fn list_page(
         &self,
         prefix: Option<&Path>,
-        flat: bool,
+        one_level: bool,
         token: Option<String>,
     ) -> object_store::Result<PaginatedListResult> {
         let prefix = prefix.map(|prefix| format!("{prefix}/"));
-        let delimiter = flat.then_some(Cow::Borrowed("/"));
+        let delimiter = one_level.then_some(Cow::Borrowed("/"));
         let options = PaginatedListOptions { page_token: token, delimiter, ..PaginatedListOptions::default() };
         self.s3.list_paginated(prefix.as_deref(), options).await
     }
@@ -183,8 +186,8 @@ impl Backend for S3Backend {
     }
 
     async fn stored_checksums(&self, key: &Path) -> object_store::Result<Option<StoredChecksums>> {
-        match self.raw_client() {
-            Some(raw_client) => raw_client.checksums(key).await.map(Some),
+        match self.read_client() {
+            Some(read_client) => read_client.checksums(key).await.map(Some),
             None => Ok(None),
         }
     }
@@ -202,7 +205,7 @@ impl Backend for S3Backend {
     }
 
     fn write_permission_hint(&self, error: &Error) -> String {
-        match (error_response::names_key_permission(error.message()), error.hint_text()) {
+        match (error_response::names_kms_permission(error.message()), error.hint_text()) {
             (true, Some(hint)) => hint.to_owned(),
             _ => format!("grant s3:PutObject on the bucket {:?}", self.context.container),
         }

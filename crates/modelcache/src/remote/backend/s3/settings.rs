@@ -50,7 +50,7 @@ pub(in crate::remote) struct Options {
     pub(super) passed_on: Vec<(AmazonS3ConfigKey, Secret)>,
 }
 
-/// The documented option names. The nearest one is suggested for an unknown name.
+/// The option names that are suggested for an unknown name.
 const NAMES: [&str; 22] = [
     "region",
     "endpoint",
@@ -134,9 +134,14 @@ fn pass_on(name: &str, plain: &str) -> Result<AmazonS3ConfigKey> {
             Err(invalid(format!("the remote option {name:?} is not allowed: the bucket is part of the address"))
                 .hint("write s3://BUCKET/PREFIX"))
         }
-        Ok(Key::Client(ClientConfigKey::UserAgent | ClientConfigKey::Timeout | ClientConfigKey::ReadTimeout)) => {
-            Err(invalid(format!("the remote option {name:?} is not allowed: modelcache sets it"))
-                .hint("see retry.read_timeout"))
+        Ok(Key::Client(
+            key @ (ClientConfigKey::UserAgent | ClientConfigKey::Timeout | ClientConfigKey::ReadTimeout),
+        )) => {
+            let error = invalid(format!("the remote option {name:?} is not allowed: modelcache sets it"));
+            Err(match key {
+                ClientConfigKey::UserAgent => error,
+                _ => error.hint("set read_timeout or MODEL_CACHE_READ_TIMEOUT"),
+            })
         }
         Ok(Key::Client(_)) | Err(_) => {
             let error = invalid(format!("unknown remote option {name:?}"));
@@ -194,20 +199,22 @@ impl S3Settings {
                 || section.and_then(|section| profiles.get(&section, "s3.endpoint_url").map(str::to_owned));
             variables.or_else(of_service).or_else(|| setting("endpoint_url"))
         };
-        // A variable comes before the setting of the profile, which may stand in its `s3` group.
-        let is_set = |name: &str, own: &str| {
-            let value = variable(name).or_else(|| setting(&format!("s3.{own}"))).or_else(|| setting(own));
+        // The variable takes precedence. Then comes the profile: first the setting in its `s3` group, then the one
+        // outside.
+        let is_true = |variable_name: &str, profile_key: &str| {
+            let of_profile = || setting(&format!("s3.{profile_key}")).or_else(|| setting(profile_key));
+            let value = variable(variable_name).or_else(of_profile);
             value.is_some_and(|value| value.eq_ignore_ascii_case("true"))
         };
-        let is_ignored = is_set("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "ignore_configured_endpoint_urls");
+        let is_ignored = is_true("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "ignore_configured_endpoint_urls");
         let custom = options.endpoint.clone().or_else(|| if is_ignored { None } else { configured() });
         let style = setting("s3.addressing_style");
         let style = style.filter(|style| style != "auto").map(|style| style == "path");
         let endpoint = Endpoint {
             custom: custom.map(|endpoint| endpoint.trim_end_matches('/').to_owned()),
             path_style: options.path_style.or(style),
-            fips: is_set("AWS_USE_FIPS_ENDPOINT", "use_fips_endpoint"),
-            dual_stack: is_set("AWS_USE_DUALSTACK_ENDPOINT", "use_dualstack_endpoint"),
+            fips: is_true("AWS_USE_FIPS_ENDPOINT", "use_fips_endpoint"),
+            dual_stack: is_true("AWS_USE_DUALSTACK_ENDPOINT", "use_dualstack_endpoint"),
         };
         let region = options
             .region
@@ -237,8 +244,9 @@ impl S3Settings {
     /// Returns true if requests sign the digest of their body. Without the option `unsigned_payload`, only requests
     /// over plain HTTP do, because TLS protects the integrity of bodies.
     pub(super) fn signs_payload(&self, options: &Options) -> bool {
-        let is_unsigned = |(key, _): &&(AmazonS3ConfigKey, Secret)| matches!(key, AmazonS3ConfigKey::UnsignedPayload);
-        match options.passed_on.iter().find(is_unsigned) {
+        let is_that_option =
+            |(key, _): &&(AmazonS3ConfigKey, Secret)| matches!(key, AmazonS3ConfigKey::UnsignedPayload);
+        match options.passed_on.iter().find(is_that_option) {
             Some((_, value)) => !is_on(value.expose()),
             None => self.endpoint.custom.as_deref().is_some_and(|endpoint| endpoint.starts_with("http://")),
         }

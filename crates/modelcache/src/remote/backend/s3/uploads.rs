@@ -48,11 +48,11 @@ impl MultipartUploads for S3Backend {
     }
 
     async fn list(&self, prefix: &str) -> Vec<UnfinishedUpload> {
-        let Some(raw_client) = self.raw_client() else { return Vec::new() };
+        let Some(read_client) = self.read_client() else { return Vec::new() };
         let (mut uploads, mut after) = (Vec::new(), String::new());
         for _ in 0..PAGES_MAX {
             let query = format!("uploads=&prefix={}{after}", encoded(prefix));
-            let page = match raw_client.get(&query).await {
+            let page = match read_client.get(&query).await {
                 Ok(page) => page,
                 Err(error) => {
                     let error = self.explain(error, "cannot list multipart uploads").await;
