@@ -9,7 +9,9 @@
  *   SHIM_READS=1  also counts calls that open, list and read
  *   SHIM_KILL_AT  kills the process (SIGKILL) before the call with this number
  *   SHIM_FAIL_AT  makes the call with this number fail with SHIM_ERRNO; with SHIM_STICKY=1 every later call fails, too
- *   SHIM_OF       the name of a function: SHIM_FAIL_AT then counts only calls of this function
+ *   SHIM_OF       names of functions, separated by commas: SHIM_FAIL_AT then counts only calls of these. Two names are
+ *                 more precise than the function: `rmdir` is any call that removes a folder, `fsync_folder` is the sync
+ *                 of a folder
  *   SHIM_FLOCK    "lies": flock succeeds without locking; "refuses": flock fails with ENOLCK (on any path, uncounted)
  *   SHIM_BOOT_ID  a file that is opened in place of /proc/sys/kernel/random/boot_id
  *   SHIM_AHEAD    seconds by which CLOCK_BOOTTIME is ahead
@@ -92,6 +94,16 @@ static int fd_is_ours(int fd, char full[PATH_MAX]) {
     return ours;
 }
 
+/* Returns nonzero if the list `of` contains `call`. */
+static int is_selected(const char *call) {
+    size_t len = strlen(call);
+    for (const char *at = of; at; at = strchr(at, ',')) {
+        at += *at == ',';
+        if (strncmp(at, call, len) == 0 && (at[len] == ',' || at[len] == 0)) return 1;
+    }
+    return 0;
+}
+
 /* Counts a call on a file below the root. Returns nonzero, with errno set, if the call has to fail. */
 static int strike(const char *call, const char *path) {
     int saved = errno;
@@ -111,7 +123,7 @@ static int strike(const char *call, const char *path) {
         for (;;) pause();
     }
     /* SHIM_OF: number the calls of this function on their own. Calls of other functions get 0, which never fails. */
-    if (of) n = strcmp(call, of) ? 0 : atomic_fetch_add(&calls_of, 1) + 1;
+    if (of) n = is_selected(call) ? atomic_fetch_add(&calls_of, 1) + 1 : 0;
     int fails = fail_at && (n == fail_at || (sticky && n > fail_at));
     errno = fails ? fail_errno : saved;
     return fails;
@@ -283,7 +295,8 @@ ON_BYTES(int, fallocate64, (int fd, int mode, off64_t at, off64_t len), fd, (fd,
         char full[PATH_MAX];                               \
         struct stat found;                                 \
         int ours = fd_is_ours(fd, full);                   \
-        if (ours && strike(#name, full)) return -1;        \
+        int is_folder = ours && fstat(fd, &found) == 0 && S_ISDIR(found.st_mode); \
+        if (ours && strike(is_folder ? "fsync_folder" : #name, full)) return -1;  \
         if (ours) wait_at_gate();                          \
         int failed = NEXT(name)(fd);                       \
         if (ours && !failed && ledger_path && fstat(fd, &found) == 0)       \
@@ -307,7 +320,12 @@ ON_NAME(int, mkdir, (const char *path, mode_t mode), AT_FDCWD, path, (path, mode
 ON_NAME(int, mkdirat, (int at, const char *path, mode_t mode), at, path, (at, path, mode))
 ON_PATH(int, -1, rmdir, (const char *path), AT_FDCWD, path, (path))
 ON_PATH(int, -1, unlink, (const char *path), AT_FDCWD, path, (path))
-ON_PATH(int, -1, unlinkat, (int at, const char *path, int flags), at, path, (at, path, flags))
+int unlinkat(int at, const char *path, int flags) {
+    char full[PATH_MAX];
+    const char *call = flags & AT_REMOVEDIR ? "rmdir" : "unlinkat";
+    if (path_is_ours(at, path, full) && strike(call, full)) return -1;
+    return NEXT(unlinkat)(at, path, flags);
+}
 ON_NAME(int, rename, (const char *from, const char *to), AT_FDCWD, to, (from, to))
 ON_NAME(int, renameat, (int a, const char *from, int b, const char *to), b, to, (a, from, b, to))
 ON_NAME(int, renameat2, (int a, const char *from, int b, const char *to, unsigned flags), b, to,

@@ -47,11 +47,16 @@ pub struct Call {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[allow(missing_docs, reason = "they are described where the C library describes them")]
 pub enum Errno {
+    EPERM = 1,
     EINTR = 4,
     EIO = 5,
+    EINVAL = 22,
     EMFILE = 24,
     ENOSPC = 28,
     EROFS = 30,
+    ENOSYS = 38,
+    ENOTEMPTY = 39,
+    EOPNOTSUPP = 95,
     EDQUOT = 122,
 }
 
@@ -116,7 +121,7 @@ impl Strike {
         self.with("SHIM_STICKY", 1)
     }
 
-    /// Counts only calls of the function `call` when it selects the call to fail. Threads interleave, so a number among
+    /// Counts only calls of the functions `call`, separated by commas, when it selects the call to fail. Threads interleave, so a number among
     /// all calls could hit any function.
     #[must_use]
     pub fn of(self, call: &str) -> Self {

@@ -24,7 +24,7 @@ fn expected(errno: Errno) -> (&'static str, i32) {
         Errno::EIO => ("Input/output error", 8),
         Errno::EROFS => ("Read-only file system", 8),
         Errno::EMFILE => ("Too many open files", 8),
-        Errno::EINTR => ("Interrupted system call", 8),
+        other => unreachable!("{other:?} is no failure of the disk"),
     }
 }
 
@@ -70,6 +70,81 @@ fn a_failed_fsync_is_not_retried_and_its_file_is_not_published() {
     }
     eprintln!("io errors: {struck} failed syncs");
     assert!(struck > 0, "no fsync was struck");
+}
+
+/// What only protects files, or keeps an order, is not necessary: network filesystems refuse some of it.
+#[test]
+fn refused_modes_times_syncs_of_folders_and_allocations_are_no_failure() {
+    let Some(shim) = shim() else { return };
+    let bench = Bench::new(shim);
+    let rows = [
+        ("fchmod,chmod,fchmodat", Errno::EPERM, Some("does not let modes be set")),
+        ("futimens,utimensat", Errno::EPERM, Some("does not let times be set")),
+        ("fsync_folder", Errno::EINVAL, Some("does not let folders be synced")),
+        ("fallocate,fallocate64", Errno::EINVAL, None),
+        ("fallocate,fallocate64", Errno::EOPNOTSUPP, None),
+        // These are refused by the filesystem of a remote that is a folder, too.
+        ("linkat,link,renameat2", Errno::ENOSYS, None),
+    ];
+    for (n, (calls, errno, warned)) in rows.into_iter().enumerate() {
+        let dir = format!("refused-{n}");
+        // Below this folder are the cache directory and the remote.
+        let root = bench.house.path(&dir);
+        let remote = format!("file://{}/remote", root.display());
+        let on = |cache: &str| {
+            let fault = bench.shim.fail_at(&root, 1, errno).of(calls).from_then_on();
+            let run = bench.house.on_local(&format!("{dir}/{cache}")).envs(fault.envs());
+            run.env("MODEL_CACHE_REMOTE", &remote)
+        };
+        let put = on("a").run(PUT).ok();
+        let got = on("b").run(["get", "m@1"]);
+        for outcome in [put.stderr, got.stderr.clone()] {
+            let warnings = warned.map_or(0, |warned| outcome.matches(warned).count());
+            assert_eq!(warnings, usize::from(warned.is_some()), "{calls} {errno:?}: {outcome}");
+        }
+        assert_model(&got.path());
+        on("b").run(["evict", "m@1", "--yes"]).ok();
+        let doctor = on("a").run(["doctor"]);
+        let named = format!("{}{}", doctor.stdout, doctor.stderr);
+        assert!(warned.is_none_or(|warned| named.contains(warned)), "{calls}: {doctor}");
+        bench.house.assert_consistent(&format!("{dir}/a"));
+    }
+}
+
+#[test]
+fn an_interrupted_call_is_made_again() {
+    let Some(shim) = shim() else { return };
+    let bench = Bench::new(shim);
+    for call in ["renameat", "linkat", "mkdirat", "unlinkat", "rmdir", "fallocate", "create"] {
+        for args in [GET, PUT] {
+            let fault = bench.shim.fail_at(&bench.house.path(call), 1, Errno::EINTR).of(call);
+            let outcome = bench.house.on_local(call).envs(fault.envs()).run(args);
+            bench.assert_right(args, call, outcome);
+        }
+    }
+}
+
+/// NFS keeps a removed file that is still open under another name in its folder.
+#[test]
+fn a_folder_with_an_open_file_is_left_and_the_next_cleanup_removes_it() {
+    let Some(shim) = shim() else { return };
+    let bench = Bench::new(shim);
+    let root = bench.house.path("a");
+    let used = || bench.house.on_local("a").run(["stats", "--json"]).object()["used_bytes"].as_u64().unwrap();
+    bench.house.on_local("a").run(PUT).ok();
+    let before = used();
+    let fault = || bench.shim.fail_at(&root, 1, Errno::ENOTEMPTY).of("rmdir").from_then_on();
+    let evicted = bench.house.on_local("a").envs(fault().envs()).run(["evict", "m@1", "--yes"]).ok();
+    evicted.said(&["a file in it is still open", "9.4 MB on disk"]);
+    assert!(root.join("artifacts/m/1").exists() && used() < before / 100, "the bytes are free");
+    assert_eq!(bench.house.listed("a"), [""; 0]);
+    // Room is made although the folder still cannot be removed.
+    let tight = |run: crate::common::Run| run.env("MODEL_CACHE_MAX_BYTES", "15MB");
+    tight(bench.house.on_local("a")).run(PUT).ok();
+    let filled = tight(bench.house.on_local("a")).envs(fault().envs()).run(GET);
+    assert_model(&filled.path_saying(&["a file in it is still open"]));
+    tight(bench.house.on_local("a")).run(["prune"]).ok();
+    assert!(!root.join("artifacts/m").exists(), "the next clean-up removes the folder");
 }
 
 struct Bench {

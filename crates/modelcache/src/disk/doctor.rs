@@ -7,6 +7,7 @@
 use super::files::{self, TEMPORARY_PREFIX, random_name};
 use super::io_error::IoContext;
 use super::layout::Layout;
+use super::optional::OptionalCall;
 use super::rooted::RootedPath;
 use super::{Misplaced, check_format, link, lock, modes, ownership};
 use crate::check::{Area, Check};
@@ -212,6 +213,12 @@ fn trial_checks(layout: &Layout) -> Vec<Check> {
     match write_and_sync(&file) {
         Ok(()) => checks.push(Check::ok(Area::Directory, "a file can be written and made durable")),
         Err(error) => return vec![Check::problem(Area::Directory, &error)],
+    }
+    for call in [OptionalCall::SetTime, OptionalCall::SyncFolder, OptionalCall::SetMode] {
+        if let Some(cause) = call.try_out(&file, &folder.0) {
+            let fix = "point MODEL_CACHE_DIR to a local disk, or to a mount that allows it";
+            checks.push(Check::warning(Area::Directory, format!("{} ({cause})", call.refusal()), fix));
+        }
     }
     checks.push(match lock::are_honest(&folder.0.join("lock")) {
         Ok(true) => Check::ok(Area::Directory, "file locks work"),

@@ -1,8 +1,9 @@
 //! File helpers of the disk tier: identities, atomic writes, walking and removing.
 
-use super::io_error::{IoContext, Shown, is_inaccessible};
+use super::io_error::{IoContext, Shown, errno, is_inaccessible};
 use super::lock::FileLock;
 use super::modes;
+use super::optional::sync_folder;
 pub(crate) use super::rooted::absent;
 use super::rooted::{DEPTH_MAX, Folders, Metadata, RootedPath, too_deep};
 use crate::digest::Digest;
@@ -44,9 +45,24 @@ pub(crate) fn remove(path: &RootedPath) -> Result<()> {
     absent(path.remove_all()).at("remove", path).map(|_| ())
 }
 
+/// Like [`remove`], but returns false if a folder is left because a file in it is still open: NFS keeps such a file under
+/// a name that begins with `.nfs`.
+pub(crate) fn remove_unless_open(path: &RootedPath) -> Result<bool> {
+    match remove(path) {
+        Err(error) if is_left_open(&error) => Ok(false),
+        removed => removed.map(|()| true),
+    }
+}
+
+/// Returns true if a folder could not be removed because a file in it is open elsewhere.
+fn is_left_open(error: &(dyn std::error::Error + 'static)) -> bool {
+    let cause = std::iter::successors(Some(error), |error| error.source()).find_map(|error| error.downcast_ref());
+    cause.and_then(errno).is_some_and(|errno| matches!(errno, Errno::NOTEMPTY | Errno::BUSY))
+}
+
 /// Syncs `dir`, so that the names in it survive a power cut.
 pub(crate) fn sync_dir(dir: &RootedPath) -> Result<()> {
-    dir.open_dir().and_then(|dir| dir.sync_all()).at("make durable", dir)
+    dir.open_dir().and_then(|dir| sync_folder(&dir)).at("make durable", dir)
 }
 
 /// Replaces the content of `target` atomically: a reader sees the old bytes or the new ones. The new content is durable
@@ -122,7 +138,7 @@ fn write_then(
         Err(error) if error.raw_os_error() == Some(Errno::XDEV.raw_os_error()) && folder != *dir => {
             write_then(target, bytes, &folder, sync, place)
         }
-        Ok(()) if sync == SyncScope::All => folder.open_dir()?.sync_all(),
+        Ok(()) if sync == SyncScope::All => sync_folder(&folder.open_dir()?),
         ended => ended,
     }
 }

@@ -9,6 +9,7 @@
 
 use super::files;
 use super::io_error::{IoContext, errno};
+use super::optional;
 use super::rooted::{Metadata, RootedPath};
 use crate::digest::Digest;
 use crate::error::Result;
@@ -16,9 +17,8 @@ use crate::ladder::{LadderHasher, part_size};
 use crate::manifest::FileIdentity;
 use rustix::io::Errno;
 use serde::Serialize;
-use std::fs::{File, Permissions};
+use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::unix::fs::PermissionsExt;
 
 /// Buffer size for copying, in bytes.
 const COPY_BYTES: usize = 1 << 20;
@@ -93,7 +93,7 @@ pub(crate) fn copy(from: &RootedPath, to: &RootedPath) -> Result<(Digest, FileId
 
 /// Makes a new file read-only and durable, and returns its identity.
 fn seal(file: File, path: &RootedPath) -> Result<FileIdentity> {
-    file.set_permissions(Permissions::from_mode(0o444)).at("make read-only", path)?;
+    optional::set_mode(&file, 0o444).at("make read-only", path)?;
     file.sync_all().at("make durable", path)?;
     Ok(Metadata::of(&file).at("examine", path)?.identity())
 }

@@ -34,6 +34,7 @@ mod memory;
 mod misplaced;
 mod modes;
 mod open_file;
+mod optional;
 mod ownership;
 mod parts_journal;
 mod pending_upload;
@@ -60,6 +61,7 @@ pub(crate) use io_error::fault;
 pub(crate) use layout::{ArtifactDir, Layout, staged_name};
 pub(crate) use leader::{HEARTBEAT_INTERVAL, HeartbeatWatch, Leader, Leadership};
 pub use link::Link;
+pub(crate) use link::is_refusal as link_is_refused;
 pub(crate) use lock::{FileLock, LOCK_WAIT_MAX};
 pub(crate) use lower::Lower;
 pub(crate) use materialize::Tree;
@@ -67,6 +69,7 @@ pub use materialize::{Destination, LinkMode, Materialized};
 pub use misplaced::Misplaced;
 pub use open_file::LocalFile;
 pub(crate) use open_file::{open_staged, restore_readahead};
+pub(crate) use optional::sync_folder;
 pub(crate) use pending_upload::{MissingFiles, NO_REMOTE, PendingUpload};
 pub use pin::{Holder, InTheWay, Pin};
 pub use prune::{KeptArtifact, Leftovers, PruneOptions, PruneReport, PrunedArtifact};
@@ -94,6 +97,7 @@ use index::Index;
 use io_error::IoContext;
 use manifest_cache::ManifestCache;
 use modes::Removal;
+use rooted::Metadata;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -394,6 +398,35 @@ impl Disk {
     /// Fails if [`evict`](Self::evict) would refuse `key` at this moment. Changes nothing.
     pub(crate) fn ensure_evictable(&self, key: &ArtifactKey) -> Result<()> {
         self.lease_or_pin(&self.layout().artifact(key))?.map_or(Ok(()), |reason| Err(not_evicted(key, &reason)))
+    }
+
+    /// Returns the bytes that evicting `key` would free, and the bytes of its files that have other links; `None` if it
+    /// is not on this disk.
+    pub(crate) fn bytes_of_eviction(&self, key: &ArtifactKey) -> Result<Option<(u64, u64)>> {
+        let dir = self.layout().artifact(key);
+        if files::stat(dir.path())?.is_none() {
+            return Ok(None);
+        }
+        // Number of views and metadata, by inode.
+        let mut views: BTreeMap<u64, (u64, Metadata)> = BTreeMap::new();
+        files::walk(&dir.files(), &mut |_, metadata| {
+            views.entry(metadata.ino()).or_insert((0, *metadata)).0 += 1;
+            Ok(())
+        })?;
+        // The blob of a file is removed with its last view.
+        for digest in self.read_manifest(&dir)?.iter().flat_map(|m| m.files.values()).filter_map(|entry| entry.sha256) {
+            let blob = files::stat(&self.layout().blob(&digest))?.map(|blob| blob.ino());
+            if let Some((links, metadata)) = blob.and_then(|inode| views.get_mut(&inode))
+                && *links < metadata.nlink()
+            {
+                *links += 1;
+            }
+        }
+        let (mut freed, mut shared) = (0, 0);
+        for (links, metadata) in views.into_values() {
+            if links == metadata.nlink() { freed += metadata.len() } else { shared += metadata.len() }
+        }
+        Ok(Some((freed, shared)))
     }
 
     /// Evicts one artifact on request, and returns the bytes freed; `None` if it is not on this disk. Refuses a leased

@@ -10,14 +10,15 @@
 
 use super::files::{TEMPORARY_PREFIX, random_name};
 use super::io_error::{IoContext, errno};
+use super::link::is_refusal;
+use super::optional;
 use super::rooted::RootedPath;
 use crate::config::Sharing;
 use crate::error::Result;
 use rustix::fs::RenameFlags;
 use rustix::io::Errno;
-use std::fs::{File, Permissions};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
 
 /// Mode bit: every user may write.
 const WORLD_WRITE: u32 = 0o002;
@@ -169,7 +170,7 @@ fn create(path: &RootedPath, file_use: FileUse) -> io::Result<File> {
     let Some(mode) = file_use.mode(shared_by(mode_of_parent(path)?)) else { return path.create_new(0o666) };
     let temporary = path.with_file_name(format!("{TEMPORARY_PREFIX}{}", random_name()));
     let file = temporary.create_new(0o666)?;
-    let made = file.set_permissions(Permissions::from_mode(mode)).and_then(|()| rename_no_replace(&temporary, path));
+    let made = optional::set_mode(&file, mode).and_then(|()| rename_no_replace(&temporary, path));
     if made.is_err() {
         let _ = temporary.unlink();
     }
@@ -183,8 +184,11 @@ pub(crate) fn rename_no_replace(temporary: &RootedPath, path: &RootedPath) -> io
         Err(Errno::INVAL | Errno::NOSYS) if path.metadata().is_ok() => Err(Errno::EXIST.into()),
         // A folder cannot be hard-linked. At worst, `rename` replaces an empty folder.
         Err(Errno::INVAL | Errno::NOSYS) if temporary.metadata()?.is_dir() => temporary.rename(path),
-        // `link` fails if the name is taken.
-        Err(Errno::INVAL | Errno::NOSYS) => temporary.hard_link(path).and_then(|()| temporary.unlink()),
+        // `link` fails if the name is taken. Without hard links, take the name first.
+        Err(Errno::INVAL | Errno::NOSYS) => match temporary.hard_link(path) {
+            Err(cause) if is_refusal(&cause) => path.create_new(0o600).and_then(|_| temporary.rename(path)),
+            linked => linked.and_then(|()| temporary.unlink()),
+        },
         renamed => Ok(renamed?),
     }
 }

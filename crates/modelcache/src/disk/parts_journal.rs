@@ -70,6 +70,17 @@ impl PartsJournal {
     pub(super) fn resume(staged: &RootedPath, size: u64, part_size: u64) -> Option<(Self, BTreeSet<u64>)> {
         let path = journal_of(staged);
         let file = path.open(true).ok()?;
+        let parts = Self::read(&file, size, part_size)?;
+        Some((Self { file, path }, parts))
+    }
+
+    /// Returns the parts that the journal of the file at `staged` lists, without changing it.
+    pub(super) fn listed(staged: &RootedPath, size: u64, part_size: u64) -> impl Iterator<Item = u64> {
+        let file = journal_of(staged).open(false).ok();
+        file.and_then(|file| Self::read(&file, size, part_size)).unwrap_or_default().into_iter()
+    }
+
+    fn read(file: &File, size: u64, part_size: u64) -> Option<BTreeSet<u64>> {
         let mut bytes = vec![0; usize::try_from(journal_bytes(size, part_size)).ok()?];
         let mut read = 0;
         // A truncated journal lists fewer parts. A read error has the same effect.
@@ -77,8 +88,7 @@ impl PartsJournal {
             read += more;
         }
         let marks = bytes[..read].strip_prefix(&header(size, part_size))?;
-        let parts = (0..).zip(marks).filter(|(_, mark)| **mark == WRITTEN).map(|(part, _)| part).collect();
-        Some((Self { file, path }, parts))
+        Some((0..).zip(marks).filter(|(_, mark)| **mark == WRITTEN).map(|(part, _)| part).collect())
     }
 
     /// Records that the bytes of `part` are written.

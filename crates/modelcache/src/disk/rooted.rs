@@ -9,6 +9,7 @@
 //! A [`RootedPath`] is not a `std::path::Path`. Only [`RootedPath::full`] converts it, for messages and for callers.
 //! `cargo xtask test` rejects calls of `std::fs` in the other modules that work below a root.
 
+use super::optional::OptionalCall;
 use crate::manifest::FileIdentity;
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, RenameFlags, Stat, Timespec, Timestamps};
 use rustix::io::{Errno, retry_on_intr};
@@ -121,6 +122,23 @@ impl RootedPath {
         Ok(rustix::fs::fstatvfs(self.open_folder()?)?)
     }
 
+    /// Returns true if this folder is a mount point.
+    pub(crate) fn is_mount(&self) -> io::Result<bool> {
+        let folder = self.open_folder()?;
+        #[cfg(target_os = "linux")]
+        {
+            use rustix::fs::{StatxAttributes, StatxFlags, statx};
+            // Linux before 5.8 does not report it.
+            if let Ok(found) = statx(&folder, c"", AtFlags::EMPTY_PATH, StatxFlags::empty())
+                && found.stx_attributes_mask.contains(StatxAttributes::MOUNT_ROOT)
+            {
+                return Ok(found.stx_attributes.contains(StatxAttributes::MOUNT_ROOT));
+            }
+        }
+        let parent = self.parent().unwrap_or_else(|| self.clone()).open_folder()?;
+        Ok(Metadata::of(&folder)?.dev() != Metadata::of(&parent)?.dev())
+    }
+
     /// Opens this folder in order to act on names in it.
     pub(crate) fn open_folder(&self) -> io::Result<Folder> {
         Ok(Folder(self.open_as(FOLDER)?))
@@ -158,12 +176,19 @@ impl RootedPath {
         Ok(folder)
     }
 
-    /// Opens the parent folder of this path, and calls `act` with it and the last component.
-    fn at<T>(&self, act: impl FnOnce(&Folder, &OsStr) -> io::Result<T>) -> io::Result<T> {
-        match (self.parent(), self.relative.file_name()) {
-            (Some(parent), Some(name)) => act(&parent.open_folder()?, name),
+    /// Opens the parent folder of this path, and calls `act` with it and the last component. Calls it again if a signal
+    /// interrupted it, which happens on network filesystems.
+    fn at<T>(&self, act: impl Fn(&Folder, &OsStr) -> io::Result<T>) -> io::Result<T> {
+        let (folder, name) = match (self.parent(), self.relative.file_name()) {
+            (Some(parent), Some(name)) => (parent.open_folder()?, name),
             // This is the root, whose parent does not belong to the cache. Only methods that change nothing get here.
-            _ => act(&self.open_folder()?, OsStr::new(".")),
+            _ => (self.open_folder()?, OsStr::new(".")),
+        };
+        loop {
+            match act(&folder, name) {
+                Err(cause) if cause.kind() == io::ErrorKind::Interrupted => {}
+                ended => return ended,
+            }
         }
     }
 
@@ -236,7 +261,8 @@ impl RootedPath {
                 OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
                 Mode::empty(),
             )?;
-            Ok(rustix::fs::fchmod(&made, Mode::from_raw_mode(mode))?)
+            let moded = rustix::fs::fchmod(&made, Mode::from_raw_mode(mode)).map_err(Into::into);
+            OptionalCall::SetMode.accept_refusal(moded)
         })
     }
 
@@ -280,11 +306,7 @@ impl RootedPath {
 
     /// Opens the parent folders of this path and of `to`, and calls `act` with each folder and the last component in
     /// it.
-    fn at_both<T>(
-        &self,
-        to: &Self,
-        act: impl FnOnce(&Folder, &OsStr, &Folder, &OsStr) -> io::Result<T>,
-    ) -> io::Result<T> {
+    fn at_both<T>(&self, to: &Self, act: impl Fn(&Folder, &OsStr, &Folder, &OsStr) -> io::Result<T>) -> io::Result<T> {
         self.at(|from, name| to.at(|folder, new| act(from, name, folder, new)))
     }
 
@@ -348,7 +370,7 @@ impl Folder {
     /// Removes the entry `name`, of any type. Each folder is emptied through its own descriptor.
     fn remove_all(&self, name: &OsStr, levels_left: usize) -> io::Result<()> {
         let Some(levels_left) = levels_left.checked_sub(1) else { return Err(too_deep()) };
-        match rustix::fs::unlinkat(&self.0, name, AtFlags::empty()) {
+        match retry_on_intr(|| rustix::fs::unlinkat(&self.0, name, AtFlags::empty())) {
             // The entry is a folder: Linux returns EISDIR, POSIX specifies EPERM.
             Err(Errno::ISDIR | Errno::PERM) if self.metadata(name)?.is_dir() => {}
             removed => return Ok(removed?),
@@ -362,9 +384,14 @@ impl Folder {
             .collect::<io::Result<_>>()?;
         for name in names {
             // Another process may be removing the same tree at the same time.
-            absent(folder.remove_all(&name, levels_left))?;
+            match absent(folder.remove_all(&name, levels_left)) {
+                // NFS keeps the name of a file that is still open. The rest of the folder is removed all the same.
+                Err(cause)
+                    if matches!(cause.kind(), io::ErrorKind::ResourceBusy | io::ErrorKind::DirectoryNotEmpty) => {}
+                removed => drop(removed?),
+            }
         }
-        Ok(rustix::fs::unlinkat(&self.0, name, AtFlags::REMOVEDIR)?)
+        Ok(retry_on_intr(|| rustix::fs::unlinkat(&self.0, name, AtFlags::REMOVEDIR))?)
     }
 }
 

@@ -9,6 +9,7 @@
 
 use super::io_error::fault;
 use super::lock::FileLock;
+use super::optional;
 use super::parts_journal::PartsJournal;
 use super::rooted::{Metadata, RootedPath};
 use crate::digest::{Digest, GitOid};
@@ -17,12 +18,12 @@ use crate::ladder::{Ladder, LadderHasher, PartHasher};
 use crate::manifest::FileIdentity;
 use crate::mutex::Mutex;
 use rustix::fs::FallocateFlags;
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use std::collections::BTreeSet;
-use std::fs::{File, Permissions};
+use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, MutexGuard};
 
@@ -139,6 +140,17 @@ impl StagedWriter {
         Ok(Self::from_file(spec, buffered, parts, owner))
     }
 
+    /// Returns the bytes of the parts that [`resume`](Self::resume) would find in the staged file at `path`.
+    pub(super) fn resumable_bytes(path: &RootedPath, metadata: &Metadata) -> u64 {
+        let (size, part_size) = (metadata.len(), crate::ladder::part_size(metadata.len()));
+        match metadata.mode() & 0o222 {
+            0 => size,
+            _ => PartsJournal::listed(path, size, part_size)
+                .map(|part| part_size.min(size.saturating_sub(part * part_size)))
+                .sum(),
+        }
+    }
+
     /// Opens the file that an earlier fill left, and returns it with the parts that are written; `None` if the file
     /// cannot be resumed. Each part must be verified before it counts.
     pub(crate) fn resume(spec: &StagedFileSpec, owner: Option<Arc<FileLock>>) -> Result<Option<(Self, BTreeSet<u64>)>> {
@@ -167,7 +179,7 @@ impl StagedWriter {
                 return Err(io::Error::from(Errno::STALE));
             }
             // Make it writable through the descriptor, then open it again by its name, and compare the inodes.
-            read_only.set_permissions(Permissions::from_mode(0o600))?;
+            optional::set_mode(&read_only, 0o600)?;
             let writable = spec.path.open(true)?;
             let is_same = found.ino() == Metadata::of(&writable)?.ino();
             if is_same { Ok(writable) } else { Err(io::Error::from(Errno::STALE)) }
@@ -364,9 +376,7 @@ impl StagedWriter {
     /// Makes the file read-only, closes it, and returns its identity. The file is synced later, after it is published.
     pub(crate) fn seal(self) -> Result<FileIdentity> {
         let path = self.path;
-        self.buffered
-            .set_permissions(Permissions::from_mode(0o444))
-            .map_err(|cause| fault("make read-only", &path, cause))?;
+        optional::set_mode(&self.buffered, 0o444).map_err(|cause| fault("make read-only", &path, cause))?;
         let written = Metadata::of(&self.buffered).map_err(|cause| fault("examine", &path, cause))?;
         drop((self.buffered, self.direct, self.parts));
         // A read-only file counts as complete, so its journal is no longer needed.
@@ -418,9 +428,10 @@ fn allocate(file: &File, size: u64) -> io::Result<()> {
     if size == 0 {
         return Ok(());
     }
-    match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, size) {
+    match retry_on_intr(|| rustix::fs::fallocate(file, FallocateFlags::empty(), 0, size)) {
         Ok(()) => Ok(()),
-        Err(Errno::OPNOTSUPP | Errno::NOSYS) => file.set_len(size),
+        // `EINVAL` is the answer of some network filesystems and of filesystems in user space.
+        Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => file.set_len(size),
         Err(errno) => Err(errno.into()),
     }
 }
