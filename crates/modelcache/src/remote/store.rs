@@ -22,7 +22,7 @@ use futures::{StreamExt, TryStreamExt};
 use object_store::list::PaginatedListResult;
 use object_store::path::Path;
 use object_store::{
-    GetOptions, GetRange, GetResultPayload, ListResult, ObjectMeta, ObjectStoreExt, PutMode, PutOptions, UpdateVersion,
+    GetOptions, GetRange, GetResultPayload, ListResult, ObjectMeta, ObjectStoreExt, PutMode, UpdateVersion,
 };
 use std::fmt;
 use std::ops::Range;
@@ -388,8 +388,7 @@ impl Store {
         };
         self.retry
             .run(|| async {
-                let options = PutOptions { mode: mode.clone(), ..PutOptions::default() };
-                match self.backend.objects().put_opts(key, bytes.clone().into(), options).await {
+                match self.backend.put(key, bytes.clone(), mode.clone()).await {
                     Ok(put) => {
                         Ok(PutOutcome::Done(ObjectIdentity { etag: put.e_tag, object_bytes: bytes.len() as u64 }))
                     }

@@ -6,6 +6,7 @@ use modelcache::ErrorKind;
 use modelcache::manifest::Shape;
 use modelcache::remote::PublishOptions;
 use modelcache::source::Source;
+use modelcache_testkit::Errno;
 
 /// Runs a test over every kind of remote.
 macro_rules! over_every_remote {
@@ -55,6 +56,23 @@ over_every_remote!(
     two_writers_of_other_content_do_not_mix,
     a_cancelled_publish_does_not_block_the_next_one,
 );
+
+/// Runs the tests of `folder` again, with filesystem calls that fail as on a mount without hard links: gcsfuse, SMB,
+/// exFAT. The second row has no rename that does not replace, either.
+#[test]
+fn a_folder_without_hard_links() {
+    let Ok(shim) = modelcache_testkit::Shim::build() else { return };
+    for (calls, errno) in [("link,linkat", Errno::EPERM), ("link,linkat,renameat2", Errno::EOPNOTSUPP)] {
+        let folder = tempfile::tempdir().expect("folder");
+        let root = folder.path().canonicalize().expect("exists");
+        let refusal = shim.fail_at(&root, 1, errno).of(calls).from_then_on();
+        let mut tests = std::process::Command::new(std::env::current_exe().expect("this program"));
+        tests.args(["remote_conformance::folder::", "--test-threads=2"]).env("TMPDIR", &root).envs(refusal.envs());
+        let output = tests.output().expect("runs");
+        assert!(output.status.success(), "{calls}: {}", String::from_utf8_lossy(&output.stdout));
+        assert!(!refusal.calls().is_empty(), "{calls} were tried");
+    }
+}
 
 async fn published_files_are_read_back(place: Place) {
     let tree = Tree::new("team/model@1", &[("a.bin", 100_000), ("sub/b.json", 17), ("empty", 0)]);

@@ -158,6 +158,10 @@ pub(in crate::remote) fn from_io(io: &std::io::Error, what_failed: &str, context
         Io::StorageFull | Io::QuotaExceeded => {
             error(ErrorKind::Full).hint(format!("free space in {}", context.container))
         }
+        Io::Unsupported => error(ErrorKind::Invalid).hint(format!(
+            "the filesystem of {} lacks this: mount it in another way, or use a bucket",
+            context.container
+        )),
         Io::FileTooLarge => error(ErrorKind::Full).hint(FILE_SIZE_HINT),
         _ => error(ErrorKind::Unavailable),
     }

@@ -1,21 +1,26 @@
 //! A local folder, for instance on a shared file system, with the same layout as a bucket.
 //!
-//! A file appears by a rename, after it is complete, verified and synced. Copies are hard links. Symbolic links are
+//! A file appears by a rename, after it is complete, verified and synced. Copies are hard links; without them, files are
+//! uploaded again. Symbolic links are
 //! followed inside the folder only.
 
 use super::{Backend, CopyOutcome, CopyRequest, EndpointContext, WalkedFiles, failure};
 use crate::check::{Area, Check, Clock};
 use crate::config::RemoteConfig;
+use crate::disk::{link_is_refused, sync_folder};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::ladder::PartHasher;
 use crate::remote::upload::{SLICE_BYTES, Upload, changed, ensure_digest, open, unreadable};
 use crate::runtime::blocking;
 use async_trait::async_trait;
+use bytes::Bytes;
 use futures::TryStreamExt;
 use object_store::list::PaginatedListResult;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
-use object_store::{ListResult, ObjectStore};
+use object_store::{ListResult, ObjectStore, ObjectStoreExt as _, PutMode, PutOptions, PutResult};
+#[cfg(target_os = "linux")]
+use rustix::fs::{CWD, RenameFlags};
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
 use std::path::{Path as FsPath, PathBuf};
@@ -64,7 +69,7 @@ impl FolderBackend {
             // `hard_link` does not replace an existing target, so link to a temporary name and rename it.
             let temporary = temporary_in(&staging);
             std::fs::hard_link(&source, &temporary)?;
-            let renamed = rename_durably(&temporary, &target, &root);
+            let renamed = place_durably(&temporary, &target, &root, |from, to| std::fs::rename(from, to));
             // If both names are links to the same file, `rename` does nothing and the temporary name stays.
             let _ = std::fs::remove_file(&temporary);
             renamed
@@ -78,6 +83,30 @@ impl FolderBackend {
 impl Backend for FolderBackend {
     fn objects(&self) -> &dyn ObjectStore {
         &self.objects
+    }
+
+    /// Unlike that of [`LocalFileSystem`], this also works without hard links, and without syncs of folders.
+    async fn put(&self, key: &Path, bytes: Bytes, mode: PutMode) -> object_store::Result<PutResult> {
+        let is_new = match mode {
+            PutMode::Create => true,
+            PutMode::Overwrite => false,
+            PutMode::Update(_) => {
+                let options = PutOptions { mode, ..PutOptions::default() };
+                return self.objects.put_opts(key, bytes.into(), options).await;
+            }
+        };
+        let generic = |source| object_store::Error::Generic { store: "folder", source };
+        let (target, root) = (self.file(key).map_err(|error| generic(error.into()))?, self.root.clone());
+        let written = tokio::task::spawn_blocking(move || write_object(&bytes, &target, &root, is_new)).await;
+        match written.map_err(|panicked| generic(panicked.into()))? {
+            Ok(()) => {}
+            Err(cause) if cause.kind() == io::ErrorKind::AlreadyExists => {
+                return Err(object_store::Error::AlreadyExists { path: key.to_string(), source: cause.into() });
+            }
+            Err(cause) => return Err(generic(cause.into())),
+        }
+        let e_tag = self.objects.head(key).await?.e_tag;
+        Ok(PutResult { e_tag, version: None, extensions: Default::default() })
     }
 
     fn prefix(&self) -> &str {
@@ -209,7 +238,7 @@ fn copy_into(
     // Verify, sync, rename: the target appears complete and durable, or not at all.
     let copied = copy_checked(&mut source, &mut copy, upload, failed)
         .and_then(|()| copy.sync_all().map_err(failed))
-        .and_then(|()| rename_durably(&temporary, target, root).map_err(failed));
+        .and_then(|()| place_durably(&temporary, target, root, |from, to| std::fs::rename(from, to)).map_err(failed));
     if copied.is_err() {
         let _ = std::fs::remove_file(&temporary);
     }
@@ -241,23 +270,80 @@ fn copy_checked(
     ensure_digest(upload.sha256, hasher.finish(), &upload.file)
 }
 
-/// Renames `temporary` to `target` and syncs the folders from `target` up to `root`, the remote's folder.
-fn rename_durably(temporary: &FsPath, target: &FsPath, root: &FsPath) -> std::io::Result<()> {
+/// Writes a small object through a temporary file beside `target`. With `is_new`, fails with `AlreadyExists` if the
+/// target exists.
+fn write_object(bytes: &[u8], target: &FsPath, root: &FsPath, is_new: bool) -> io::Result<()> {
     let folder = target.parent().unwrap_or(target);
+    // `LocalFileSystem` hides names of this form in listings.
+    let temporary = folder.join(format!("#{}", rand::random::<u64>()));
+    let created = retry_if_removed(|| {
+        std::fs::create_dir_all(folder)?;
+        File::create_new(&temporary)
+    });
+    let written = created.and_then(|mut file| {
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        let rename =
+            |from: &FsPath, to: &FsPath| if is_new { rename_no_replace(from, to) } else { std::fs::rename(from, to) };
+        place_durably(&temporary, target, root, rename)
+    });
+    if written.is_err() {
+        let _ = std::fs::remove_file(&temporary);
+    }
+    written
+}
+
+/// Renames `from` to `to`. Fails with `AlreadyExists` if `to` exists, and with `Unsupported` if the filesystem has no
+/// call that guarantees it.
+fn rename_no_replace(from: &FsPath, to: &FsPath) -> io::Result<()> {
+    let is_refusal = |cause: &io::Error| link_is_refused(cause) || cause.kind() == io::ErrorKind::InvalidInput;
+    match std::fs::hard_link(from, to) {
+        // Some filesystems have no hard links.
+        Err(cause) if is_refusal(&cause) => {}
+        linked => return linked.and_then(|()| std::fs::remove_file(from)),
+    }
+    #[cfg(target_os = "linux")]
+    match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE).map_err(io::Error::from) {
+        // Network filesystems have no such rename.
+        Err(cause) if is_refusal(&cause) => {}
+        renamed => return renamed,
+    }
+    // Take the name first, and then replace the empty file. A reader in between finds a damaged record, and tries again.
+    match File::create_new(to) {
+        Err(cause) if is_refusal(&cause) => Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            "it has no hard links and no other way to create a file only if it is absent",
+        )),
+        created => created.and_then(|_| std::fs::rename(from, to)),
+    }
+}
+
+/// Calls `create` again as long as it fails because a concurrent evict removed a new folder while it was empty.
+fn retry_if_removed<T>(mut create: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     let mut attempts = 1;
     loop {
-        let renamed = std::fs::create_dir_all(folder).and_then(|()| std::fs::rename(temporary, target));
-        match renamed {
-            // A concurrent evict of another artifact may have removed the new folder while it was empty: try again.
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound && attempts < RENAME_ATTEMPTS_MAX => {
-                attempts += 1
-            }
-            renamed => break renamed?,
+        match create() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound && attempts < RENAME_ATTEMPTS_MAX => attempts += 1,
+            ended => return ended,
         }
     }
+}
+
+/// Renames `temporary` to `target` by `rename`, and syncs the folders from `target` up to `root`, the remote's folder.
+fn place_durably(
+    temporary: &FsPath,
+    target: &FsPath,
+    root: &FsPath,
+    rename: impl Fn(&FsPath, &FsPath) -> io::Result<()>,
+) -> std::io::Result<()> {
+    let folder = target.parent().unwrap_or(target);
+    retry_if_removed(|| {
+        std::fs::create_dir_all(folder)?;
+        rename(temporary, target)
+    })?;
     // A new folder is durable only after its parent is synced.
     for ancestor in folder.ancestors() {
-        File::open(ancestor)?.sync_all()?;
+        sync_folder(&File::open(ancestor)?)?;
         if ancestor == root {
             break;
         }

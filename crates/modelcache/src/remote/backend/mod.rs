@@ -28,10 +28,10 @@ use crate::manifest::ObjectIdentity;
 use crate::transfer::Retry;
 use async_trait::async_trait;
 use bytes::Bytes;
-use object_store::ObjectStore;
 use object_store::list::PaginatedListResult;
 use object_store::multipart::PartId;
 use object_store::path::Path;
+use object_store::{ObjectStore, PutMode, PutOptions, PutResult};
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -71,6 +71,12 @@ pub(super) trait Backend: Send + Sync {
 
     /// Returns the reason if `key` cannot be the key of an object, or `None` if it can.
     fn unusable_key(&self, key: &Path) -> Option<String>;
+
+    /// Writes a small object under the condition `mode`.
+    async fn put(&self, key: &Path, bytes: Bytes, mode: PutMode) -> object_store::Result<PutResult> {
+        let options = PutOptions { mode, ..PutOptions::default() };
+        self.objects().put_opts(key, bytes.into(), options).await
+    }
 
     /// Lists one page of the objects below `prefix`. With `one_level`, lists only objects and folders directly in it.
     async fn list_page(
