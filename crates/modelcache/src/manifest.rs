@@ -88,6 +88,9 @@ pub struct FileDetails {
     /// True if the remote has a checksum file `<path>.sha256`, which is not a file of the artifact.
     #[serde(skip_serializing_if = "is_false")]
     pub sidecar: bool,
+    /// True if the file may be executed. Absent in manifests of older releases, and for origins that do not record it.
+    #[serde(skip_serializing_if = "is_false")]
+    pub executable: bool,
 }
 
 /// The identity by which a tier recognises the bytes that it holds without reading them.
@@ -391,8 +394,16 @@ impl FileEntry {
 
 impl FileDetails {
     /// No details.
-    const NONE: Self =
-        Self { sha256: None, provenance: None, git_oid: None, ladder: None, format: None, held: None, sidecar: false };
+    const NONE: Self = Self {
+        sha256: None,
+        provenance: None,
+        git_oid: None,
+        ladder: None,
+        format: None,
+        held: None,
+        sidecar: false,
+        executable: false,
+    };
 
     /// Copies the digests, the ladder and the format that these details lack.
     fn learn(&mut self, other: &Self) {
@@ -413,6 +424,7 @@ impl FileDetails {
         if self.format.is_none() {
             self.format.clone_from(&other.format);
         }
+        self.executable |= other.executable;
     }
 
     /// Returns the memory that these details use, in bytes.

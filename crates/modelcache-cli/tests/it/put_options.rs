@@ -6,7 +6,7 @@ use modelcache_testkit::{Content, Moto, content};
 use serde_json::{Value, json};
 use std::fs;
 use std::io::Write as _;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -335,4 +335,63 @@ fn excluded_files_and_the_marker_of_a_materialized_folder_are_not_published() {
     put(house.on_local("a"), "t@2", &got, &[]);
     assert_eq!(files_below(&house.on_local("a").run(["get", "t@2"]).path()), ["a.bin", "b.bin"].map(PathBuf::from));
     house.on_local("a").run(["put", "t@3", got.to_str().unwrap(), "--exclude", "*"]).failed(2, &["holds no files"]);
+}
+
+#[test]
+fn executable_files_stay_executable_on_every_machine() {
+    let house = House::new();
+    // Equal content at a plain and at an executable path.
+    for (path, executable) in [("plain", false), ("bin/run.sh", true), ("bin/same", true), ("big", true)] {
+        let content: Content = if path == "big" { big() } else { "#!/bin/sh\necho ran\n".into() };
+        let file = house.write(&format!("tree/{path}"), content);
+        fs::set_permissions(file, fs::Permissions::from_mode(if executable { 0o755 } else { 0o644 })).unwrap();
+    }
+    fs::create_dir_all(house.path("tree/none/at/all")).unwrap();
+    house.write("other/plain", "#!/bin/sh\necho ran\n");
+    house.write("other/big", big());
+    let assert_modes = |folder: &Path, separate: bool| {
+        let [plain, executable] = if separate { [0o644, 0o755] } else { [0o444, 0o555] };
+        for (path, expected) in
+            [("plain", plain), ("bin/run.sh", executable), ("bin/same", executable), ("big", executable)]
+        {
+            let found = fs::metadata(folder.join(path)).unwrap().permissions().mode() & 0o777;
+            assert_eq!(found, expected, "{path} in {}", folder.display());
+        }
+        let ran = Command::new(folder.join("bin/run.sh")).output().unwrap();
+        assert_eq!(ran.stdout, b"ran\n");
+    };
+    let put = house.on("a").run(["put", "t@1", "tree"]).ok();
+    assert_eq!(put.stderr.matches("empty folders are not kept").count(), 1, "{put}");
+    assert_modes(&house.on("a").run(["get", "t@1"]).path(), false);
+    let used = |dir: &str| house.on(dir).run(["stats", "--json"]).object()["used_bytes"].as_u64().unwrap();
+    assert!(used("a") < 2 * big().len(), "the large executable file takes space once");
+    // On another machine, from the remote; then beside an artifact in which the same content is not executable.
+    for (dir, first) in [("b", "t@1"), ("c", "o@1")] {
+        house.on("a").run(["put", "o@1", "other"]).ok();
+        house.on(dir).run(["get", first]).path();
+        let other = house.on(dir).run(["get", "o@1"]).path();
+        let tree = house.on(dir).run(["get", "t@1"]).path();
+        assert_modes(&tree, false);
+        for path in ["plain", "big"] {
+            assert_eq!(fs::metadata(other.join(path)).unwrap().permissions().mode() & 0o777, 0o444, "{path}");
+        }
+        assert_modes(&house.on(dir).run(["get", "t@1", "--into", &format!("{dir}-links")]).path(), false);
+        assert_modes(
+            &house.on(dir).run(["get", "t@1", "--into", &format!("{dir}-copies"), "--link", "copy"]).path(),
+            true,
+        );
+        house.on(dir).run(["verify"]).ok();
+        house.assert_consistent(dir);
+        house.on(dir).run(["evict", "o@1", "--tier", "disk"]).ok();
+        assert_modes(&tree, false);
+        house.on(dir).run(["evict", "t@1", "--tier", "disk"]).ok();
+        assert_eq!(house.on(dir).run(["stats", "--json"]).object()["used_bytes"], 0);
+    }
+    // The origin is a folder.
+    let folder = format!("file://{}", house.path("tree").display());
+    let version = house.on("d").run(["get", &folder]).path();
+    assert_modes(&version, false);
+    fs::set_permissions(house.path("tree/plain"), fs::Permissions::from_mode(0o755)).unwrap();
+    let changed = house.on("d").run(["get", &folder]).path();
+    assert_eq!(fs::metadata(changed.join("plain")).unwrap().permissions().mode() & 0o777, 0o555, "another version");
 }

@@ -16,6 +16,7 @@ use crate::progress::Progress;
 use crate::selection::Selection;
 use std::fs::{self, File};
 use std::io::Read;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 /// Buffer size for copying, in bytes.
@@ -30,6 +31,8 @@ pub(crate) struct InputFile {
     pub(crate) from: PathBuf,
     /// The size of the file in bytes when it was listed.
     pub(crate) size: u64,
+    /// True if its owner may execute it.
+    pub(crate) executable: bool,
 }
 
 /// Reads an input file in order, hashes it and, if there is a target, copies it.
@@ -113,7 +116,7 @@ impl InputReader {
                 (sha256, ladder, format_name(File::open(&self.input.from)), None)
             }
         };
-        Ok((entry(self.input.size, sha256, ladder, format), copy))
+        Ok((entry(&self.input, sha256, ladder, format), copy))
     }
 }
 
@@ -144,13 +147,17 @@ pub(crate) fn hash_input(input: &InputFile, progress: &Progress) -> Result<FileE
         return Err(changed(input));
     }
     progress.done(input.size);
-    Ok(entry(input.size, sha256, ladder, format))
+    Ok(entry(input, sha256, ladder, format))
 }
 
 /// Returns the manifest entry of an input file.
-fn entry(size: u64, sha256: Digest, ladder: Ladder, format: Option<String>) -> FileEntry {
+fn entry(input: &InputFile, sha256: Digest, ladder: Ladder, format: Option<String>) -> FileEntry {
     let (sha256, provenance, ladder) = (Some(sha256), Some(Provenance::Put), Some(ladder));
-    FileEntry::with(size, FileDetails { sha256, provenance, ladder, format, ..FileDetails::default() })
+    let executable = input.executable;
+    FileEntry::with(
+        input.size,
+        FileDetails { sha256, provenance, ladder, format, executable, ..FileDetails::default() },
+    )
 }
 
 /// Returns the format of a caller's file, detected from its first bytes.
@@ -198,36 +205,50 @@ pub(crate) fn list_input(path: &Path, excluded: &Selection, follow_links: bool) 
                 path: FilePath::new(name).map_err(with_rename_hint)?,
                 from: path.to_owned(),
                 size: metadata.len(),
+                executable: is_executable(&metadata),
             }],
         ));
     }
     if !metadata.is_dir() {
         return Err(neither_file_nor_folder(path).hint("put a file or a folder"));
     }
-    let (root, mut inputs) = (canonical(path)?, Vec::new());
+    let (root, mut inputs, mut empty_folders) = (canonical(path)?, Vec::new(), Vec::new());
     let boundary = (!follow_links).then_some(root.as_path());
-    list_folder(path, "", (boundary, excluded), &mut vec![root.clone()], &mut inputs)?;
+    list_folder(path, "", (boundary, excluded), &mut vec![root.clone()], &mut inputs, &mut empty_folders)?;
     if inputs.is_empty() {
         return Err(
             Error::invalid(format!("{} holds no files", path.display())).hint("an artifact has at least one file")
         );
     }
+    if let Some(first) = empty_folders.first() {
+        tracing::warn!(folders = empty_folders.len(), first = %first.display(), "empty folders are not kept: an artifact consists of files");
+    }
     Ok((Shape::Tree, inputs))
 }
 
-/// Adds the files below `folder` to `inputs`, sorted by name. No link may lead out of the folder `boundary`, if there is
-/// one. `ancestors` has the real paths of `folder` and of the folders that lead to it.
+/// Returns true if the owner of a file may execute it.
+fn is_executable(metadata: &fs::Metadata) -> bool {
+    metadata.mode() & 0o100 != 0
+}
+
+/// Adds the files below `folder` to `inputs`, sorted by name, and the folders without entries to `empty_folders`. No link
+/// may lead out of the folder `boundary`, if there is one. `ancestors` has the real paths of `folder` and of the folders
+/// that lead to it.
 fn list_folder(
     folder: &Path,
     prefix: &str,
     (boundary, excluded): (Option<&Path>, &Selection),
     ancestors: &mut Vec<PathBuf>,
     inputs: &mut Vec<InputFile>,
+    empty_folders: &mut Vec<PathBuf>,
 ) -> Result<()> {
     let mut entries: Vec<_> = fs::read_dir(folder)
         .and_then(|entries| entries.collect::<std::io::Result<_>>())
         .map_err(|cause| unreadable(folder, cause))?;
     entries.sort_by_key(fs::DirEntry::file_name);
+    if entries.is_empty() {
+        empty_folders.push(folder.to_owned());
+    }
     for entry in entries {
         let from = entry.path();
         let name = entry.file_name();
@@ -264,13 +285,14 @@ fn list_folder(
                     .hint("remove that link"));
             }
             ancestors.push(real);
-            list_folder(&from, &format!("{path}/"), (boundary, excluded), ancestors, inputs)?;
+            list_folder(&from, &format!("{path}/"), (boundary, excluded), ancestors, inputs, empty_folders)?;
             ancestors.pop();
         } else if metadata.is_file() {
             inputs.push(InputFile {
                 path: FilePath::new(&path).map_err(with_rename_hint)?,
                 from,
                 size: metadata.len(),
+                executable: is_executable(&metadata),
             });
             if inputs.len() > limits::FILES_MAX {
                 return Err(Error::invalid(format!("more than {} files", limits::FILES_MAX)));

@@ -15,6 +15,7 @@ use super::layout::ArtifactDir;
 use super::link::{self, Link};
 use super::lock::FileLock;
 use super::modes;
+use super::optional;
 use super::rooted::{Metadata, RootedPath};
 use super::staging::Staging;
 use super::{Disk, LeasedArtifact};
@@ -27,6 +28,9 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::io;
 use std::sync::Arc;
+
+/// Mode bits: any user may execute the file.
+const EXECUTE: u32 = 0o111;
 
 /// A verified file in staging.
 #[derive(Debug, Clone)]
@@ -105,7 +109,8 @@ impl Disk {
     ) -> Result<BTreeMap<Digest, Option<FileIdentity>>> {
         let mut guard = self.lock_budget()?;
         let mut blobs = BTreeMap::new();
-        for (path, file) in staged {
+        // A blob has one mode, and is not executable. An executable file has no blob.
+        for (path, file) in staged.iter().filter(|(path, _)| !is_executable(listing, path)) {
             let digest = digest_of(path, &file.entry)?;
             // Files with equal content share one blob.
             if let Entry::Vacant(vacant) = blobs.entry(digest) {
@@ -150,7 +155,8 @@ impl Disk {
         let mut link = None;
         for (path, file) in staged {
             let blob = blobs.get(&digest_of(path, &file.entry)?).copied().flatten();
-            let (identity, view_link) = guard.place_view(dir, path, file, blob, staging, &listing.key)?;
+            let executable = is_executable(&manifest, path);
+            let (identity, view_link) = guard.place_view(dir, path, executable, file, blob, staging, &listing.key)?;
             link = link.max(Some(view_link));
             if let Some(entry) = manifest.files.get_mut(path) {
                 // Mark the file as unsynced, unless it is recorded as durable under the same identity. The mark is in
@@ -273,6 +279,10 @@ impl BudgetGuard<'_> {
                 .tier(Tier::Disk)
                 .hint("try again"));
         }
+        // An interrupted fill may have staged the file as an executable one.
+        if metadata.mode() & EXECUTE != 0 && metadata.nlink() == 1 {
+            staged.open(false).and_then(|file| optional::set_mode(&file, 0o444)).at("make read-only", staged)?;
+        }
         let disk = self.disk();
         let blob = disk.layout().blob(digest);
         if let Some(folder) = blob.parent() {
@@ -313,10 +323,12 @@ impl BudgetGuard<'_> {
 
     /// Places the view of a published file: a hard link to its blob, otherwise a hard link to the staged file,
     /// otherwise a reflink or copy of the staged file. Returns the identity of the view, and how it shares its bytes.
+    #[expect(clippy::too_many_arguments, reason = "each says one thing about the file")]
     fn place_view(
         &mut self,
         dir: &ArtifactDir,
         path: &FilePath,
+        executable: bool,
         file: &StagedFile,
         blob: Option<FileIdentity>,
         staging: &Staging,
@@ -329,7 +341,7 @@ impl BudgetGuard<'_> {
         let without_blob = if staging.is_reflink(&file.name) { Link::Reflink } else { Link::Copy };
         let changed = || Error::corrupt(format!("{path} changed while it was being published")).artifact(key);
         // First choice: a hard link to the blob. The linked file must have the identity that was verified.
-        if let Some(known) = blob
+        if let Some(known) = blob.filter(|_| !executable)
             && self.link_view(&self.disk().layout().blob(&digest), dir, &view)?
         {
             let linked = view.metadata().at("examine", &view)?.identity();
@@ -337,7 +349,8 @@ impl BudgetGuard<'_> {
         }
         // Second choice: a hard link to the staged file.
         let before = files::stat(&view)?.map(|metadata| metadata.ino());
-        if self.link_view(&staged, dir, &view)? {
+        let has_mode = !executable || make_executable(&staged).at("make executable", &staged)?;
+        if has_mode && self.link_view(&staged, dir, &view)? {
             let metadata = view.metadata().at("examine", &view)?;
             if metadata.identity() != file.identity {
                 return Err(changed().tier(Tier::Disk));
@@ -348,7 +361,8 @@ impl BudgetGuard<'_> {
                 self.begin_change()?;
                 self.add(metadata.allocated());
             }
-            return Ok((file.identity, without_blob));
+            // The file has no blob because of its mode: its bytes count once, like those of a blob.
+            return Ok((file.identity, if executable { Link::Hard } else { without_blob }));
         }
         // Last choice: a reflink or a copy, for which room must be made. It is written inside the critical section, so
         // its temporary file needs no lock.
@@ -363,6 +377,12 @@ impl BudgetGuard<'_> {
                 _ => return files::remove_file(&temporary).and(Err(changed().tier(Tier::Disk))),
             },
         };
+        if executable {
+            temporary
+                .open(false)
+                .and_then(|file| optional::set_mode(&file, 0o555))
+                .at("make executable", &temporary)?;
+        }
         self.prepare_replacement(&view)?;
         temporary.rename(&view).at("make", &view)?;
         self.add(files::stat(&view)?.map_or(0, |metadata| metadata.allocated()));
@@ -424,6 +444,23 @@ impl BudgetGuard<'_> {
     }
 }
 
+/// Returns true if `manifest` lists `path` as executable.
+fn is_executable(manifest: &Manifest, path: &FilePath) -> bool {
+    manifest.files.get(path).is_some_and(|entry| entry.executable)
+}
+
+/// Makes a staged file executable. Returns false if it has other links, which must keep their mode.
+fn make_executable(staged: &RootedPath) -> io::Result<bool> {
+    let metadata = staged.metadata()?;
+    if metadata.mode() & EXECUTE != 0 {
+        return Ok(true);
+    }
+    if metadata.nlink() > 1 {
+        return Ok(false);
+    }
+    optional::set_mode(&staged.open(false)?, 0o555).map(|()| true)
+}
+
 /// Creates the folders that lead to the view of `path`. A file at the path of such a folder is stale and is removed.
 fn make_view_folders(view_root: &RootedPath, path: &FilePath) -> Result<()> {
     let mut folder = view_root.clone();
@@ -463,7 +500,7 @@ mod tests {
     /// Returns a fill of `key` that is ready to be published: one file, with equal content for every key.
     fn filled(disk: &Disk, key: &str, source: &std::path::Path) -> Filled {
         let (key, path) = (ArtifactKey::bare(key).expect("key"), FilePath::new("f").expect("path"));
-        let input = InputFile { path: path.clone(), from: source.to_owned(), size: 7 };
+        let input = InputFile { path: path.clone(), from: source.to_owned(), size: 7, executable: false };
         let wanted = [(path.clone(), FileEntry::of(7))];
         let staging = disk.begin_fill(&key, &wanted).expect("begins");
         let copied = copy_input(&input, &staging.file("copy"), &Progress::new()).expect("copies");

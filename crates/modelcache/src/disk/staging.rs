@@ -16,6 +16,7 @@ use super::link;
 use super::lock::FileLock;
 use super::parts_journal::{journal_bytes, journal_of};
 use super::rooted::{Metadata, RootedPath};
+use super::writer::StagedWriter;
 use super::{hashing, modes};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result, Tier};
@@ -327,7 +328,10 @@ impl Disk {
             // End the reservation of the dead fill.
             staging.write_journal(key, 0)?;
             if staging.keep_only(&names)? {
-                tracing::info!(%key, bytes = staged_bytes(&staging.dir)?, "resuming the files of an interrupted fill");
+                match resumable_bytes(&staging.dir)? {
+                    0 => tracing::info!(%key, "an interrupted fill is repeated; no part of its files was complete"),
+                    bytes => tracing::info!(%key, bytes, "resuming the files of an interrupted fill"),
+                }
                 return Ok(Some(staging));
             }
         }
@@ -344,6 +348,12 @@ impl Disk {
             }
         }
         Ok(uses)
+    }
+
+    /// Returns the bytes of complete parts in the staging folders of dead fills.
+    pub(crate) fn resumable_bytes(&self) -> Result<u64> {
+        let dead = self.stagings()?.into_iter().filter(|staging| !staging.live);
+        dead.map(|staging| resumable_bytes(&staging.dir)).sum()
     }
 
     fn staging_use(&self, dir: RootedPath) -> Result<StagingUse> {
@@ -472,6 +482,8 @@ impl Staging {
         let (blob, view) = (self.disk.layout().blob(&digest), self.disk.layout().artifact(key).view(path));
         let known = match self.disk.checked_blob(guard, &digest)? {
             Some(known) => Some((blob, known)),
+            // A view without a blob may be executable, and then has another mode than a plain file.
+            None if files::stat(&view)?.is_some_and(|found| found.mode() & 0o111 != 0) && !entry.executable => None,
             None => guard.vouched_file(&view, &digest)?.map(|known| (view, known)),
         };
         let Some((from, known)) = known.filter(|(_, known)| known.bytes == entry.size) else { return Ok(()) };
@@ -550,6 +562,22 @@ fn is_temporary(path: &RootedPath) -> bool {
 /// Returns the bytes that a staged file of `size` bytes and its parts journal take.
 fn space_to_stage(size: u64) -> u64 {
     allocated_for(size) + allocated_for(journal_bytes(size, part_size(size)))
+}
+
+/// Returns the bytes of complete parts in the folder, from which a later fill can resume. A file is allocated in full
+/// before its first byte is written, so [`staged_bytes`] is larger.
+fn resumable_bytes(dir: &RootedPath) -> Result<u64> {
+    let mut bytes = 0;
+    for path in files::entries_if_accessible(dir)? {
+        let staged = files::stat(&path)?.filter(|found| found.is_file() && found.nlink() == 1);
+        if let Some(metadata) = staged
+            && staged_part(&path) == path.name()
+            && is_named_by_content(&path)
+        {
+            bytes += StagedWriter::resumable_bytes(&path, &metadata);
+        }
+    }
+    Ok(bytes)
 }
 
 /// Returns the allocated bytes of the folder, without its journal and without links to blobs, which count as blobs.

@@ -133,7 +133,8 @@ fn parse_files(text: &str, memory: &mut Memory) -> Result<Files> {
 }
 
 /// The known fields of an entry.
-const ENTRY_FIELDS: [&str; 8] = ["size", "sha256", "provenance", "git_oid", "ladder", "format", "held", "sidecar"];
+const ENTRY_FIELDS: [&str; 9] =
+    ["size", "sha256", "provenance", "git_oid", "ladder", "format", "held", "sidecar", "executable"];
 
 /// Parses the entry of one file. Adds the size that the entry may have in the document to `expected_max`, and takes the
 /// memory for parsing from `memory`.
@@ -161,6 +162,7 @@ fn parse_entry(text: &str, expected_max: &mut usize, memory: &mut Memory) -> Res
             "format" => details.format = parse_value(field, value, WORD_BYTES_MAX)?,
             "held" => details.held = parse_held(value)?,
             "sidecar" => details.sidecar = parse_value(field, value, WORD_BYTES_MAX)?,
+            "executable" => details.executable = parse_value(field, value, WORD_BYTES_MAX)?,
             _ => {
                 unknown.add(field, value, memory)?;
                 *expected_max += field.len() + value.get().len();

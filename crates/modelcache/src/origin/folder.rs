@@ -12,13 +12,13 @@ use crate::digest::Digest;
 use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath, Version};
 use crate::limits;
-use crate::manifest::{FileEntry, FileIdentity, Manifest, Shape};
+use crate::manifest::{FileDetails, FileEntry, FileIdentity, Manifest, Shape};
 use crate::reference::{Reference, Scheme, Target, folder, folder_name};
 use crate::runtime::{blocking, chunks};
 use crate::source::{Body, Source};
 use async_trait::async_trait;
 use sha2::Digest as _;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::ops::Range;
@@ -115,10 +115,13 @@ impl FolderSource {
             (root.parent().unwrap_or(root), Shape::File)
         };
         // The name is the path, the version a hash of the listing.
-        let key = ArtifactKey::new(folder_name(path)?, version(shape, &walk.identities)?);
+        let key = ArtifactKey::new(folder_name(path)?, version(shape, &walk)?);
         let mut manifest = Manifest::new(key, shape);
-        let entry = |identity: &FileIdentity| FileEntry::of(identity.bytes);
-        manifest.files = walk.identities.iter().map(|(path, identity)| (path.clone(), entry(identity))).collect();
+        let entry = |path: &FilePath, identity: &FileIdentity| {
+            let executable = walk.executables.contains(path);
+            FileEntry::with(identity.bytes, FileDetails { executable, ..FileDetails::default() })
+        };
+        manifest.files = walk.identities.iter().map(|(path, found)| (path.clone(), entry(path, found))).collect();
         manifest.check().map_err(|error| Error::invalid(error.message()))?;
         Ok(Some(Self { base: base.to_owned(), manifest, identities: walk.identities }))
     }
@@ -191,6 +194,8 @@ const HINT_RUN_AGAIN: &str =
 #[derive(Default)]
 struct Walk {
     identities: BTreeMap<FilePath, FileIdentity>,
+    /// The files that their owner may execute.
+    executables: BTreeSet<FilePath>,
     /// Device and inode of every folder on the path to the current one.
     ancestors: Vec<(u64, u64)>,
     folders: usize,
@@ -250,6 +255,9 @@ impl Walk {
         if self.identities.len() == limits::FILES_MAX {
             return Err(Error::invalid(format!("more than {} files", limits::FILES_MAX)));
         }
+        if metadata.mode() & 0o100 != 0 {
+            self.executables.insert(path.clone());
+        }
         self.identities.insert(path, identity(metadata));
         Ok(())
     }
@@ -262,11 +270,13 @@ fn identity(metadata: &Metadata) -> FileIdentity {
 }
 
 /// Returns a hash over the list of files. A path has no control characters, so two lists cannot give the same text.
-fn version(shape: Shape, identities: &BTreeMap<FilePath, FileIdentity>) -> Result<Version> {
+fn version(shape: Shape, walk: &Walk) -> Result<Version> {
     let mut hasher = sha2::Sha256::new();
     hasher.update(format!("{shape:?}\n"));
-    for (path, FileIdentity { inode, bytes, mtime_ns }) in identities {
-        hasher.update(format!("{path}\t{bytes}\t{mtime_ns}\t{inode}\n"));
+    for (path, FileIdentity { inode, bytes, mtime_ns }) in &walk.identities {
+        // A change of the mode does not change the modification time.
+        let executable = if walk.executables.contains(path) { "\tx" } else { "" };
+        hasher.update(format!("{path}\t{bytes}\t{mtime_ns}\t{inode}{executable}\n"));
     }
     Version::new(&Digest::from_bytes(hasher.finalize().into()).to_string())
 }

@@ -43,7 +43,7 @@ pub(in crate::disk) fn put(disk: &Disk, key: &ArtifactKey, content: &str, source
     let entry =
         FileEntry::with(size, FileDetails { sha256: Some(Digest::of(content.as_bytes())), ..FileDetails::default() });
     let staging = disk.try_begin_fill(key, &[(path.clone(), entry)], Vec::new())?;
-    let input = InputFile { path: path.clone(), from: source.to_owned(), size };
+    let input = InputFile { path: path.clone(), from: source.to_owned(), size, executable: false };
     let staged = copy_input(&input, &staging.file("copy"), &Progress::new())?;
     let staged = crate::disk::StagedFile { name: "copy".into(), ..staged };
     listing.files.insert(path.clone(), staged.entry.clone());
