@@ -198,7 +198,11 @@ fn is_yes(line: &str) -> bool {
 fn sizes_by_tier(report: &EvictReport) -> String {
     let places = [(report.disk_bytes, "disk"), (report.remote_bytes, report.remote.as_deref().unwrap_or("remote"))];
     let bytes = places.into_iter().filter_map(|(bytes, place)| Some(format!("{} on {place}", human::bytes(bytes?))));
-    bytes.collect::<Vec<_>>().join(", ")
+    let shared = match report.shared_bytes {
+        0 => String::new(),
+        shared => format!(" ({} stay on disk: other artifacts or links use the same files)", human::bytes(shared)),
+    };
+    bytes.collect::<Vec<_>>().join(", ") + &shared
 }
 
 /// Returns the consequences that the user has to confirm.
@@ -232,9 +236,17 @@ mod tests {
 
     fn report(disk_bytes: Option<u64>, remote_bytes: Option<u64>, origin_can_give_back: bool) -> EvictReport {
         let key = ArtifactKey::bare("a@1").expect("key");
-        let remote = remote_bytes.map(|_| "s3://b/p".to_owned());
-        let (dry_run, only_copy, tags) = (true, false, Vec::new());
-        EvictReport { key, dry_run, disk_bytes, remote_bytes, remote, only_copy, origin_can_give_back, tags }
+        EvictReport {
+            key,
+            dry_run: true,
+            disk_bytes,
+            shared_bytes: 0,
+            remote_bytes,
+            remote: remote_bytes.map(|_| "s3://b/p".to_owned()),
+            only_copy: false,
+            origin_can_give_back,
+            tags: Vec::new(),
+        }
     }
 
     #[test]

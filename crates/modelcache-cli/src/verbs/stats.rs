@@ -34,7 +34,7 @@ fn stats_text(stats: &cache::Stats) -> Lines {
         ("  in use", stats.leases.to_string()),
         ("  pinned", stats.pins.to_string()),
         ("used", format!("{} of {}{share}", human::bytes(stats.used_bytes), human::bytes(stats.budget_bytes))),
-        ("  staging", human::bytes(stats.staging_bytes)),
+        ("  staging", staging(stats)),
         ("  quarantine", human::bytes(stats.quarantine_bytes)),
         (
             "free",
@@ -48,6 +48,18 @@ fn stats_text(stats: &cache::Stats) -> Lines {
         ("remote", stats.remote.clone().unwrap_or_else(|| "none".into())),
     ];
     facts.into_iter().fold(Lines::default(), |lines, (name, value)| lines.and(&format!("{name:<13} {value}")))
+}
+
+/// Returns the space of fills in words.
+fn staging(stats: &cache::Stats) -> String {
+    let staged = human::bytes(stats.staging_bytes);
+    match stats.staging_bytes {
+        0 => staged,
+        _ => format!(
+            "{staged} reserved; {} of interrupted downloads can be resumed",
+            human::bytes(stats.resumable_bytes)
+        ),
+    }
 }
 
 /// Returns the pending uploads in words.
@@ -79,6 +91,7 @@ mod tests {
             budget_bytes: 14_000_000_000,
             used_bytes: 1_400_000_000,
             staging_bytes: 0,
+            resumable_bytes: 0,
             quarantine_bytes: 0,
             filesystem_free_bytes: 100_000_000_000,
             min_free_bytes: 10_000_000_000,

@@ -494,3 +494,27 @@ fn settings_may_come_from_a_file_and_credentials_from_a_profile() {
     let unset = run().without("AWS_PROFILE").env("AWS_EC2_METADATA_DISABLED", "true");
     unset.run(["--config", "c.toml", "ls", "--remote"]).failed(4, &["credentials", "aws configure"]);
 }
+
+#[test]
+fn an_eviction_says_which_bytes_stay_because_another_artifact_uses_them() {
+    let house = House::new();
+    let file = house.write("f", big());
+    let file = file.to_str().unwrap();
+    for key in ["a@1", "a@2"] {
+        house.on_local("a").run(["put", key, file]).ok();
+    }
+    let report = |options: &[&str]| {
+        let evict = [&["evict", "a@1", "--tier", "disk", "--json"], options].concat();
+        house
+            .on_local("a")
+            .run(evict)
+            .said(if options.is_empty() { &["0 B on disk", "stay on disk"] } else { &[] })
+            .object()
+    };
+    for options in [&["--dry-run"][..], &[]] {
+        let report = report(options);
+        assert_eq!((&report["disk_bytes"], &report["shared_bytes"]), (&json!(0), &json!(big().len())), "{options:?}");
+    }
+    let alone = house.on_local("a").run(["evict", "a@2", "--tier", "disk", "--dry-run", "--json"]).object();
+    assert_eq!((&alone["disk_bytes"], &alone["shared_bytes"]), (&json!(big().len()), &json!(0)));
+}

@@ -65,6 +65,9 @@ fn after_a_kill_or_an_interrupt_only_the_part_in_flight_is_fetched_again() {
         house.assert_no_artifact("a");
         let stats = run(&house, "a").run(["stats", "--json"]).object();
         assert!(stats["staging_bytes"].as_u64().unwrap() >= large().len(), "the staged bytes are counted: {stats}");
+        // The file has its full size from the beginning, but the part in flight is not complete.
+        let resumable = stats["resumable_bytes"].as_u64().unwrap();
+        assert!((large().len() - PART..large().len()).contains(&resumable), "{resumable} of {}", large().len());
 
         house.hub.clear_requests();
         let got = run(&house, "a").run(["get", "hf://org/large", "--json"]).object();

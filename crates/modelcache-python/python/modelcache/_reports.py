@@ -134,6 +134,8 @@ class Stats(_Report):
     """Bytes that count against the budget: blobs, downloads in progress, quarantine, reservations."""
     staging_bytes: int
     """Part of ``used_bytes``: downloads in progress or abandoned."""
+    resumable_bytes: int
+    """Bytes of interrupted downloads that a later ``get`` does not download again."""
     quarantine_bytes: int
     """Part of ``used_bytes``: files that failed a check."""
     filesystem_free_bytes: int
@@ -186,6 +188,8 @@ class EvictReport(_Report):
     version: str
     disk_bytes: int | None
     """Bytes freed on disk; ``None`` if the artifact was not on disk or the tier was not selected."""
+    shared_bytes: int
+    """Bytes of its files that stay on disk, because other artifacts use them."""
     remote_bytes: int | None
     """Bytes removed from the remote; ``None`` if the artifact was not on the remote or the tier was not selected."""
     remote: str | None

@@ -34,10 +34,11 @@ impl Cache {
         let refs = if tier == EvictTier::Disk { Vec::new() } else { self.refs_to(&key).await? };
         let only_copy = tier != EvictTier::Remote && self.is_only_copy(&key).await?;
         // Step 1: evict from disk. This fails if the artifact is leased or pinned.
-        let disk_bytes = match tier {
+        let on_disk = match tier {
             EvictTier::All | EvictTier::Disk => self.evict_disk(&key, dry_run).await.context(&key, Tier::Disk)?,
             EvictTier::Remote => None,
         };
+        let (disk_bytes, shared_bytes) = (on_disk.map(|on_disk| on_disk.0), on_disk.map_or(0, |on_disk| on_disk.1));
         // Step 2: evict from the remote.
         let mut remote_stays = false;
         let remote_bytes = match (&self.0.remote, tier) {
@@ -80,7 +81,17 @@ impl Cache {
         }
         let is_on_remote = remote_bytes.is_some() || !tags.is_empty();
         let remote = self.0.remote.as_ref().filter(|_| is_on_remote).map(|remote| remote.url().to_owned());
-        Ok(EvictReport { key, dry_run, disk_bytes, remote_bytes, remote, only_copy, origin_can_give_back, tags })
+        Ok(EvictReport {
+            key,
+            dry_run,
+            disk_bytes,
+            shared_bytes,
+            remote_bytes,
+            remote,
+            only_copy,
+            origin_can_give_back,
+            tags,
+        })
     }
 
     /// Returns true if the artifact is on disk and no other tier is known to have it.
@@ -89,11 +100,14 @@ impl Cache {
         self.on_disk(move |disk| disk.is_only_copy(&key)).await
     }
 
-    /// Evicts `key` from disk. Returns the bytes that were removed, or `None` if the artifact is not on disk.
-    async fn evict_disk(&self, key: &ArtifactKey, dry_run: bool) -> Result<Option<u64>> {
+    /// Evicts `key` from disk. Returns the bytes freed and the bytes that other users of the same files keep, or `None`
+    /// if the artifact is not on disk.
+    async fn evict_disk(&self, key: &ArtifactKey, dry_run: bool) -> Result<Option<(u64, u64)>> {
         let key = key.clone();
         self.on_disk(move |disk| {
-            if dry_run { Ok(disk.manifest(&key)?.map(|manifest| manifest.held_bytes())) } else { disk.evict(&key) }
+            let Some((to_free, shared)) = disk.bytes_of_eviction(&key)? else { return Ok(None) };
+            let freed = if dry_run { Some(to_free) } else { disk.evict(&key)? };
+            Ok(freed.map(|freed| (freed, shared)))
         })
         .await
     }

@@ -148,6 +148,7 @@ impl Cache {
                 budget_bytes: space.budget,
                 used_bytes: usage.counted(),
                 staging_bytes: usage.staging + usage.temporary,
+                resumable_bytes: disk.resumable_bytes()?,
                 quarantine_bytes,
                 filesystem_free_bytes: space.free,
                 min_free_bytes: space.min_free,

@@ -4,7 +4,7 @@
 //! and what the Python package parses. `docs/json.md` is generated from the field names, types and comments here.
 
 use crate::digest::{Digest, GitOid, Provenance};
-use crate::disk::{Holder, LeasedArtifact, Link, Materialized, Pin, Purpose};
+use crate::disk::{Destination, Holder, LeasedArtifact, Link, Materialized, Pin, Purpose};
 use crate::error::Tier;
 use crate::format::Format;
 use crate::json;
@@ -37,6 +37,8 @@ pub struct GetOptions {
     pub purpose: Purpose,
     /// Wait until the files are on stable storage, so that they survive a power cut.
     pub durable: bool,
+    /// The folder into which the artifact will be materialized. Before a download, the get fails if it has no room.
+    pub destination: Option<Destination>,
 }
 
 impl Default for GetOptions {
@@ -48,6 +50,7 @@ impl Default for GetOptions {
             verify: false,
             purpose: Purpose::default(),
             durable: false,
+            destination: None,
         }
     }
 }
@@ -311,8 +314,10 @@ pub struct EvictReport {
     pub key: ArtifactKey,
     /// True if nothing was removed, and the report states what would be removed.
     pub dry_run: bool,
-    /// Bytes removed from the disk; `None` if the artifact was not there or the disk was not selected.
+    /// Bytes freed on the disk; `None` if the artifact was not there or the disk was not selected.
     pub disk_bytes: Option<u64>,
+    /// Bytes of its files on disk that stay, because other artifacts, or links outside the cache, use them.
+    pub shared_bytes: u64,
     /// Bytes removed from the remote; `None` if the artifact was not there or the remote was not selected.
     pub remote_bytes: Option<u64>,
     /// The address of the remote from which it was removed; `None` if nothing was removed there.
@@ -548,6 +553,9 @@ pub struct Stats {
     pub used_bytes: u64,
     /// The part of `used_bytes` that belongs to fills, running or abandoned.
     pub staging_bytes: u64,
+    /// Bytes of complete parts of abandoned fills, from which a later get resumes. The files of a fill take their full
+    /// size from the beginning, so `staging_bytes` is larger.
+    pub resumable_bytes: u64,
     /// The part of `used_bytes` that failed verification and is in quarantine.
     pub quarantine_bytes: u64,
     /// Free bytes on the filesystem.

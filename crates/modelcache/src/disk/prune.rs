@@ -15,7 +15,8 @@ use crate::error::Result;
 use crate::json;
 use crate::key::ArtifactKey;
 use serde::Serialize;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Options of `prune`. By default, only leftovers are removed.
@@ -235,6 +236,7 @@ impl PruneActions for Apply<'_> {
     fn sweep(&mut self) -> Result<Leftovers> {
         let mut guard = self.0.lock_budget()?;
         let (before, dead) = (guard.usage()?, dead_stagings(self.0)?);
+        let beside_manifests = dead_temporaries_of_artifacts(self.0)?;
         // Unlike a sweep, a prune also removes the staging folders that could be resumed.
         guard.remove_dead_stagings(|_| true)?;
         guard.sweep()?;
@@ -247,8 +249,9 @@ impl PruneActions for Apply<'_> {
         Ok(Leftovers {
             fills: dead.fills.saturating_sub(remaining.fills),
             fill_bytes: dead.fill_bytes.saturating_sub(remaining.fill_bytes),
-            temporary_bytes: before.temporary.saturating_sub(after.temporary),
-            blob_bytes: before.published.saturating_sub(swept.published),
+            temporary_bytes: before.temporary.saturating_sub(after.temporary) + beside_manifests,
+            // Temporary files beside manifests count as published bytes.
+            blob_bytes: before.published.saturating_sub(swept.published).saturating_sub(beside_manifests),
             quarantine_bytes: swept.published.saturating_sub(after.published),
         })
     }
@@ -276,6 +279,16 @@ fn dead_stagings(disk: &Disk) -> Result<Leftovers> {
     }))
 }
 
+/// Returns the bytes of the temporary files of dead writers in the folders of artifacts, beside the manifests.
+fn dead_temporaries_of_artifacts(disk: &Disk) -> Result<u64> {
+    let mut bytes = 0;
+    for artifact in disk.scan()? {
+        let files = disk.temporaries(artifact.dir.path())?;
+        bytes += files.iter().filter(|file| disk.is_dead_temporary(file)).map(|file| file.allocated()).sum::<u64>();
+    }
+    Ok(bytes)
+}
+
 /// Computes the effect of a prune in a table of blobs and their link counts. Changes nothing on disk.
 struct DryRun<'disk> {
     disk: &'disk Disk,
@@ -300,17 +313,21 @@ impl<'disk> DryRun<'disk> {
             blobs.insert(metadata.ino(), blob);
             Ok(())
         })?;
+        let mut quarantined = HashSet::new();
         files::walk(&disk.layout().quarantine(), &mut |_, metadata| {
             used += metadata.allocated();
+            quarantined.insert(metadata.ino());
             Ok(())
         })?;
-        // A view with one link has no blob: its bytes count separately.
         for artifact in disk.scan()? {
+            used += disk.temporaries(artifact.dir.path())?.iter().map(|file| file.allocated()).sum::<u64>();
+            // The bytes of a view without a blob count separately, whatever other links it has.
             files::walk(&artifact.dir.files(), &mut |_, metadata| {
-                if metadata.nlink() == 1 {
-                    let view = Blob { bytes: metadata.allocated(), links: 1 };
+                if let Entry::Vacant(vacant) = blobs.entry(metadata.ino())
+                    && !quarantined.contains(&metadata.ino())
+                {
+                    let view = vacant.insert(Blob { bytes: metadata.allocated(), links: metadata.nlink() });
                     used += view.bytes;
-                    blobs.insert(metadata.ino(), view);
                 }
                 Ok(())
             })?;
@@ -364,6 +381,7 @@ impl PruneActions for DryRun<'_> {
         for file in self.disk.temporaries(&self.disk.layout().stagings())? {
             leftovers.temporary_bytes += if self.disk.is_dead_temporary(&file) { file.allocated() } else { 0 };
         }
+        leftovers.temporary_bytes += dead_temporaries_of_artifacts(self.disk)?;
         let orphans: Vec<u64> =
             self.blobs.iter().filter(|(_, blob)| blob.links == 0).map(|(inode, _)| *inode).collect();
         leftovers.blob_bytes += orphans.into_iter().map(|inode| self.unlink(inode)).sum::<u64>();
