@@ -8,6 +8,8 @@ pub const DONE: u8 = 0;
 pub const OTHER: u8 = 1;
 /// The command line or the configuration is invalid.
 pub const USAGE: u8 = 2;
+/// A panic: a defect in the program (EX_SOFTWARE of sysexits.h).
+pub const PANIC: u8 = 70;
 /// `exec`: the command was found but could not be run. Shells use the same code.
 pub const NOT_RUN: u8 = 126;
 /// `exec`: the command was not found. Shells use the same code.
@@ -45,6 +47,7 @@ pub const EXITS: &[Exit] = &[
         meaning: "cache directory not usable, or a limit on threads or memory is too low",
         kinds: &[ErrorKind::Directory, ErrorKind::Limits],
     },
+    Exit { code: PANIC, meaning: "a defect in modelcache: please report it", kinds: &[] },
     Exit { code: NOT_RUN, meaning: "exec: the command cannot be run", kinds: &[] },
     Exit { code: NO_COMMAND, meaning: "exec: there is no such command", kinds: &[] },
     Exit { code: HUNG_UP, meaning: "hung up (SIGHUP); a later get resumes", kinds: &[] },

@@ -23,6 +23,7 @@ use clap::Parser;
 use modelcache::Result;
 use output::Output;
 use std::ffi::OsString;
+use std::panic::AssertUnwindSafe;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use verbs::Session;
@@ -39,8 +40,17 @@ pub(crate) const CLEANUP_WAIT: Duration = Duration::from_secs(3);
 pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     std::panic::set_hook(Box::new(output::report_panic));
     let args: Vec<OsString> = args.into_iter().collect();
-    small_memory::restart_with_one_arena(&args);
-    let code = match Arguments::try_parse_from(&args) {
+    ExitCode::from(code_or_panic(|| run_command(&args)))
+}
+
+/// Returns the exit code of `work`. The panic hook has reported a panic.
+fn code_or_panic(work: impl FnOnce() -> u8) -> u8 {
+    std::panic::catch_unwind(AssertUnwindSafe(work)).unwrap_or(exit::PANIC)
+}
+
+fn run_command(args: &[OsString]) -> u8 {
+    small_memory::restart_with_one_arena(args);
+    match Arguments::try_parse_from(args) {
         Ok(arguments) => {
             let output = Output::new(&arguments.global);
             execute(&arguments, &output).unwrap_or_else(|error| {
@@ -48,9 +58,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
                 exit::code(error.kind())
             })
         }
-        Err(error) => arguments::print_parse_error(error, &args),
-    };
-    ExitCode::from(code)
+        Err(error) => arguments::print_parse_error(error, args),
+    }
 }
 
 /// Runs the command and returns its exit code. Returns an error if the command failed and has not printed the error
@@ -100,5 +109,16 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
             runtime.shutdown_timeout(SHUTDOWN_WAIT);
             Ok(signal.exit_code())
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_has_an_exit_code_of_its_own() {
+        assert_eq!(code_or_panic(|| exit::DONE), exit::DONE);
+        assert_eq!(code_or_panic(|| panic!("a defect")), 70);
     }
 }
