@@ -152,7 +152,7 @@ impl Cache {
         self.call(py, |open| {
             let reference =
                 reference(&arguments.reference, arguments.version.as_deref(), arguments.revision.as_deref())?;
-            let options = arguments.options()?;
+            let mut options = arguments.options()?;
             let cache = open.with_token(arguments.token.as_deref())?;
             let leases = open.leases.clone();
             let progress = Progress::new();
@@ -161,12 +161,13 @@ impl Cache {
                 let GetArguments { into, keep_lease, timeout_seconds, include, exclude, .. } = arguments;
                 // Checked before the download, so that a folder that must not be replaced is refused at once.
                 let destination = match &into {
-                    Some(dir) => Some(cache.destination(dir).await?),
+                    Some(dir) => Some(cache.destination(dir, LinkMode::Auto).await?),
                     None => None,
                 };
+                options.destination.clone_from(&destination);
                 let artifact = with_timeout(timeout_seconds, cache.get_with(&reference, &options, &progress)).await?;
                 if let Some(destination) = destination {
-                    let materialized = artifact.materialize(&destination, LinkMode::Auto, &progress).await?;
+                    let materialized = artifact.materialize(&destination, &progress).await?;
                     return Ok(CallOutput::Path(materialized.path));
                 }
                 if !keep_lease {

@@ -57,7 +57,12 @@ impl Get {
     ) -> Result<(u8, Vec<Artifact>)> {
         let destination = self.into.destination(cache, self.references.len()).await?;
         // The links in the destination must not survive a crash that loses the files, so the files are synced first.
-        let options = GetOptions { verify: self.verify, durable: destination.is_some(), ..self.arguments.options()? };
+        let options = GetOptions {
+            verify: self.verify,
+            durable: destination.is_some(),
+            destination: destination.clone(),
+            ..self.arguments.options()?
+        };
         let mut code = exit::DONE;
         let mut leased = Vec::new();
         for (text, reference) in self.references.iter().zip(references) {

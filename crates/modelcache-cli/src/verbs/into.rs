@@ -11,8 +11,8 @@ use std::path::PathBuf;
 /// The destination of the files, and how they are linked or copied there.
 #[derive(Debug, Default, Args)]
 pub(crate) struct IntoFolder {
-    /// Also put the files into this folder, and print its path instead. The folder is replaced as a whole. A folder
-    /// with files that modelcache did not put there is refused
+    /// Also put the files into this folder, and print its path instead. The folder is replaced as a whole; a mount
+    /// point is filled file by file, the file `.modelcache.json` last. A folder with files that modelcache did not put there is refused
     #[arg(long, visible_alias = "local-dir", value_name = "DIR")]
     into: Option<PathBuf>,
     /// How to put the files into the folder
@@ -58,7 +58,7 @@ impl IntoFolder {
                 Err(Error::invalid("--into takes one reference: each replaces the whole folder")
                     .hint("run the command once per reference, each with a folder of its own"))
             }
-            Some(dir) => cache.destination(dir).await.map(Some),
+            Some(dir) => cache.destination(dir, self.link.into()).await.map(Some),
         }
     }
 
@@ -70,7 +70,7 @@ impl IntoFolder {
         destination: &Destination,
     ) -> Result<Materialized> {
         let progress = Progress::new();
-        let work = artifact.materialize(destination, self.link.into(), &progress);
+        let work = artifact.materialize(destination, &progress);
         let materialized = progress::show(output, "into", &progress, work).await?;
         output.message(&format!("{}: {}", materialized.dir.display(), links_text(&materialized)));
         if materialized.links.contains_key(&Link::Symlink) {

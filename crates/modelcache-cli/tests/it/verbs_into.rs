@@ -134,19 +134,60 @@ fn the_temporary_folder_of_a_killed_call_is_removed_by_the_next_one() {
 }
 
 #[test]
-fn on_another_filesystem_files_are_copied_and_a_mount_is_refused() {
+fn on_another_filesystem_files_are_copied_and_refusals_precede_the_download() {
     if !can_mount() {
         return;
     }
     let (house, _) = House::with_model();
-    house.on_local("a").run(["get", "hf://org/model"]).path();
     fs::create_dir(house.path("mnt")).unwrap();
     let mounted = "mount -t tmpfs none mnt";
+    let refused = |before: &str, args: &[&str], code, said: &[&str]| {
+        let get = [&["get", "hf://org/model", "--into"], args].concat();
+        house.on_local("b").run_after(before, &get).failed(code, said);
+        assert_eq!(house.hub.body_bytes(), 0, "refused before any download: {args:?}");
+    };
+    refused(mounted, &["mnt/out", "--link", "hard"], 1, &["--link auto"]);
+    let small = "mount -t tmpfs -o size=1m none mnt";
+    refused(small, &["mnt/out"], 6, &["has no room", "free space"]);
+    refused(small, &["mnt"], 6, &["has no room"]);
+    let read_only = "mount -t tmpfs -o ro none mnt";
+    refused(read_only, &["mnt"], 1, &["may write to"]);
+    refused(read_only, &["mnt/new/out"], 1, &["may write to"]);
+    refused("mount -t tmpfs none mnt; echo mine > mnt/notes.txt", &["mnt"], 1, &["notes.txt", "did not put there"]);
+
+    house.on_local("a").run(["get", "hf://org/model"]).path();
     let copied = house.on_local("a").run_after(mounted, &["get", "hf://org/model", "--into", "mnt/out", "--json"]);
     assert_eq!(copied.object()["into"]["links"], json!({"copy": 4}));
-    let hard = ["get", "hf://org/model", "--into", "mnt/out", "--link", "hard"];
-    house.on_local("a").run_after(mounted, &hard).failed(1, &["--link auto"]);
-    house.on_local("a").run_after(mounted, &["get", "hf://org/model", "--into", "mnt"]).failed(2, &["is a mount"]);
-    let small = "mount -t tmpfs -o size=1m none mnt";
-    house.on_local("a").run_after(small, &["get", "hf://org/model", "--into", "mnt/out"]).failed(6, &["free space"]);
+}
+
+#[test]
+fn a_mount_point_is_filled_and_updated_in_place() {
+    if !can_mount() {
+        return;
+    }
+    let (house, _) = House::with_model();
+    house.hub.repo("org/other").commit().file("only", "other").publish().unwrap();
+    fs::create_dir(house.path("mnt")).unwrap();
+    // The same filesystem at another mount, which no hard link can reach, and one with a size limit. Neither has room
+    // for the files twice.
+    for mount in ["mkdir bound; mount --bind bound mnt", "mount -t tmpfs -o size=9m none mnt"] {
+        let script = format!(
+            "{mount}; mkdir mnt/lost+found
+            {BIN} get hf://org/model --into mnt | grep -qx \"$PWD/mnt\"
+            ls -AR mnt >first; ls -i mnt/model.safetensors >inode
+            {BIN} get hf://org/model --into mnt/ --link copy
+            ls -i mnt/model.safetensors | diff inode -
+            cp -r mnt filled
+            {BIN} get hf://org/other --into mnt
+            find mnt -type f | sort >second
+            echo mine >mnt/only2; ! {BIN} get hf://org/model --into mnt; rm mnt/only2
+            {BIN} get hf://org/model --into mnt
+            ls -AR mnt | diff first -"
+        );
+        house.on_local("a").script(&script, &[]).ok().said(&["4 files copied", "only2", "did not put there"]);
+        fs::remove_dir(house.path("filled/lost+found")).unwrap();
+        assert_materialized(&house.path("filled"));
+        assert_eq!(fs::read_to_string(house.path("second")).unwrap(), "mnt/.modelcache.json\nmnt/only\n");
+        fs::remove_dir_all(house.path("filled")).unwrap();
+    }
 }

@@ -217,7 +217,7 @@ class ModelCache:
         :param allow_patterns: get only files that match one of these patterns (``fnmatch``; ``*`` also matches ``/``).
         :param ignore_patterns: skip files that match one of these patterns.
         :param local_dir: copy or link the files into this folder and return its path. The folder is replaced as a
-            whole. It is refused if it has content that did not come from the cache. No lease is kept for it.
+            whole; a mount point is filled file by file. It is refused if it has content that did not come from the cache. No lease is kept for it.
         :param token: the Hub token for this call; ``False`` to send none.
         :param local_files_only: use only the local disk, and contact neither remote nor origin.
         :param force_refresh: resolve the revision or tag again, even if the last resolution is still current.

@@ -36,8 +36,19 @@ impl Cache {
         };
         let (max_tier, purpose) = (policy.max_tier, options.purpose);
         let (digest, origin, tag_record, remote) = (reference.digest, None, None, None);
-        let durable = options.durable;
-        let request = FetchRequest { key, selection, digest, origin, max_tier, purpose, durable, tag_record, remote };
+        let (durable, destination) = (options.durable, None);
+        let request = FetchRequest {
+            key,
+            selection,
+            digest,
+            origin,
+            max_tier,
+            purpose,
+            durable,
+            destination,
+            tag_record,
+            remote,
+        };
         let checked = self.require_checksums(&request, &leased.manifest);
         let artifact = checked.and_then(|()| artifact(&request, FillOutcome::local(leased), progress));
         Some(artifact.map_err(|error| error.artifact(&request.key)))

@@ -91,12 +91,23 @@ impl Cache {
         let outcome = match self.acquire(request, progress).await? {
             Some(leased) => FillOutcome::local(leased),
             // Step 3: join the in-flight fill of these files, or start one (`fill` below).
-            None => self.fill_single_flight(request, progress).await?,
+            None => {
+                self.check_destination(request, progress).await?;
+                self.fill_single_flight(request, progress).await?
+            }
         };
         // Also for files that were downloaded under a less strict configuration.
         self.require_checksums(request, &outcome.leased.manifest)?;
         self.wait_until_durable(request, &outcome.leased).await?;
         artifact(request, outcome, progress)
+    }
+
+    /// Fails if the folder into which the caller will materialize the files has no room for them. The fill serves other
+    /// callers, too, so this is not part of it.
+    async fn check_destination(&self, request: &FetchRequest, progress: &Progress) -> Result<()> {
+        let Some(destination) = request.destination.clone() else { return Ok(()) };
+        let selected = self.plan_fill(request, progress).await?.selected;
+        blocking(move || destination.check_room(&selected)).await
     }
 
     /// Runs one fill on behalf of all callers that joined it. `publisher` reports its state to them.

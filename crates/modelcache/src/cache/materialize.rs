@@ -9,14 +9,15 @@ use std::path::Path;
 
 impl Cache {
     /// Checks that `dir` may be replaced as a whole: it is absent, it is empty, or it contains only files that were
-    /// materialized earlier. Call this before the get, so that a refusal precedes the download.
+    /// materialized earlier. Call this before the get, and set [`GetOptions::destination`](super::GetOptions), so that
+    /// a refusal precedes the download. A mount point is not replaced as a whole, but filled file by file.
     ///
     /// # Errors
     /// `Conflict` if the folder contains other files; `Invalid` for the working directory, the cache directory, or a
-    /// path that is a file.
-    pub async fn destination(&self, dir: &Path) -> Result<Destination> {
-        let (dir, root) = (dir.to_owned(), self.0.disk.layout().root().full());
-        blocking(move || Destination::check(&dir, &root)).await
+    /// path that is a file; `Other` if it cannot be written, or cannot have the links of `mode`.
+    pub async fn destination(&self, dir: &Path, mode: LinkMode) -> Result<Destination> {
+        let (dir, disk) = (dir.to_owned(), self.0.disk.clone());
+        blocking(move || Destination::check(&dir, disk.layout(), mode)).await
     }
 }
 
@@ -25,13 +26,9 @@ impl Artifact {
     ///
     /// # Errors
     /// `Corrupt` if cached bytes fail verification while they are copied; `Full`; `Other` if the folder cannot be
-    /// written. After an error the old folder is unchanged.
-    pub async fn materialize(
-        &self,
-        destination: &Destination,
-        mode: LinkMode,
-        progress: &Progress,
-    ) -> Result<Materialized> {
+    /// written. After an error the old folder is unchanged, except in a mount point, which the next call
+    /// completes.
+    pub async fn materialize(&self, destination: &Destination, progress: &Progress) -> Result<Materialized> {
         let selected = self.lease.manifest.selected(&self.selection);
         let files: Vec<_> = selected.map(|(path, entry)| (path.clone(), entry.clone())).collect();
         let _phase = progress.enter(Phase::Materialize, files.iter().map(|(_, entry)| entry.size).sum());
@@ -41,7 +38,7 @@ impl Artifact {
         let (destination, progress, lease) = (destination.clone(), progress.clone(), self.lease.clone());
         let made = blocking(move || {
             // The closure owns the lease, so that it lasts until the copy ends, even if the caller is cancelled.
-            let made = destination.materialize(&tree, mode, &progress);
+            let made = destination.materialize(&tree, &progress);
             drop(lease);
             made
         });

@@ -173,7 +173,7 @@ mod tests {
         spawnable(cache.inspect(reference));
         spawnable(cache.stats());
         spawnable(cache.plan_prewarm(&[], &GetOptions::default()));
-        spawnable(cache.destination(Path::new("")));
+        spawnable(cache.destination(Path::new(""), LinkMode::Auto));
         spawnable(cache.prune(&PruneOptions::default()));
         spawnable(cache.pin(reference, Pin::default()));
         spawnable(cache.unpin(reference));

@@ -40,7 +40,18 @@ impl Cache {
         let selection = reference.file.clone().map_or_else(Selection::all, Selection::file);
         let max_tier = policy.max_tier;
         let (digest, purpose, durable) = (reference.digest, options.purpose, false);
-        let request = FetchRequest { key, selection, digest, origin, max_tier, purpose, durable, tag_record, remote };
+        let request = FetchRequest {
+            key,
+            selection,
+            digest,
+            origin,
+            max_tier,
+            purpose,
+            durable,
+            destination: None,
+            tag_record,
+            remote,
+        };
         let (manifest_tier, manifest) = match (self.known_manifest(&request).await, &reference.target) {
             (Some((tier, manifest)), _) => (Some(tier), Some(manifest)),
             // A bare key does not prove that the version exists. Request its manifest from all tiers.

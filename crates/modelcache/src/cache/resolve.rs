@@ -6,7 +6,7 @@ use super::pointer::{ResolvedVersion, TagRecord, VersionOrTag};
 use super::{Cache, GetOptions};
 use crate::config::OriginTemplate;
 use crate::digest::Digest;
-use crate::disk::Purpose;
+use crate::disk::{Destination, Purpose};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{Manifest, Shape};
@@ -65,6 +65,8 @@ pub(super) struct FetchRequest {
     pub(super) remote: Option<Result<Arc<RemoteSource>>>,
     /// True if the get waits until the files are on stable storage.
     pub(super) durable: bool,
+    /// The folder into which the caller will materialize the files.
+    pub(super) destination: Option<Destination>,
 }
 
 impl LookupPolicy {
@@ -125,7 +127,8 @@ impl Cache {
         }
         let (digest, max_tier) = (reference.digest, policy.max_tier);
         let GetOptions { purpose, durable, .. } = *options;
-        Ok(FetchRequest { key, selection, digest, origin, max_tier, purpose, durable, tag_record, remote })
+        let destination = options.destination.clone();
+        Ok(FetchRequest { key, selection, digest, origin, max_tier, purpose, durable, destination, tag_record, remote })
     }
 
     /// Returns the lookup policy of a call, limited by the configuration.

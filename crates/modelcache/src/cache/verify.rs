@@ -382,8 +382,18 @@ impl Verification {
         let max_tier = self.cache.policy(&GetOptions::default()).max_tier;
         let (key, purpose, durable) = (key.clone(), Purpose::Keep, false);
         let (tag_record, remote) = (None, None);
-        let request =
-            FetchRequest { key, selection, digest: None, origin, max_tier, purpose, durable, tag_record, remote };
+        let request = FetchRequest {
+            key,
+            selection,
+            digest: None,
+            origin,
+            max_tier,
+            purpose,
+            durable,
+            destination: None,
+            tag_record,
+            remote,
+        };
         // Not the caller's progress: the report derives the tier from the bytes that its progress has received.
         let progress = Progress::new();
         let artifact = self.cache.get_resolved(&request, &progress).await?;

@@ -3,17 +3,24 @@
 //! The new folder is built beside the destination under a temporary name, and then exchanged with it. A reader sees the
 //! old folder or the new one.
 //!
+//! A mount point cannot be exchanged. There the new folder is built inside the mount, and then its files are moved to
+//! their places one by one, the marker last. The marker in the built folder is the record of a move that was
+//! interrupted: the next call completes it.
+//!
 //! Only files that an earlier call created are ever removed: a marker file in the folder lists them. A temporary folder
 //! is locked while it is being built, so that the next call recognises and removes the leftovers of a killed process.
 
 use super::files::{self, absent};
 use super::io_error::{Shown, errno};
-use super::layout::ArtifactDir;
+use super::layout::{ArtifactDir, Layout};
 use super::link::{self, Link};
 use super::lock::FileLock;
+use super::modes;
+use super::optional::sync_folder;
 use super::rooted::{Metadata, RootedPath};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, FILE_SIZE_HINT, Result, Tier};
+use crate::human;
 use crate::json;
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, FileIdentity};
@@ -31,6 +38,8 @@ use std::path::{Path, PathBuf};
 pub(super) const MARKER: &str = ".modelcache.json";
 /// Suffix of the temporary name of the old folder, where the filesystem cannot exchange two folders.
 const OLD: &str = "-old";
+/// Prefix of the name of the temporary folder in a mount point.
+const IN_PLACE_PREFIX: &str = ".modelcache-";
 /// Maximum size of a marker file in bytes.
 const MARKER_BYTES_MAX: u64 = 64 << 20;
 /// Buffer size for copying, in bytes.
@@ -52,6 +61,11 @@ pub struct Destination {
     dir: RootedPath,
     /// The path as the caller wrote it, for messages.
     requested: PathBuf,
+    mode: LinkMode,
+    /// True for a mount point, whose content is replaced file by file.
+    in_place: bool,
+    /// True if no link into the cache is possible there, so that every file takes space.
+    needs_copies: bool,
 }
 
 /// Result of a materialization.
@@ -86,16 +100,28 @@ struct Marker {
     #[serde(flatten)]
     key: ArtifactKey,
     /// The files as they were created. A file with another identity now belongs to the user.
-    files: BTreeMap<FilePath, FileIdentity>,
+    files: BTreeMap<FilePath, MarkedFile>,
+}
+
+/// A file as it was created in the folder.
+#[derive(Debug, Serialize, Deserialize)]
+struct MarkedFile {
+    #[serde(flatten)]
+    identity: FileIdentity,
+    /// Older releases did not record it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    sha256: Option<Digest>,
 }
 
 impl Destination {
-    /// Checks that `dir` may be replaced as a whole. It must not contain the cache directory or the working directory,
-    /// and must not be inside the cache directory.
-    pub(crate) fn check(dir: &Path, cache_root: &Path) -> Result<Self> {
+    /// Checks that `dir` may be replaced as a whole, that it can be written, and that the links of `mode` are possible
+    /// there. It must not contain the cache directory or the working directory, and must not be inside the cache
+    /// directory.
+    pub(crate) fn check(dir: &Path, cache: &Layout, mode: LinkMode) -> Result<Self> {
         let refuse = |reason: &str, hint: &str| Err(Error::invalid(format!("{} {reason}", dir.display())).hint(hint));
         let real = real_path(dir)?;
-        let cache_root = fs::canonicalize(cache_root).unwrap_or_else(|_| cache_root.to_owned()); // outside the root
+        let cache_root = cache.root().full();
+        let cache_root = fs::canonicalize(&cache_root).unwrap_or(cache_root); // outside the root
         if std::env::current_dir().is_ok_and(|current| current.starts_with(&real)) {
             return refuse(
                 "is the folder this command runs in, and would be replaced as a whole",
@@ -113,15 +139,90 @@ impl Destination {
             return refuse("is not a folder", "name a folder; it need not exist");
         }
         let (parent, name) = (real.parent().unwrap_or(Path::new("/")), real.file_name().unwrap_or_default());
-        let destination = Self { dir: RootedPath::root(parent).join(name), requested: dir.to_owned() };
+        let dir_in_parent = RootedPath::root(parent).join(name);
+        let in_place = files::is_folder(&dir_in_parent)?
+            && dir_in_parent.is_mount().map_err(|cause| destination_error("examine", dir, cause))?;
+        // Files of a mount are created below it, so it is the root of all paths.
+        let dir_to_fill = if in_place { RootedPath::root(&real) } else { dir_in_parent };
+        let requested = dir.to_owned();
+        let mut destination = Self { dir: dir_to_fill, requested, mode, in_place, needs_copies: false };
         destination.refuse_unmanaged_files()?;
+        destination.needs_copies = destination.probe_links(cache)?;
         Ok(destination)
+    }
+
+    /// Creates a temporary folder where the new files will be, and tries the links of the mode in it. Returns true if
+    /// only copies are possible.
+    ///
+    /// # Errors
+    /// `Other` if nothing can be created there, or if the only kind of link that is allowed is not possible.
+    fn probe_links(&self, cache: &Layout) -> Result<bool> {
+        let parent = self.build_parent();
+        let existing = parent.full().ancestors().find(|path| path.is_dir()).unwrap_or(Path::new("/")).to_owned();
+        let folder = BuildFolder::create(&RootedPath::root(&existing), &self.build_prefix())?;
+        // A read-only cache directory cannot hold the file for the trial. Then the links are tried with the real files.
+        let source = cache.stagings().join(format!("{}{}", files::TEMPORARY_PREFIX, files::random_name()));
+        let Ok(created) = modes::create_readable(&source) else { return Ok(false) };
+        let locked = FileLock::of_temporary(created);
+        let target = folder.path.join("probe");
+        let kinds = kinds_to_try(self.mode, true);
+        let is_possible = |kind: &Link| match kind {
+            Link::Hard => source.hard_link(&target).and_then(|()| target.unlink()).is_ok(),
+            Link::Reflink => reflink(&source, &target, 0o666).and_then(|()| target.unlink()).is_ok(),
+            Link::Symlink => true,
+            Link::Copy => false,
+        };
+        let may_link = kinds.iter().any(is_possible);
+        files::remove_file(&source)?;
+        drop(locked);
+        match (may_link, kinds.contains(&Link::Copy)) {
+            (false, false) => Err(impossible_link(kinds, &self.dir, Errno::OPNOTSUPP.into())),
+            (may_link, _) => Ok(!may_link),
+        }
+    }
+
+    /// Fails if the filesystem of the destination has no room for `files`. Called before they are downloaded.
+    pub(crate) fn check_room(&self, files: &[(FilePath, FileEntry)]) -> Result<()> {
+        if !self.needs_copies {
+            return Ok(());
+        }
+        let marker = read_marker(&self.dir)?;
+        let in_place = |path: &FilePath, entry: &FileEntry| {
+            marker.as_ref().and_then(|marker| marker.files.get(path)).is_some_and(|marked| has_content(marked, entry))
+        };
+        let needed: u64 =
+            files.iter().filter(|(path, entry)| !in_place(path, entry)).map(|(_, entry)| entry.size).sum();
+        let parent = self.build_parent().full();
+        let existing = RootedPath::root(parent.ancestors().find(|path| path.is_dir()).unwrap_or(Path::new("/")));
+        let room = existing.filesystem().map_err(|cause| destination_error("examine", &existing, cause))?;
+        let free = room.f_bavail.saturating_mul(room.f_frsize);
+        if needed <= free {
+            return Ok(());
+        }
+        let (needed, free) = (human::bytes(needed), human::bytes(free));
+        Err(Error::new(
+            ErrorKind::Full,
+            format!("{} has no room: the files take {needed}, and {free} are free", self.requested.display()),
+        )
+        .hint("free space there, or choose another folder"))
+    }
+
+    /// Returns the folder in which the temporary folder is created.
+    fn build_parent(&self) -> RootedPath {
+        if self.in_place { self.dir.clone() } else { self.dir.parent().unwrap_or_else(|| self.dir.clone()) }
+    }
+
+    /// Returns the prefix of the name of the temporary folder.
+    fn build_prefix(&self) -> String {
+        if self.in_place { IN_PLACE_PREFIX.to_owned() } else { format!(".{}.modelcache-", self.dir.name()) }
     }
 
     /// Fails if the folder contains a file that no earlier call created, or that was changed since.
     fn refuse_unmanaged_files(&self) -> Result<()> {
-        let Some(unmanaged) = unmanaged_file(&self.dir)? else { return Ok(()) };
-        Err(self.unmanaged_error(&unmanaged))
+        match self.unmanaged_file(&self.dir)? {
+            Some(unmanaged) => Err(self.unmanaged_error(&unmanaged)),
+            None => Ok(()),
+        }
     }
 
     fn unmanaged_error(&self, unmanaged: &Path) -> Error {
@@ -136,21 +237,32 @@ impl Destination {
         .hint("the folder is replaced as a whole: move that file away first, or choose a new or empty folder")
     }
 
-    /// Builds the new folder and exchanges it with the destination. Durable on return.
-    pub(crate) fn materialize(&self, tree: &Tree, mode: LinkMode, progress: &Progress) -> Result<Materialized> {
-        let parent = self.dir.parent().unwrap_or_else(|| self.dir.clone());
+    /// Builds the new folder and exchanges it with the destination; the files of a mount point are moved one by one.
+    /// Durable on return.
+    pub(crate) fn materialize(&self, tree: &Tree, progress: &Progress) -> Result<Materialized> {
+        let parent = self.build_parent();
         fs::create_dir_all(parent.full()).map_err(|cause| destination_error("make", &parent, cause))?; // outside the root
-        // Step 1: remove the leftovers of killed calls.
-        let prefix = format!(".{}.modelcache-", self.dir.name());
+        let _only_call = if self.in_place { Some(self.lock()?) } else { None };
+        // Step 1: remove the leftovers of killed calls. In a mount point, first complete what they were moving.
+        let prefix = self.build_prefix();
+        self.complete_leftovers()?;
         remove_leftovers(&parent, &prefix, &self.dir)?;
+        self.check_room(&tree.files)?;
         // Step 2: build the new folder under a temporary name.
-        let new = BuildFolder::create(&parent, &prefix)?;
+        let mut new = BuildFolder::create(&parent, &prefix)?;
+        let present = read_marker(&self.dir)?;
         let (mut links, mut folders) = (BTreeMap::new(), BTreeSet::from([new.path.clone()]));
         for (path, entry) in &tree.files {
             let target = new.path.join(path.as_str());
             make_folder(target.parent().as_ref().unwrap_or(&new.path), &mut folders)?;
-            let kinds = kinds_to_try(mode, tree.may_link);
-            let link = create_file(&tree.from.view(path), &target, entry, kinds, progress)?;
+            let kinds = kinds_to_try(self.mode, tree.may_link);
+            // Where only a copy is possible, a copy that an earlier call made is used again.
+            let is_kept = (self.needs_copies || self.mode == LinkMode::Only(Link::Copy))
+                && keep_copy(&self.dir, present.as_ref(), path, entry, &target);
+            let link = match is_kept {
+                true => Link::Copy,
+                false => create_file(&tree.from.view(path), &target, entry, kinds, progress)?,
+            };
             *links.entry(link).or_default() += 1;
         }
         // Step 3: write the marker, and sync all folders. Reflinks and copies are already synced.
@@ -158,17 +270,150 @@ impl Destination {
         folders.iter().try_for_each(sync)?;
         // Step 4: exchange the folders. Check again first, because the user may have added a file to the old folder.
         self.refuse_unmanaged_files()?;
-        exchange(&new.path, &self.dir).map_err(|cause| exchange_error(&self.requested, cause))?;
+        if self.in_place {
+            // If a move fails, the built folder stays: its marker is the record of the files that are moved already.
+            new.keep = true;
+            self.move_into_place(&new.path)?;
+            new.keep = false;
+            return Ok(Materialized { dir: self.dir.full(), path: self.dir.full(), links });
+        }
+        exchange(&new.path, &self.dir).map_err(|cause| destination_error("replace", &self.requested, cause))?;
         // Step 5: check the old folder again under the temporary name. If a file was added before the exchange, undo
         // it.
-        if let Some(unmanaged) = unmanaged_file(&new.path)? {
-            exchange(&new.path, &self.dir).map_err(|cause| exchange_error(&self.requested, cause))?;
+        if let Some(unmanaged) = self.unmanaged_file(&new.path)? {
+            exchange(&new.path, &self.dir).map_err(|cause| destination_error("replace", &self.requested, cause))?;
             return Err(self.unmanaged_error(&unmanaged));
         }
         // Step 6: sync the parent. Dropping `new` then removes the old folder.
         sync(&parent)?;
         Ok(Materialized { dir: self.dir.full(), path: self.dir.full(), links })
     }
+
+    /// Locks the mount point against other calls that fill it.
+    fn lock(&self) -> Result<FileLock> {
+        let opened = self.dir.open_dir().map_err(|cause| destination_error("open", &self.dir, cause))?;
+        FileLock::of_new(opened, &self.dir)?.ok_or_else(|| {
+            Error::unavailable(format!("another modelcache process fills {}", self.requested.display()))
+                .hint("wait until it has ended, then run the command again")
+        })
+    }
+
+    /// Completes the moves of killed calls. A built folder without a marker was not complete, and nothing of it was
+    /// moved.
+    fn complete_leftovers(&self) -> Result<()> {
+        if !self.in_place {
+            return Ok(());
+        }
+        built_folders(&self.dir)?.iter().try_for_each(|built| self.move_into_place(built))
+    }
+
+    /// Moves the files of the folder `built`, which is in the mount point, to their places. Files of the old marker are
+    /// removed, and the new marker is moved last. Does nothing if `built` has no marker.
+    fn move_into_place(&self, built: &RootedPath) -> Result<()> {
+        let Some(new) = read_marker(built)? else { return Ok(()) };
+        let fail = |operation, path: &RootedPath| {
+            let path = path.clone();
+            move |cause| destination_error(operation, &path, cause)
+        };
+        // A file may become a folder of the same name, so the old files are removed first.
+        let old = read_marker(&self.dir)?.map(|old| old.files).unwrap_or_default();
+        for path in old.keys().filter(|path| !new.files.contains_key(path)) {
+            let file = self.dir.join(path.as_str());
+            absent(file.unlink()).map_err(fail("remove", &file))?;
+            // The folders that are empty now. A folder with other entries stays.
+            let parents = file.ancestors().skip(1).take_while(|folder| *folder != self.dir);
+            parents.take_while(|folder| folder.remove_dir().is_ok()).for_each(drop);
+        }
+        let mut folders = BTreeSet::from([self.dir.clone()]);
+        for path in new.files.keys() {
+            let (from, to) = (built.join(path.as_str()), self.dir.join(path.as_str()));
+            // A killed call has moved this file already.
+            if files::stat(&from)?.is_none() {
+                continue;
+            }
+            make_folder(&to.parent().unwrap_or_else(|| self.dir.clone()), &mut folders)?;
+            // Only an empty folder can be removed this way.
+            if files::is_folder(&to)? {
+                to.remove_dir().map_err(fail("replace", &to))?;
+            }
+            from.rename(&to).map_err(fail("replace", &to))?;
+        }
+        folders.iter().try_for_each(sync)?;
+        let marker = self.dir.join(MARKER);
+        built.join(MARKER).rename(&marker).map_err(fail("write", &marker))?;
+        sync(&self.dir)
+    }
+
+    /// Returns a file in `dir`, the destination or the old folder, that no earlier call created, or that was changed
+    /// since.
+    fn unmanaged_file(&self, dir: &RootedPath) -> Result<Option<PathBuf>> {
+        let mut markers: Vec<_> = read_marker(dir)?.into_iter().collect();
+        let built = if self.in_place { built_folders(dir)? } else { Vec::new() };
+        for folder in &built {
+            markers.extend(read_marker(folder)?);
+        }
+        let is_managed = |path: &FilePath, metadata: &Metadata| {
+            let mut recorded = markers.iter().filter_map(|marker| marker.files.get(path));
+            recorded.any(|marked| is_unchanged(&marked.identity, metadata))
+        };
+        let mut unmanaged = None;
+        let mut visit = |path: &RootedPath, metadata: &Metadata| {
+            let inside = path.below(dir).unwrap_or(Path::new(""));
+            let file = inside.to_str().and_then(|path| FilePath::new(path).ok());
+            let is_managed = file.is_some_and(|file| is_managed(&file, metadata));
+            if !is_managed && inside != Path::new(MARKER) && unmanaged.is_none() {
+                unmanaged = Some(inside.to_owned());
+            }
+            Ok(())
+        };
+        for path in files::entries(dir)? {
+            // `mkfs` creates `lost+found` in a new filesystem, and only root may list it.
+            let is_skipped = built.contains(&path) || self.in_place && path.name() == "lost+found";
+            match files::stat(&path)? {
+                _ if is_skipped => {}
+                Some(metadata) if metadata.is_dir() => files::walk_all(&path, &mut visit)?,
+                Some(metadata) => visit(&path, &metadata)?,
+                None => {}
+            }
+        }
+        Ok(unmanaged)
+    }
+}
+
+/// Returns the temporary folders of calls that fill the mount point `dir`, or were killed while they did.
+fn built_folders(dir: &RootedPath) -> Result<Vec<RootedPath>> {
+    let is_built = |path: &RootedPath| path.name().strip_prefix(IN_PLACE_PREFIX).is_some_and(is_random);
+    Ok(files::entries(dir)?.into_iter().filter(is_built).collect())
+}
+
+/// Returns the content of the marker in `dir`; `None` if there is none that can be read.
+fn read_marker(dir: &RootedPath) -> Result<Option<Marker>> {
+    let bytes = files::read_small(&dir.join(MARKER), MARKER_BYTES_MAX)?;
+    Ok(bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()))
+}
+
+/// Returns true if a recorded file was created with the content of `entry`.
+fn has_content(marked: &MarkedFile, entry: &FileEntry) -> bool {
+    marked.identity.bytes == entry.size && marked.sha256.is_some() && marked.sha256 == entry.sha256
+}
+
+/// Links the unchanged copy of the file that an earlier call made in `dir` to `target`. Returns false if there is none.
+fn keep_copy(
+    dir: &RootedPath,
+    present: Option<&Marker>,
+    path: &FilePath,
+    entry: &FileEntry,
+    target: &RootedPath,
+) -> bool {
+    let Some(marked) = present.and_then(|marker| marker.files.get(path)) else { return false };
+    let file = dir.join(path.as_str());
+    let is_present = || {
+        file.metadata().is_ok_and(|found| {
+            let has_mode = (found.mode() & 0o100 != 0) == entry.executable;
+            found.is_file() && found.nlink() == 1 && has_mode && found.identity() == marked.identity
+        })
+    };
+    has_content(marked, entry) && is_present() && file.hard_link(target).is_ok()
 }
 
 /// Creates `folder`, which is below a folder in `made`, and its missing parents. Adds the new folders to `made`.
@@ -179,27 +424,13 @@ fn make_folder(folder: &RootedPath, made: &mut BTreeSet<RootedPath>) -> Result<(
     if let Some(parent) = folder.parent() {
         make_folder(&parent, made)?;
     }
-    folder.create_dir(None).map_err(|cause| destination_error("make", folder, cause))?;
+    match folder.create_dir(None) {
+        // In a mount point, the folder of an older version may be there.
+        Err(cause) if cause.kind() == io::ErrorKind::AlreadyExists && files::is_folder(folder)? => {}
+        created => created.map_err(|cause| destination_error("make", folder, cause))?,
+    }
     made.insert(folder.clone());
     Ok(())
-}
-
-/// Returns a file in `dir` that no earlier call created, or that was changed since.
-fn unmanaged_file(dir: &RootedPath) -> Result<Option<PathBuf>> {
-    let marker = files::read_small(&dir.join(MARKER), MARKER_BYTES_MAX)?;
-    let recorded = marker.and_then(|bytes| serde_json::from_slice::<Marker>(&bytes).ok()).map(|marker| marker.files);
-    let mut unmanaged = None;
-    files::walk_all(dir, &mut |path, metadata| {
-        let inside = path.below(dir).unwrap_or(Path::new(""));
-        let path = inside.to_str().and_then(|path| FilePath::new(path).ok());
-        let identity = recorded.as_ref().zip(path).and_then(|(recorded, path)| recorded.get(&path));
-        let is_managed = identity.is_some_and(|identity| is_unchanged(identity, metadata));
-        if !is_managed && inside != Path::new(MARKER) && unmanaged.is_none() {
-            unmanaged = Some(inside.to_owned());
-        }
-        Ok(())
-    })?;
-    Ok(unmanaged)
 }
 
 /// Returns true if a file still has the identity that was recorded when it was created. The mtime of a hard link into
@@ -233,6 +464,8 @@ fn real_path(dir: &Path) -> Result<PathBuf> {
 /// folder if the call failed, the old folder if the call succeeded.
 struct BuildFolder {
     path: RootedPath,
+    /// True if the folder is to stay when this value is dropped.
+    keep: bool,
     _lock: FileLock,
 }
 
@@ -246,7 +479,7 @@ impl BuildFolder {
                 && let Some(lock) = FileLock::of_new(dir, &path)?
                 && files::is_folder(&path)?
             {
-                return Ok(Self { path, _lock: lock });
+                return Ok(Self { path, keep: false, _lock: lock });
             }
         }
     }
@@ -254,17 +487,22 @@ impl BuildFolder {
 
 impl Drop for BuildFolder {
     fn drop(&mut self) {
-        if let Err(error) = files::remove(&self.path) {
+        if !self.keep
+            && let Err(error) = files::remove(&self.path)
+        {
             tracing::warn!(%error, "a temporary folder cannot be removed; the next call tries again");
         }
     }
 }
 
+/// Returns true if `name` is a random name as temporary folders have it.
+fn is_random(name: &str) -> bool {
+    name.len() == files::RANDOM_NAME_CHARS && name.chars().all(|c| c.is_ascii_alphanumeric())
+}
+
 /// Removes the temporary folders of killed calls. If a call was killed between the two renames that replace an
 /// exchange, moves the old folder back to `destination`.
 fn remove_leftovers(parent: &RootedPath, prefix: &str, destination: &RootedPath) -> Result<()> {
-    let is_random =
-        |name: &str| name.len() == files::RANDOM_NAME_CHARS && name.chars().all(|c| c.is_ascii_alphanumeric());
     for path in files::entries(parent)? {
         let Some(rest) = path.name().strip_prefix(prefix) else { continue };
         let is_old = rest.strip_suffix(OLD).is_some_and(is_random);
@@ -309,7 +547,7 @@ fn create_file(
         // After a refusal, try the next kind. Any other error ends the call.
         let outcome = match kind {
             Link::Hard => hard_link(view, target, entry),
-            Link::Reflink => reflink(view, target),
+            Link::Reflink => reflink(view, target, mode_of(entry)),
             Link::Symlink => target.symlink_to(&view.full()),
             // A copy reports its progress and its errors itself.
             Link::Copy => {
@@ -326,10 +564,15 @@ fn create_file(
             Err(cause) => return Err(destination_error("link", target, cause)),
         }
     }
+    Err(impossible_link(kinds, target, refused))
+}
+
+/// Returns the error for a filesystem that cannot create any of `kinds`.
+fn impossible_link(kinds: &[Link], target: &RootedPath, refused: io::Error) -> Error {
     let kind = if kinds == [Link::Reflink] { "a reflink" } else { "a hard link" };
-    Err(Error::new(ErrorKind::Other, format!("{kind} is not possible at {target}"))
+    Error::new(ErrorKind::Other, format!("{kind} is not possible at {target}"))
         .hint("the folder lies on another filesystem, on one without such links, or beside the lower directory: try --link auto")
-        .cause(refused))
+        .cause(refused)
 }
 
 /// Returns true if the filesystem cannot create a link of this kind, so that the next kind is to be tried.
@@ -351,8 +594,8 @@ fn hard_link(view: &RootedPath, target: &RootedPath, entry: &FileEntry) -> io::R
 }
 
 /// Creates a reflink of `view`, and syncs it.
-fn reflink(view: &RootedPath, target: &RootedPath) -> io::Result<()> {
-    let (from, to) = (view.open(false)?, target.create_new(0o666)?);
+fn reflink(view: &RootedPath, target: &RootedPath, mode: u32) -> io::Result<()> {
+    let (from, to) = (view.open(false)?, target.create_new(mode)?);
     let cloned = ioctl_ficlone(&to, &from).map_err(io::Error::from).and_then(|()| to.sync_all());
     if cloned.is_err() {
         let _ = target.unlink();
@@ -360,10 +603,15 @@ fn reflink(view: &RootedPath, target: &RootedPath) -> io::Result<()> {
     cloned
 }
 
+/// Returns the mode of a separate file, which the umask reduces.
+fn mode_of(entry: &FileEntry) -> u32 {
+    if entry.executable { 0o777 } else { 0o666 }
+}
+
 /// Copies `view`, and compares the copied bytes with the digest in the same pass.
 fn copy(view: &RootedPath, target: &RootedPath, entry: &FileEntry, progress: &Progress) -> Result<()> {
     let mut from = view.open(false).map_err(|cause| destination_error("read", view, cause))?;
-    let mut to = target.create_new(0o666).map_err(|cause| destination_error("write", target, cause))?;
+    let mut to = target.create_new(mode_of(entry)).map_err(|cause| destination_error("write", target, cause))?;
     let (mut hasher, mut buffer) = (sha2::Sha256::new(), vec![0; COPY_BYTES]);
     loop {
         let read = from.read(&mut buffer).map_err(|cause| destination_error("read", view, cause))?;
@@ -387,10 +635,10 @@ fn copy(view: &RootedPath, target: &RootedPath, entry: &FileEntry, progress: &Pr
 /// Writes the marker file with the present identities of all files.
 fn write_marker(dir: &RootedPath, tree: &Tree) -> Result<()> {
     let mut files = BTreeMap::new();
-    for (path, _) in &tree.files {
+    for (path, entry) in &tree.files {
         let target = dir.join(path.as_str());
         let metadata = target.metadata().map_err(|cause| destination_error("examine", &target, cause))?;
-        files.insert(path.clone(), metadata.identity());
+        files.insert(path.clone(), MarkedFile { identity: metadata.identity(), sha256: entry.sha256 });
     }
     let marker = Marker {
         about: "Put here by modelcache, which replaces this folder as a whole.".into(),
@@ -427,20 +675,8 @@ fn exchange(new: &RootedPath, dir: &RootedPath) -> io::Result<()> {
     }
 }
 
-/// Returns the error for a destination that cannot be replaced.
-fn exchange_error(dir: &Path, cause: io::Error) -> Error {
-    match errno(&cause) {
-        Some(Errno::BUSY | Errno::XDEV) => {
-            Error::invalid(format!("{} is a mount, and cannot be replaced as a whole", dir.display()))
-                .hint("name a folder in it")
-                .cause(cause)
-        }
-        _ => destination_error("replace", dir, cause),
-    }
-}
-
 fn sync(dir: &RootedPath) -> Result<()> {
-    dir.open_dir().and_then(|dir| dir.sync_all()).map_err(|cause| destination_error("make durable", dir, cause))
+    dir.open_dir().and_then(|dir| sync_folder(&dir)).map_err(|cause| destination_error("make durable", dir, cause))
 }
 
 /// Returns the error for an I/O error in the caller's folder. Unlike [`fault`](super::fault), its hints do not mention
@@ -454,4 +690,78 @@ fn destination_error(operation: &str, path: &(impl Shown + ?Sized), cause: io::E
     };
     let error = Error::new(kind, format!("cannot {operation} {}", path.shown())).cause(cause);
     error.hint(hint)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ladder::part_size;
+
+    /// Writes `files` and their marker to `dir`.
+    fn fill(dir: &RootedPath, files: &[(&str, &str)]) {
+        let mut marked = BTreeMap::new();
+        for (path, content) in files {
+            let target = dir.join(path);
+            fs::create_dir_all(target.parent().expect("parent").full()).expect("makes");
+            fs::write(target.full(), content).expect("writes");
+            let identity = target.metadata().expect("examines").identity();
+            let mut file = target.open(false).expect("opens");
+            let sha256 = Some(files::hash(&mut file, &target, part_size(1)).expect("hashes").0);
+            marked.insert(FilePath::new(path).expect("path"), MarkedFile { identity, sha256 });
+        }
+        let key = ArtifactKey::bare("a@1").expect("key");
+        let marker = Marker { about: String::new(), key, files: marked };
+        fs::write(dir.join(MARKER).full(), serde_json::to_vec(&marker).expect("encodes")).expect("writes");
+    }
+
+    /// Returns the names and contents of all files below `dir` except the marker.
+    fn content(dir: &RootedPath) -> BTreeMap<PathBuf, String> {
+        let mut found = BTreeMap::new();
+        files::walk_all(dir, &mut |path, _| {
+            if path.name() != MARKER {
+                let name = path.below(dir).expect("below").to_owned();
+                found.insert(name, fs::read_to_string(path.full()).expect("reads"));
+            }
+            Ok(())
+        })
+        .expect("walks");
+        found
+    }
+
+    #[test]
+    fn a_move_into_a_mount_point_that_was_interrupted_is_completed_by_the_next_call() {
+        let old = [("both", "old"), ("file", "old"), ("folder/a", "old"), ("gone/deep/b", "old")];
+        let new = [("both", "new"), ("file/c", "new"), ("folder", "new"), ("z", "new")];
+        let expected: BTreeMap<_, _> = new.iter().map(|(path, text)| (path.into(), (*text).to_owned())).collect();
+        // The number of files that the interrupted call had moved; the marker is never moved before them.
+        for moved in 0..=new.len() {
+            let folder = tempfile::tempdir().expect("folder");
+            let dir = RootedPath::root(folder.path());
+            let (requested, mode) = (folder.path().to_owned(), LinkMode::Auto);
+            let destination = Destination { dir: dir.clone(), requested, mode, in_place: true, needs_copies: true };
+            fill(&dir, &old);
+            let built = dir.join(format!("{IN_PLACE_PREFIX}{}", files::random_name()));
+            fill(&built, &new);
+            for (path, _) in &old[1..] {
+                if moved > 0 {
+                    dir.join(path).unlink().expect("removes");
+                }
+            }
+            if moved > 0 {
+                ["file", "folder"].iter().for_each(|name| drop(dir.join(name).remove_dir()));
+            }
+            for (path, _) in &new[..moved] {
+                let target = dir.join(path);
+                fs::create_dir_all(target.parent().expect("parent").full()).expect("makes");
+                built.join(path).rename(&target).expect("moves");
+            }
+            destination.refuse_unmanaged_files().expect("all files are recorded");
+            destination.complete_leftovers().expect("completes");
+            remove_leftovers(&dir, IN_PLACE_PREFIX, &dir).expect("removes");
+            assert_eq!(content(&dir), expected, "{moved} files were moved");
+            destination.refuse_unmanaged_files().expect("all files are recorded");
+            fs::write(dir.join("mine").full(), "").expect("writes");
+            assert_eq!(destination.refuse_unmanaged_files().expect_err("refuses").kind(), ErrorKind::Conflict);
+        }
+    }
 }
