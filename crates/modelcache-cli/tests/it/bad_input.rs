@@ -104,6 +104,12 @@ fn the_error_for_a_malformed_reference_shows_the_right_form() {
         ("file://host/x", &["file://host/x", "file:///absolute/path"]),
         ("file://x", &["file://x", "file:///absolute/path"]),
         ("model", &["model", "has no version", "NAME@VERSION"]),
+        ("org/model", &["has no version", "write hf://org/model", "org/model@3"]),
+        ("model:3", &["has no version", "NAME@VERSION: model@3"]),
+        ("s3:/bucket/x", &["has no version", "write s3://bucket/x"]),
+        ("./model", &["has no version", "file:///FOLDER"]),
+        ("https://huggingface.co/org/model", &["a page of the Hugging Face Hub", "write hf://org/model"]),
+        ("https://huggingface.co/org/model/blob/v1/a.json", &["a page of the", "write hf://org/model@v1/a.json"]),
         ("../model@1", &["\"../model\"", "segment \"..\"", "write NAME@VERSION"]),
         ("m@1#sha256=abc", &["m@1#sha256=abc", "64 hex digits"]),
         ("m@1#md5=d41d8cd98f00b204e9800998ecf8427e", &["#md5", "append #sha256=", "sha256=<64 hex digits>"]),
@@ -114,6 +120,10 @@ fn the_error_for_a_malformed_reference_shows_the_right_form() {
     house.on("a").run(["get", "m@1", "--revision", "2"]).failed(2, &["--revision", "hf://"]);
     let both = ["get", "hf://org/model@main/config.json", "--include", "*.bin"];
     house.on("a").run(both).failed(2, &["config.json", "--include"]);
+    // Every reference is parsed before any is downloaded.
+    let several = ["get", "hf://org/model", "config.json", "org/model"];
+    house.on("a").run(several).failed(2, &["\"config.json\" has no version", "\"org/model\" has no version"]);
+    house.on("a").run(["exec", "hf://org/model", "config.json", "--", "true"]).failed(2, &["\"config.json\""]);
     assert_eq!(house.hub.requests().len() + house.s3.requests().len(), 0, "no request is sent");
     house.assert_no_artifact("a");
     assert_model(&house.on("a").run(["get", "hf://org/model"]).path());
@@ -205,4 +215,34 @@ fn an_unreadable_file_is_named() {
     put().ok();
     assert_same(&get().path().join("secret/key.bin"), &"weights".into());
     assert_same(&house.on("b").run(["get", "m@1"]).path().join("secret/key.bin"), &"weights".into());
+}
+
+#[test]
+fn arguments_of_put_that_are_no_path_are_explained() {
+    let house = House::new();
+    house.write("tree/x", "x");
+    for (args, says) in [
+        (["tree", "oddtree@2"], &["\"tree\" is a file or folder", "modelcache put oddtree@2 tree"][..]),
+        (["x@1", "-"], &["standard input", "modelcache put x@1 FILE"]),
+        (["x@1", "https://host/f"], &["not a URL", "modelcache get https://host/f"]),
+        (["x@1", "s3://bucket/k"], &["not a URL", "modelcache get s3://bucket/k"]),
+    ] {
+        house.on_local("a").run(["put", args[0], args[1]]).failed(2, says);
+    }
+}
+
+#[test]
+fn a_pattern_in_a_key_is_explained_and_a_number_sign_belongs_to_the_key() {
+    let house = House::new();
+    house.s3.put(BUCKET, "p/a#b.txt", "odd").unwrap();
+    house.s3.put(BUCKET, "p/c.txt", "c").unwrap();
+    let missed = house.on("a").run(["get", "s3://models/p/*.txt"]);
+    missed.failed(3, &["get 's3://models/p/' --include '*.txt'"]);
+    let got = house.on("a").run(["get", "s3://models/p/", "--include", "*.txt"]).path();
+    assert_eq!(files_below(&got).len(), 2);
+    assert_same(&house.on("a").run(["get", "s3://models/p/a#b.txt"]).path(), &"odd".into());
+    let digest = modelcache_testkit::content::sha256(b"odd");
+    house.on("a").run(["get", &format!("s3://models/p/a#b.txt#sha256={digest}")]).path();
+    let other = format!("s3://models/p/a#b.txt#sha256={}", modelcache_testkit::content::sha256(b"even"));
+    house.on("a").run(["get", &other]).failed(5, &["a#b.txt"]);
 }

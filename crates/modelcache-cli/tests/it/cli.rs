@@ -242,3 +242,65 @@ fn unwritable_standard_output_is_a_failure() {
     assert_eq!(outcome.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&outcome.stderr).contains("cannot write to the standard output"));
 }
+
+#[test]
+fn commands_and_options_of_other_tools_are_answered_with_the_right_ones() {
+    let home = Home::new();
+    for (args, says) in [
+        (&["rm", "a@1"][..], "modelcache evict REF"),
+        (&["cp", "a", "b"], "modelcache get REF --into DIR"),
+        (&["download", "org/model"], "modelcache get REF"),
+        (&["upload", "x"], "modelcache put NAME@VERSION PATH"),
+        (&["list"], "modelcache ls"),
+        (&["delete", "a@1"], "modelcache evict"),
+        (&["get", "--token", "canary", "a@1"], "HF_TOKEN"),
+        (&["get", "--cache-dir", "/d", "a@1"], "--dir"),
+        (&["get", "--repo-type=dataset", "a@1"], "hf://datasets/org/name"),
+        (&["get", "--max-workers", "8", "a@1"], "prewarm --jobs"),
+        (&["get", "--force-download", "a@1"], "--refresh"),
+    ] {
+        let outcome = home.run(args).refused(2, &["error: ", "tip: ", says]);
+        assert!(!outcome.stderr.contains("similar") && !outcome.stderr.contains("canary"), "{}", outcome.stderr);
+        let json = home.run([args, &["--json"]].concat());
+        let object: Value = serde_json::from_str(json.stdout.trim_end()).expect("an object");
+        assert!(object["error"]["hint"].as_str().expect("a hint").contains(says), "{object}");
+    }
+}
+
+#[test]
+fn settings_have_a_help_of_their_own() {
+    let home = Home::new();
+    let settings = home.run(["help", "settings"]).answered().stdout;
+    assert!(settings.contains("--max-bytes") && settings.contains("MODEL_CACHE_DIR"), "{settings}");
+    assert_eq!(home.run(["help", "get"]).answered().stdout, home.run(["get", "--help"]).answered().stdout);
+    for args in [&["get", "--help"][..], &["pin", "--help"], &["--help"], &["help"], &["help", "--help"]] {
+        let help = home.run(args).answered().stdout;
+        assert!(!help.contains("--retry-deadline"), "{help}");
+    }
+    assert!(home.run(["get", "--help"]).answered().stdout.contains("modelcache help settings"));
+    home.run(["help", "frobnicate"]).refused(2, &["there is no command \"frobnicate\""]);
+}
+
+#[test]
+fn reading_commands_create_no_directory() {
+    let home = Home::new();
+    let dir = home.path().join("typo");
+    let dir = dir.to_str().expect("UTF-8");
+    for (args, code) in [
+        (&["ls"][..], 0),
+        (&["stats"], 0),
+        (&["verify"], 0),
+        (&["prune"], 0),
+        (&["inspect", "a@1"], 3),
+        (&["evict", "a@1"], 3),
+        (&["pin", "a@1"], 3),
+        (&["resolve", "hf://org/model", "--offline"], 3),
+        (&["resolve", "a@1", "--local-files-only"], 3),
+    ] {
+        let outcome = home.run([args, &["--dir", dir]].concat());
+        assert_eq!(outcome.code, Some(code), "{args:?}: {}{}", outcome.stdout, outcome.stderr);
+        assert!(outcome.stderr.contains(&format!("there is no cache directory at {dir}")), "{}", outcome.stderr);
+        assert!(!Path::new(dir).exists(), "{args:?} created it");
+    }
+    assert_eq!(home.run(["ls", "--dir", dir]).stdout, "0 artifacts, 0 B\n");
+}

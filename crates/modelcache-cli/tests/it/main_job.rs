@@ -518,3 +518,45 @@ fn an_eviction_says_which_bytes_stay_because_another_artifact_uses_them() {
     let alone = house.on_local("a").run(["evict", "a@2", "--tier", "disk", "--dry-run", "--json"]).object();
     assert_eq!((&alone["disk_bytes"], &alone["shared_bytes"]), (&json!(big().len()), &json!(0)));
 }
+
+#[test]
+fn ls_selects_sorts_and_sums() {
+    let house = House::new();
+    for (key, size) in [("a@1", 3_000), ("team/m@1", 1_000), ("team/m@2", 2_000)] {
+        let file = house.write("file", Content::generated(size, size));
+        house.on("a").run(["put", key, file.to_str().unwrap()]).ok();
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    house.on("a").run(["get", "a@1"]).path();
+    let listed = |args: &[&str]| {
+        let rows = house.on("a").run([&["ls", "--json"], args].concat()).objects();
+        rows.iter().map(|row| text(&row["reference"])).collect::<Vec<_>>()
+    };
+    assert_eq!(listed(&["--sort", "name"]), ["a@1", "team/m@1", "team/m@2"]);
+    assert_eq!(listed(&["--sort", "size"]), ["a@1", "team/m@2", "team/m@1"]);
+    assert_eq!(listed(&["--sort", "used"]), ["a@1", "team/m@2", "team/m@1"]);
+    assert_eq!(listed(&["team/m"]), ["team/m@1", "team/m@2"]);
+    assert_eq!(listed(&["*@1", "--sort", "size"]), ["a@1", "team/m@1"]);
+    assert_eq!(listed(&["nope"]), [""; 0]);
+    assert_eq!(listed(&["team/*", "--remote"]), ["team/m@1", "team/m@2"]);
+    assert!(house.on("a").run(["ls", "team/m"]).ok().stdout.ends_with("\n2 artifacts, 3.0 kB\n"));
+}
+
+#[test]
+fn ls_remote_says_what_else_is_there() {
+    let house = House::new();
+    let file = house.write("file", "1");
+    for key in ["m@1", "team/n@1"] {
+        house.on("a").run(["put", key, file.to_str().unwrap()]).ok();
+    }
+    for key in ["raw/3/model.bin", "raw/4/model.bin", "top"] {
+        house.s3.put(BUCKET, key, "x").unwrap();
+    }
+    let listed = house.on("a").run(["ls", "--remote", "s3://models"]).ok();
+    assert_eq!(listed.stdout, "0 artifacts, 0 B\n");
+    let listed = listed.said(&["2 artifacts published under s3://models/cache", "modelcache ls --remote s3://models/cache"]);
+    let listed = listed.said(&["1 folder of other tools in s3://models (raw)", "modelcache get NAME@VERSION"]);
+    assert!(!listed.stderr.contains("WARN"), "{listed}");
+    let right = house.on("a").run(["ls", "--remote"]).ok();
+    assert!(!right.stderr.contains("other tools") && right.stdout.contains("2 artifacts, 2 B"), "{right}");
+}

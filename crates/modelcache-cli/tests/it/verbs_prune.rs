@@ -221,3 +221,20 @@ fn a_refused_upload_leaves_the_artifact_the_only_copy() {
     house.on("a").run(["backfill"]).failed(1, &["already published with other content"]);
     house.on("a").run(["prune", "--to", "0"]).failed(6, &["kept m@1: it is the only copy"]);
 }
+
+#[test]
+fn a_pending_upload_protects_what_its_origin_may_have_replaced() {
+    let (house, _) = House::with_model();
+    house.s3.bucket("other").unwrap();
+    house.s3.put("other", "k/x", "x").unwrap();
+    for reference in ["hf://org/model", "s3://other/k/x"] {
+        house.on("a").run(["get", reference, "--backfill", "later"]).path();
+    }
+    let pruned = house.on("a").run(["prune", "--older-than", "0s", "--json"]).object();
+    assert_eq!((references(&pruned["evicted"]).len(), references(&pruned["kept"]).len()), (1, 1), "{pruned}");
+    assert!(text(&pruned["evicted"][0]["reference"]).starts_with("hf://org/model@"), "{pruned}");
+    assert_eq!(pruned["kept"][0]["why"], "only_copy");
+    house.on("a").run(["backfill"]).ok();
+    house.on("a").run(["prune", "--older-than", "0s"]).ok();
+    assert_eq!(house.listed("a"), [""; 0]);
+}

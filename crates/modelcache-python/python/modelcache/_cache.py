@@ -488,6 +488,9 @@ class ModelCache:
     ) -> PutReport:
         """Publish a file or folder on disk and on the remote, if there is one. A published version is immutable.
 
+        Without a remote, the artifact is kept on this disk only (``on_remote`` in the report is false), and is never
+        evicted to make room. ``modelcache backfill`` uploads it once a remote is configured.
+
         :param name: the name of the artifact.
         :param version: the version to publish.
         :param path: the file or folder.

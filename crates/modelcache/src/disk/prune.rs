@@ -136,6 +136,9 @@ trait PruneActions {
 impl Disk {
     /// Removes leftovers, and artifacts according to `options`. Returns what was removed and kept.
     pub(crate) fn prune(&self, options: &PruneOptions) -> Result<PruneReport> {
+        if files::stat(self.layout().root())?.is_none() {
+            return Ok(PruneReport { dry_run: options.dry_run, reached: true, ..PruneReport::default() });
+        }
         self.ensure_writable()?;
         // Step 1: move entries of the wrong type to `quarantine/`. This comes first, because such an entry may be at
         // the path of the budget lock.
