@@ -554,7 +554,8 @@ fn ls_remote_says_what_else_is_there() {
     }
     let listed = house.on("a").run(["ls", "--remote", "s3://models"]).ok();
     assert_eq!(listed.stdout, "0 artifacts, 0 B\n");
-    let listed = listed.said(&["2 artifacts published under s3://models/cache", "modelcache ls --remote s3://models/cache"]);
+    let listed =
+        listed.said(&["2 artifacts published under s3://models/cache", "modelcache ls --remote s3://models/cache"]);
     let listed = listed.said(&["1 folder of other tools in s3://models (raw)", "modelcache get NAME@VERSION"]);
     assert!(!listed.stderr.contains("WARN"), "{listed}");
     let right = house.on("a").run(["ls", "--remote"]).ok();
