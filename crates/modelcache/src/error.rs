@@ -69,7 +69,10 @@ impl ErrorKind {
                 "try again later; MODEL_CACHE_RETRY_DEADLINE sets how long failed requests are retried, \
                  MODEL_CACHE_READ_TIMEOUT how long to wait for a silent server",
             ),
-            Self::Corrupt => Some("the copy is damaged, or a proxy or network changes it in transit; it was discarded"),
+            Self::Corrupt => Some(
+                "the data is damaged or invalid, or a proxy or the network changes it in transit; try again, and if \
+                 the error persists, replace the data or check the proxy",
+            ),
             _ => None,
         }
     }
@@ -376,6 +379,8 @@ mod tests {
         let bare = Error::unavailable("x");
         assert!(bare.hint_text().is_some_and(|hint| hint.contains("MODEL_CACHE_RETRY_DEADLINE")));
         assert_eq!(bare.hint("exact").hint_text(), Some("exact"));
+        let corrupt = Error::corrupt("the listing does not end");
+        assert!(corrupt.hint_text().is_some_and(|hint| hint.contains("try again") && !hint.contains("discarded")));
         assert_eq!(Error::not_found("x").hint_text(), None);
     }
 }

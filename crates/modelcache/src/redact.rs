@@ -274,6 +274,9 @@ fn host_before_invalid_port(server: &str) -> Option<&str> {
     (!is_port).then(|| &server[..port_from + before.len()])
 }
 
+/// The beginnings of a further URL in a list that is separated by commas.
+const NEXT_URLS: [&str; 6] = [",http", ",hf:", ",s3:", ",oci:", ",models:", ",file:"];
+
 /// Redacts every URL in `text` with [`redact_url`].
 fn redact_urls(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
@@ -284,7 +287,7 @@ fn redact_urls(text: &str) -> String {
         let ends = |c: char| c.is_whitespace() || c.is_control() || matches!(c, '"' | '\'' | '`' | '<' | '>');
         let word = &after[..after.find(ends).unwrap_or(after.len())];
         // In a list, a comma and a scheme begin the next URL. A comma alone does not, because passwords may contain it.
-        let end = word.find(",http").or(word.find(",hf:")).or(word.find(",s3:")).unwrap_or(word.len());
+        let end = NEXT_URLS.iter().filter_map(|next| word.find(next)).min().unwrap_or(word.len());
         shown.push_str(before);
         shown.push_str(&redact_url(&scheme, &word[..end], false));
         rest = &after[end..];
@@ -408,6 +411,10 @@ mod tests {
             ("Credential=canary Signature=canary", "Credential=… Signature=…"),
             ("proxy http://u:canary@p:1 refused", "proxy http://…@p:1 refused"),
             ("a,hf://x@y,http://u:canary@h/{name}", "a,hf://x@y,http://…@h/{name}"),
+            ("hf://x,s3://u:canary@b,http://h", "hf://x,s3://…@b,http://h"),
+            ("hf://x,oci://u:canary@r/m", "hf://x,oci://…@r/m"),
+            ("hf://x,models://u:canary@h/m", "hf://x,models://…@h/m"),
+            ("hf://x,file://u:canary@h/m", "hf://x,file://…@h/m"),
             ("GET https://h/k?X-Goog-Signature=canary&Expires=1 failed", "GET https://h/k?… failed"),
             ("monkey=1 design=2", "monkey=1 design=2"),
         ] {

@@ -164,15 +164,27 @@ fn push_set(set: &str, regex: &mut String) {
         Some(members) => ("[^", members),
         None => ("[", set),
     };
-    regex.push_str(open);
-    for c in members.chars() {
-        // These characters are special in a character class of the crate `regex`.
-        if matches!(c, '\\' | '[' | ']' | '^' | '&' | '~') {
-            regex.push('\\');
-        }
-        regex.push(c);
+    let escaped = |c: &char| regex::escape(c.encode_utf8(&mut [0; 4]));
+    let members: Vec<char> = members.chars().collect();
+    let (mut class, mut rest) = (String::new(), &members[..]);
+    while let [first, after @ ..] = rest {
+        rest = match after {
+            ['-', last, after @ ..] => {
+                // As in `fnmatch`, a range whose ends are in the wrong order is empty.
+                if first <= last {
+                    class.push_str(&format!("{}-{}", escaped(first), escaped(last)));
+                }
+                after
+            }
+            _ => {
+                class.push_str(&escaped(first));
+                after
+            }
+        };
     }
-    regex.push(']');
+    // The syntax of `regex` has no empty class, but an empty intersection.
+    let class = if class.is_empty() { "a&&b" } else { class.as_str() };
+    regex.push_str(&format!("{open}{class}]"));
 }
 
 #[cfg(test)]
@@ -219,6 +231,21 @@ mod tests {
         assert!(selects(&["onnx/"], &[], "onnx/model.onnx"));
         assert!(selects(&["{a,b}"], &[], "{a,b}"), "braces are literal");
         assert!(selects(&["a.b"], &[], "a.b") && !selects(&["a.b"], &[], "axb"));
+    }
+
+    #[test]
+    fn hyphens_in_a_set_are_those_of_fnmatch() {
+        let members = |set: &str| -> String {
+            let matches = |c: &char| selects(&[&format!("x[{set}]")], &[], &format!("x{c}"));
+            "-abcz^&~|.".chars().filter(matches).collect()
+        };
+        assert_eq!(members("a--b"), "b", "an empty range, not a difference of sets");
+        assert_eq!(members("z-a"), "", "an empty range");
+        assert_eq!(members("!z-a"), "-abcz^&~|.");
+        assert_eq!((members("a-"), members("-a")), ("-a".into(), "-a".into()));
+        assert_eq!(members("a-b-z"), "-abz", "the end of a range begins no other range");
+        assert_eq!(members("--a"), "-a^.", "from the hyphen to a");
+        assert_eq!(members("^&&~~|"), "^&~|");
     }
 
     #[test]

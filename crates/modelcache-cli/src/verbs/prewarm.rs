@@ -14,12 +14,12 @@ use futures::StreamExt;
 use modelcache::cache::{Artifact, GetOptions, Purpose};
 use modelcache::progress::Progress;
 use modelcache::{Cache, Error, Reference, Result, Tier};
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::time::Instant;
 
-/// The largest list file, in bytes; the rest is not read.
+/// The largest list file, in bytes. A larger one is refused.
 const LIST_BYTES_MAX: u64 = 16 << 20;
 
 /// Download a list of artifacts ahead of time
@@ -140,22 +140,29 @@ fn references_in(list: &str) -> impl Iterator<Item = (usize, &str)> {
 
 /// Reads the list file; `-` is standard input.
 async fn read(file: &Path) -> Result<String> {
-    let refuse = |cause: std::io::Error| {
+    let refuse = |cause: io::Error| {
         Error::invalid(format!("cannot read the list {}", file.display()))
             .hint("--file names a text file with one reference per line, or - for standard input")
             .cause(cause)
     };
     let path = file.to_owned();
     let text = tokio::task::spawn_blocking(move || {
-        let mut text = String::new();
-        let reader: Box<dyn Read> = if path == Path::new("-") {
-            Box::new(std::io::stdin().lock())
-        } else {
-            Box::new(std::fs::File::open(path)?)
-        };
-        reader.take(LIST_BYTES_MAX).read_to_string(&mut text).map(|_| text)
+        let reader: Box<dyn Read> =
+            if path == Path::new("-") { Box::new(io::stdin().lock()) } else { Box::new(std::fs::File::open(path)?) };
+        read_text(reader)
     });
     text.await.map_err(|cause| refuse(cause.into()))?.map_err(refuse)
+}
+
+/// Reads a text of at most [`LIST_BYTES_MAX`] bytes. Fails for a larger one, because a part of a list is another list.
+fn read_text(reader: impl Read) -> io::Result<String> {
+    let mut bytes = Vec::new();
+    reader.take(LIST_BYTES_MAX + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > LIST_BYTES_MAX {
+        let message = format!("it is larger than {LIST_BYTES_MAX} bytes");
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, message));
+    }
+    String::from_utf8(bytes).map_err(|cause| io::Error::new(io::ErrorKind::InvalidData, cause))
 }
 
 /// Counts the outcomes of the list.
@@ -208,6 +215,13 @@ mod tests {
     fn a_list_has_comments_and_a_reference_may_demand_a_digest() {
         let list = "# models\n\na@1\n  b@1#sha256=00  # the good one\n#c@1\nd@1\t# x\r\n";
         assert_eq!(references_in(list).collect::<Vec<_>>(), [(3, "a@1"), (4, "b@1#sha256=00"), (6, "d@1")]);
+    }
+
+    #[test]
+    fn a_list_that_is_too_large_is_refused_and_not_cut() {
+        let read = |bytes| read_text(io::repeat(b'#').take(bytes)).map(|text| text.len() as u64);
+        assert_eq!(read(LIST_BYTES_MAX).expect("reads"), LIST_BYTES_MAX);
+        assert_eq!(read(LIST_BYTES_MAX + 1).expect_err("too large").kind(), io::ErrorKind::FileTooLarge);
     }
 
     #[test]

@@ -14,12 +14,7 @@ const OFFLINE: [&str; 2] = ["MODEL_CACHE_OFFLINE", "HF_HUB_OFFLINE"];
 pub(crate) async fn examine(config: &Config, environment: &Environment, clock: &Clock) -> Vec<Check> {
     let mut checks = vec![templates(config)];
     if config.offline {
-        // Name the variable that turned offline mode on; otherwise the configuration file did.
-        let is_set = |name: &&&str| environment.get(name).is_some_and(|text| parse_switch(text).is_ok_and(|on| on));
-        let name = OFFLINE.iter().find(is_set).copied().unwrap_or("offline in the configuration file");
-        let summary =
-            format!("{name} is set: no origin is contacted; only artifacts on disk or on the remote are found");
-        checks.push(Check::warning(Area::Origin, summary, format!("unset {name} to fetch from origins")));
+        checks.push(offline(environment));
         return checks;
     }
     let origins = match Origins::new(config, Retry::new(config.retry)) {
@@ -38,11 +33,43 @@ pub(crate) async fn examine(config: &Config, environment: &Environment, clock: &
     checks
 }
 
+/// Returns the warning about offline mode. It names every variable that turns offline mode on. The configuration file
+/// may turn it on, too, whether or not a variable is set.
+fn offline(environment: &Environment) -> Check {
+    let is_set = |name: &&str| environment.get(name).is_some_and(|text| parse_switch(text).is_ok_and(|on| on));
+    let names = OFFLINE.into_iter().filter(is_set).collect::<Vec<_>>().join(" and ");
+    let (cause, fix) = match names.is_empty() {
+        true => ("offline in the configuration file".to_owned(), "unset offline in the configuration file".to_owned()),
+        false => (names.clone(), format!("unset {names}, and offline in the configuration file if it is set there,")),
+    };
+    let summary =
+        format!("offline mode ({cause}): no origin is contacted; only artifacts on disk or on the remote are found");
+    Check::warning(Area::Origin, summary, format!("{fix} to fetch from origins"))
+}
+
 /// Returns the origin templates, which say where bare names come from.
 fn templates(config: &Config) -> Check {
     let templates: Vec<String> = config.origins.iter().map(ToString::to_string).collect();
     match templates.is_empty() {
         true => Check::ok(Area::Origin, "bare names come from disk and remote only (MODEL_CACHE_ORIGIN is not set)"),
         false => Check::ok(Area::Origin, format!("bare names come from {}", templates.join(", then "))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_fix_for_offline_mode_names_every_setting_that_turns_it_on() {
+        let fix = |variables: &[&str]| {
+            let variables = variables.iter().map(|name| (name.to_string(), "1".to_owned())).collect();
+            offline(&Environment(variables)).fix.expect("a fix")
+        };
+        assert_eq!(fix(&[]), "unset offline in the configuration file to fetch from origins");
+        let file = "and offline in the configuration file if it is set there, to fetch from origins";
+        assert_eq!(fix(&["HF_HUB_OFFLINE"]), format!("unset HF_HUB_OFFLINE, {file}"));
+        let both = fix(&["HF_HUB_OFFLINE", "MODEL_CACHE_OFFLINE"]);
+        assert_eq!(both, format!("unset MODEL_CACHE_OFFLINE and HF_HUB_OFFLINE, {file}"));
     }
 }

@@ -9,6 +9,7 @@
 //! caller lists again.
 
 use super::Remote;
+use super::backend::StoredChecksums;
 use super::listing::{self, Address, AddressLookup, Listing};
 use super::store::{ReadBody, Store, etag_differs};
 use crate::digest::{Digest, Provenance};
@@ -373,8 +374,7 @@ async fn query_store_checksums(
     let mut unusable = Vec::new();
     for (path, stored) in checksums {
         // The object was replaced since the listing: its checksum does not apply, and the read will fail.
-        let listed = listing.objects.get(path).and_then(|listed| listed.etag.as_deref());
-        if etag_differs(listed.unwrap_or_default(), stored.etag.as_deref()) {
+        if listing.objects.get(path).is_some_and(|listed| was_replaced(listed, &stored)) {
             continue;
         }
         unusable.extend(stored.invalid_header.map(|header| format!("{header} of {path}")));
@@ -383,6 +383,11 @@ async fn query_store_checksums(
         }
     }
     Ok(unusable)
+}
+
+/// Returns true if `stored` is known to be of another object than the listed one. Some stores list no ETags.
+fn was_replaced(listed: &ObjectIdentity, stored: &StoredChecksums) -> bool {
+    listed.etag.as_deref().is_some_and(|etag| etag_differs(etag, stored.etag.as_deref()))
 }
 
 #[cfg(test)]
@@ -412,6 +417,18 @@ mod tests {
         );
         assert_eq!(files_listed_in("model.sha256", &format!("{digest}  a\n"), &["a", "b"]), ["a"]);
         assert_eq!(files_listed_in("a.sha256", "<html>", &["a"]), [""; 0]);
+    }
+
+    #[test]
+    fn checksums_apply_unless_another_etag_was_listed() {
+        let was_replaced = |listed: Option<&str>, stored: Option<&str>| {
+            let listed = ObjectIdentity { etag: listed.map(str::to_owned), object_bytes: 1 };
+            let stored = StoredChecksums { etag: stored.map(str::to_owned), sha256: None, invalid_header: None };
+            was_replaced(&listed, &stored)
+        };
+        assert!(!was_replaced(None, Some("\"a\"")), "the listing has no ETag");
+        assert!(!was_replaced(Some("a"), Some("\"a\"")) && !was_replaced(Some("a"), None));
+        assert!(was_replaced(Some("a"), Some("b")));
     }
 
     #[test]

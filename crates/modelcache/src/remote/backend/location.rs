@@ -22,7 +22,8 @@ impl RemoteLocation {
     /// Parses `s3://bucket/prefix` and `file:///folder`.
     pub(in crate::remote) fn parse(address: &str) -> Result<Self> {
         let hint = "write s3://BUCKET/PREFIX or file:///FOLDER";
-        // The messages of the first two checks do not contain the address, because it may contain a password.
+        // The messages of the first three checks do not contain the address, because it may contain a
+        // password or token.
         let url = Url::parse(address)
             .map_err(|cause| invalid("the remote's address is not a URL".into()).cause(cause).hint(hint))?;
         if !url.username().is_empty() || url.password().is_some() {
@@ -30,7 +31,7 @@ impl RemoteLocation {
                 .hint("leave them out; keys come from the environment or from `aws configure`"));
         }
         if url.query().is_some() || url.fragment().is_some() {
-            return Err(invalid(format!("the remote's address {address:?} has a query or fragment")).hint(hint));
+            return Err(invalid("the remote's address has a query or fragment".into()).hint(hint));
         }
         match url.scheme() {
             "s3" => {
@@ -75,7 +76,9 @@ mod tests {
         for bad in ["", "gs://b", "s3:///x", "/srv/models", "file:///", "s3://b/a//b", "s3://b/x?y"] {
             assert_eq!(RemoteLocation::parse(bad).expect_err(bad).kind(), ErrorKind::Invalid, "{bad}");
         }
-        let error = RemoteLocation::parse("s3://AKIA:canary@bucket/x").expect_err("credentials");
-        assert!(!format!("{error:?} {error}").contains("canary"));
+        for secret in ["s3://AKIA:canary@bucket/x", "s3://bucket/x?token=canary", "s3://bucket/x#canary"] {
+            let error = RemoteLocation::parse(secret).expect_err("a secret");
+            assert!(!format!("{error:?} {error}").contains("canary"), "{error}");
+        }
     }
 }

@@ -3,7 +3,7 @@
 use super::S3Backend;
 use super::credentials::CredentialSource;
 use crate::check::{Area, Check, Clock, with_timeout};
-use crate::config::{RemoteConfig, Secret};
+use crate::config::RemoteConfig;
 use crate::error::Result;
 use crate::remote::doctor::RETRY;
 use object_store::aws::AmazonS3ConfigKey;
@@ -42,7 +42,7 @@ impl S3Backend {
         if let Some((_, how)) = encrypts {
             text.push_str(&format!(", encryption {how}"));
         }
-        if self.options.passed_on.iter().any(|(name, _)| *name == AmazonS3ConfigKey::RequestPayer) {
+        if self.options.is_on(AmazonS3ConfigKey::RequestPayer) {
             text.push_str(", requester pays");
         }
         text
@@ -61,10 +61,7 @@ impl S3Backend {
 
     /// Reports which provider of the credential chain is used.
     async fn examine_credentials(&self) -> Result<Check> {
-        let skips = |(key, value): &(AmazonS3ConfigKey, Secret)| {
-            *key == AmazonS3ConfigKey::SkipSignature && !matches!(value.expose(), "false" | "0")
-        };
-        if self.options.passed_on.iter().any(skips) {
+        if self.options.is_on(AmazonS3ConfigKey::SkipSignature) {
             return Ok(Check::ok(Area::Credentials, "requests are not signed (skip_signature)"));
         }
         let CredentialSource { provider_name, key_prefix, expires_at } =

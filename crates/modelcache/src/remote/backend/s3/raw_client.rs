@@ -5,7 +5,7 @@
 
 use super::credentials::Credentials;
 use super::http_client::{Connector, ExtraTimeout};
-use super::settings::{Options, S3Settings, is_on};
+use super::settings::{Options, S3Settings};
 use crate::digest::Digest;
 use crate::remote::backend::StoredChecksums;
 use base64::Engine as _;
@@ -47,11 +47,10 @@ pub(super) struct RawClient {
 /// and uploads cannot be listed.
 pub(super) fn supports_reads(options: &Options) -> bool {
     use AmazonS3ConfigKey as Key;
-    let changes_reads = |key: &Key| {
-        let needs_customer_key = key.as_ref() == "aws_sse_customer_key_base64";
-        needs_customer_key || matches!(key, Key::SkipSignature | Key::RequestPayer | Key::S3Express)
-    };
-    !options.passed_on.iter().any(|(key, _)| changes_reads(key))
+    let needs_customer_key = options.passed_on.iter().any(|(key, _)| key.as_ref() == "aws_sse_customer_key_base64");
+    let changes_reads =
+        [Key::SkipSignature, Key::RequestPayer, Key::S3Express].into_iter().any(|key| options.is_on(key));
+    !needs_customer_key && !changes_reads
 }
 
 impl RawClient {
@@ -62,7 +61,6 @@ impl RawClient {
         connector: &Connector,
         credentials: &Arc<Credentials>,
     ) -> Self {
-        let mut passed_on = options.passed_on.iter();
         Self {
             client: connector.http(),
             credentials: credentials.clone(),
@@ -70,8 +68,7 @@ impl RawClient {
             url: settings.endpoint.bucket_url(bucket, &settings.region),
             region: settings.region.clone(),
             signs_payload: settings.signs_payload(options),
-            request_payer: passed_on
-                .any(|(key, value)| matches!(key, AmazonS3ConfigKey::RequestPayer) && is_on(value.expose())),
+            request_payer: options.is_on(AmazonS3ConfigKey::RequestPayer),
         }
     }
 
@@ -192,12 +189,32 @@ fn whole_object_digest(checksum: &str) -> Option<Digest> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{Environment, RemoteConfig};
 
     fn digest_in(rows: &[(&'static str, String)]) -> Option<(Digest, &'static str)> {
         let row = |(name, value): &(&'static str, String)| {
             (http::HeaderName::from_static(name), value.parse().expect("value"))
         };
         checksums_in(&rows.iter().map(row).collect()).sha256
+    }
+
+    #[test]
+    fn an_option_changes_reads_only_if_it_is_on() {
+        let supports = |name: &str, value: &str| {
+            let options = [(name.to_owned(), value.to_owned())].into();
+            let config = RemoteConfig { url: String::new(), options, environment: Environment::default() };
+            let options = Options::parse(&config).expect("options");
+            supports_reads(&options)
+        };
+        for name in ["skip_signature", "request_payer", "s3_express"] {
+            for off in ["false", "FALSE", "0", "no", "n", "off"] {
+                assert!(supports(name, off), "{name} = {off}");
+            }
+            for on in ["true", "1", "yes", "y", "on"] {
+                assert!(!supports(name, on), "{name} = {on}");
+            }
+        }
+        assert!(!supports("sse_customer_key_base64", "AAAA") && supports("sse", "aws:kms"));
     }
 
     #[test]

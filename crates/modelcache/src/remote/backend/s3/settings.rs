@@ -83,7 +83,12 @@ fn invalid(message: String) -> Error {
 impl Options {
     /// Returns true if the bucket is a directory bucket (S3 Express One Zone).
     pub(super) fn is_directory_bucket(&self) -> bool {
-        self.passed_on.iter().any(|(key, value)| matches!(key, AmazonS3ConfigKey::S3Express) && is_on(value.expose()))
+        self.is_on(AmazonS3ConfigKey::S3Express)
+    }
+
+    /// Returns true if the option `key`, which is passed on to `object_store`, has a value that means true.
+    pub(super) fn is_on(&self, key: AmazonS3ConfigKey) -> bool {
+        self.passed_on.iter().any(|(passed, value)| *passed == key && is_on(value.expose()))
     }
 
     /// Parses the options of `config`.
@@ -160,7 +165,7 @@ fn flag(name: &str, value: &str) -> Result<bool> {
 }
 
 /// Returns true if an option passed on to `object_store` has a value that means true.
-pub(super) fn is_on(value: &str) -> bool {
+fn is_on(value: &str) -> bool {
     parse_switch(value).is_ok_and(|on| on)
 }
 
