@@ -15,6 +15,7 @@ use futures::StreamExt as _;
 use futures::stream::{self, BoxStream};
 use rustix::process::{Resource, getrlimit};
 use std::ops::Range;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use std::{fs, io, thread};
@@ -81,6 +82,7 @@ pub(crate) fn chunks(
 /// # Errors
 /// [`ErrorKind::Limits`] if no thread can be started, or if too little address space is left. The hint names the limit.
 pub fn start(has_arenas: bool) -> Result<Runtime> {
+    require_descriptors()?;
     let workers = thread::available_parallelism().map_or(2, usize::from).clamp(2, WORKERS_MAX);
     // The number of threads that fit into the free address space.
     let fitting = match address_space_left() {
@@ -105,6 +107,16 @@ pub fn start(has_arenas: bool) -> Result<Runtime> {
     // Start one blocking thread now; it never ends. If no other can be started later, disk work waits for this one.
     drop(runtime.spawn_blocking(|| ()));
     Ok(runtime)
+}
+
+/// Fails if the descriptors of a runtime cannot be opened. There are five, and `tokio` panics without the last ones.
+fn require_descriptors() -> Result<()> {
+    let opened: io::Result<Vec<_>> = (0..3).map(|_| UnixStream::pair()).collect();
+    opened.map(drop).map_err(|cause| {
+        Error::new(ErrorKind::Limits, "the runtime cannot open its files")
+            .hint("too many open files: raise the limit (ulimit -n)")
+            .cause(cause)
+    })
 }
 
 /// Builds a runtime with the settings that both kinds of runtime share.

@@ -6,7 +6,7 @@
 
 use crate::common::{House, Outcome, assert_model, model, shim};
 use modelcache_testkit::shim::sample;
-use modelcache_testkit::{Call, Dice, Errno, Shim, Strike};
+use modelcache_testkit::{Call, Content, Dice, Errno, Shim, Strike};
 use std::collections::BTreeSet;
 use std::path::Path;
 
@@ -107,7 +107,7 @@ fn refused_modes_times_syncs_of_folders_and_allocations_are_no_failure() {
         let doctor = on("a").run(["doctor"]);
         let named = format!("{}{}", doctor.stdout, doctor.stderr);
         assert!(warned.is_none_or(|warned| named.contains(warned)), "{calls}: {doctor}");
-        bench.house.assert_consistent(&format!("{dir}/a"));
+        bench.house.assert_nothing_leaked(&format!("{dir}/a"));
     }
 }
 
@@ -131,7 +131,9 @@ fn a_folder_with_an_open_file_is_left_and_the_next_cleanup_removes_it() {
     let bench = Bench::new(shim);
     let root = bench.house.path("a");
     let used = || bench.house.on_local("a").run(["stats", "--json"]).object()["used_bytes"].as_u64().unwrap();
-    bench.house.on_local("a").run(PUT).ok();
+    bench.house.write("solo", Content::generated(7, 9 << 20));
+    let put = ["put", "m@1", "solo"];
+    bench.house.on_local("a").run(put).ok();
     let before = used();
     let fault = || bench.shim.fail_at(&root, 1, Errno::ENOTEMPTY).of("rmdir").from_then_on();
     let evicted = bench.house.on_local("a").envs(fault().envs()).run(["evict", "m@1", "--yes"]).ok();
@@ -140,7 +142,7 @@ fn a_folder_with_an_open_file_is_left_and_the_next_cleanup_removes_it() {
     assert_eq!(bench.house.listed("a"), [""; 0]);
     // Room is made although the folder still cannot be removed.
     let tight = |run: crate::common::Run| run.env("MODEL_CACHE_MAX_BYTES", "15MB");
-    tight(bench.house.on_local("a")).run(PUT).ok();
+    tight(bench.house.on_local("a")).run(put).ok();
     let filled = tight(bench.house.on_local("a")).envs(fault().envs()).run(GET);
     assert_model(&filled.path_saying(&["a file in it is still open"]));
     tight(bench.house.on_local("a")).run(["prune"]).ok();

@@ -508,7 +508,7 @@ fn an_eviction_says_which_bytes_stay_because_another_artifact_uses_them() {
         house
             .on_local("a")
             .run(evict)
-            .said(if options.is_empty() { &["0 B on disk", "stay on disk"] } else { &[] })
+            .said(if options.is_empty() { &["0 B on disk", "stay on disk"][..] } else { &[] })
             .object()
     };
     for options in [&["--dry-run"][..], &[]] {

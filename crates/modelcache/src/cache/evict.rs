@@ -105,9 +105,11 @@ impl Cache {
     async fn evict_disk(&self, key: &ArtifactKey, dry_run: bool) -> Result<Option<(u64, u64)>> {
         let key = key.clone();
         self.on_disk(move |disk| {
-            let Some((to_free, shared)) = disk.bytes_of_eviction(&key)? else { return Ok(None) };
-            let freed = if dry_run { Some(to_free) } else { disk.evict(&key)? };
-            Ok(freed.map(|freed| (freed, shared)))
+            let expected = disk.bytes_of_eviction(&key)?;
+            if dry_run {
+                return Ok(expected);
+            }
+            Ok(disk.evict(&key)?.map(|freed| (freed, expected.map_or(0, |(_, shared)| shared))))
         })
         .await
     }

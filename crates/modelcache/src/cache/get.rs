@@ -243,7 +243,11 @@ impl Cache {
                     if downloaded.bad_tiers.contains(&Tier::Remote) {
                         bad_on_remote.insert(path.clone());
                     }
-                    StagedFile { name, entry: downloaded.entry.clone(), identity: downloaded.identity }
+                    // A file of equal content may have been downloaded for this one, but its mode is its own.
+                    let executable = entry.executable;
+                    let mut entry = downloaded.entry.clone();
+                    entry.executable = executable;
+                    StagedFile { name, entry, identity: downloaded.identity }
                 }
                 (None, None) => return Err(Error::not_found(format!("{path} was not downloaded"))),
             };

@@ -158,8 +158,7 @@ impl Destination {
     /// `Other` if nothing can be created there, or if the only kind of link that is allowed is not possible.
     fn probe_links(&self, cache: &Layout) -> Result<bool> {
         let parent = self.build_parent();
-        let existing = parent.full().ancestors().find(|path| path.is_dir()).unwrap_or(Path::new("/")).to_owned();
-        let folder = BuildFolder::create(&RootedPath::root(&existing), &self.build_prefix())?;
+        let folder = BuildFolder::create(&nearest_existing(&parent), &self.build_prefix())?;
         // A read-only cache directory cannot hold the file for the trial. Then the links are tried with the real files.
         let source = cache.stagings().join(format!("{}{}", files::TEMPORARY_PREFIX, files::random_name()));
         let Ok(created) = modes::create_readable(&source) else { return Ok(false) };
@@ -188,12 +187,15 @@ impl Destination {
         }
         let marker = read_marker(&self.dir)?;
         let in_place = |path: &FilePath, entry: &FileEntry| {
-            marker.as_ref().and_then(|marker| marker.files.get(path)).is_some_and(|marked| has_content(marked, entry))
+            self.in_place
+                && marker
+                    .as_ref()
+                    .and_then(|marker| marker.files.get(path))
+                    .is_some_and(|marked| has_content(marked, entry))
         };
         let needed: u64 =
             files.iter().filter(|(path, entry)| !in_place(path, entry)).map(|(_, entry)| entry.size).sum();
-        let parent = self.build_parent().full();
-        let existing = RootedPath::root(parent.ancestors().find(|path| path.is_dir()).unwrap_or(Path::new("/")));
+        let existing = nearest_existing(&self.build_parent());
         let room = existing.filesystem().map_err(|cause| destination_error("examine", &existing, cause))?;
         let free = room.f_bavail.saturating_mul(room.f_frsize);
         if needed <= free {
@@ -256,9 +258,9 @@ impl Destination {
             let target = new.path.join(path.as_str());
             make_folder(target.parent().as_ref().unwrap_or(&new.path), &mut folders)?;
             let kinds = kinds_to_try(self.mode, tree.may_link);
-            // Where only a copy is possible, a copy that an earlier call made is used again.
-            let is_kept = (self.needs_copies || self.mode == LinkMode::Only(Link::Copy))
-                && keep_copy(&self.dir, present.as_ref(), path, entry, &target);
+            // A mount point may have no room for a second copy, so a copy that an earlier call made is used again.
+            let is_kept =
+                self.in_place && self.needs_copies && keep_copy(&self.dir, present.as_ref(), path, entry, &target);
             let link = match is_kept {
                 true => Link::Copy,
                 false => create_file(&tree.from.view(path), &target, entry, kinds, progress)?,
@@ -317,8 +319,12 @@ impl Destination {
         };
         // A file may become a folder of the same name, so the old files are removed first.
         let old = read_marker(&self.dir)?.map(|old| old.files).unwrap_or_default();
-        for path in old.keys().filter(|path| !new.files.contains_key(path)) {
+        for (path, marked) in old.iter().filter(|(path, _)| !new.files.contains_key(path)) {
             let file = self.dir.join(path.as_str());
+            // A killed call may have removed it, and put a new folder in its place.
+            if !files::stat(&file)?.is_some_and(|found| !found.is_dir() && is_unchanged(&marked.identity, &found)) {
+                continue;
+            }
             absent(file.unlink()).map_err(fail("remove", &file))?;
             // The folders that are empty now. A folder with other entries stays.
             let parents = file.ancestors().skip(1).take_while(|folder| *folder != self.dir);
@@ -378,6 +384,12 @@ impl Destination {
         }
         Ok(unmanaged)
     }
+}
+
+/// Returns the nearest existing folder at or above `folder`.
+fn nearest_existing(folder: &RootedPath) -> RootedPath {
+    let path = folder.full();
+    RootedPath::root(path.ancestors().find(|path| path.is_dir()).unwrap_or(Path::new("/")))
 }
 
 /// Returns the temporary folders of calls that fill the mount point `dir`, or were killed while they did.

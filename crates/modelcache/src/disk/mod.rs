@@ -98,7 +98,7 @@ use io_error::IoContext;
 use manifest_cache::ManifestCache;
 use modes::Removal;
 use rooted::Metadata;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -404,9 +404,7 @@ impl Disk {
     /// is not on this disk.
     pub(crate) fn bytes_of_eviction(&self, key: &ArtifactKey) -> Result<Option<(u64, u64)>> {
         let dir = self.layout().artifact(key);
-        if files::stat(dir.path())?.is_none() {
-            return Ok(None);
-        }
+        let Some(manifest) = self.read_manifest(&dir)? else { return Ok(None) };
         // Number of views and metadata, by inode.
         let mut views: BTreeMap<u64, (u64, Metadata)> = BTreeMap::new();
         files::walk(&dir.files(), &mut |_, metadata| {
@@ -414,7 +412,8 @@ impl Disk {
             Ok(())
         })?;
         // The blob of a file is removed with its last view.
-        for digest in self.read_manifest(&dir)?.iter().flat_map(|m| m.files.values()).filter_map(|entry| entry.sha256) {
+        let digests: BTreeSet<Digest> = manifest.files.values().filter_map(|entry| entry.sha256).collect();
+        for digest in digests {
             let blob = files::stat(&self.layout().blob(&digest))?.map(|blob| blob.ino());
             if let Some((links, metadata)) = blob.and_then(|inode| views.get_mut(&inode))
                 && *links < metadata.nlink()
