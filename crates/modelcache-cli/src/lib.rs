@@ -1,6 +1,7 @@
 //! The command line of modelcache: parses arguments, gathers settings, runs one command and returns its exit code.
 //!
-//! This crate is a library so that tests and the documentation generator can call it; `main.rs` only calls [`run`].
+//! This crate is a library so that the Python package, tests and the documentation generator can call it; `main.rs`
+//! only calls [`run`].
 //! Standard output carries the result and nothing else. Messages, logs and progress go to standard error. The runtime,
 //! the log and the cache are slow to start, so only the commands that need them start them.
 
@@ -13,6 +14,7 @@ mod human;
 mod logs;
 mod metrics;
 mod output;
+mod program;
 mod progress;
 mod signals;
 mod small_memory;
@@ -24,7 +26,6 @@ use modelcache::Result;
 use output::Output;
 use std::ffi::OsString;
 use std::panic::AssertUnwindSafe;
-use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use verbs::Session;
 
@@ -37,10 +38,11 @@ pub(crate) const CLEANUP_WAIT: Duration = Duration::from_secs(3);
 /// Runs the command line `args`, which begins with the program's name, and returns the exit code.
 ///
 /// If the address space is limited (`ulimit -v`), the program replaces itself once, with a smaller allocator.
-pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+pub fn run(args: impl IntoIterator<Item = OsString>) -> u8 {
     std::panic::set_hook(Box::new(output::report_panic));
     let args: Vec<OsString> = args.into_iter().collect();
-    ExitCode::from(code_or_panic(|| run_command(&args)))
+    program::record(&args);
+    code_or_panic(|| run_command(&args))
 }
 
 /// Returns the exit code of `work`. The panic hook has reported a panic.

@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    modelcache_cli::run(std::env::args_os())
+    ExitCode::from(modelcache_cli::run(std::env::args_os()))
 }

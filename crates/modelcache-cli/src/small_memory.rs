@@ -4,6 +4,7 @@
 //! which may be a few hundred megabytes. glibc reads `MALLOC_ARENA_MAX` only when a program starts, hence the `exec`.
 //! Without a limit the program keeps its arenas, because more arenas are faster.
 
+use crate::program;
 use rustix::process::{Resource, getrlimit};
 use std::env;
 use std::ffi::OsString;
@@ -21,9 +22,10 @@ pub(crate) fn restart_with_one_arena(args: &[OsString]) {
     if getrlimit(Resource::As).current.is_none() || has_one_arena() {
         return;
     }
-    let (Ok(program), [name, rest @ ..]) = (env::current_exe(), args) else { return };
+    let Some(mut command) = env::current_exe().ok().and_then(program::command) else { return };
+    let arguments = args.get(1..).unwrap_or_default();
     // `exec` returns only on failure. The command then runs with all arenas, and starts fewer threads.
-    drop(Command::new(program).arg0(name).args(rest).env(ARENAS_VARIABLE, "1").env(RESTARTED_VARIABLE, "1").exec());
+    drop(command.args(arguments).env(ARENAS_VARIABLE, "1").env(RESTARTED_VARIABLE, "1").exec());
 }
 
 /// Returns true if `MALLOC_ARENA_MAX` is set, by this module or by the user.

@@ -1,11 +1,11 @@
 //! Progress of a running call. The call updates it, and front ends poll it. All counters are atomics, so that neither
 //! waits for the other.
 
-use crate::error::Tier;
+use crate::error::{Error, Tier};
 use serde::Serialize;
 use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// The phases of a call, as shown to users. A get goes through the phases `Resolve` to `Backfill`, as far as needed.
@@ -82,6 +82,18 @@ struct Counters {
     origin_bytes: AtomicU64,
     /// Nanoseconds spent in each of [`PHASES`]; 0 if the phase was not entered.
     phase_ns: [AtomicU64; PHASES.len()],
+    /// True while `retries` has an error.
+    is_retrying: AtomicBool,
+    retries: Mutex<Retries>,
+}
+
+/// The requests of a call that failed and were sent again.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Retries {
+    /// Number of failed requests.
+    pub count: u64,
+    /// The error of the last one; `None` if bytes have arrived since.
+    pub last_error: Option<String>,
 }
 
 /// The state of a [`Progress`] at one moment.
@@ -123,6 +135,23 @@ impl Progress {
         PHASES.into_iter().map(|phase| (phase, spent(phase))).filter(|(_, spent)| !spent.is_zero()).collect()
     }
 
+    /// Returns the retries so far.
+    pub fn retries(&self) -> Retries {
+        self.lock_retries().clone()
+    }
+
+    /// Records that a request failed with `error` and will be sent again.
+    pub(crate) fn record_retry(&self, error: &Error) {
+        let mut retries = self.lock_retries();
+        retries.count += 1;
+        retries.last_error = Some(error.to_string());
+        self.0.is_retrying.store(true, Ordering::Relaxed);
+    }
+
+    fn lock_retries(&self) -> MutexGuard<'_, Retries> {
+        self.0.retries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Enters `phase` with `total_bytes` to process. The phase ends when the guard is dropped.
     pub(crate) fn enter(&self, phase: Phase, total_bytes: u64) -> PhaseGuard {
         self.0.total_bytes.store(total_bytes, Ordering::Relaxed);
@@ -139,6 +168,14 @@ impl Progress {
     /// Subtracts bytes that have to be processed again in the present phase.
     pub(crate) fn undone(&self, bytes: u64) {
         self.0.done_bytes.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    /// Shows the bytes and the retries of `fill`, which this call waits for.
+    pub(crate) fn follow(&self, fill: &Self) {
+        let (done_bytes, total_bytes) = fill.download_bytes();
+        self.set_bytes(done_bytes, total_bytes);
+        let retries = fill.retries();
+        *self.lock_retries() = retries;
     }
 
     /// Returns the downloaded and the total bytes, to be shown to callers and processes that wait for this fill. Both
@@ -165,6 +202,11 @@ impl Progress {
             Tier::Origin => &self.0.origin_bytes,
         }
         .fetch_add(bytes, Ordering::Relaxed);
+        if self.0.is_retrying.load(Ordering::Relaxed) {
+            let mut retries = self.lock_retries();
+            retries.last_error = None;
+            self.0.is_retrying.store(false, Ordering::Relaxed);
+        }
     }
 }
 
@@ -181,5 +223,22 @@ impl Drop for PhaseGuard {
         // At least 1 ns, because 0 stands for a phase that was not entered.
         let spent = u64::try_from(self.entered.elapsed().as_nanos()).unwrap_or(u64::MAX).max(1);
         self.progress.0.phase_ns[self.phase as usize].fetch_add(spent, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_is_shown_until_bytes_arrive_and_a_waiting_call_shows_it_too() {
+        let (fill, waiting) = (Progress::new(), Progress::new());
+        fill.record_retry(&Error::unavailable("refused"));
+        fill.record_retry(&Error::unavailable("reset"));
+        waiting.follow(&fill);
+        assert_eq!(waiting.retries(), Retries { count: 2, last_error: Some("reset".into()) });
+        fill.received(Tier::Remote, 1);
+        waiting.follow(&fill);
+        assert_eq!(waiting.retries(), Retries { count: 2, last_error: None });
     }
 }

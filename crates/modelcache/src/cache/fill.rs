@@ -17,7 +17,7 @@ use crate::mutex::Mutex;
 use crate::progress::{Phase, PhaseGuard, Progress};
 use crate::runtime::blocking;
 use crate::selection::Selection;
-use crate::transfer::{PartialFiles, PartialReader};
+use crate::transfer::{PartialFiles, PartialReader, recording_retries};
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -159,7 +159,8 @@ impl Cache {
         let selection = request.selection.clone();
         // A task of its own: the fill continues if the caller that started it is cancelled, but others wait for it.
         let task = tokio::spawn(async move {
-            let ended = cache.fill(&request, &fill_progress, &publisher).await;
+            let fill = cache.fill(&request, &fill_progress, &publisher);
+            let ended = recording_retries(&fill_progress, fill).await;
             publisher.state.send_replace(FillState::Ended(ended));
         });
         let fill = Arc::new(InFlightFill {
@@ -303,8 +304,7 @@ impl InFlightFill {
                 }
                 // While the state does not change, show the progress of the fill.
                 () = time::sleep(POLL_INTERVAL_MAX) => {
-                    let (done, total) = self.progress.download_bytes();
-                    progress.set_bytes(done, total);
+                    progress.follow(&self.progress);
                 }
             }
         }

@@ -7,6 +7,7 @@ use crate::disk::{ArtifactDir, Lower, ScannedArtifact};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, Manifest, Shape};
+use crate::progress::Progress;
 use crate::reference::{Reference, Target};
 use crate::remote::RemoteListing;
 use crate::selection::Selection;
@@ -56,6 +57,17 @@ impl Cache {
         let mut artifacts: Vec<Listed> = manifests.iter().map(row).collect();
         artifacts.sort_by(|a, b| a.key.cmp(&b.key));
         Ok(RemoteSurvey { artifacts, longer_prefixes, unmanaged_folders })
+    }
+
+    /// Returns true if all files that `selection` selects are on this disk. Contacts neither remote nor origin. Counts
+    /// as a use of the artifact, but not in the metrics.
+    pub async fn contains(&self, reference: &Reference, selection: &Selection) -> Result<bool> {
+        let options = GetOptions { selection: selection.clone(), max_tier: Tier::Disk, ..GetOptions::default() };
+        let request = match self.resolve(reference, &options, &Progress::new()).await {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
+            request => request?,
+        };
+        Ok(self.try_acquire(&request).await?.is_some())
     }
 
     /// Returns what the manifests on disk, in the lower directory and on the remote record about one artifact. An error

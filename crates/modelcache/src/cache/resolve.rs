@@ -16,6 +16,7 @@ use crate::reference::{Reference, Target};
 use crate::remote::RemoteSource;
 use crate::selection::Selection;
 use crate::source::{Body, Source};
+use crate::transfer::recording_retries;
 use async_trait::async_trait;
 use std::ops::Range;
 use std::sync::Arc;
@@ -93,7 +94,7 @@ impl Cache {
         options: &GetOptions,
         progress: &Progress,
     ) -> Result<FetchRequest> {
-        self.resolve_with(reference, options, self.policy(options), progress).await
+        recording_retries(progress, self.resolve_with(reference, options, self.policy(options), progress)).await
     }
 
     /// Resolves a reference with the lookup policy `policy`.

@@ -11,7 +11,7 @@ use super::order::{Order, PartQueue};
 use super::part::PartTask;
 use super::part_sink::PartSink;
 use super::partial_file::{NEXT_DEMAND_WAIT, NextPart, PartialFile};
-use super::retry::Retry;
+use super::retry::{Retry, recording_retries};
 use crate::config::WriteMode;
 use crate::digest::Provenance;
 use crate::disk::{FileLock, Hashed, Purpose, RootedPath, StagedFileSpec, StagedWriter, goes_direct};
@@ -450,7 +450,9 @@ async fn download_parts(task: &PartTask, order: Order) -> Result<(), PartFailure
         if let Some(part) = part {
             queue.mark_requested(part);
             let range = part * request_bytes..((part + 1) * request_bytes).min(size);
-            running.spawn(task.clone().run(range, permit));
+            let progress = task.progress.clone();
+            let download = task.clone().run(range, permit);
+            running.spawn(async move { recording_retries(&progress, download).await });
             continue;
         }
         // Nothing may be requested now: return the permit and wait until a part ends, a demand changes or time is up.

@@ -31,5 +31,5 @@ pub(crate) use paging::Paging;
 pub(crate) use part_sink::{CompletedPart, PartSink};
 pub(crate) use partial_file::{PartialFile, PartialFiles, PartialReader, ReadGate};
 pub(crate) use pauses::Pauses;
-pub(crate) use retry::within;
 pub use retry::{Attempts, Retry};
+pub(crate) use retry::{recording_retries, within};

@@ -8,6 +8,7 @@ use super::pauses::Pauses;
 use crate::config::RetryConfig;
 use crate::error::{Error, Result};
 use crate::mutex::Mutex;
+use crate::progress::Progress;
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -35,6 +36,13 @@ const REPORT_INTERVAL: Duration = Duration::from_secs(5);
 tokio::task_local! {
     /// Time from which [`within`] allows no further retry.
     static RETRY_DEADLINE: Instant;
+    /// The call that [`recording_retries`] runs.
+    static PROGRESS: Progress;
+}
+
+/// Runs `work`, and records the retries of its requests in `progress`. Does not apply to tasks that `work` spawns.
+pub(crate) async fn recording_retries<T>(progress: &Progress, work: impl Future<Output = T>) -> T {
+    PROGRESS.scope(progress.clone(), work).await
 }
 
 /// Runs `work` for at most `limit`. Returns `None` on timeout.
@@ -134,6 +142,8 @@ impl Attempts {
     /// Sleeps before the next attempt, or returns `error` if there must be no other attempt.
     pub async fn pause(&mut self, error: Error) -> Result<()> {
         let Some(wait) = self.wait_after(&error, Instant::now()) else { return Err(error) };
+        // Requests outside a call, such as those of a background upload, have no progress.
+        let _ = PROGRESS.try_with(|progress| progress.record_retry(&error));
         if (error.wait().is_some() || self.is_worth_reporting(wait)) && self.retry.take_report_turn() {
             let wait_s = wait.as_secs_f32().ceil();
             tracing::info!(%error, wait_s, attempt = self.failures, "waiting before the next attempt");

@@ -1,0 +1,30 @@
+//! How to start this program again, as itself or with another command.
+//!
+//! The program is the binary `modelcache`, or a Python interpreter that runs the command of the Python package. So the
+//! words before the arguments are one name for the binary, and for example `python -m modelcache` for the interpreter.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::process::CommandExt as _;
+use std::process::Command;
+use std::sync::OnceLock;
+
+/// The words of the command line before the arguments. Empty if they are unknown.
+static PROGRAM: OnceLock<Vec<OsString>> = OnceLock::new();
+
+/// Records the words before the arguments `args`, whose first element is the name of the program.
+pub(crate) fn record(args: &[OsString]) {
+    let words: Vec<OsString> = std::env::args_os().collect();
+    let arguments = args.get(1..).unwrap_or_default();
+    let program = words.strip_suffix(arguments).map(<[_]>::to_vec).unwrap_or_default();
+    // A second `run` in one process has the same program.
+    let _ = PROGRAM.set(program);
+}
+
+/// Returns a command that runs `executable`, which is that of this process, up to and without the arguments. Returns
+/// `None` if the words before the arguments are unknown.
+pub(crate) fn command(executable: impl AsRef<OsStr>) -> Option<Command> {
+    let [name, rest @ ..] = PROGRAM.get()?.as_slice() else { return None };
+    let mut command = Command::new(executable);
+    command.arg0(name).args(rest);
+    Some(command)
+}
