@@ -94,17 +94,23 @@ def open_cache() -> Iterator[Any]:
         cache.close()
 
 
-def run_and_interrupt(code: str, first: str, *, after_seconds: float = 0) -> list[str]:
+def run_and_interrupt(
+    code: str, first: str, *, after_seconds: float = 0, timeout_seconds: float = 60
+) -> list[str]:
     """Run a program, send it SIGINT after it has printed the line `first`, and return the lines that follow.
 
-    The program must exit with code 0.
+    The program must exit with code 0. It is killed if it does not end in time.
     """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == f"{first}\n"
-    time.sleep(after_seconds)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == f"{first}\n"
+            time.sleep(after_seconds)
+            process.send_signal(signal.SIGINT)
+            out, _ = process.communicate(timeout=timeout_seconds)
+        except BaseException:
+            process.kill()
+            raise
     assert process.returncode == 0
     return out.splitlines()
 

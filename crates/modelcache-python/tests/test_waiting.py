@@ -44,6 +44,18 @@ def test_ctrl_c_ends_a_get(published: SlowProxy) -> None:
     assert published.bytes_to_clients < SIZE
 
 
+def test_a_program_that_ignores_ctrl_c_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import os, pathlib, signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
+        "print('ready', flush=True)\ntime.sleep(600)\n"
+    )
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_and_interrupt(code, "ready", timeout_seconds=0.5)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
 def test_an_exception_in_progress_ends_the_get(published: SlowProxy, open_cache: Any) -> None:
     published.bytes_per_second = 10_000
 
