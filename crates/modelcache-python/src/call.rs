@@ -234,15 +234,19 @@ impl Call {
         })
     }
 
-    /// Returns the phase, the bytes done, the total bytes (0 if unknown), the bytes received from the remote and the
-    /// bytes received from origins.
-    fn snapshot(&self) -> (&'static str, u64, u64, u64, u64) {
+    /// Returns the phase, the bytes done, the total bytes (0 if unknown), the bytes received from the remote and from
+    /// origins, the number of requests that failed and were sent again, and the last of their errors, if no bytes have
+    /// arrived since.
+    fn snapshot(&self) -> Snapshot {
         snapshot(&self.handles.lock())
     }
 }
 
-/// Adds up the bytes of several progress handles. The fields are those of [`Call::snapshot`].
-pub(crate) fn snapshot(handles: &[Progress]) -> (&'static str, u64, u64, u64, u64) {
+/// The fields of [`Call::snapshot`].
+pub(crate) type Snapshot = (&'static str, u64, u64, u64, u64, u64, Option<String>);
+
+/// Adds up the bytes of several progress handles.
+pub(crate) fn snapshot(handles: &[Progress]) -> Snapshot {
     let all: Vec<_> = handles.iter().map(Progress::snapshot).collect();
     // The handle added last belongs to the fill that started last.
     let phase = all.last().map_or("resolve", |one| one.phase.name());
@@ -253,5 +257,7 @@ pub(crate) fn snapshot(handles: &[Progress]) -> (&'static str, u64, u64, u64, u6
         sum(|one| one.total_bytes),
         sum(|one| one.remote_bytes),
         sum(|one| one.origin_bytes),
+        handles.iter().map(|handle| handle.retries().count).sum(),
+        handles.iter().rev().find_map(|handle| handle.retries().last_error),
     )
 }

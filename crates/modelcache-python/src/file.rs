@@ -8,7 +8,7 @@
 //! parent.
 
 use crate::cache::with_timeout;
-use crate::call::{Call, CallOutput, snapshot};
+use crate::call::{Call, CallOutput, Snapshot, snapshot};
 use crate::failure;
 use crate::process::{self, ProcessLocal};
 use modelcache::cache::OpenFile;
@@ -152,7 +152,7 @@ impl File {
     }
 
     /// Returns the progress of the download. The fields are those of `Call.snapshot`.
-    fn snapshot(&self, py: Python<'_>) -> PyResult<(&'static str, u64, u64, u64, u64)> {
+    fn snapshot(&self, py: Python<'_>) -> PyResult<Snapshot> {
         entry(py, || {
             let open = self.open()?;
             let progress = open.of_any_process().map(|open| open.progress().clone()).unwrap_or_default();

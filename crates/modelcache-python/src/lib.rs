@@ -18,8 +18,11 @@ use pyo3::prelude::*;
 /// The extension module.
 #[pymodule]
 mod _native {
-    use crate::{failure, logs, process};
+    use crate::{failure, process};
     use pyo3::prelude::*;
+    use std::ffi::OsString;
+    use std::io::Write;
+    use std::panic::catch_unwind;
 
     #[pymodule_export]
     use crate::cache::Cache;
@@ -59,6 +62,20 @@ mod _native {
         process::existing().map(process::Process::take_records).unwrap_or_default().into()
     }
 
+    /// Runs the command line in this process and returns its exit code. `args` begins with the name of the program. The
+    /// caller has left the handling of signals to the command.
+    #[pyfunction]
+    fn run_command(py: Python<'_>, args: Vec<OsString>) -> u8 {
+        // The exit code of Rust programs that panic. The panic is already printed.
+        const PANICKED: u8 = 101;
+        py.detach(|| {
+            let code = catch_unwind(|| modelcache_cli::run(args)).unwrap_or(PANICKED);
+            // A Rust program does this when it ends. A closed output has no reader to whom it matters.
+            let _ = std::io::stdout().flush();
+            code
+        })
+    }
+
     /// Returns a call that panics, or panics at once if `at_once` is set. For the test that a panic becomes an
     /// exception.
     #[pyfunction]
@@ -72,6 +89,5 @@ mod _native {
     #[pymodule_init]
     fn init() {
         std::panic::set_hook(Box::new(failure::print_panic));
-        logs::install();
     }
 }

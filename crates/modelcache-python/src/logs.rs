@@ -86,7 +86,9 @@ impl Subscriber for Recorder {
         let metadata = event.metadata();
         // Escape control characters, because handlers write the text to terminals and files as it is.
         let text = printable::line(&(text.message + &text.fields)).into_owned();
-        process.log((python_level(metadata.level()), metadata.target().replace("::", "."), text));
+        // The modules of this crate log as those of the library do.
+        let logger = metadata.target().replace("modelcache_native", "modelcache").replace("::", ".");
+        process.log((python_level(metadata.level()), logger, text));
     }
 
     fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {

@@ -80,7 +80,11 @@ enum Threads {
 /// The caller holds the interpreter's lock, so that no fork happens during the call.
 pub(crate) fn current(_: Python<'_>) -> &'static Process {
     let id = ProcessId::here();
-    let mut process = FIRST.get_or_init(|| Process::new(id));
+    let mut process = FIRST.get_or_init(|| {
+        // Not when the module is imported: the command line, which creates no `Process`, has a log of its own.
+        logs::install();
+        Process::new(id)
+    });
     // The links before that of this process belong to its ancestors. The fork copied them, and they are only read.
     while process.id != id {
         process = process.child.get_or_init(|| Box::new(Process::new(id)));
@@ -376,9 +380,9 @@ fn run(receiver: &Receiver<Message>) {
         let attached = match message {
             Message::Stop => None,
             Message::LogRecords => Python::try_attach(logs::forward_records),
+            // The waiting task forwards the log records. A logging handler must not block this thread, which has to wake
+            // the event loop that the handler may wait for.
             Message::CallFinished(done, outcome) => Python::try_attach(|py| {
-                // Forward the records first, because they were logged before the call ended.
-                logs::forward_records(py);
                 if let Err(error) = CallOutput::call_back(py, done.bind(py), outcome) {
                     error.write_unraisable(py, Some(done.bind(py)));
                 }

@@ -45,7 +45,7 @@ def outcomes(folder: Path, set_limits: str) -> str:
         "MODEL_CACHE_MIN_FREE_BYTES": "0",
         "MODEL_CACHE_ORIGIN": f"file://{folder}/origin/{{name}}/{{version}}",
     }
-    program = [sys.executable, "-c", "import modelcache, os, resource\n" + set_limits + CALLS]
+    program = [sys.executable, "-c", "import asyncio, modelcache, os, resource\n" + set_limits + CALLS]
     done = subprocess.run(program, env=env, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.strip()

@@ -19,6 +19,8 @@ TAG = f"cp310-abi3-{sysconfig.get_platform().replace('-', '_').replace('.', '_')
 
 
 def main(native: Path, folder: Path) -> None:
+    project = (PACKAGE / "pyproject.toml").read_text()
+    scripts = project.split("[project.scripts]\n")[1].split("\n\n")[0].replace('"', "")
     match = re.search(r'^version = "(.*)"', (PACKAGE.parents[1] / "Cargo.toml").read_text(), re.MULTILINE)
     assert match is not None
     version = match[1]
@@ -26,6 +28,7 @@ def main(native: Path, folder: Path) -> None:
     files = {
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: modelcache\nVersion: {version}\n",
         f"{info}/WHEEL": f"Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: false\nTag: {TAG}\n",
+        f"{info}/entry_points.txt": f"[console_scripts]\n{scripts}\n",
     }
     folder.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(folder / f"modelcache-{version}-{TAG}.whl", "w") as wheel:

@@ -7,16 +7,19 @@ import contextlib
 import getpass
 import json
 import os
+import shutil
 import socket
+import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
-from . import _calls, _logging, _native
-from ._calls import ProgressArgument
-from ._errors import ModelCacheError, from_native
+from . import _arguments, _calls, _logging, _native
+from ._calls import Pending, ProgressArgument
+from ._errors import InvalidError, ModelCacheError, from_native
 from ._file import CachedFile
 from ._metrics import Metrics
 from ._reports import CachedArtifact, EvictReport, PinRecord, PutReport, Resolved, Stats, TagReport, Verified
@@ -25,6 +28,14 @@ _StrPath = str | os.PathLike[str]
 _Patterns = str | Sequence[str] | None
 Reference = str | tuple[str, str]
 """``"name@version"``, a URI, or a pair of name and version."""
+
+
+@runtime_checkable
+class SupportsRead(Protocol):
+    """A file that is open for reading in binary mode, or any object with such a method ``read``."""
+
+    def read(self, size: int = ..., /) -> bytes: ...
+
 
 _CLOSE_SECONDS = 10.0
 """Default of the time limit of :meth:`ModelCache.close`."""
@@ -145,11 +156,23 @@ class ModelCache:
             name: value for name, value in locals().items() if name != "self" and not name.startswith("__")
         }
         self._arguments = arguments
-        settings = dict(arguments)
+        try:
+            self._native = self._open(dict(arguments))
+        except TypeError as error:
+            _arguments.explain(error, "ModelCache", ModelCache.__init__, (self,), arguments)
+            raise
+        # Opening may have logged warnings about settings.
+        _logging.forward_records()
+        self._metrics = Metrics(self._native)
+        self._files: weakref.WeakSet[CachedFile] = weakref.WeakSet()
+        _OPEN[id(self)] = self
+
+    @staticmethod
+    def _open(settings: dict[str, Any]) -> _native.Cache:
         config, token = settings.pop("config"), _native_token(settings.pop("token"))
         options = settings.pop("remote_options")
         keys = {"cache_dir": "dir"}
-        self._native = _native.Cache(
+        return _native.Cache(
             {
                 keys.get(name, name): (_setting_text(value), name)
                 for name, value in settings.items()
@@ -157,14 +180,9 @@ class ModelCache:
             },
             list(os.environb.items()),
             None if config is None else os.fsdecode(config),
-            None if options is None else {name: _setting_text(value) for name, value in options.items()},
+            None if options is None else {name: _setting_text(value) for name, value in dict(options).items()},
             token,
         )
-        # Opening may have logged warnings about settings.
-        _logging.forward_records()
-        self._metrics = Metrics(self._native)
-        self._files: weakref.WeakSet[CachedFile] = weakref.WeakSet()
-        _OPEN[id(self)] = self
 
     @property
     def cache_dir(self) -> Path:
@@ -188,6 +206,7 @@ class ModelCache:
 
     # -- get ---------------------------------------------------------------------------------------------------------
 
+    @_calls.blocking
     def get(
         self,
         reference: str,
@@ -203,7 +222,7 @@ class ModelCache:
         verify: bool = False,
         timeout: float | None = None,
         progress: ProgressArgument | None = None,
-    ) -> Path:
+    ) -> Pending[Path]:
         """Download an artifact unless it is on disk, and return its path.
 
         The artifact comes from the nearest tier that has it and is stored in the nearer ones. Every byte is verified.
@@ -238,34 +257,13 @@ class ModelCache:
             reference, version, revision, allow_patterns, ignore_patterns, local_dir, token, local_files_only,
             force_refresh, verify, timeout, True,
         )  # fmt: skip
-        return Path(_calls.wait(call, progress, _reference_text(reference, version)))
+        return Pending(call, Path, progress, _reference_text(reference, version))
 
-    async def aget(
-        self,
-        reference: str,
-        version: str | None = None,
-        *,
-        revision: str | None = None,
-        allow_patterns: _Patterns = None,
-        ignore_patterns: _Patterns = None,
-        local_dir: _StrPath | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        force_refresh: bool = False,
-        verify: bool = False,
-        timeout: float | None = None,
-        progress: ProgressArgument | None = None,
-    ) -> Path:
-        """Asynchronous version of :meth:`get`.
+    aget = _calls.asynchronous(
+        get, "Cancelling ends this call. A download that other callers wait for continues."
+    )
 
-        Cancelling ends this call. A download that other callers wait for continues.
-        """
-        call = self._get(
-            reference, version, revision, allow_patterns, ignore_patterns, local_dir, token, local_files_only,
-            force_refresh, verify, timeout, True,
-        )  # fmt: skip
-        return Path(await _calls.awaited(call, progress, _reference_text(reference, version)))
-
+    @_calls.blocking
     def lease(
         self,
         reference: str,
@@ -278,7 +276,7 @@ class ModelCache:
         local_files_only: bool = False,
         timeout: float | None = None,
         progress: ProgressArgument | None = None,
-    ) -> Lease:
+    ) -> Pending[Lease]:
         """Download an artifact unless it is on disk, and return a lease on it: ``with cache.lease(…) as path:``.
 
         Arguments and errors are those of :meth:`get`.
@@ -289,27 +287,9 @@ class ModelCache:
             reference, version, revision, allow_patterns, ignore_patterns, None, token, local_files_only,
             False, False, timeout, False,
         )  # fmt: skip
-        return Lease(_calls.wait(call, progress, _reference_text(reference, version)))
+        return Pending(call, Lease, progress, _reference_text(reference, version))
 
-    async def alease(
-        self,
-        reference: str,
-        version: str | None = None,
-        *,
-        revision: str | None = None,
-        allow_patterns: _Patterns = None,
-        ignore_patterns: _Patterns = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        timeout: float | None = None,
-        progress: ProgressArgument | None = None,
-    ) -> Lease:
-        """Asynchronous version of :meth:`lease`."""
-        call = self._get(
-            reference, version, revision, allow_patterns, ignore_patterns, None, token, local_files_only,
-            False, False, timeout, False,
-        )  # fmt: skip
-        return Lease(await _calls.awaited(call, progress, _reference_text(reference, version)))
+    alease = _calls.asynchronous(lease)
 
     def _get(
         self,
@@ -345,6 +325,7 @@ class ModelCache:
 
     # -- open ----------------------------------------------------------------------------------------------------------
 
+    @_calls.blocking
     def open(
         self,
         reference: str,
@@ -358,7 +339,7 @@ class ModelCache:
         force_refresh: bool = False,
         timeout: float | None = None,
         progress: ProgressArgument | None = None,
-    ) -> CachedFile:
+    ) -> Pending[CachedFile]:
         """Open one file of an artifact for reading, without waiting for its download.
 
         A read waits only for the bytes that it needs. They are requested first; the rest of the file is downloaded in
@@ -388,44 +369,7 @@ class ModelCache:
             ``ValueError``).
         :raises ModelCacheError: as for :meth:`get`.
         """
-        call = self._open_file(
-            reference, path, version, revision, unchecked, token, local_files_only, force_refresh, timeout
-        )
-        return self._opened(_calls.wait(call, progress, _reference_text(reference, version)))
-
-    async def aopen(
-        self,
-        reference: str,
-        path: str | None = None,
-        *,
-        version: str | None = None,
-        revision: str | None = None,
-        unchecked: bool = False,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        force_refresh: bool = False,
-        timeout: float | None = None,
-        progress: ProgressArgument | None = None,
-    ) -> CachedFile:
-        """Asynchronous version of :meth:`open`. Read with ``await file.aread(…)`` and ``await file.apread(…)``."""
-        call = self._open_file(
-            reference, path, version, revision, unchecked, token, local_files_only, force_refresh, timeout
-        )
-        return self._opened(await _calls.awaited(call, progress, _reference_text(reference, version)))
-
-    def _open_file(
-        self,
-        reference: str,
-        path: str | None,
-        version: str | None,
-        revision: str | None,
-        unchecked: bool,
-        token: str | bool | None,
-        local_files_only: bool,
-        refresh: bool,
-        timeout: float | None,
-    ) -> _native.Call:
-        return self._native.open_file(
+        call = self._native.open_file(
             {
                 "reference": reference,
                 "path": path,
@@ -434,10 +378,15 @@ class ModelCache:
                 "unchecked": unchecked,
                 "token": _native_token(token),
                 "local_files_only": local_files_only,
-                "refresh": refresh,
+                "refresh": force_refresh,
                 "timeout_seconds": timeout,
             }
         )
+        return Pending(call, self._opened, progress, _reference_text(reference, version))
+
+    aopen = _calls.asynchronous(
+        open, "Read with ``await file.aread(…)`` and ``await file.apread(…)``."
+    )
 
     def _opened(self, native: _native.File) -> CachedFile:
         file = CachedFile(native)
@@ -446,9 +395,10 @@ class ModelCache:
 
     # -- prewarm -----------------------------------------------------------------------------------------------------
 
+    @_calls.blocking
     def prewarm(
         self, references: Iterable[Reference], *, jobs: int = 4, progress: ProgressArgument | None = None
-    ) -> list[Path]:
+    ) -> Pending[list[Path]]:
         """Download a list of artifacts ahead of time and lease them until the cache is closed.
 
         :param references: ``"name@version"``, URIs, or pairs of name and version.
@@ -460,23 +410,21 @@ class ModelCache:
             Its attribute ``failures`` has all errors by reference.
         """
         wanted = _reference_pairs(references)
-        return _prewarmed(wanted, _calls.wait(self._native.prewarm(wanted, jobs), progress, "prewarm"))
+        call = self._native.prewarm(wanted, jobs)
+        return Pending(call, lambda output: _prewarmed(wanted, output), progress, "prewarm")
 
-    async def aprewarm(
-        self, references: Iterable[Reference], *, jobs: int = 4, progress: ProgressArgument | None = None
-    ) -> list[Path]:
-        """Asynchronous version of :meth:`prewarm`."""
-        wanted = _reference_pairs(references)
-        return _prewarmed(wanted, await _calls.awaited(self._native.prewarm(wanted, jobs), progress, "prewarm"))
+    aprewarm = _calls.asynchronous(prewarm)
 
     # -- put, evict, tag -----------------------------------------------------------------------------------------------
 
+    @_calls.blocking
     def put(
         self,
         name: str,
         version: str,
-        path: _StrPath,
+        path: _StrPath | bytes | SupportsRead,
         *,
+        filename: str | None = None,
         tag: str | None = None,
         tier: Literal["all", "remote"] = "all",
         expect: str | None = None,
@@ -485,7 +433,7 @@ class ModelCache:
         follow_links: bool = False,
         force: bool = False,
         progress: ProgressArgument | None = None,
-    ) -> PutReport:
+    ) -> Pending[PutReport]:
         """Publish a file or folder on disk and on the remote, if there is one. A published version is immutable.
 
         Without a remote, the artifact is kept on this disk only (``on_remote`` in the report is false), and is never
@@ -493,7 +441,10 @@ class ModelCache:
 
         :param name: the name of the artifact.
         :param version: the version to publish.
-        :param path: the file or folder.
+        :param path: the file or folder; or the content of one file, as bytes or as a file that is open for reading in
+            binary mode. Such content is first written to a temporary file (below ``TMPDIR``).
+        :param filename: the name of the file in the artifact, if ``path`` is its content; by default the last part of
+            ``name``.
         :param tag: a tag to point at the version afterwards.
         :param tier: ``"all"``, or ``"remote"`` to keep no copy on this disk.
         :param expect: refuse files of another format than ``"safetensors"``, ``"gguf"``, ``"onnx"``, ``"tar.gz"``, …
@@ -507,34 +458,27 @@ class ModelCache:
         :raises ConflictError: the version has other content, or another writer is publishing it.
         :raises IntegrityError: a file does not have the expected format.
         """
-        call = self._native.put(
-            name, version, os.fsdecode(path), tag=tag, tier=tier, expect=expect, sidecar=sidecar,
-            ignore_patterns=_patterns(ignore_patterns), follow_links=follow_links, force=force,
-        )
-        return PutReport._parse(_calls.wait(call, progress, _reference_text(name, version)))
 
-    async def aput(
-        self,
-        name: str,
-        version: str,
-        path: _StrPath,
-        *,
-        tag: str | None = None,
-        tier: Literal["all", "remote"] = "all",
-        expect: str | None = None,
-        sidecar: bool = False,
-        ignore_patterns: _Patterns = None,
-        follow_links: bool = False,
-        force: bool = False,
-        progress: ProgressArgument | None = None,
-    ) -> PutReport:
-        """Asynchronous version of :meth:`put`."""
-        call = self._native.put(
-            name, version, os.fsdecode(path), tag=tag, tier=tier, expect=expect, sidecar=sidecar,
-            ignore_patterns=_patterns(ignore_patterns), follow_links=follow_links, force=force,
-        )
-        return PutReport._parse(await _calls.awaited(call, progress, _reference_text(name, version)))
+        def begin(file: str) -> _native.Call:
+            return self._native.put(
+                name, version, file, tag=tag, tier=tier, expect=expect, sidecar=sidecar,
+                ignore_patterns=_patterns(ignore_patterns), follow_links=follow_links, force=force,
+            )
 
+        call: _native.Call | contextlib.AbstractContextManager[_native.Call]
+        if isinstance(path, (str, os.PathLike)):
+            if filename is not None:
+                raise InvalidError("filename is only for content that is given as bytes or as an open file")
+            call = begin(os.fsdecode(path))
+        elif not isinstance(path, (bytes, SupportsRead)):
+            raise TypeError("path must be a path, bytes or an open file")
+        else:
+            call = _with_content(path, filename or name.rsplit("/", 1)[-1], begin)
+        return Pending(call, PutReport._parse, progress, _reference_text(name, version))
+
+    aput = _calls.asynchronous(put)
+
+    @_calls.blocking
     def evict(
         self,
         name: str,
@@ -542,7 +486,7 @@ class ModelCache:
         *,
         tier: Literal["all", "disk", "remote"] = "all",
         dry_run: bool = False,
-    ) -> EvictReport:
+    ) -> Pending[EvictReport]:
         """Remove an artifact from disk and remote, with the tags that point to it. Does not ask for confirmation.
 
         The remote is shared: pass ``tier="disk"`` to free space on this machine only. ``remote`` in the report is the
@@ -558,61 +502,80 @@ class ModelCache:
         :raises NotFoundError: none of the selected tiers has the artifact.
         :raises ConflictError: the artifact is leased by another user, or pinned.
         """
-        return EvictReport._parse(_calls.wait(self._native.evict(name, version, tier, dry_run)))
+        return Pending(self._native.evict(name, version, tier, dry_run), EvictReport._parse)
 
-    async def aevict(
-        self,
-        name: str,
-        version: str | None = None,
-        *,
-        tier: Literal["all", "disk", "remote"] = "all",
-        dry_run: bool = False,
-    ) -> EvictReport:
-        """Asynchronous version of :meth:`evict`."""
-        return EvictReport._parse(await _calls.awaited(self._native.evict(name, version, tier, dry_run)))
+    aevict = _calls.asynchronous(evict)
 
-    def tag(self, name: str, version: str, tag: str) -> TagReport:
+    @_calls.blocking
+    def tag(self, name: str, version: str, tag: str) -> Pending[TagReport]:
         """Point a tag on the remote at a version, for a rollout or a rollback.
 
         :returns: a report with the versions before and after.
         :raises InvalidError: there is no remote, or the tag is the name of a version.
         :raises NotFoundError: the remote does not have the version.
         """
-        return TagReport._parse(_calls.wait(self._native.tag(name, version, tag)))
+        return Pending(self._native.tag(name, version, tag), TagReport._parse)
 
-    async def atag(self, name: str, version: str, tag: str) -> TagReport:
-        """Asynchronous version of :meth:`tag`."""
-        return TagReport._parse(await _calls.awaited(self._native.tag(name, version, tag)))
+    atag = _calls.asynchronous(tag)
 
-    def untag(self, name: str, tag: str) -> TagReport:
+    @_calls.blocking
+    def untag(self, name: str, tag: str) -> Pending[TagReport]:
         """Remove a tag. The version that it points to stays."""
-        return TagReport._parse(_calls.wait(self._native.untag(name, tag)))
+        return Pending(self._native.untag(name, tag), TagReport._parse)
 
-    async def auntag(self, name: str, tag: str) -> TagReport:
-        """Asynchronous version of :meth:`untag`."""
-        return TagReport._parse(await _calls.awaited(self._native.untag(name, tag)))
+    auntag = _calls.asynchronous(untag)
 
     # -- inspect -------------------------------------------------------------------------------------------------------
 
-    def stats(self) -> Stats:
+    @_calls.blocking
+    def contains(self, reference: str, version: str | None = None) -> Pending[bool]:
+        """Return whether all files of an artifact are on this disk. Contacts neither remote nor origin.
+
+        ``"name@version" in cache`` and ``("name", "version") in cache`` are the same.
+
+        :param reference: as for :meth:`get`.
+        :param version: the version, or a tag that points to one.
+        """
+        return Pending(self._native.contains(reference, version), json.loads)
+
+    acontains = _calls.asynchronous(contains)
+
+    def __contains__(self, reference: object) -> bool:
+        if isinstance(reference, tuple) and len(reference) == 2:
+            return self.contains(*reference)
+        return self.contains(reference)  # type: ignore[arg-type]
+
+    @_calls.blocking
+    def inspect(self, reference: str, version: str | None = None) -> Pending[dict[str, Any]]:
+        """Return the files of an artifact with their digests and tiers, and the processes that use it.
+
+        :param reference: as for :meth:`get`.
+        :param version: the version.
+        :returns: the object that ``modelcache inspect --json`` prints, see docs/json.md.
+        :raises NotFoundError: neither this disk nor the remote has the artifact.
+        """
+        return Pending(self._native.inspect(reference, version), json.loads)
+
+    ainspect = _calls.asynchronous(inspect)
+
+    @_calls.blocking
+    def stats(self) -> Pending[Stats]:
         """Return the budget, the usage and the free space of the local directory."""
-        return Stats._parse(_calls.wait(self._native.stats()))
+        return Pending(self._native.stats(), Stats._parse)
 
-    async def astats(self) -> Stats:
-        """Asynchronous version of :meth:`stats`."""
-        return Stats._parse(await _calls.awaited(self._native.stats()))
+    astats = _calls.asynchronous(stats)
 
-    def list_artifacts(self, *, remote: bool = False) -> list[CachedArtifact]:
+    @_calls.blocking
+    def list_artifacts(self, *, remote: bool = False) -> Pending[list[CachedArtifact]]:
         """List the artifacts on disk, sorted by name and version.
 
         :param remote: list the artifacts on the remote instead.
         """
-        return [CachedArtifact._from(row) for row in json.loads(_calls.wait(self._native.artifacts(remote)))]
+        return Pending(self._native.artifacts(remote), CachedArtifact._parse_list)
 
-    async def alist_artifacts(self, *, remote: bool = False) -> list[CachedArtifact]:
-        """Asynchronous version of :meth:`list_artifacts`."""
-        return [CachedArtifact._from(row) for row in json.loads(await _calls.awaited(self._native.artifacts(remote)))]
+    alist_artifacts = _calls.asynchronous(list_artifacts)
 
+    @_calls.blocking
     def resolve(
         self,
         reference: str,
@@ -621,7 +584,7 @@ class ModelCache:
         revision: str | None = None,
         force_refresh: bool = False,
         local_files_only: bool = False,
-    ) -> Resolved:
+    ) -> Pending[Resolved]:
         """Resolve a reference to the version that it stands for now, without downloading files.
 
         Arguments and errors are those of :meth:`get`.
@@ -629,23 +592,13 @@ class ModelCache:
         :returns: the version, and a pinned reference that always resolves to it.
         """
         call = self._native.resolve(reference, version, revision, force_refresh, local_files_only)
-        return Resolved._parse(_calls.wait(call))
+        return Pending(call, Resolved._parse)
 
-    async def aresolve(
-        self,
-        reference: str,
-        version: str | None = None,
-        *,
-        revision: str | None = None,
-        force_refresh: bool = False,
-        local_files_only: bool = False,
-    ) -> Resolved:
-        """Asynchronous version of :meth:`resolve`."""
-        call = self._native.resolve(reference, version, revision, force_refresh, local_files_only)
-        return Resolved._parse(await _calls.awaited(call))
+    aresolve = _calls.asynchronous(resolve)
 
     # -- maintain ------------------------------------------------------------------------------------------------------
 
+    @_calls.blocking
     def pin(
         self,
         reference: str,
@@ -653,7 +606,7 @@ class ModelCache:
         *,
         seconds: float | None = None,
         reason: str | None = None,
-    ) -> PinRecord:
+    ) -> Pending[PinRecord]:
         """Protect an artifact on disk from eviction by any process.
 
         :param reference: as for :meth:`get`.
@@ -663,27 +616,60 @@ class ModelCache:
         :returns: the pin.
         :raises NotFoundError: the artifact is not on disk.
         """
-        return _pin_record(_calls.wait(self._native.pin(reference, version, seconds, _caller(), reason)))
+        return Pending(self._native.pin(reference, version, seconds, _caller(), reason), _pin_record)
 
-    async def apin(
-        self,
-        reference: str,
-        version: str | None = None,
-        *,
-        seconds: float | None = None,
-        reason: str | None = None,
-    ) -> PinRecord:
-        """Asynchronous version of :meth:`pin`."""
-        return _pin_record(await _calls.awaited(self._native.pin(reference, version, seconds, _caller(), reason)))
+    apin = _calls.asynchronous(pin)
 
-    def unpin(self, reference: str, version: str | None = None) -> None:
+    @_calls.blocking
+    def unpin(self, reference: str, version: str | None = None) -> Pending[None]:
         """Remove the pin of an artifact. Has no effect if the artifact is not pinned."""
-        _calls.wait(self._native.unpin(reference, version))
+        return Pending(self._native.unpin(reference, version), _calls.nothing)
 
-    async def aunpin(self, reference: str, version: str | None = None) -> None:
-        """Asynchronous version of :meth:`unpin`."""
-        await _calls.awaited(self._native.unpin(reference, version))
+    aunpin = _calls.asynchronous(unpin)
 
+    @_calls.blocking
+    def prune(
+        self,
+        *,
+        older_than: timedelta | str | None = None,
+        to: int | str | None = None,
+        dry_run: bool = False,
+    ) -> Pending[dict[str, Any]]:
+        """Free disk space now: remove leftovers and, as far as requested, artifacts, least recently used first.
+
+        Artifacts in use and pinned artifacts stay. Nothing is removed from the remote.
+
+        :param older_than: remove artifacts that were not used for this long: a ``timedelta``, ``"12h"`` or ``"30d"``.
+        :param to: remove artifacts until at most this is used: a number of bytes, ``"100GB"``, or ``"50%"`` of the
+            filesystem.
+        :param dry_run: remove nothing, and report what would be removed.
+        :returns: the object that ``modelcache prune --json`` prints, see docs/json.md. Its field ``reached`` is false
+            if more than ``to`` remains, because the rest is in use.
+        """
+        age = f"{older_than.total_seconds():f}s" if isinstance(older_than, timedelta) else older_than
+        if isinstance(age, str) and age.strip().replace(".", "").isdigit():
+            raise InvalidError(f"older_than={age!r} has no unit", hint="write 7d for seven days, 7s for seven seconds")
+        size = str(to) if isinstance(to, int) else to
+        return Pending(self._native.prune(age, size, dry_run), json.loads)
+
+    aprune = _calls.asynchronous(prune)
+
+    @_calls.blocking
+    def doctor(self, *, read_only: bool = False) -> Pending[dict[str, Any]]:
+        """Check directory, credentials, remote, origins, clock and network.
+
+        To test write access, this writes one small object below the remote's prefix and removes it.
+
+        :param read_only: write nothing to the remote.
+        :returns: ``checks``, each with ``gravity``, ``says`` and ``fix``, and the number of ``problems`` and
+            ``warnings``: the object that ``modelcache doctor --json`` prints, see docs/json.md, without its exit code
+            and without the checks of the settings, which ``ModelCache()`` makes.
+        """
+        return Pending(self._native.doctor(read_only), json.loads)
+
+    adoctor = _calls.asynchronous(doctor)
+
+    @_calls.blocking
     def verify(
         self,
         references: Iterable[str] | str = (),
@@ -692,7 +678,7 @@ class ModelCache:
         repair: bool = False,
         bytes_per_second: int | None = None,
         progress: ProgressArgument | None = None,
-    ) -> list[Verified]:
+    ) -> Pending[list[Verified]]:
         """Read stored files in full and compare them with their digests.
 
         A bad copy on disk is taken out of service. The next get downloads it again.
@@ -705,24 +691,14 @@ class ModelCache:
         :returns: one result for each artifact and tier.
         """
         call = self._native.verify(_references(references), tier, repair, bytes_per_second)
-        return [Verified._from(row) for row in json.loads(_calls.wait(call, progress, "verify"))]
+        return Pending(call, Verified._parse_list, progress, "verify")
 
-    async def averify(
-        self,
-        references: Iterable[str] | str = (),
-        *,
-        tier: Literal["disk", "remote", "all"] = "disk",
-        repair: bool = False,
-        bytes_per_second: int | None = None,
-        progress: ProgressArgument | None = None,
-    ) -> list[Verified]:
-        """Asynchronous version of :meth:`verify`."""
-        call = self._native.verify(_references(references), tier, repair, bytes_per_second)
-        return [Verified._from(row) for row in json.loads(await _calls.awaited(call, progress, "verify"))]
+    averify = _calls.asynchronous(verify)
 
     # -- close ---------------------------------------------------------------------------------------------------------
 
-    def close(self, timeout: float = _CLOSE_SECONDS) -> None:
+    @_calls.blocking
+    def close(self, timeout: float = _CLOSE_SECONDS) -> Pending[None]:
         """Close the cache: close its open files, wait for background uploads, and release all leases.
 
         Pending uploads to the remote are recorded on disk. A later run completes those that do not finish in time.
@@ -731,12 +707,9 @@ class ModelCache:
         :param timeout: longest time to wait, in seconds.
         """
         self._close_files()
-        _calls.wait(self._native.close(timeout))
+        return Pending(self._native.close(timeout), _calls.nothing)
 
-    async def aclose(self, timeout: float = _CLOSE_SECONDS) -> None:
-        """Asynchronous version of :meth:`close`."""
-        self._close_files()
-        await _calls.awaited(self._native.close(timeout))
+    aclose = _calls.asynchronous(close)
 
     def _close_files(self) -> None:
         # The exit handler does not have to close this cache any more.
@@ -816,6 +789,23 @@ def _setting_text(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return ",".join(_setting_text(each) for each in value)
     raise TypeError(f"a setting must be a string, a number, a path or a list of them, not {type(value).__name__}")
+
+
+@contextlib.contextmanager
+def _with_content(
+    content: bytes | SupportsRead, filename: str, begin: Callable[[str], _native.Call]
+) -> Iterator[_native.Call]:
+    """Write ``content`` to a temporary file, and yield the call that ``begin`` begins with the path of the file."""
+    if filename in ("", ".", "..") or "/" in filename:
+        raise InvalidError(f"filename={filename!r} is not the name of a file")
+    with tempfile.TemporaryDirectory(prefix="modelcache-") as folder:
+        path = os.path.join(folder, filename)
+        with open(path, "wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                shutil.copyfileobj(content, file, 1 << 20)
+        yield begin(path)
 
 
 def _native_token(token: str | bool | None) -> str | None:

@@ -1,16 +1,23 @@
-"""Waits for calls of the native module, on a thread or in an event loop, without holding the interpreter's lock."""
+"""Waits for calls of the native module, on a thread or in an event loop, without holding the interpreter's lock.
+
+A method is written once, as a function that begins a call and returns a :class:`Pending`. :func:`blocking` makes the
+method from it, and :func:`asynchronous` the one with the prefix ``a``.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import functools
 import inspect
-from collections.abc import Callable
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
-from . import _logging
+from . import _arguments, _logging
 from ._native import Call
 from ._reports import Progress
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
 
 _PROGRESS_SECONDS = 0.1
 """Interval of progress reports in an event loop."""
@@ -46,18 +53,17 @@ class _Reporter:
         elif progress is not None:
             self._function = cast("Callable[[Progress], object]", progress)
 
-    def __call__(self, phase: str, done: int, total: int, remote: int, origin: int) -> None:
-        """Report the fields of ``Call.snapshot``."""
+    def __call__(self, progress: Progress) -> None:
         if self._function is not None:
-            self._function(Progress(phase, done, total or None, remote, origin))
-        elif self._bar is not None and total:
-            self._bar.total, self._bar.n = total, min(done, total)
+            self._function(progress)
+        elif self._bar is not None and progress.total_bytes:
+            self._bar.total, self._bar.n = progress.total_bytes, min(progress.done_bytes, progress.total_bytes)
             self._bar.refresh()
 
     def finish(self, call: Call) -> None:
         """Report the final progress of a successful call."""
         if self._function is not None:
-            self(*call.snapshot())
+            self(Progress._of(call.snapshot()))
         elif self._bar is not None and self._bar.total:
             # The bar ends full, although the bytes of the last phase may differ from those of the download.
             self._bar.n = self._bar.total
@@ -94,7 +100,7 @@ def _wait_for_output(call: Call, reporter: _Reporter | None) -> Any:
         while (output := call.wait()) is None:
             _logging.forward_records()
             if reporter is not None:
-                reporter(*call.snapshot())
+                reporter(Progress._of(call.snapshot()))
         return output
     except BaseException:
         # Ctrl-C, or an exception raised by a signal handler or by `progress`.
@@ -109,6 +115,8 @@ async def awaited(call: Call, progress: ProgressArgument | None = None, label: s
 
     Cancelling the task cancels the call. A download that other callers wait for continues.
     """
+    import asyncio  # Slow to import, and not needed by the command line.
+
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Any] = loop.create_future()
 
@@ -132,7 +140,7 @@ async def awaited(call: Call, progress: ProgressArgument | None = None, label: s
         reporter = _Reporter(progress, label)
         try:
             while not (await asyncio.wait({future}, timeout=_PROGRESS_SECONDS))[0]:
-                reporter(*call.snapshot())
+                reporter(Progress._of(call.snapshot()))
             output = future.result()
             reporter.finish(call)
             return output
@@ -142,3 +150,91 @@ async def awaited(call: Call, progress: ProgressArgument | None = None, label: s
         # The task was cancelled, or `progress` raised an exception.
         if not future.done() or future.cancelled():
             call.cancel()
+        _logging.forward_records()
+
+
+class Pending(Generic[_Result]):
+    """A call that a method has begun.
+
+    :param call: the call of the native module, or a context manager that prepares it and cleans up after it.
+    :param convert: a function that makes the result of the method from the output of the call.
+    :param progress: the ``progress`` argument of the method.
+    :param label: the description of the progress bar.
+    """
+
+    def __init__(
+        self,
+        call: Call | contextlib.AbstractContextManager[Call],
+        convert: Callable[[Any], _Result],
+        progress: ProgressArgument | None = None,
+        label: str = "",
+    ) -> None:
+        if progress is not None and not callable(progress):
+            raise TypeError("progress must be a function")
+        self.prepared = contextlib.nullcontext(call) if isinstance(call, Call) else call
+        # A call that is ready needs no other thread to be prepared on.
+        self.is_ready = isinstance(call, Call)
+        self.convert, self.progress, self.label = convert, progress, label
+
+    def wait(self) -> _Result:
+        """Wait for the call on the current thread and return the result."""
+        with self.prepared as call:
+            return self.convert(wait(call, self.progress, self.label))
+
+    async def awaited(self) -> _Result:
+        """Wait for the call in the running event loop and return the result."""
+        if self.is_ready:
+            with self.prepared as call:
+                return self.convert(await awaited(call, self.progress, self.label))
+        import asyncio
+
+        async with contextlib.AsyncExitStack() as stack:
+            call = await asyncio.to_thread(self.prepared.__enter__)
+            stack.push_async_callback(asyncio.to_thread, self.prepared.__exit__, None, None, None)
+            return self.convert(await awaited(call, self.progress, self.label))
+
+
+def nothing(_: Any) -> None:
+    """Convert the output of a call whose method returns nothing."""
+
+
+def _begin(
+    start: Callable[_Parameters, Pending[_Result]], *args: _Parameters.args, **kwargs: _Parameters.kwargs
+) -> Pending[_Result]:
+    """Begin a call. If an argument has a wrong type, name it."""
+    try:
+        return start(*args, **kwargs)
+    except TypeError as error:
+        _arguments.explain(error, start.__name__, start, args, kwargs)
+        raise
+
+
+def blocking(start: Callable[_Parameters, Pending[_Result]]) -> Callable[_Parameters, _Result]:
+    """Make a method that waits for the call that ``start`` begins, and returns its result."""
+    # Documentation and signature are those of the method: `Path` instead of `Pending[Path]`.
+    start.__annotations__["return"] = start.__annotations__["return"].removeprefix("Pending[").removesuffix("]")
+
+    @functools.wraps(start)
+    def method(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        return _begin(start, *args, **kwargs).wait()
+
+    return method
+
+
+def asynchronous(
+    method: Callable[_Parameters, _Result], note: str = ""
+) -> Callable[_Parameters, Coroutine[Any, Any, _Result]]:
+    """Make the asynchronous version of a method that :func:`blocking` made.
+
+    :param note: further text for its documentation.
+    """
+    start: Callable[_Parameters, Pending[_Result]] = inspect.unwrap(method)
+
+    @functools.wraps(start)
+    async def twin(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        return await _begin(start, *args, **kwargs).awaited()
+
+    twin.__name__ = f"a{method.__name__}"
+    twin.__qualname__ = method.__qualname__.removesuffix(method.__name__) + twin.__name__
+    twin.__doc__ = f"Asynchronous version of :meth:`{method.__name__}`. {note}".strip()
+    return twin

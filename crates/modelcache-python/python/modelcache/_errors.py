@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from ._hints import in_python
+
 
 class ModelCacheError(Exception):
     """Base class of all errors that this package raises.
 
-    ``str()`` of an error is the text that the command line prints: the message in one line and, if there is a remedy, a
-    second line ``hint: …``.
+    ``str()`` of an error is the message in one line, as the command line prints it, and, if there is a remedy, a second
+    line ``hint: …``, in the words of this package.
     """
 
     message: str
@@ -111,7 +113,7 @@ def from_native(
 ) -> ModelCacheError:
     """Build the exception for an error of the native module. Called by the native module."""
     hint, artifact, tier, retry_after, transient = details
-    error = _CLASSES.get(kind, ModelCacheError)(message, hint=hint)
+    error = _CLASSES.get(kind, ModelCacheError)(message, hint=None if hint is None else in_python(hint))
     error.code = kind
     error.artifact, error.tier = artifact, tier
     error.retry_after, error.transient = retry_after, transient

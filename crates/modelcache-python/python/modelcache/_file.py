@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import io
 import os
@@ -73,8 +72,7 @@ class CachedFile(io.RawIOBase):
 
         A download that other callers share counts in full.
         """
-        phase, done, total, remote, origin = self._open_native().snapshot()
-        return Progress(phase, done, total or None, remote, origin)
+        return Progress._of(self._open_native().snapshot())
 
     @property
     def path(self) -> Path:
@@ -187,6 +185,8 @@ class CachedFile(io.RawIOBase):
         while descriptor is None:
             await _calls.awaited(native.wait(offset, stop))
             descriptor = native.ready(offset, stop)
+        import asyncio  # Slow to import, and not needed by the command line.
+
         return await asyncio.to_thread(_read, native, descriptor, offset, stop)
 
     def write(self, data: ReadableBuffer, /) -> NoReturn:

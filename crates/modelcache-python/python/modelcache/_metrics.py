@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from . import _calls
+from ._calls import Pending
 from ._native import Cache as _Cache
 
 if TYPE_CHECKING:
@@ -43,18 +44,22 @@ class Metrics:
         counters: dict[str, Any] = json.loads(self._native.metrics())
         return counters
 
-    def text(self) -> str:
+    def __repr__(self) -> str:
+        if not self._native.is_open:
+            return "<Metrics of a closed cache>"
+        counters = self.to_dict()
+        hits = ", ".join(f"{counters['hits'][tier]} from {tier}" for tier in ("disk", "remote", "origin"))
+        return f"<Metrics: {sum(counters['hits'].values())} gets ({hits}), {sum(counters['failures'].values())} failed>"
+
+    @_calls.blocking
+    def text(self) -> Pending[str]:
         """Return the counters and the state of the directory in the Prometheus text format.
 
         :returns: a page of the content type ``text/plain; version=0.0.4``.
         """
-        page: str = json.loads(_calls.wait(self._native.families(True)))
-        return page
+        return Pending(self._native.families(True), json.loads)
 
-    async def atext(self) -> str:
-        """Asynchronous version of :meth:`text`."""
-        page: str = json.loads(await _calls.awaited(self._native.families(True)))
-        return page
+    atext = _calls.asynchronous(text)
 
     def describe(self) -> list[Metric]:
         """Return an empty list, so that ``prometheus_client`` does not call :meth:`collect` at registration."""

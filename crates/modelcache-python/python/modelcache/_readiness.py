@@ -37,7 +37,10 @@ class Artifact:
     value: Any = None
     """The return value of ``on_ready``, once the artifact is ready."""
     error: str | None = None
-    """The error of the last attempt, if it failed."""
+    """The error of the last attempt, if it failed; while it is ``filling``, that of the request that is being sent
+    again."""
+    retries: int = 0
+    """Number of requests and attempts that failed and were tried again since the start."""
     done_bytes: int = 0
     total_bytes: int | None = None
     """``None`` while the size is unknown."""
@@ -55,6 +58,7 @@ class Artifact:
             "done_bytes": self.done_bytes,
             "total_bytes": self.total_bytes,
             "error": self.error,
+            "retries": self.retries,
         }
 
 
@@ -149,6 +153,7 @@ class Readiness:
                 # Retry every kind of error: a missing artifact may be published, and a service may recover. The
                 # orchestrator does not restart the process in these cases.
                 artifact.state, artifact.error = "failed", str(error)
+                artifact.retries += 1
                 artifact_name = error.artifact if isinstance(error, ModelCacheError) else None
                 _LOGGER.error(
                     "%s is not ready, next try in %.0f s: %s", artifact_name or artifact.reference, pause, error,
@@ -161,8 +166,14 @@ class Readiness:
         # If a previous attempt failed in `on_ready`, the artifact is already on disk.
         if artifact.path is None:
             artifact.state = "filling"
+            retries_before = artifact.retries
 
             def record(progress: Progress) -> None:
+                if artifact.retries == 0 and progress.last_error is not None:
+                    _LOGGER.warning("%s is not ready, trying again: %s", artifact.reference, progress.last_error)
+                if progress.retries:
+                    artifact.retries = retries_before + progress.retries
+                    artifact.error = progress.last_error
                 # In the phase `join` the bytes are those of the other caller's download.
                 if progress.phase in ("download", "join") and progress.total_bytes:
                     self._rate.add(progress.done_bytes - artifact.done_bytes)

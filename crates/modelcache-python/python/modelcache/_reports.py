@@ -13,6 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ._hints import in_python
+
 _ReportT = TypeVar("_ReportT", bound="_Report")
 
 
@@ -34,6 +36,10 @@ class _Report:
     @classmethod
     def _parse(cls: type[_ReportT], text: str) -> _ReportT:
         return cls._from(json.loads(text))
+
+    @classmethod
+    def _parse_list(cls: type[_ReportT], text: str) -> list[_ReportT]:
+        return [cls._from(row) for row in json.loads(text)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as a dictionary of plain values that ``json`` can serialize."""
@@ -59,6 +65,15 @@ class Progress(_Report):
     """Bytes received from the remote so far."""
     origin_bytes: int
     """Bytes received from origins so far."""
+    retries: int = 0
+    """Number of requests that failed and were sent again."""
+    last_error: str | None = None
+    """The error of the last failed request; ``None`` if bytes have arrived since."""
+
+    @classmethod
+    def _of(cls, snapshot: tuple[str, int, int, int, int, int, str | None]) -> Progress:
+        phase, done, total, remote, origin, retries, last_error = snapshot
+        return cls(phase, done, total or None, remote, origin, retries, last_error)
 
 
 @dataclass(frozen=True)
@@ -268,6 +283,11 @@ class Finding(_Report):
     """The tier that the good bytes came from; ``None`` if the problem was not repaired."""
     remedy: str | None
     """The suggested remedy, or the reason why the repair failed."""
+
+    @classmethod
+    def _from(cls, values: dict[str, Any]) -> Finding:
+        remedy = values["remedy"]
+        return super()._from({**values, "remedy": None if remedy is None else in_python(remedy)})
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ protect the router with a dependency of ``include_router``.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -31,6 +33,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route, Router
 
 from ._cache import ModelCache, Reference, _reference_text
+from ._errors import ModelCacheError
 from ._readiness import Artifact, OnReady, Readiness
 
 try:
@@ -38,7 +41,20 @@ try:
 except ImportError:
     APIRouter = None  # type: ignore[assignment,misc]
 
-__all__ = ["Artifact", "ModelCacheLifespan", "cache", "probes", "readiness", "ready", "router", "routes", "value"]
+__all__ = [
+    "Artifact",
+    "ModelCacheLifespan",
+    "cache",
+    "install_error_handlers",
+    "probes",
+    "readiness",
+    "ready",
+    "router",
+    "routes",
+    "value",
+]
+
+_LOGGER = logging.getLogger("modelcache.fastapi")
 
 _STATE = "modelcache"
 """Name of the :class:`Readiness` in the state of the application."""
@@ -162,6 +178,46 @@ def _ready_artifact(connection: HTTPConnection, name: str, version: str | None) 
             headers={"Retry-After": str(state.retry_after())},
         )
     return artifact
+
+
+_STATUSES = {
+    "invalid": 400,
+    "not_found": 404,
+    "conflict": 409,
+    # The credentials are those of this application, so that its client cannot mend them. 403 would tell it so.
+    "unauthorized": 502,
+    "corrupt": 502,
+    "unavailable": 503,
+    "full": 507,
+}
+"""HTTP status by code of the error; all others are 500."""
+_RETRY_SECONDS = 5
+"""``Retry-After`` if the failed service stated no time."""
+
+
+def install_error_handlers(app: Any) -> None:
+    """Answer requests whose endpoint raised a :class:`~modelcache.ModelCacheError` with a status and JSON.
+
+    The status is 404 for :class:`~modelcache.NotFoundError`, 503 with ``Retry-After`` for
+    :class:`~modelcache.UnavailableError`, 507 for :class:`~modelcache.FullError`, 502 for
+    :class:`~modelcache.UnauthorizedError` and :class:`~modelcache.IntegrityError`, 400 for
+    :class:`~modelcache.InvalidError`, 409 for :class:`~modelcache.ConflictError`, and 500 for all others. The body is
+    ``{"error": {"code", "message", "hint"}}``. Errors from 500 on are logged.
+
+    :param app: a FastAPI or Starlette application, before it starts.
+    """
+    app.add_exception_handler(ModelCacheError, _error_response)
+
+
+async def _error_response(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ModelCacheError)
+    status = _STATUSES.get(error.code, 500)
+    if status >= 500:
+        _LOGGER.error("%s %s: %d, %s", request.method, request.url.path, status, error)
+    wait = _RETRY_SECONDS if error.retry_after is None else math.ceil(error.retry_after)
+    headers = {"Retry-After": str(max(wait, 1))} if status == 503 else None
+    body = {"code": error.code, "message": error.message, "hint": error.hint}
+    return JSONResponse({"error": body}, status_code=status, headers=headers)
 
 
 async def livez(request: Request) -> Response:
