@@ -43,15 +43,15 @@ class SlowProxy:
     `bytes_per_second` limits the rate over all connections, :meth:`let_through` the amount.
     """
 
-    def __init__(self, port: int) -> None:
-        self.target = port
+    def __init__(self, target: int, *, port: int = 0) -> None:
+        self.target = target
         self.bytes_per_second: float | None = None
         self.bytes_to_clients = 0
         self._lock = threading.Lock()
         self._limit: int | None = None
         self._limit_moved = threading.Condition(self._lock)
         self._free_at = 0.0
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(("127.0.0.1", port))
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 

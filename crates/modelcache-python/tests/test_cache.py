@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import inspect
+import io
 import json
 import os
 import pickle
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +69,7 @@ def test_settings_come_from_arguments_before_the_environment(
 
 @pytest.mark.parametrize("value", [range(3), len, object(), {"a": 1}])
 def test_a_setting_of_another_type_is_refused(value: Any) -> None:
-    with pytest.raises(TypeError, match="a setting must be"):
+    with pytest.raises(TypeError, match="argument 'cache_dir' must be str, PathLike or None, not"):
         ModelCache(cache_dir=value)
 
 
@@ -138,11 +141,6 @@ def test_evict_releases_the_leases_of_its_own_cache(s3: str, model: Path, open_c
 def test_get_has_the_arguments_of_snapshot_download() -> None:
     names = set(inspect.signature(ModelCache.get).parameters)
     assert {"revision", "allow_patterns", "ignore_patterns", "local_dir", "token", "local_files_only"} <= names
-    for name in ("get", "lease", "put", "evict", "tag", "untag", "stats", "resolve", "pin", "unpin", "verify",
-                 "prewarm", "list_artifacts", "close"):  # fmt: skip
-        blocking, async_version = getattr(ModelCache, name), getattr(ModelCache, f"a{name}")
-        assert inspect.iscoroutinefunction(async_version)
-        assert inspect.signature(blocking).parameters == inspect.signature(async_version).parameters, name
 
 
 def test_a_selection_of_a_hub_repository_is_extended_later(hub: Path, tmp_path: Path, open_cache: Any) -> None:
@@ -394,3 +392,94 @@ def test_warm_gets_leak_neither_descriptors_nor_memory(model: Path, open_cache: 
     files_after, after = rounds(10_000)
     assert files_after == files
     assert after - before < 2_000, "KiB"
+
+
+def test_a_cache_contains_the_artifacts_on_its_disk(s3: str, model: Path, tmp_path: Path, open_cache: Any) -> None:
+    cache = open_cache()
+    assert "m@1" not in cache
+    cache.put("m", "1", model, tag="prod")
+    assert cache.contains("m", "1")
+    assert ("m", "1") in cache
+    assert asyncio.run(cache.acontains("m@1"))
+    assert not cache.contains("m", "2")
+    other = open_cache(cache_dir=tmp_path / "other")
+    assert not other.contains("m", "1"), "on the remote only"
+    other.get("m", "1", allow_patterns="*.json")
+    assert not other.contains("m", "1"), "not all files"
+    other.get("m", "1")
+    assert "m@1" in other
+    assert "hf://org/unknown" not in cache
+    with pytest.raises(InvalidError):
+        cache.contains("m")
+    before = cache.metrics.to_dict()
+    assert (sum(before["hits"].values()), before["failures"]) == (0, {})
+
+
+def test_bytes_and_open_files_can_be_put(s3: str, tmp_path: Path, open_cache: Any) -> None:
+    cache = open_cache()
+    content = noise(100_000)
+    assert cache.put("team/detector", "1", content).size == len(content)
+    assert cache.get("team/detector", "1").read_bytes() == content
+    assert cache.get("team/detector", "1").name == "detector"
+    cache.put("m", "2", io.BytesIO(content), filename="weights.bin")
+    assert cache.get("m", "2").name == "weights.bin"
+    (tmp_path / "file").write_bytes(content)
+    with (tmp_path / "file").open("rb") as file:
+        put = asyncio.run(cache.aput("m", "3", file, filename="model.onnx"))
+    assert (put.size, cache.get("m", "3").name) == (len(content), "model.onnx")
+    with pytest.raises(InvalidError, match="filename"):
+        cache.put("m", "4", content, filename="../m")
+    with pytest.raises(InvalidError, match="filename"):
+        cache.put("m", "4", tmp_path / "file", filename="other")
+    with pytest.raises(TypeError, match=r"put\(\) argument 'path' must be str, PathLike, bytes or SupportsRead, not int"):
+        cache.put("m", "4", 5)
+    left = tmp_path / "left"
+    left.mkdir()
+    code = "from modelcache import ModelCache, ModelCacheError\ntry:\n    ModelCache().put('n', '1', b'x', tier='x')\n"
+    code += "except ModelCacheError:\n    ModelCache().put('n', '1', b'x')\n"
+    in_another_process(code, TMPDIR=str(left))
+    assert list(left.iterdir()) == []
+
+
+def test_inspect_prune_and_doctor_return_the_objects_of_the_command_line(
+    s3: str, model: Path, open_cache: Any
+) -> None:
+    cache = open_cache()
+    cache.put("m", "1", model)
+    inspected = cache.inspect("m", "1")
+    assert inspected == asyncio.run(cache.ainspect("m@1"))
+    assert (inspected["reference"], inspected["known_on_remote"]) == ("m@1", True)
+    assert [file["path"] for file in inspected["files"]] == ["config.json", "tokenizer/vocab.txt", "weights.bin"]
+    with pytest.raises(NotFoundError):
+        cache.inspect("m", "2")
+
+    dry_run = cache.prune(older_than=timedelta(0), dry_run=True)
+    assert [row["reference"] for row in dry_run["evicted"]] == ["m@1"]
+    assert cache.prune(older_than="30d")["evicted"] == []
+    assert cache.contains("m@1")
+    pruned = asyncio.run(cache.aprune(to=0))
+    assert (pruned["reached"], pruned["freed_bytes"] >= MODEL_BYTES) == (True, True)
+    assert not cache.contains("m@1")
+    for arguments in ({"older_than": "7"}, {"to": "lots"}):
+        with pytest.raises(InvalidError, match=next(iter(arguments))):
+            cache.prune(**arguments)
+    with pytest.raises(TypeError, match="'older_than' must be timedelta, str or None, not int"):
+        cache.prune(older_than=7)
+
+    report = cache.doctor(read_only=True)
+    assert report["problems"] == sum(check["gravity"] == "problem" for check in report["checks"]) == 0
+    assert any("can be written" in check["says"] for check in report["checks"])
+    assert set(report) == {"checks", "problems", "warnings"} == set(asyncio.run(cache.adoctor()))
+    done = subprocess.run(
+        [sys.executable, "-m", "modelcache", "doctor", "--json"], capture_output=True, text=True, timeout=60
+    )
+    assert set(json.loads(done.stdout)) == {*report, "exit"}
+
+
+def test_metrics_show_their_counters(model: Path, open_cache: Any) -> None:
+    cache = open_cache()
+    cache.put("m", "1", model)
+    cache.get("m", "1")
+    assert repr(cache.metrics) == "<Metrics: 1 gets (1 from disk, 0 from remote, 0 from origin), 0 failed>"
+    cache.close()
+    assert repr(cache.metrics) == "<Metrics of a closed cache>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import pickle
 from pathlib import Path
@@ -11,6 +12,7 @@ import modelcache
 import pytest
 from conftest import write_model
 from modelcache import ModelCacheError, NotFoundError
+from modelcache._hints import in_python
 
 
 def test_errors_derive_from_one_base_and_from_builtin_exceptions() -> None:
@@ -73,9 +75,79 @@ def test_an_artifact_larger_than_the_budget_is_refused(tmp_path: Path, open_cach
 
 def test_arguments_of_the_wrong_type_raise_type_error(open_cache: Any) -> None:
     cache = open_cache()
-    for arguments in ({"reference": 3}, {"reference": "m", "version": 3}, {"reference": "m@1", "timeout": "soon"}):
-        with pytest.raises(TypeError):
-            cache.get(**arguments)
+    for arguments, says in (
+        ({"reference": 3}, "get() argument 'reference' must be str, not int"),
+        ({"reference": "m", "version": 1}, "get() argument 'version' must be str or None, not int"),
+        ({"reference": "m@1", "timeout": "soon"}, "get() argument 'timeout' must be float or None, not str"),
+        ({"reference": "m@1", "verify": "yes"}, "get() argument 'verify' must be bool, not str"),
+        ({"reference": "m@1", "local_dir": 3}, "get() argument 'local_dir' must be str, PathLike or None, not int"),
+        ({"reference": "m@1", "allow_patterns": 3}, "'allow_patterns' must be str, a list of str or None, not int"),
+        ({"reference": "m@1", "ignore_patterns": [3]}, "a list of str or None, not a list with int"),
+        ({"reference": "m@1", "token": 3}, "get() argument 'token' must be str, bool or None, not int"),
+        ({"reference": "m@1", "progress": 3}, "get() argument 'progress' must be a function or None, not int"),
+        ({"reference": "m@1", "colour": 3}, "unexpected keyword argument 'colour'"),
+        ({}, "missing 1 required positional argument: 'reference'"),
+    ):
+        for call in (cache.get, lambda **arguments: asyncio.run(cache.aget(**arguments))):
+            with pytest.raises(TypeError) as caught:
+                call(**arguments)
+            assert says in str(caught.value)
+    for call, says in (
+        (lambda: cache.put("m", 1, "."), "put() argument 'version' must be str, not int"),
+        (lambda: cache.evict("m", 1), "evict() argument 'version' must be str or None, not int"),
+        (lambda: cache.evict("m", "1", tier=1), "evict() argument 'tier' must be 'all', 'disk' or 'remote', not int"),
+        (lambda: cache.prewarm([("m", 1)]), "'references' must be a list of str or a pair of str, not a list with tuple"),
+        (lambda: cache.prewarm(["m@1"], jobs="4"), "prewarm() argument 'jobs' must be int, not str"),
+        (lambda: cache.verify(tier=3), "verify() argument 'tier' must be 'disk', 'remote' or 'all', not int"),
+        (lambda: cache.open("m@1", 3), "open() argument 'path' must be str or None, not int"),
+        (lambda: 3 in cache, "contains() argument 'reference' must be str, not int"),
+        (lambda: open_cache(max_bytes={}), "ModelCache() argument 'max_bytes' must be"),
+        (lambda: open_cache(remote_options=3), "ModelCache() argument 'remote_options' must be"),
+        (lambda: open_cache(token=3), "ModelCache() argument 'token' must be str, bool or None, not int"),
+    ):
+        with pytest.raises(TypeError) as caught:
+            call()
+        assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("hint", "expected"),
+    [
+        ("`modelcache ls` and `modelcache ls --remote` list the artifacts",
+         "`cache.list_artifacts()` and `cache.list_artifacts(remote=True)` list the artifacts"),
+        ("`modelcache verify --tier remote --repair` uploads it again",
+         '`cache.verify(tier="remote", repair=True)` uploads it again'),
+        ("the copy is damaged; `modelcache put --force` replaces it",
+         "the copy is damaged; `cache.put(…, force=True)` replaces it"),
+        ("put the artifact again: modelcache put NAME@VERSION PATH",
+         "put the artifact again: cache.put(NAME, VERSION, PATH)"),
+        ("remove the pin first: modelcache unpin 'a b@1'", 'remove the pin first: cache.unpin("a b@1")'),
+        ("name the version: `modelcache tag m@3 prod`", 'name the version: `cache.tag("m", "3", "prod")`'),
+        ("leave out --refresh, or be online: --offline, MODEL_CACHE_OFFLINE",
+         "leave out force_refresh=True, or be online: offline=True, MODEL_CACHE_OFFLINE"),
+        ("put it on this disk only: --remote none", 'put it on this disk only: remote="none"'),
+        ("put the right file, or omit --expect", "put the right file, or omit expect"),
+        ("choose fewer files (--include)", "choose fewer files (allow_patterns)"),
+        # Commands without a counterpart, and those of other programs, stay.
+        ("`modelcache tag --remove m@3` removes the tag", "`modelcache tag --remove m@3` removes the tag"),
+        ("run `aws s3 rm --recursive`, with --serve-artifacts", "run `aws s3 rm --recursive`, with --serve-artifacts"),
+    ],
+)  # fmt: skip
+def test_hints_name_methods_and_keywords(hint: str, expected: str) -> None:
+    assert in_python(hint) == expected
+
+
+def test_the_hint_of_an_error_is_in_the_words_of_the_package(tmp_path: Path, open_cache: Any) -> None:
+    cache, model = open_cache(), write_model(tmp_path / "model", 1000)
+    cache.put("m", "1", model)
+    with pytest.raises(modelcache.InvalidError) as caught:
+        cache.get("m@1/config.json", allow_patterns="*")
+    assert "--" not in str(caught.value.hint)
+    (model / "config.json").write_text("{}")
+    with pytest.raises(modelcache.ConflictError) as conflict:
+        cache.put("m", "1", model)
+    assert "force=True" in str(conflict.value.hint)
+    assert "--force" not in str(conflict.value)
 
 
 def test_log_records_go_to_logging(s3: str, tmp_path: Path, open_cache: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,10 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import modelcache
 import pytest
 from conftest import write_model
+from fastapi import FastAPI
 from modelcache import ModelCache
+from modelcache.fastapi import install_error_handlers
 from servers import ROOT, SlowProxy
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
 
 SIZE = 4 << 20
 
@@ -234,6 +243,84 @@ def test_a_missing_artifact_is_retried(slow: SlowProxy, serve: Callable[..., App
     with ModelCache(cache_dir=tmp_path / "writer") as cache:
         cache.put("m", "1", write_model(tmp_path / "model", SIZE))
     app.wait_until_ready()
+
+
+def test_readiness_shows_the_error_while_a_request_is_retried(
+    published: SlowProxy, serve: Callable[..., Application], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    for name in [name for name in os.environ if name.startswith("AWS_ENDPOINT_URL")]:
+        monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
+    app = serve("import logging\nlogging.basicConfig(level='INFO')\n" + textwrap.dedent(APPLICATION))
+
+    def row() -> dict[str, Any]:
+        artifact: dict[str, Any] = app.get("/readyz").json()["artifacts"][0]
+        return artifact
+
+    app.wait_until(lambda: row()["retries"] > 2)
+    during = row()
+    assert during["state"] == "filling"
+    assert str(port) in during["error"]
+    log = app.log.read_text()
+    assert log.count("WARNING:modelcache.readiness:m@1 is not ready, trying again: ") == 1
+    # The store comes up.
+    forward = SlowProxy(published.port, port=port)
+    try:
+        app.wait_until_ready()
+    finally:
+        forward.stop()
+    after = row()
+    assert (after["error"], after["retries"] >= during["retries"]) == (None, True)
+    assert re.search(r"^INFO:modelcache\.cache:m@1 ready: 4\.2 MB from s3 in \d+\.\d s$", app.log.read_text(), re.M)
+
+
+def test_errors_of_the_cache_become_responses() -> None:
+    app = FastAPI()
+    install_error_handlers(app)
+    errors = {
+        "not-found": modelcache.NotFoundError("m@1: not found", hint="publish it"),
+        "unauthorized": modelcache.UnauthorizedError("refused"),
+        "corrupt": modelcache.IntegrityError("wrong bytes"),
+        "full": modelcache.FullError("no room"),
+        "down": modelcache.UnavailableError("no answer"),
+        "throttled": modelcache.UnavailableError("slow down"),
+        "invalid": modelcache.InvalidError("no version"),
+        "conflict": modelcache.ConflictError("in use"),
+        "directory": modelcache.DirectoryError("read-only"),
+    }
+    errors["throttled"].retry_after = 7.2
+
+    @app.get("/{kind}")
+    def fail(kind: str) -> None:
+        raise errors[kind]
+
+    with TestClient(app) as client:
+        answers = {kind: client.get(f"/{kind}") for kind in errors}
+    assert {kind: answer.status_code for kind, answer in answers.items()} == {
+        "not-found": 404, "unauthorized": 502, "corrupt": 502, "full": 507, "down": 503, "throttled": 503,
+        "invalid": 400, "conflict": 409, "directory": 500,
+    }  # fmt: skip
+    assert answers["not-found"].json() == {
+        "error": {"code": "not_found", "message": "m@1: not found", "hint": "publish it"}
+    }
+    assert answers["full"].json()["error"]["hint"] is None
+    retry_after = {kind: answer.headers.get("retry-after") for kind, answer in answers.items()}
+    assert {kind: wait for kind, wait in retry_after.items() if wait} == {"down": "5", "throttled": "8"}
+
+
+def test_an_endpoint_that_finds_nothing_answers_404(open_cache: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model_cache = open_cache(remote="none")
+
+    async def endpoint(request: Request) -> PlainTextResponse:
+        return PlainTextResponse(str(await model_cache.aget(request.path_params["reference"])))
+
+    app = Starlette(routes=[Route("/{reference}", endpoint)])
+    install_error_handlers(app)
+    with TestClient(app) as client:
+        answer = client.get("/absent@1")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+    assert caplog.records == []
 
 
 def test_a_failed_on_ready_is_called_again(published: SlowProxy, serve: Callable[..., Application]) -> None:
