@@ -96,7 +96,7 @@ def test_arguments_of_the_wrong_type_raise_type_error(open_cache: Any) -> None:
         (lambda: cache.put("m", 1, "."), "put() argument 'version' must be str, not int"),
         (lambda: cache.evict("m", 1), "evict() argument 'version' must be str or None, not int"),
         (lambda: cache.evict("m", "1", tier=1), "evict() argument 'tier' must be 'all', 'disk' or 'remote', not int"),
-        (lambda: cache.prewarm([("m", 1)]), "'references' must be a list of str or a pair of str, not a list with tuple"),
+        (lambda: cache.prewarm([("m", 1)]), "must be a list of str or a pair of str, not a list with tuple"),
         (lambda: cache.prewarm(["m@1"], jobs="4"), "prewarm() argument 'jobs' must be int, not str"),
         (lambda: cache.verify(tier=3), "verify() argument 'tier' must be 'disk', 'remote' or 'all', not int"),
         (lambda: cache.open("m@1", 3), "open() argument 'path' must be str or None, not int"),

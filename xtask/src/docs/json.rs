@@ -45,7 +45,8 @@ alphabetical order. Progress and messages stay on standard error.
 
 The Python package builds its data classes from the same objects. Their attributes differ in three cases: `before` and
 `after` of a tag are `from` and `to` here, `origin` of a resolved reference is `from`, and times are numbers of seconds
-since the Unix epoch.
+since the Unix epoch. `inspect`, `prune` and `doctor` of the package return the objects themselves, `doctor` without
+`exit`.
 ";
 
 /// Returns the page.
