@@ -285,8 +285,7 @@ mod tests {
         }
         assert_eq!(instead(&["get", "--token=canary", "x"]), instead(&["get", "--token", "x"]));
         for (words, text) in FOREIGN_VERBS {
-            // `sync` is still a hidden command.
-            words.iter().filter(|word| **word != "sync").for_each(|word| assert!(instead(&[word]).is_some(), "{word}"));
+            words.iter().for_each(|word| assert!(instead(&[word]).is_some(), "{word}"));
             for verb in text.split("modelcache ").skip(1).filter_map(|rest| rest.split([' ', ',', ';', ':']).next()) {
                 assert!(Arguments::command().find_subcommand(verb).is_some(), "{verb}");
             }

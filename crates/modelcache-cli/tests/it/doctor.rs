@@ -48,7 +48,7 @@ fn doctor(run: Run) -> Report {
 #[test]
 fn a_working_setup_passes_and_nothing_is_left_behind() {
     let house = House::new();
-    house.on("a").run(["stats"]).ok();
+    house.make_cache("a");
     let before = files_below(&house.path("a"));
     let report = doctor(house.on("a"));
     assert_eq!(report.code, Some(0), "{}", report.shown);
@@ -252,7 +252,7 @@ fn a_directory_that_cannot_be_used_ends_with_8() {
     assert_eq!(report.code, Some(8), "{}", report.shown);
     report.says("directory", "problem", "not a folder");
 
-    house.on_local("newer").run(["stats"]).ok();
+    house.make_cache("newer");
     fs::write(house.path("newer/FORMAT"), "modelcache 9\n").unwrap();
     doctor(house.on_local("newer")).says("directory", "problem", "has format 9");
 
@@ -290,7 +290,7 @@ fn a_read_only_mount_and_a_full_one_are_reported() {
 fn locks_that_do_not_exclude_are_a_warning() {
     let Some(shim) = shim() else { return };
     let house = House::new();
-    house.on_local("a").run(["stats"]).ok();
+    house.make_cache("a");
     let lies = shim.flock(&house.path("a"), modelcache_testkit::Flock::Lies);
     let report = doctor(house.on_local("a").envs(lies.envs()));
     assert_eq!(report.code, Some(0), "{}", report.shown);

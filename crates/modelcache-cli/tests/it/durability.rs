@@ -46,7 +46,7 @@ impl Bench {
         let shim = shim()?;
         let (house, commit) = House::with_model();
         // Creates the directory, with all syncs that belong to it, before a gate is closed.
-        house.on_local("a").run(["stats"]).ok();
+        house.make_cache("a");
         Some(Self { house, shim, commit })
     }
 

@@ -112,7 +112,7 @@ fn an_image_serves_with_a_read_only_cache_directory() {
         return;
     }
     let house = baked(&[]);
-    house.on_local("a").run(["stats"]).ok();
+    house.make_cache("a");
     let mount = format!("mount --bind {0} {0}; mount -o remount,ro,bind {0}", house.path("a").display());
     assert_model(&over(&house, "a").run_after(&mount, &["get", REF]).path_saying(&["on disk"]));
 }

@@ -504,7 +504,7 @@ fn an_eviction_says_which_bytes_stay_because_another_artifact_uses_them() {
         house.on_local("a").run(["put", key, file]).ok();
     }
     let report = |options: &[&str]| {
-        let evict = [&["evict", "a@1", "--tier", "disk", "--json"], options].concat();
+        let evict = [&["evict", "a@1", "--tier", "disk", "--yes", "--json"], options].concat();
         house
             .on_local("a")
             .run(evict)

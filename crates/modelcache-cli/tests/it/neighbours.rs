@@ -96,7 +96,7 @@ impl Shared {
             &["get", "m@1", "--verify"],
             &["prune", "--to", "0"],
             &["put", "m@1", source.to_str().unwrap()],
-            &["evict", "m@1", "--tier", "disk"],
+            &["evict", "m@1", "--tier", "disk", "--yes"],
         ];
         for command in commands {
             let outcome = self.run(command);
@@ -221,7 +221,7 @@ fn entries_of_the_wrong_type_are_named_by_doctor_and_moved_by_prune() {
         assert!(!fs::symlink_metadata(&place).is_ok_and(|found| !found.is_file()), "{name} is still there");
         shared.put_back();
         shared.run(&["get", "m@1"]).ok();
-        shared.run(&["evict", "m@1", "--tier", "disk"]).ok();
+        shared.run(&["evict", "m@1", "--tier", "disk", "--yes"]).ok();
         shared.house.on_local("a").run(["doctor", "--read-only"]).ok();
     }
 }

@@ -212,7 +212,7 @@ fn one_user_cannot_make_another_publish() {
         run.env("MODEL_CACHE_REMOTE", format!("file://{}", house.path(folder).display()))
     };
     let on = || on_remote("remote-of-a");
-    by(a, on(), &["stats"]).ok();
+    by(a, on(), &["get", "none@1"]).failed(3, &["none@1"]);
     // B records an upload to the remote of A, in the place of a record of A.
     by(b, on_remote("open/remote-of-b"), &["get", REF, "--backfill", "later"]).ok();
     let records = house.path("open/cache/backfill");
@@ -279,7 +279,7 @@ fn with_a_part_on_its_own_mount(part: &str) {
         return;
     }
     let house = open_house();
-    house.on_local("a").run(["stats"]).ok();
+    house.make_cache("a");
     let folder = house.path("a").join(part);
     let mount = format!("mount --bind {0} {0}", folder.display());
     let first = house.on_local("a").run_after(&mount, &["get", REF, "--include", "*.safetensors", "--json"]).object();
@@ -311,7 +311,7 @@ fn a_changed_copy_is_repaired_and_counted_once() {
         return;
     }
     let house = open_house();
-    house.on_local("a").run(["stats"]).ok();
+    house.make_cache("a");
     let mount = format!("mount --bind {0} {0}", house.path("a/blobs").display());
     let path = house.on_local("a").run_after(&mount, &["get", REF]).path();
     let config = path.join("config.json");

@@ -144,6 +144,12 @@ impl House {
         self.on_local(dir).run(["ls", "--json"]).objects().iter().map(|row| text(&row["reference"])).collect()
     }
 
+    /// Makes an empty cache directory. Commands that only read make none.
+    #[track_caller]
+    pub fn make_cache(&self, dir: &str) {
+        self.on_local(dir).run(["get", "none@1"]).failed(3, &["none@1"]);
+    }
+
     /// Asserts that `dir` has no artifact, complete or partial, and no staging folder.
     #[track_caller]
     pub fn assert_no_artifact_or_staging(&self, dir: &str) {
