@@ -311,13 +311,20 @@ impl Cache {
     }
 
     /// Removes leftovers and, as far as requested, artifacts from the local directory.
-    fn prune(&self, py: Python<'_>, older_than: Option<&str>, to: Option<&str>, dry_run: bool) -> PyResult<Call> {
+    fn prune(
+        &self,
+        py: Python<'_>,
+        older_than: Option<&str>,
+        to: Option<&str>,
+        only_copies: bool,
+        dry_run: bool,
+    ) -> PyResult<Call> {
         self.json_call(py, |open| {
             let of = |name, text, error: Error| Error::invalid(format!("{name}={text:?}: {}", error.message()));
             let age =
-                older_than.map(|text| settings::parse_duration(text).map_err(|error| of("older_than", text, error)));
+                older_than.map(|text| settings::parse_lifetime(text).map_err(|error| of("older_than", text, error)));
             let size = to.map(|text| settings::parse_size(text).map_err(|error| of("to", text, error)));
-            let options = PruneOptions { older_than: age.transpose()?, to: size.transpose()?, dry_run };
+            let options = PruneOptions { older_than: age.transpose()?, to: size.transpose()?, only_copies, dry_run };
             let cache = open.cache.clone();
             Ok(async move { cache.prune(&options).await })
         })

@@ -2,7 +2,7 @@
 
 use crate::arguments::Arguments;
 use crate::output::Output;
-use clap::{Args, Command, CommandFactory};
+use clap::{Args, CommandFactory};
 use clap_complete::Shell;
 use modelcache::Result;
 
@@ -19,14 +19,7 @@ pub(crate) struct Completions {
 impl Completions {
     pub(crate) fn run(&self, output: &Output) -> Result<()> {
         let mut script = Vec::new();
-        clap_complete::generate(self.shell, &mut visible_commands(), "modelcache", &mut script);
+        clap_complete::generate(self.shell, &mut Arguments::command(), "modelcache", &mut script);
         output.print_trusted(&String::from_utf8_lossy(&script))
     }
-}
-
-/// Returns the command line without hidden commands, which only modelcache itself runs.
-fn visible_commands() -> Command {
-    let all = Arguments::command();
-    let verbs = all.get_subcommands().filter(|verb| !verb.is_hide_set());
-    Command::new("modelcache").args(all.get_arguments().cloned()).subcommands(verbs.cloned())
 }

@@ -633,24 +633,25 @@ class ModelCache:
         *,
         older_than: timedelta | str | None = None,
         to: int | str | None = None,
+        only_copies: bool = False,
         dry_run: bool = False,
     ) -> Pending[dict[str, Any]]:
         """Free disk space now: remove leftovers and, as far as requested, artifacts, least recently used first.
 
-        Artifacts in use and pinned artifacts stay. Nothing is removed from the remote.
+        Artifacts in use, pinned artifacts and artifacts that only this disk has stay. Nothing is removed from the
+        remote.
 
         :param older_than: remove artifacts that were not used for this long: a ``timedelta``, ``"12h"`` or ``"30d"``.
         :param to: remove artifacts until at most this is used: a number of bytes, ``"100GB"``, or ``"50%"`` of the
             filesystem.
+        :param only_copies: also remove artifacts that only this disk has.
         :param dry_run: remove nothing, and report what would be removed.
         :returns: the object that ``modelcache prune --json`` prints, see docs/json.md. Its field ``reached`` is false
             if more than ``to`` remains, because the rest is in use.
         """
         age = f"{older_than.total_seconds():f}s" if isinstance(older_than, timedelta) else older_than
-        if isinstance(age, str) and age.strip().replace(".", "").isdigit():
-            raise InvalidError(f"older_than={age!r} has no unit", hint="write 7d for seven days, 7s for seven seconds")
         size = str(to) if isinstance(to, int) else to
-        return Pending(self._native.prune(age, size, dry_run), json.loads)
+        return Pending(self._native.prune(age, size, only_copies, dry_run), json.loads)
 
     aprune = _calls.asynchronous(prune)
 
