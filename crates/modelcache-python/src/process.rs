@@ -380,8 +380,8 @@ fn run(receiver: &Receiver<Message>) {
         let attached = match message {
             Message::Stop => None,
             Message::LogRecords => Python::try_attach(logs::forward_records),
-            // The waiting task forwards the log records. A logging handler must not block this thread, because the handler
-            // may wait for an event loop that this thread has to wake.
+            // The waiting task forwards the log records. A logging handler must not block this thread, because the
+            // handler may wait for an event loop that this thread has to wake.
             Message::CallFinished(done, outcome) => Python::try_attach(|py| {
                 if let Err(error) = CallOutput::call_back(py, done.bind(py), outcome) {
                     error.write_unraisable(py, Some(done.bind(py)));
