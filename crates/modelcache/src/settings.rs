@@ -143,7 +143,7 @@ pub const SETTINGS: &[Setting] = &[
         value_name: "off|group|world",
         default: "`off`",
         description: "Which users share the cache directory. This sets the modes of new files and folders, whatever \
-                  the umask; published files always have mode 0444. An existing directory keeps its modes.",
+                  the umask; published files are always read-only. An existing directory keeps its modes.",
         accepts: "off, group (the group of the folder) or world (all users)",
         set: |value, draft| {
             draft.config.shared = match value.text.as_str() {
