@@ -105,7 +105,7 @@ fn get_without_room(house: &House, too_small: &str, large: &str) -> Outcome {
          {BIN} get hf://org/small >&2
          set +e; {BIN} get hf://org/model; code=$?; set -e
          test -z \"$(ls -A staging)\" || {{ echo LEFT OVER; ls -AlR staging; }} >&2
-         test \"$({BIN} ls | wc -l)\" = 2 || {{ echo VISIBLE; {BIN} ls; }} >&2
+         test \"$({BIN} ls --json | wc -l)\" = 1 || {{ echo VISIBLE; {BIN} ls; }} >&2
          mount -o remount,{large} \"$MODEL_CACHE_DIR\"
          diff -r \"$({BIN} get hf://org/model)\" \"$1\" >&2
          exit $code"

@@ -398,7 +398,8 @@ fn an_object_removed_by_a_lifecycle_rule_is_fetched_from_the_origin_and_restored
     house.on("a").run(["get", "hf://org/model"]).path();
     let key = house.s3_key(&format!("hf/org/model/{commit}"), "model.safetensors");
     house.s3.remove(BUCKET, &key).unwrap();
-    let refilled = house.on("b").run(["get", &format!("hf://org/model@{commit}")]).path_saying(&["from origin"]);
+    let refilled =
+        house.on("b").run(["get", &format!("hf://org/model@{commit}")]).path_saying(&["from remote and origin"]);
     assert_model(&refilled);
     assert_eq!(house.s3.object(BUCKET, &key).as_deref(), Some(&*big().to_vec().unwrap()), "repaired on S3");
     house.hub.down(true);

@@ -264,6 +264,9 @@ fn list_folder(
             }
             _ => unreadable(&from, cause),
         })?;
+        if metadata.is_dir() && excluded.excludes(&format!("{path}/")) {
+            continue;
+        }
         if let Some(boundary) = boundary
             && entry.file_type().map_err(|cause| unreadable(&from, cause))?.is_symlink()
         {
@@ -273,9 +276,6 @@ fn list_folder(
                 return Err(Error::invalid(format!("{link} is a symbolic link to {target}, outside the folder"))
                     .hint("--follow-links publishes what such links point to; --exclude leaves one out"));
             }
-        }
-        if metadata.is_dir() && excluded.excludes(&format!("{path}/")) {
-            continue;
         }
         if metadata.is_dir() {
             // If a link points to a folder that is being listed, the listing would never end.
