@@ -38,7 +38,8 @@ pub(crate) struct Global {
     /// Print neither progress nor summary, only errors
     #[arg(long, short, global = true)]
     pub(crate) quiet: bool,
-    /// Read only this configuration file [env: MODEL_CACHE_CONFIG]. Settings are options, too: `modelcache help settings`
+    /// Read only this configuration file [env: MODEL_CACHE_CONFIG]. Settings are options, too:
+    /// `modelcache help settings`
     #[arg(long, global = true, value_name = "PATH")]
     pub(crate) config: Option<PathBuf>,
     /// Settings passed as flags.

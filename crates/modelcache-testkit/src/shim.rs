@@ -121,8 +121,8 @@ impl Strike {
         self.with("SHIM_STICKY", 1)
     }
 
-    /// Counts only calls of the functions `call`, separated by commas, when it selects the call to fail. Threads interleave, so a number among
-    /// all calls could hit any function.
+    /// Counts only calls of the functions `call`, separated by commas, when it selects the call to fail. Threads
+    /// interleave, so a number among all calls could hit any function.
     #[must_use]
     pub fn of(self, call: &str) -> Self {
         self.with("SHIM_OF", call)

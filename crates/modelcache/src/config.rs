@@ -194,8 +194,8 @@ pub struct BucketConfig {
 pub struct Environment(pub HashMap<String, String>);
 
 impl Environment {
-    /// Returns the value of `name` without white space around it, or `None` if it is unset or empty. A Kubernetes secret
-    /// that was made with `echo` ends in a line break.
+    /// Returns the value of `name` without white space around it, or `None` if it is unset or empty. A Kubernetes
+    /// secret that was made with `echo` ends in a line break.
     pub fn get(&self, name: &str) -> Option<&str> {
         self.0.get(name).map(|value| value.trim()).filter(|value| !value.is_empty())
     }

@@ -51,8 +51,8 @@ pub trait Source: fmt::Debug + Send + Sync {
         false
     }
 
-    /// Returns the bucket or folder that contains the files, as `s3://bucket` or `file:///folder`, if there is one and it
-    /// is known. Files in the bucket or folder of the remote are not uploaded to the remote a second time.
+    /// Returns the bucket or folder that contains the files, as `s3://bucket` or `file:///folder`, if there is one and
+    /// it is known. Files in the bucket or folder of the remote are not uploaded to the remote a second time.
     fn store(&self) -> Option<String> {
         None
     }

@@ -1,7 +1,7 @@
 //! `evict`: removes artifacts from the local disk and the remote.
 //!
-//! If the only copies would be removed, if tags point to an artifact, or if the remote would be touched although no tier
-//! was named, the user has to confirm, or to pass `--yes`. A dry run determines this before anything is removed.
+//! If the only copies would be removed, if tags point to an artifact, or if the remote would be touched although no
+//! tier was named, the user has to confirm, or to pass `--yes`. A dry run determines this before anything is removed.
 
 use super::Session;
 use crate::output::Lines;
@@ -14,8 +14,8 @@ use std::io::{self, BufRead, IsTerminal};
 
 /// Remove artifacts from the local disk and the remote
 ///
-/// Asks for confirmation, or requires --yes, if the only copies of an artifact would be removed, if tags point to it, or
-/// if it would be removed from the remote and --tier is not given. Those tags are removed, too.
+/// Asks for confirmation, or requires --yes, if the only copies of an artifact would be removed, if tags point to it,
+/// or if it would be removed from the remote and --tier is not given. Those tags are removed, too.
 #[derive(Debug, Args)]
 pub(crate) struct Evict {
     /// NAME@VERSION, another reference, or a pattern such as 'NAME@*' for references that `ls` lists
@@ -163,7 +163,8 @@ impl Evict {
     }
 }
 
-/// Parses an argument. Wildcards make it a pattern; in the address of a web server, a question mark or a bracket does not.
+/// Parses an argument. Wildcards make it a pattern; in the address of a web server, a question mark or a bracket does
+/// not.
 fn parse(text: &str) -> Result<Wanted<'_>> {
     let is_pattern = text.contains('*') || (text.contains(['?', '[']) && !text.starts_with("http"));
     Ok(if is_pattern {

@@ -12,7 +12,8 @@ use std::path::PathBuf;
 #[derive(Debug, Default, Args)]
 pub(crate) struct IntoFolder {
     /// Also put the files into this folder, and print its path instead. The folder is replaced as a whole; a mount
-    /// point is filled file by file, the file `.modelcache.json` last. A folder with files that modelcache did not put there is refused
+    /// point is filled file by file, the file `.modelcache.json` last. A folder with files that modelcache did not put
+    /// there is refused
     #[arg(long, visible_alias = "local-dir", value_name = "DIR")]
     into: Option<PathBuf>,
     /// How to put the files into the folder

@@ -139,8 +139,8 @@ fn a_definite_answer_of_s3_ends_a_put_at_once() {
     }
 }
 
-/// An object that a listing names is there. A 403 to its GET is reported with the server's message, and no copy of it is
-/// taken for missing or for the work of another tool.
+/// An object that a listing names is there. A 403 to its GET is reported with the server's message, and no copy of it
+/// is taken for missing or for the work of another tool.
 #[test]
 fn an_object_that_is_listed_and_cannot_be_read_is_not_missing() {
     let house = house();

@@ -5,7 +5,8 @@
 //! uploads are completed by [`Cache::backfill_pending`], and at the end of every run that reached the remote. A hit
 //! never waits for them. An upload that can never succeed is dropped with a warning.
 //!
-//! An artifact that was put while no remote was configured is recorded, too. Only [`Cache::backfill_pending`] uploads it.
+//! An artifact that was put while no remote was configured is recorded, too. Only [`Cache::backfill_pending`] uploads
+//! it.
 //!
 //! If the remote refuses a write because of a missing permission, this is reported once, and the remote counts as
 //! read-only until the process ends.

@@ -16,8 +16,8 @@ impl Cache {
     /// it last resolved to on this machine.
     ///
     /// # Errors
-    /// `NotFound` if none of the selected tiers has it; `Conflict` while the artifact is leased, or while another writer publishes it on the remote; `Invalid` for a
-    /// tag.
+    /// `NotFound` if none of the selected tiers has it; `Conflict` while the artifact is leased, or while another
+    /// writer publishes it on the remote; `Invalid` for a tag.
     pub async fn evict(&self, reference: &Reference, tier: EvictTier, dry_run: bool) -> Result<EvictReport> {
         // A tag is not resolved, because it may have moved since this machine resolved it last. Only the version with
         // exactly this name is evicted.

@@ -85,8 +85,8 @@ struct Inner {
 }
 
 impl Cache {
-    /// Opens the cache. Creates the local directory if it does not exist, unless the configuration forbids that; then the
-    /// cache is empty and read-only. Sends no request over the network.
+    /// Opens the cache. Creates the local directory if it does not exist, unless the configuration forbids that; then
+    /// the cache is empty and read-only. Sends no request over the network.
     ///
     /// # Errors
     /// `Directory` if the local directory cannot be used; `Invalid` if the configuration of the remote is wrong.

@@ -1,7 +1,7 @@
 //! Versions that were replaced on the remote (`put --force` on another machine) after this disk downloaded them.
 //!
-//! A hit does not contact the remote, so only a refresh finds out. It compares the manifests and evicts the old copy, so
-//! that the get downloads the new content.
+//! A hit does not contact the remote, so only a refresh finds out. It compares the manifests and evicts the old copy,
+//! so that the get downloads the new content.
 
 use super::Cache;
 use super::plan::manifest_of;
@@ -14,8 +14,8 @@ impl Cache {
     /// keys is determined by their origin, and so is that of a bare name that a configured origin has.
     ///
     /// # Errors
-    /// `Conflict` if the old copy is in use or pinned, or if it was put on this disk and never uploaded; any error of the
-    /// remote.
+    /// `Conflict` if the old copy is in use or pinned, or if it was put on this disk and never uploaded; any error of
+    /// the remote.
     pub(super) async fn evict_if_replaced(&self, resolution: &Resolution, policy: LookupPolicy) -> Result<()> {
         let key = &resolution.key;
         let (Some(remote), None) = (self.remote_within(policy.max_tier), key.name.scheme()) else { return Ok(()) };

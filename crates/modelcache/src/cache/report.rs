@@ -322,8 +322,8 @@ pub struct EvictReport {
     pub remote_bytes: Option<u64>,
     /// The address of the remote from which it was removed; `None` if nothing was removed there.
     pub remote: Option<String>,
-    /// True if the copy on disk is removed and no other tier is known to have the artifact: it was put without a remote,
-    /// or its upload is pending and its origin does not keep old versions.
+    /// True if the copy on disk is removed and no other tier is known to have the artifact: it was put without a
+    /// remote, or its upload is pending and its origin does not keep old versions.
     pub only_copy: bool,
     /// True if a later get can fetch the artifact again, from an origin or from unmanaged objects that stay on the
     /// remote.

@@ -36,8 +36,8 @@ fn withdrawn_mtime() -> SystemTime {
     UNIX_EPOCH + Duration::from_secs(1)
 }
 
-/// Returns true if the file was withdrawn, perhaps after a failed sync: the page cache may have bytes that the disk does
-/// not have.
+/// Returns true if the file was withdrawn, perhaps after a failed sync: the page cache may have bytes that the disk
+/// does not have.
 pub(super) fn was_withdrawn(metadata: &Metadata) -> bool {
     metadata.modified() == withdrawn_mtime()
 }
@@ -119,8 +119,8 @@ impl Disk {
             if !manifest.holds(selection) {
                 return Ok(AcquireOutcome::Absent);
             }
-            // Step 3: settle the marks of unsynced files. A read-only directory cannot record the result. It does not sync
-            // either: the kernel reports a failed write once, and the report would be lost.
+            // Step 3: settle the marks of unsynced files. A read-only directory cannot record the result. It does not
+            // sync either: the kernel reports a failed write once, and the report would be lost.
             if !self.is_read_only() {
                 if present.marked(&manifest, selection, &[Foreign]).next().is_some() {
                     self.recheck(key, &dir, selection)?;

@@ -45,8 +45,8 @@ pub(crate) fn remove(path: &RootedPath) -> Result<()> {
     absent(path.remove_all()).at("remove", path).map(|_| ())
 }
 
-/// Like [`remove`], but returns false if a folder is left because a file in it is still open: NFS keeps such a file under
-/// a name that begins with `.nfs`.
+/// Like [`remove`], but returns false if a folder is left because a file in it is still open: NFS keeps such a file
+/// under a name that begins with `.nfs`.
 pub(crate) fn remove_unless_open(path: &RootedPath) -> Result<bool> {
     match remove(path) {
         Err(error) if is_left_open(&error) => Ok(false),

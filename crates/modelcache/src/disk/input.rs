@@ -188,12 +188,13 @@ fn changed(input: &InputFile) -> Error {
         .hint("put it again when it is complete")
 }
 
-/// Returns the files at `path`, which is a file or a folder, without those that `excluded` excludes and without the marker
-/// of a materialized folder. Symbolic links are followed; with `follow_links`, also those to targets outside the folder.
+/// Returns the files at `path`, which is a file or a folder, without those that `excluded` excludes and without the
+/// marker of a materialized folder. Symbolic links are followed; with `follow_links`, also those to targets outside the
+/// folder.
 ///
 /// # Errors
-/// Fails if a link points to a folder above it or to nothing, or out of the folder without `follow_links`, or if an entry
-/// is neither a file nor a folder.
+/// Fails if a link points to a folder above it or to nothing, or out of the folder without `follow_links`, or if an
+/// entry is neither a file nor a folder.
 pub(crate) fn list_input(path: &Path, excluded: &Selection, follow_links: bool) -> Result<(Shape, Vec<InputFile>)> {
     let metadata = fs::metadata(path).map_err(|cause| unreadable(path, cause))?;
     if metadata.is_file() {
@@ -231,9 +232,9 @@ fn is_executable(metadata: &fs::Metadata) -> bool {
     metadata.mode() & 0o100 != 0
 }
 
-/// Adds the files below `folder` to `inputs`, sorted by name, and the folders without entries to `empty_folders`. No link
-/// may lead out of the folder `boundary`, if there is one. `ancestors` has the real paths of `folder` and of the folders
-/// that lead to it.
+/// Adds the files below `folder` to `inputs`, sorted by name, and the folders without entries to `empty_folders`. No
+/// link may lead out of the folder `boundary`, if there is one. `ancestors` has the real paths of `folder` and of the
+/// folders that lead to it.
 fn list_folder(
     folder: &Path,
     prefix: &str,

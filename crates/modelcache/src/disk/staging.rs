@@ -187,8 +187,8 @@ impl Disk {
         }
     }
 
-    /// Hashes the wanted blobs for which no manifest vouches, for instance because they were not synced before a reboot.
-    /// Returns the blobs with the right bytes, with the identity that each had when it was hashed.
+    /// Hashes the wanted blobs for which no manifest vouches, for instance because they were not synced before a
+    /// reboot. Returns the blobs with the right bytes, with the identity that each had when it was hashed.
     ///
     /// Call this before taking the budget lock: hashing under that lock would block all other processes.
     fn hash_unvouched(&self, wanted: &[(FilePath, FileEntry)]) -> Result<Vec<(Digest, FileIdentity)>> {

@@ -169,9 +169,9 @@ impl Disk {
         dir: &ArtifactDir,
         found: &'a [SyncedFile],
     ) -> Result<(Vec<&'a SyncedFile>, Option<Error>)> {
-        // Step 1: sync the bytes. For many files, one `syncfs` per filesystem syncs the bytes and the folders. Old files
-        // are synced one by one: an earlier `syncfs` may have received the report of a failed write, and `syncfs` would
-        // wait for the writes of all processes.
+        // Step 1: sync the bytes. For many files, one `syncfs` per filesystem syncs the bytes and the folders. Old
+        // files are synced one by one: an earlier `syncfs` may have received the report of a failed write, and `syncfs`
+        // would wait for the writes of all processes.
         let present = self.present();
         let is_old = |entry: &FileEntry| entry.unsynced().is_some_and(|file| present.state(file) == Old);
         let is_by_filesystem = found.len() > FILE_SYNCS_MAX && !found.iter().any(|(_, entry, _)| is_old(entry));

@@ -113,8 +113,8 @@ fn parse(prefix: &str, rest: &str) -> Result<Reference> {
     Ok(Reference { target: Target::Web(file), file: None, digest: None })
 }
 
-/// Returns the reference to the repository or file that a page of the public Hub shows; `None` for any other URL, and for
-/// the URL of a file (`…/resolve/…`).
+/// Returns the reference to the repository or file that a page of the public Hub shows; `None` for any other URL, and
+/// for the URL of a file (`…/resolve/…`).
 fn hub_page(server: &str, path: &str) -> Option<String> {
     const OTHER_PAGES: [&str; 9] = ["api", "blog", "docs", "front", "join", "learn", "papers", "posts", "settings"];
     if !["huggingface.co", "www.huggingface.co", "hf.co"].contains(&server) {

@@ -1,7 +1,7 @@
 //! Listing of the published artifacts, found by their manifests below the remote's prefix.
 //!
-//! Only the keys of manifests and refs are kept in memory, and the names of the folders that contain none. An artifact that is evicted during the listing is skipped. A
-//! damaged manifest is skipped with a warning.
+//! Only the keys of manifests and refs are kept in memory, and the names of the folders that contain none. An artifact
+//! that is evicted during the listing is skipped. A damaged manifest is skipped with a warning.
 
 use super::refs::{self, RemoteRef};
 use super::store::Store;

@@ -207,7 +207,8 @@ impl Remote {
         &self.0.config.url
     }
 
-    /// Returns true if `store`, the result of [`Source::store`](crate::source::Source::store), is the bucket of this remote or lies in its folder.
+    /// Returns true if `store`, the result of [`Source::store`](crate::source::Source::store), is the bucket of this
+    /// remote or lies in its folder.
     pub(crate) fn contains(&self, store: &str) -> bool {
         match (&self.0.location, RemoteLocation::parse(store)) {
             (RemoteLocation::Bucket { bucket: ours, .. }, Ok(RemoteLocation::Bucket { bucket, .. })) => *ours == bucket,
@@ -438,7 +439,8 @@ impl Folder {
         }
     }
 
-    /// Reads the manifest in the folder, whatever key it belongs to. Otherwise as [`read_manifest`](Self::read_manifest).
+    /// Reads the manifest in the folder, whatever key it belongs to. Otherwise as
+    /// [`read_manifest`](Self::read_manifest).
     async fn read_any_manifest(&self, store: &Store) -> Result<Option<(Manifest, ObjectIdentity)>> {
         let Some((bytes, identity)) = store.get(&self.manifest(store)?, limits::MANIFEST_BYTES_MAX).await? else {
             return Ok(None);

@@ -264,8 +264,8 @@ impl Multipart {
         let parts: Option<Vec<_>> = std::mem::take(&mut self.parts).into_iter().map(part).collect();
         let parts = parts.ok_or_else(|| Error::new(ErrorKind::Other, "a part was not sent"))?;
         let uploads = self.store.uploads()?;
-        // A failed attempt may have completed the upload without an answer. A later attempt is then refused (404 for the
-        // upload id; some stores answer 403), and the object is checked below.
+        // A failed attempt may have completed the upload without an answer. A later attempt is then refused (404 for
+        // the upload id; some stores answer 403), and the object is checked below.
         let was_tried = AtomicBool::new(false);
         let complete = || async {
             match uploads.complete(key, id, parts.clone()).await {

@@ -153,7 +153,8 @@ impl Downloader {
                 let Some(file) = waiting.next() else { break };
                 running.push(self.download_file(file, run, progress));
             }
-            // After a failure, files whose bytes have arrived are still sealed, so that the next fill resumes with them.
+            // After a failure, files whose bytes have arrived are still sealed, so that the next fill resumes with
+            // them.
             let ended = match &failure {
                 None => running.next().await,
                 Some((_, end)) => tokio::time::timeout_at(*end, running.next()).await.ok().flatten(),

@@ -3,7 +3,8 @@
 //! `Downloader` is the entry point. `download.rs` runs the files of one fill, `part.rs` one range of a file, and
 //! `workers.rs` hashes and writes slices. `limiter.rs`, `hedge.rs` and `order.rs` decide how many requests run, which
 //! one gets a second connection, and in which order parts are requested; they do no I/O. `retry.rs` holds the only
-//! retry policy, and `pauses.rs` the waits that servers ask for. `partial_file.rs` connects a download with the readers of a file that is not complete yet.
+//! retry policy, and `pauses.rs` the waits that servers ask for. `partial_file.rs` connects a download with the readers
+//! of a file that is not complete yet.
 
 mod buffer;
 mod cleanup;

@@ -7,8 +7,8 @@ use std::time::Duration;
 /// seconds; a wrong name never does.
 const UNKNOWN_HOST_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Returns the error if `reason` is that TLS with `server` is impossible. `roots_remedy` tells how to trust another root
-/// certificate.
+/// Returns the error if `reason` is that TLS with `server` is impossible. `roots_remedy` tells how to trust another
+/// root certificate.
 pub(crate) fn tls_error(server: &str, reason: &str, roots_remedy: &str) -> Option<Error> {
     let untrusted = |what: String| Error::unavailable(what).transient(false).cause(reason.to_owned());
     if reason.contains("InvalidContentType") {

@@ -25,8 +25,8 @@ const REQUEST_EARNS: i64 = 1;
 const RETRY_COST: i64 = 10;
 /// Initial and maximum number of tokens: an idle process may spend them at once (32 retries).
 const TOKENS_MAX: i64 = 320;
-/// The time in which waits that a server states are waited out, in deadlines. The Hub limits requests in windows of five
-/// minutes, and the usual deadline is one minute.
+/// The time in which waits that a server states are waited out, in deadlines. The Hub limits requests in windows of
+/// five minutes, and the usual deadline is one minute.
 const STATED_WAITS_DEADLINES: u32 = 6;
 /// Time since the first failure after which a wait is reported at log level info.
 const REPORT_AFTER: Duration = Duration::from_secs(2);

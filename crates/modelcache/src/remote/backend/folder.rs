@@ -1,8 +1,7 @@
 //! A local folder, for instance on a shared file system, with the same layout as a bucket.
 //!
-//! A file appears by a rename, after it is complete, verified and synced. Copies are hard links; without them, files are
-//! uploaded again. Symbolic links are
-//! followed inside the folder only.
+//! A file appears by a rename, after it is complete, verified and synced. Copies are hard links; without them, files
+//! are uploaded again. Symbolic links are followed inside the folder only.
 
 use super::{Backend, CopyOutcome, CopyRequest, EndpointContext, WalkedFiles, failure};
 use crate::check::{Area, Check, Clock};
@@ -308,7 +307,8 @@ fn rename_no_replace(from: &FsPath, to: &FsPath) -> io::Result<()> {
         Err(cause) if is_refusal(&cause) => {}
         renamed => return renamed,
     }
-    // Take the name first, and then replace the empty file. A reader in between finds a damaged record, and tries again.
+    // Take the name first, and then replace the empty file. A reader in between finds a damaged record, and tries
+    // again.
     match File::create_new(to) {
         Err(cause) if is_refusal(&cause) => Err(io::Error::new(
             io::ErrorKind::Unsupported,

@@ -1,8 +1,8 @@
 //! The endpoint of S3 for a region, and the URL of a bucket, as the AWS tools compute them.
 //!
 //! The rules are those of the endpoint rule set of S3 that botocore ships; a test compares the results
-//! (`tests/endpoints.py`). Two differences are deliberate. For us-east-1, botocore uses `s3.amazonaws.com`, the older name
-//! of the same endpoint. At an endpoint that is an IP address, buckets are always addressed by path.
+//! (`tests/endpoints.py`). Two differences are deliberate. For us-east-1, botocore uses `s3.amazonaws.com`, the older
+//! name of the same endpoint. At an endpoint that is an IP address, buckets are always addressed by path.
 
 use crate::error::{Error, Result, Tier};
 
@@ -26,8 +26,8 @@ pub(super) fn dns_suffix(region: &str) -> &'static str {
 pub(super) struct Endpoint {
     /// A custom endpoint without a slash at its end; `None` for AWS.
     pub(super) custom: Option<String>,
-    /// Address buckets by path (`endpoint/bucket`), not by host name (`bucket.endpoint`). `None` decides by endpoint and
-    /// bucket.
+    /// Address buckets by path (`endpoint/bucket`), not by host name (`bucket.endpoint`). `None` decides by endpoint
+    /// and bucket.
     pub(super) path_style: Option<bool>,
     /// Use the endpoints with FIPS 140 validated cryptography.
     pub(super) fips: bool,
@@ -63,8 +63,8 @@ impl Endpoint {
         }
     }
 
-    /// Fails if there is no such endpoint. A custom endpoint has neither FIPS nor dual-stack variants, and the AWS tools
-    /// ignore these settings then.
+    /// Fails if there is no such endpoint. A custom endpoint has neither FIPS nor dual-stack variants, and the AWS
+    /// tools ignore these settings then.
     pub(super) fn check(&self, region: &str) -> Result<()> {
         if self.custom.is_none() && self.fips && region.starts_with("cn-") {
             return Err(Error::invalid(format!("there are no FIPS endpoints in {region}"))

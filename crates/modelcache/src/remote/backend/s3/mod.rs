@@ -94,8 +94,9 @@ impl S3Backend {
             .with_retry(object_store::RetryConfig { max_retries: 0, ..Default::default() })
             .with_credentials(credentials.clone())
             .with_http_connector(connector);
-        // `object_store` knows neither partitions nor FIPS and dual-stack endpoints. In virtual-hosted style it uses the
-        // endpoint unchanged, so it must contain the bucket. Directory buckets (S3 Express) have endpoints of their own.
+        // `object_store` knows neither partitions nor FIPS and dual-stack endpoints. In virtual-hosted style it uses
+        // the endpoint unchanged, so it must contain the bucket. Directory buckets (S3 Express) have endpoints of their
+        // own.
         if settings.endpoint.custom.is_some() || !options.is_directory_bucket() {
             builder = builder.with_endpoint(match settings.endpoint.is_path_style(bucket) {
                 true => settings.endpoint_url(),

@@ -111,7 +111,8 @@ fn read_text(path: &Path) -> String {
     }
 }
 
-/// Parses one file into sections, in file order. A nested setting is named `group.setting`, as in `s3.addressing_style`.
+/// Parses one file into sections, in file order. A nested setting is named `group.setting`, as in
+/// `s3.addressing_style`.
 fn parse(text: &str) -> Vec<(String, HashMap<String, String>)> {
     let mut sections: Vec<(String, HashMap<String, String>)> = Vec::new();
     let mut group = String::new();
