@@ -206,41 +206,41 @@ impl Manifest {
     /// # Errors
     /// [`ErrorKind::Conflict`] with the first difference.
     pub fn agrees_with(&self, other: &Self) -> Result<()> {
-        let conflict = |difference: String| {
-            Err(Error::new(ErrorKind::Conflict, format!("already published with other content: {difference}"))
-                .artifact(&self.key)
-                .hint(
-                    "a version never changes: publish the new content under another version, or replace it with \
-                     --force",
-                ))
-        };
+        let Some(difference) = self.difference(other) else { return Ok(()) };
+        let conflict = Error::new(ErrorKind::Conflict, format!("already published with other content: {difference}"));
+        Err(conflict
+            .artifact(&self.key)
+            .hint("a version never changes: publish the new content under another version, or replace it with --force"))
+    }
+
+    /// Returns the first difference because of which `self`, the published content, and `other`, the present content,
+    /// cannot be the same artifact; `None` if files and sizes are equal and no digests contradict each other.
+    pub fn difference(&self, other: &Self) -> Option<String> {
         if self.shape != other.shape {
             let name = |shape| if shape == Shape::File { "a single file" } else { "a folder" };
-            return conflict(format!("it was published as {}, and now is {}", name(self.shape), name(other.shape)));
+            return Some(format!("it was published as {}, and now is {}", name(self.shape), name(other.shape)));
         }
         for (path, old) in &self.files {
             let Some(new) = other.files.get(path) else {
-                return conflict(format!("{path} was published, and now is missing"));
+                return Some(format!("{path} was published, and now is missing"));
             };
             if old.size != new.size {
-                return conflict(format!("{path} was published with {} bytes, and now has {}", old.size, new.size));
+                return Some(format!("{path} was published with {} bytes, and now has {}", old.size, new.size));
             }
             if let (Some(old), Some(new)) = (old.sha256, new.sha256)
                 && old != new
             {
                 let (old, new) = (old.short(), new.short());
-                return conflict(format!("{path} was published with sha256 {old}, and now has {new}"));
+                return Some(format!("{path} was published with sha256 {old}, and now has {new}"));
             }
             if let (Some(old), Some(new)) = (old.git_oid, new.git_oid)
                 && old != new
             {
-                return conflict(format!("{path} was published with git object id {old}, and now has {new}"));
+                return Some(format!("{path} was published with git object id {old}, and now has {new}"));
             }
         }
-        match other.files.keys().find(|path| !self.files.contains_key(path)) {
-            Some(path) => conflict(format!("it was published without {path}")),
-            None => Ok(()),
-        }
+        let added = other.files.keys().find(|path| !self.files.contains_key(path));
+        added.map(|path| format!("it was published without {path}"))
     }
 
     /// Returns the digest of the file list: the SHA-256 over `<sha256>  <path>\n` for every file, in byte order of the

@@ -34,21 +34,9 @@ impl Cache {
             let _phase = progress.enter(Phase::Acquire, 0);
             self.0.disk.try_acquire_fast(&key, &selection)?
         };
-        let (max_tier, purpose) = (policy.max_tier, options.purpose);
-        let (digest, origin, tag_record, remote) = (reference.digest, None, None, None);
-        let (durable, destination) = (options.durable, None);
-        let request = FetchRequest {
-            key,
-            selection,
-            digest,
-            origin,
-            max_tier,
-            purpose,
-            durable,
-            destination,
-            tag_record,
-            remote,
-        };
+        let plain = FetchRequest::new(key, selection, policy.max_tier);
+        let (digest, purpose, durable) = (reference.digest, options.purpose, options.durable);
+        let request = FetchRequest { digest, purpose, durable, ..plain };
         let checked = self.require_checksums(&request, &leased.manifest);
         let artifact = checked.and_then(|()| artifact(&request, FillOutcome::local(leased), progress));
         Some(artifact.map_err(|error| error.artifact(&request.key)))

@@ -38,20 +38,9 @@ impl Cache {
             .map_or((None, None), |version| (Some(version.from), Some(version.age)));
         let Resolution { key, origin, tag_record, remote, .. } = resolution;
         let selection = reference.file.clone().map_or_else(Selection::all, Selection::file);
-        let max_tier = policy.max_tier;
-        let (digest, purpose, durable) = (reference.digest, options.purpose, false);
-        let request = FetchRequest {
-            key,
-            selection,
-            digest,
-            origin,
-            max_tier,
-            purpose,
-            durable,
-            destination: None,
-            tag_record,
-            remote,
-        };
+        let plain = FetchRequest::new(key, selection, policy.max_tier);
+        let (digest, purpose) = (reference.digest, options.purpose);
+        let request = FetchRequest { digest, origin, purpose, tag_record, remote, ..plain };
         let (manifest_tier, manifest) = match (self.known_manifest(&request).await, &reference.target) {
             (Some((tier, manifest)), _) => (Some(tier), Some(manifest)),
             // A bare key does not prove that the version exists. Request its manifest from all tiers.

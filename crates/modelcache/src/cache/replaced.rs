@@ -23,15 +23,12 @@ impl Cache {
         let Some(local) = self.on_disk(move |disk| disk.manifest(&owned_key)).await? else { return Ok(()) };
         let source = resolution.remote.clone().unwrap_or_else(|| Ok(Arc::new(remote.source(key))));
         let (_, published) = manifest_of(source).await.context(key, Tier::Remote)?;
-        let Some(difference) = published.and_then(|published| local.agrees_with(&published).err()) else {
-            return Ok(());
-        };
+        let Some(what) = published.and_then(|published| local.difference(&published)) else { return Ok(()) };
         if let Some(origin) = &resolution.origin
             && origin.manifest().await?.is_some()
         {
             return Ok(());
         }
-        let what = difference.message().trim_start_matches("already published with other content: ");
         if self.is_only_copy(key).await? {
             return Err(Error::new(
                 ErrorKind::Conflict,

@@ -215,6 +215,23 @@ impl Cache {
 }
 
 impl FetchRequest {
+    /// Returns a request for the selected files of `key`, which may contact no tier beyond `max_tier`. It has no
+    /// origin, demands no digest, and does not wait until the files are durable.
+    pub(super) fn new(key: ArtifactKey, selection: Selection, max_tier: Tier) -> Self {
+        Self {
+            key,
+            selection,
+            digest: None,
+            origin: None,
+            max_tier,
+            purpose: Purpose::default(),
+            tag_record: None,
+            remote: None,
+            durable: false,
+            destination: None,
+        }
+    }
+
     /// Returns the lookup policy of the fill. The reference is resolved already, so nothing is refreshed or shared.
     pub(super) fn policy(&self) -> LookupPolicy {
         LookupPolicy { refresh: false, max_tier: self.max_tier, share_versions: false }

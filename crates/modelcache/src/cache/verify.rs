@@ -328,13 +328,13 @@ impl Verification {
 
     /// Returns the files of which disk and remote record different content, if both have the artifact.
     async fn differences(&self, key: &ArtifactKey) -> Result<Vec<Finding>> {
-        let (disk, owned_key) = (self.cache.0.disk.clone(), key.clone());
-        let local = blocking(move || disk.manifest(&owned_key)).await?;
+        let owned_key = key.clone();
+        let local = self.cache.on_disk(move |disk| disk.manifest(&owned_key)).await?;
         let (Some(local), Ok(Some(published))) = (local, self.remote()?.source(key).manifest().await) else {
             // A manifest that cannot be read is among the other findings.
             return Ok(Vec::new());
         };
-        if local.agrees_with(&published).is_ok() {
+        if local.difference(&published).is_none() {
             return Ok(Vec::new());
         }
         let paths: BTreeSet<&FilePath> = local.files.keys().chain(published.files.keys()).collect();
@@ -380,20 +380,8 @@ impl Verification {
         let origin = self.cache.origin_of(key, reference).await;
         let selection = selection(findings);
         let max_tier = self.cache.policy(&GetOptions::default()).max_tier;
-        let (key, purpose, durable) = (key.clone(), Purpose::Keep, false);
-        let (tag_record, remote) = (None, None);
-        let request = FetchRequest {
-            key,
-            selection,
-            digest: None,
-            origin,
-            max_tier,
-            purpose,
-            durable,
-            destination: None,
-            tag_record,
-            remote,
-        };
+        let plain = FetchRequest::new(key.clone(), selection, max_tier);
+        let request = FetchRequest { origin, purpose: Purpose::Keep, ..plain };
         // Not the caller's progress: the report derives the tier from the bytes that its progress has received.
         let progress = Progress::new();
         let artifact = self.cache.get_resolved(&request, &progress).await?;
