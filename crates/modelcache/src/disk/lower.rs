@@ -181,20 +181,7 @@ impl Disk {
                 .hint("fill it with modelcache when the image is built, or unset MODEL_CACHE_LOWER_DIR"));
         }
         check_format(&layout)?;
-        let (max_bytes, min_free_bytes) = (ByteBound::Bytes(0), ByteBound::Bytes(0));
-        Ok(Self(Arc::new(super::DiskState {
-            layout,
-            max_bytes,
-            min_free_bytes,
-            unwritable: Some(Error::new(ErrorKind::Directory, reason)),
-            locks_are_honest: true,
-            is_local: false,
-            manifests: Default::default(),
-            pending_syncs: Default::default(),
-            leases: Default::default(),
-            index: Default::default(),
-            maintenance: Default::default(),
-            metrics: Default::default(),
-        })))
+        let unwritable = Some(Error::new(ErrorKind::Directory, reason));
+        Ok(Self(Arc::new(super::DiskState::new(layout, ByteBound::Bytes(0), ByteBound::Bytes(0), unwritable))))
     }
 }

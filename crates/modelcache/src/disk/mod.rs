@@ -139,6 +139,26 @@ struct DiskState {
     metrics: Metrics,
 }
 
+impl DiskState {
+    /// Returns the state of a directory on which locks exclude, and which may be on a server.
+    fn new(layout: Layout, max_bytes: ByteBound, min_free_bytes: ByteBound, unwritable: Option<Error>) -> Self {
+        Self {
+            layout,
+            max_bytes,
+            min_free_bytes,
+            unwritable,
+            locks_are_honest: true,
+            is_local: false,
+            manifests: ManifestCache::default(),
+            pending_syncs: PendingSyncs::default(),
+            leases: Leases::default(),
+            index: Mutex::default(),
+            maintenance: Mutex::default(),
+            metrics: Metrics::default(),
+        }
+    }
+}
+
 /// One artifact's folder, as found by a scan.
 #[derive(Debug)]
 pub(crate) struct ScannedArtifact {
@@ -201,20 +221,8 @@ impl Disk {
             tracing::warn!(path = %layout.root(), "file locks have no effect on this filesystem: bytes may be downloaded twice, and only artifacts that have long been idle are evicted for space");
         }
         let is_local = fast_acquire::is_local(&root);
-        Ok(Self(Arc::new(DiskState {
-            layout,
-            max_bytes,
-            min_free_bytes,
-            unwritable,
-            locks_are_honest,
-            is_local,
-            manifests: ManifestCache::default(),
-            pending_syncs: PendingSyncs::default(),
-            leases: Leases::default(),
-            index: Mutex::default(),
-            maintenance: Mutex::default(),
-            metrics: Metrics::default(),
-        })))
+        let state = DiskState::new(layout, max_bytes, min_free_bytes, unwritable);
+        Ok(Self(Arc::new(DiskState { locks_are_honest, is_local, ..state })))
     }
 
     /// Returns an empty read-only directory in place of the missing one at `root`. Creates nothing.
@@ -222,20 +230,8 @@ impl Disk {
         let root = std::path::absolute(root).at("resolve", root)?;
         let message = format!("there is no cache directory at {}", root.display());
         let absent = Error::new(ErrorKind::NotFound, message).hint("`modelcache get` and `modelcache put` create it");
-        Ok(Self(Arc::new(DiskState {
-            layout: Layout::new(&root),
-            max_bytes,
-            min_free_bytes,
-            unwritable: Some(absent),
-            locks_are_honest: true,
-            is_local: false,
-            manifests: ManifestCache::default(),
-            pending_syncs: PendingSyncs::default(),
-            leases: Leases::default(),
-            index: Mutex::default(),
-            maintenance: Mutex::default(),
-            metrics: Metrics::default(),
-        })))
+        let layout = Layout::new(&root);
+        Ok(Self(Arc::new(DiskState::new(layout, max_bytes, min_free_bytes, Some(absent)))))
     }
 
     pub(crate) fn layout(&self) -> &Layout {
