@@ -44,11 +44,11 @@ impl Cache {
     /// could not trust unsynced files (see [`Disk::may_defer_sync`](crate::disk::Disk::may_defer_sync)).
     pub(super) async fn wait_until_durable(&self, request: &FetchRequest, leased: &LeasedArtifact) -> Result<()> {
         let is_unsynced = || leased.manifest.selected(&request.selection).any(|(_, entry)| entry.unsynced().is_some());
-        let must_wait = request.durable || self.0.config.durable == Durable::Wait || !self.0.disk.may_defer_sync();
-        if leased.is_lower || !must_wait || !is_unsynced() {
-            return Ok(());
+        let must_wait = || request.durable || self.0.config.durable == Durable::Wait || !self.0.disk.may_defer_sync();
+        if !leased.is_lower && is_unsynced() && must_wait() {
+            return self.sync(&request.key, &request.selection).await;
         }
-        self.sync(&request.key, &request.selection).await
+        Ok(())
     }
 
     /// Syncs the selected files of `key`, and waits until they are durable.

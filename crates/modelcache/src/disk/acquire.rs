@@ -17,7 +17,7 @@ use super::lock::{FileLock, LOCK_WAIT_MAX};
 use super::modes;
 use super::optional::OptionalCall;
 use super::rooted::{Folders, Metadata, NOW, RootedPath};
-use super::unsynced::MarkState::{Foreign, Old};
+use super::unsynced::MarkState::{Foreign, Old, Recent};
 use crate::digest::Digest;
 use crate::error::Result;
 use crate::key::{ArtifactKey, FilePath};
@@ -121,16 +121,17 @@ impl Disk {
             }
             // Step 3: settle the marks of unsynced files. A read-only directory cannot record the result. It does not
             // sync either: the kernel reports a failed write once, and the report would be lost.
-            if !self.is_read_only() {
-                if present.marked(&manifest, selection, &[Foreign]).next().is_some() {
+            match present.greatest_state(&manifest, selection).filter(|_| !self.is_read_only()) {
+                Some(Foreign) => {
                     self.recheck(key, &dir, selection)?;
                     continue;
                 }
-                if !tried_sync && present.marked(&manifest, selection, &[Old]).next().is_some() {
+                Some(Old) if !tried_sync => {
                     tried_sync = true;
                     self.sync_old(&dir, selection)?;
                     continue;
                 }
+                Some(Old | Recent) | None => {}
             }
             // Step 4: compare the identities.
             match self.first_mismatch(&dir, &manifest, selection)? {

@@ -11,7 +11,7 @@ use super::Disk;
 use super::budget::boot_id;
 use super::rooted::RootedPath;
 use crate::digest::Digest;
-use crate::key::ArtifactKey;
+use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, FileIdentity, Manifest, UnsyncedFile};
 use crate::mutex::Mutex;
 use crate::selection::Selection;
@@ -39,8 +39,8 @@ pub(super) struct PendingSyncs {
     pub(super) filesystem_failed: AtomicBool,
 }
 
-/// What the mark of an unsynced file says at present.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What the mark of an unsynced file says at present, ordered by how much is to be done about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum MarkState {
     /// The page cache has the bytes. A sync could wait for the disk.
     Recent,
@@ -78,13 +78,18 @@ impl Present<'_> {
         entry.on_disk().or_else(|| unsynced().map(|file| file.identity))
     }
 
+    /// Returns the greatest state of the marks of the selected files; `None` if none is marked.
+    pub(super) fn greatest_state(&self, manifest: &Manifest, selection: &Selection) -> Option<MarkState> {
+        manifest.selected(selection).filter_map(|(_, entry)| Some(self.state(entry.unsynced()?))).max()
+    }
+
     /// Returns the selected files whose marks are in one of `states`.
     pub(super) fn marked<'a>(
         &'a self,
         manifest: &'a Manifest,
         selection: &'a Selection,
         states: &'a [MarkState],
-    ) -> impl Iterator<Item = (&'a crate::key::FilePath, &'a FileEntry)> {
+    ) -> impl Iterator<Item = (&'a FilePath, &'a FileEntry)> {
         let is_one = |entry: &FileEntry| entry.unsynced().is_some_and(|file| states.contains(&self.state(file)));
         manifest.selected(selection).filter(move |(_, entry)| is_one(entry))
     }
