@@ -91,9 +91,11 @@ impl Cache {
         let outcome = match self.acquire(request, progress).await? {
             Some(leased) => FillOutcome::local(leased),
             // Step 3: join the in-flight fill of these files, or start one (`fill` below).
+            None if request.destination.is_none() => self.fill_single_flight(request, progress).await?,
             None => {
-                self.check_destination(request, progress).await?;
-                self.fill_single_flight(request, progress).await?
+                let mut request = request.clone();
+                self.check_destination(&mut request, progress).await?;
+                self.fill_single_flight(&request, progress).await?
             }
         };
         // Also for files that were downloaded under a less strict configuration.
@@ -104,9 +106,9 @@ impl Cache {
 
     /// Fails if the folder into which the caller will materialize the files has no room for them. The fill serves other
     /// callers, too, so this is not part of it.
-    async fn check_destination(&self, request: &FetchRequest, progress: &Progress) -> Result<()> {
+    async fn check_destination(&self, request: &mut FetchRequest, progress: &Progress) -> Result<()> {
         let Some(destination) = request.destination.clone() else { return Ok(()) };
-        let selected = self.plan_fill(request, progress).await?.selected;
+        let selected = self.plan_ahead(request, progress).await?.selected;
         blocking(move || destination.check_room(&selected)).await
     }
 

@@ -142,7 +142,7 @@ impl Cache {
         }
         let file = match request.selection.one_file() {
             Some(file) => file.clone(),
-            None => self.resolve_only_file(&mut request, progress).await?,
+            None => self.plan_ahead(&mut request, progress).await?.only_file()?,
         };
         // Join or start the fill, and wait until its partial files are known.
         let first_read = FirstRead { file: file.clone(), unchecked };
@@ -189,15 +189,6 @@ impl Cache {
         };
         tokio::spawn(follower.follow(states));
         Ok(opened)
-    }
-
-    /// Plans a fill of an artifact that is not on disk, and returns its only file. The source on the remote is
-    /// kept in `request`, so that the fill does not request the manifest again.
-    async fn resolve_only_file(&self, request: &mut FetchRequest, progress: &Progress) -> Result<FilePath> {
-        if let (None, Some(remote)) = (&request.remote, self.remote_within(request.max_tier)) {
-            request.remote = Some(Ok(Arc::new(remote.source(&request.key))));
-        }
-        self.plan_fill(request, progress).await?.only_file()
     }
 
     /// Opens the file after the artifact is published.

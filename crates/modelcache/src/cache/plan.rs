@@ -136,6 +136,15 @@ impl Cache {
         Ok(GetPlan::new(request.key, files.collect()))
     }
 
+    /// Plans a fill before it is started. The source on the remote is kept in `request`, so that the fill does not
+    /// request the manifest again.
+    pub(super) async fn plan_ahead(&self, request: &mut FetchRequest, progress: &Progress) -> Result<FillPlan> {
+        if let (None, Some(remote)) = (&request.remote, self.remote_within(request.max_tier)) {
+            request.remote = Some(Ok(Arc::new(remote.source(&request.key))));
+        }
+        self.plan_fill(request, progress).await
+    }
+
     /// Step 4 of the main path: plans a fill.
     pub(super) async fn plan_fill(&self, request: &FetchRequest, progress: &Progress) -> Result<FillPlan> {
         let _phase = progress.enter(Phase::Plan, 0);
