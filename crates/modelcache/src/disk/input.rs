@@ -213,9 +213,12 @@ pub(crate) fn list_input(path: &Path, excluded: &Selection, follow_links: bool) 
     if !metadata.is_dir() {
         return Err(neither_file_nor_folder(path).hint("put a file or a folder"));
     }
-    let (root, mut inputs, mut empty_folders) = (canonical(path)?, Vec::new(), Vec::new());
+    let root = canonical(path)?;
     let boundary = (!follow_links).then_some(root.as_path());
-    list_folder(path, "", (boundary, excluded), &mut vec![root.clone()], &mut inputs, &mut empty_folders)?;
+    let ancestors = vec![root.clone()];
+    let mut listing = FolderListing { boundary, excluded, ancestors, inputs: Vec::new(), empty_folders: Vec::new() };
+    listing.add(path, "")?;
+    let FolderListing { inputs, empty_folders, .. } = listing;
     if inputs.is_empty() {
         return Err(
             Error::invalid(format!("{} holds no files", path.display())).hint("an artifact has at least one file")
@@ -232,77 +235,82 @@ fn is_executable(metadata: &fs::Metadata) -> bool {
     metadata.mode() & 0o100 != 0
 }
 
-/// Adds the files below `folder` to `inputs`, sorted by name, and the folders without entries to `empty_folders`. No
-/// link may lead out of the folder `boundary`, if there is one. `ancestors` has the real paths of `folder` and of the
-/// folders that lead to it.
-fn list_folder(
-    folder: &Path,
-    prefix: &str,
-    (boundary, excluded): (Option<&Path>, &Selection),
-    ancestors: &mut Vec<PathBuf>,
-    inputs: &mut Vec<InputFile>,
-    empty_folders: &mut Vec<PathBuf>,
-) -> Result<()> {
-    let mut entries: Vec<_> = fs::read_dir(folder)
-        .and_then(|entries| entries.collect::<std::io::Result<_>>())
-        .map_err(|cause| unreadable(folder, cause))?;
-    entries.sort_by_key(fs::DirEntry::file_name);
-    if entries.is_empty() {
-        empty_folders.push(folder.to_owned());
+/// A listing of the files in a folder.
+struct FolderListing<'a> {
+    /// The real path of the folder out of which no link may lead; `None` if links may.
+    boundary: Option<&'a Path>,
+    excluded: &'a Selection,
+    /// The real paths of the folder that is being listed and of the folders that lead to it.
+    ancestors: Vec<PathBuf>,
+    inputs: Vec<InputFile>,
+    /// The folders without entries.
+    empty_folders: Vec<PathBuf>,
+}
+
+impl FolderListing<'_> {
+    /// Adds the files below `folder`, sorted by name. Their paths in the artifact start with `prefix`.
+    fn add(&mut self, folder: &Path, prefix: &str) -> Result<()> {
+        let mut entries: Vec<_> = fs::read_dir(folder)
+            .and_then(|entries| entries.collect::<std::io::Result<_>>())
+            .map_err(|cause| unreadable(folder, cause))?;
+        entries.sort_by_key(fs::DirEntry::file_name);
+        if entries.is_empty() {
+            self.empty_folders.push(folder.to_owned());
+        }
+        for entry in entries {
+            let from = entry.path();
+            let name = entry.file_name();
+            let name = name.to_str().ok_or_else(|| not_utf8(&from))?;
+            let path = format!("{prefix}{name}");
+            if path == MARKER || self.excluded.excludes(&path) {
+                continue;
+            }
+            let metadata = fs::metadata(&from).map_err(|cause| match cause.kind() {
+                std::io::ErrorKind::NotFound => {
+                    Error::invalid(format!("the symbolic link {} points to nothing", from.display()))
+                        .hint("remove that link")
+                }
+                _ => unreadable(&from, cause),
+            })?;
+            if metadata.is_dir() && self.excluded.excludes(&format!("{path}/")) {
+                continue;
+            }
+            if let Some(boundary) = self.boundary
+                && entry.file_type().map_err(|cause| unreadable(&from, cause))?.is_symlink()
+            {
+                let target = canonical(&from)?;
+                if !target.starts_with(boundary) {
+                    let (link, target) = (from.display(), target.display());
+                    return Err(Error::invalid(format!("{link} is a symbolic link to {target}, outside the folder"))
+                        .hint("--follow-links publishes what such links point to; --exclude leaves one out"));
+                }
+            }
+            if metadata.is_dir() {
+                // If a link points to a folder that is being listed, the listing would never end.
+                let real = canonical(&from)?;
+                if self.ancestors.contains(&real) {
+                    return Err(Error::invalid(format!("{} links back to a folder above it", from.display()))
+                        .hint("remove that link"));
+                }
+                self.ancestors.push(real);
+                self.add(&from, &format!("{path}/"))?;
+                self.ancestors.pop();
+            } else if metadata.is_file() {
+                self.inputs.push(InputFile {
+                    path: FilePath::new(&path).map_err(with_rename_hint)?,
+                    from,
+                    size: metadata.len(),
+                    executable: is_executable(&metadata),
+                });
+                if self.inputs.len() > limits::FILES_MAX {
+                    return Err(Error::invalid(format!("more than {} files", limits::FILES_MAX)));
+                }
+            } else {
+                return Err(neither_file_nor_folder(&from).hint("take it out of the folder"));
+            }
+        }
+        Ok(())
     }
-    for entry in entries {
-        let from = entry.path();
-        let name = entry.file_name();
-        let name = name.to_str().ok_or_else(|| not_utf8(&from))?;
-        let path = format!("{prefix}{name}");
-        if path == MARKER || excluded.excludes(&path) {
-            continue;
-        }
-        let metadata = fs::metadata(&from).map_err(|cause| match cause.kind() {
-            std::io::ErrorKind::NotFound => {
-                Error::invalid(format!("the symbolic link {} points to nothing", from.display()))
-                    .hint("remove that link")
-            }
-            _ => unreadable(&from, cause),
-        })?;
-        if metadata.is_dir() && excluded.excludes(&format!("{path}/")) {
-            continue;
-        }
-        if let Some(boundary) = boundary
-            && entry.file_type().map_err(|cause| unreadable(&from, cause))?.is_symlink()
-        {
-            let target = canonical(&from)?;
-            if !target.starts_with(boundary) {
-                let (link, target) = (from.display(), target.display());
-                return Err(Error::invalid(format!("{link} is a symbolic link to {target}, outside the folder"))
-                    .hint("--follow-links publishes what such links point to; --exclude leaves one out"));
-            }
-        }
-        if metadata.is_dir() {
-            // If a link points to a folder that is being listed, the listing would never end.
-            let real = canonical(&from)?;
-            if ancestors.contains(&real) {
-                return Err(Error::invalid(format!("{} links back to a folder above it", from.display()))
-                    .hint("remove that link"));
-            }
-            ancestors.push(real);
-            list_folder(&from, &format!("{path}/"), (boundary, excluded), ancestors, inputs, empty_folders)?;
-            ancestors.pop();
-        } else if metadata.is_file() {
-            inputs.push(InputFile {
-                path: FilePath::new(&path).map_err(with_rename_hint)?,
-                from,
-                size: metadata.len(),
-                executable: is_executable(&metadata),
-            });
-            if inputs.len() > limits::FILES_MAX {
-                return Err(Error::invalid(format!("more than {} files", limits::FILES_MAX)));
-            }
-        } else {
-            return Err(neither_file_nor_folder(&from).hint("take it out of the folder"));
-        }
-    }
-    Ok(())
 }
 
 fn with_rename_hint(error: Error) -> Error {
