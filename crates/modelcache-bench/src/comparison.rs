@@ -34,6 +34,18 @@ pub(super) struct Entry<'a> {
     pub(super) run: RunOnce<'a>,
 }
 
+impl<'a> Entry<'a> {
+    /// Returns the entry of our program, which verifies all bytes against their SHA-256.
+    pub(super) fn ours(
+        setting: impl Into<String>,
+        steps: &[(&'static str, &'static str)],
+        run: impl Fn(&Path) -> Result<Vec<Run>> + 'a,
+    ) -> Self {
+        let (setting, steps) = (setting.into(), steps.to_vec());
+        Self { program: OURS, setting, verified: "SHA-256", steps, run: Box::new(run) }
+    }
+}
+
 /// Runs a program once in a folder of its own.
 pub(super) type RunOnce<'a> = Box<dyn Fn(&Path) -> Result<Vec<Run>> + 'a>;
 

@@ -2,7 +2,7 @@
 
 use super::pull::make_room;
 use super::{DEFAULTS, DURABLE, durable, progress, size};
-use crate::comparison::{Entry, Line, OURS, best_peer, compare_to_disk, ours, table};
+use crate::comparison::{Entry, Line, best_peer, compare_to_disk, ours, table};
 use crate::copiers::{COPIERS, Operation};
 use crate::page::{Section, Target};
 use crate::server_process::{Kind, ServerProcess};
@@ -42,13 +42,7 @@ fn section(setup: &Setup, row: &'static str, (count, each): (usize, u64), least:
             check_size(&path, bytes)?;
             Ok(vec![used])
         };
-        Entry {
-            program: OURS,
-            setting: setting.into(),
-            verified: "SHA-256",
-            steps: vec![("", durability)],
-            run: Box::new(run),
-        }
+        Entry::ours(setting, &[("", durability)], run)
     };
     let mut entries = vec![our_entry(DEFAULTS, "after", |command| command), our_entry(DURABLE, "yes", durable)];
     for copier in COPIERS {

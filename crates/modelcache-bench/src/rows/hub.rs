@@ -3,7 +3,7 @@
 use super::calls::Calls;
 use super::pull::large_file;
 use super::{DEFAULTS, durable, progress, size};
-use crate::comparison::{Entry, Line, OURS, best_peer, compare_to_disk, ours, table};
+use crate::comparison::{Entry, Line, best_peer, compare_to_disk, ours, table};
 use crate::page::{Section, Target};
 use crate::server_process::{Kind, ServerProcess};
 use crate::setup::{Setup, check_size, sync};
@@ -49,13 +49,7 @@ impl<'a> ServedRepo<'a> {
             check_size(&path.join(FILE), self.bytes)?;
             Ok(vec![used])
         };
-        Entry {
-            program: OURS,
-            setting: setting.into(),
-            verified: "SHA-256",
-            steps: vec![("", durability)],
-            run: Box::new(run),
-        }
+        Entry::ours(setting, &[("", durability)], run)
     }
 
     fn peer(&'a self, workers: Option<u32>) -> Entry<'a> {

@@ -1,7 +1,7 @@
 //! Rows for one large file from S3: to disk, to disk and then into memory, and to disk over TLS.
 
 use super::{DEFAULTS, DURABLE, durable, progress, size};
-use crate::comparison::{Entry, Line, OURS, best_peer, compare_to_disk, ours, table};
+use crate::comparison::{Entry, Line, best_peer, compare_to_disk, ours, table};
 use crate::copiers::{COPIERS, Copier, Operation, aria2, url};
 use crate::page::{Section, Target};
 use crate::server_process::{Kind, ServerProcess};
@@ -53,7 +53,7 @@ impl<'a> ServedFile<'a> {
                 Some(then) => vec![used, used.then(then(&path)?)],
             })
         };
-        Entry { program: OURS, setting: setting.into(), verified: "SHA-256", steps: steps.to_vec(), run: Box::new(run) }
+        Entry::ours(setting, steps, run)
     }
 
     /// Returns the entry of a peer's download. Each step of `then` is measured as well, after the download.

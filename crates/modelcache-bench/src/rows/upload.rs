@@ -2,7 +2,7 @@
 
 use super::pull::large_file;
 use super::{DEFAULTS, progress, size};
-use crate::comparison::{Entry, Line, OURS, best_peer, compare, ours, table};
+use crate::comparison::{Entry, Line, best_peer, compare, ours, table};
 use crate::copiers::{COPIERS, Operation, url};
 use crate::page::{Section, Target};
 use crate::server_process::{Kind, ServerProcess};
@@ -33,25 +33,25 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
         Ok(vec![used])
     };
     let (measure_upload, next_name, file, server) = (&measure_upload, &next_name, &file, &server);
-    let steps = || vec![("", "remote")];
+    const STEPS: [(&str, &str); 1] = [("", "remote")];
     let ours_run = move |folder: &std::path::Path| {
         let mut put = setup.with_remote(&folder.join("cache"), server);
         put.env("MODEL_CACHE_REMOTE", url(&next_name()));
         measure_upload(put.args(["put", "bench/model@1", "--tier", "remote", "--quiet"]).arg(file))
     };
-    let mut entries = vec![Entry {
-        program: OURS,
-        setting: DEFAULTS.into(),
-        verified: "SHA-256",
-        steps: steps(),
-        run: Box::new(ours_run),
-    }];
+    let mut entries = vec![Entry::ours(DEFAULTS, &STEPS, ours_run)];
     for copier in COPIERS {
         let run = move |_: &std::path::Path| {
             measure_upload(&mut copier.command(setup, server, Operation::Put, &next_name(), file)?)
         };
         let setting = copier.setting();
-        entries.push(Entry { program: copier.program, setting, verified: "no", steps: steps(), run: Box::new(run) });
+        entries.push(Entry {
+            program: copier.program,
+            setting,
+            verified: "no",
+            steps: STEPS.to_vec(),
+            run: Box::new(run),
+        });
     }
     let lines = compare(setup, bytes, &entries)?;
     drop(entries);

@@ -1,7 +1,7 @@
 //! Row for one large file from S3 to disk, with our command and with our Python package, to show the cost of the
 //! interpreter.
 
-use crate::comparison::{Entry, OURS, best_peer, compare_to_disk, ours, table};
+use crate::comparison::{Entry, best_peer, compare_to_disk, ours, table};
 use crate::copiers::COPIERS;
 use crate::page::{Section, Target};
 use crate::rows::pull::{REFERENCE, ServedFile};
@@ -71,6 +71,5 @@ fn package_entry<'a>(served: &'a ServedFile<'_>, setting: &str, change: Change) 
         check_size(Path::new(printed.lines().next().context("no path was printed")?), served.setup.sizes.file)?;
         Ok(vec![used])
     };
-    let steps = vec![("", "yes")];
-    Entry { program: OURS, setting: python_setting(setting), verified: "SHA-256", steps, run: Box::new(run) }
+    Entry::ours(python_setting(setting), &[("", "yes")], run)
 }
