@@ -78,6 +78,9 @@ pub struct Config {
     pub start_jitter: Duration,
     /// How requests are retried.
     pub retry: RetryConfig,
+    /// Never connect an origin to an address from which only this machine can read, such as the metadata service of a
+    /// cloud. For front ends that accept references from others.
+    pub refuse_link_local: bool,
 }
 
 impl Config {
@@ -109,6 +112,7 @@ impl Config {
             offline: false,
             start_jitter: Duration::ZERO,
             retry: RetryConfig::default(),
+            refuse_link_local: false,
         }
     }
 }
@@ -249,11 +253,13 @@ pub struct HubConfig {
     pub endpoint: String,
     /// The token sent to that endpoint, and to no other host.
     pub token: Option<Secret>,
+    /// The value of the `Via` header of requests to the endpoint. A daemon sets it to recognise its own requests.
+    pub via: Option<String>,
 }
 
 impl Default for HubConfig {
     fn default() -> Self {
-        Self { endpoint: "https://huggingface.co".into(), token: None }
+        Self { endpoint: "https://huggingface.co".into(), token: None, via: None }
     }
 }
 

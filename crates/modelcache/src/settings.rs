@@ -22,7 +22,9 @@ use crate::redact;
 use crate::reference::{is_bucket_name, not_a_bucket};
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 pub use credentials::netrc_path;
 use file::File;
@@ -42,6 +44,12 @@ const SYSTEM_FILE: &str = "/etc/modelcache/modelcache.toml";
 
 /// The value name of switches, in help texts. The flag of a switch may have no value, which means `1`.
 pub const SWITCH: &str = "0|1";
+
+/// The port of the daemon.
+const SERVE_PORT: u16 = 8917;
+
+/// The shortest token of the daemon. A shorter one could be guessed.
+const TOKEN_BYTES_MIN: usize = 16;
 
 /// The key of the tables of credentials.
 const CREDENTIALS_KEY: &str = "credentials";
@@ -460,6 +468,139 @@ pub const SETTINGS: &[Setting] = &[
         },
     },
     Setting {
+        key: "listen",
+        variable: Some("MODEL_CACHE_LISTEN"),
+        flag: Some("listen"),
+        value_name: "ADDRESS",
+        default: "`127.0.0.1:8917`",
+        description: "The address on which `serve` accepts connections. An address that other machines can reach needs \
+                  `MODEL_CACHE_TOKEN`, or `--insecure`.",
+        accepts: "an IP address and a port, or several, separated by commas",
+        set: |value, draft| {
+            draft.serve.listen = parse_addresses(&value.text)?;
+            Ok(())
+        },
+    },
+    Setting {
+        key: "admin_listen",
+        variable: Some("MODEL_CACHE_ADMIN_LISTEN"),
+        flag: Some("admin-listen"),
+        value_name: "ADDRESS",
+        default: "none",
+        description: "A second address of `serve`, on which only the probes and `/metrics` are served, without a token. \
+                  The first address then asks for the token at `/metrics`.",
+        accepts: "an IP address and a port, or none",
+        set: |value, draft| {
+            draft.serve.admin_listen = match value.text.as_str() {
+                "none" => Vec::new(),
+                text => parse_addresses(text)?,
+            };
+            Ok(())
+        },
+    },
+    Setting {
+        key: "token",
+        variable: Some("MODEL_CACHE_TOKEN"),
+        flag: None,
+        value_name: "TOKEN",
+        default: "none",
+        description: "The bearer token that clients of `serve` send. It guards every route below `/cache`. A client of \
+                  the Hugging Face routes that sends it acts with the daemon's own Hub token.",
+        accepts: "at least 16 characters without spaces",
+        set: |value, draft| {
+            if value.text.len() < TOKEN_BYTES_MIN || !value.text.bytes().all(|byte| byte.is_ascii_graphic()) {
+                return Err(
+                    Error::invalid("not a usable token").hint("for instance the output of: openssl rand -hex 32")
+                );
+            }
+            draft.serve.token = Some(Secret::new(&value.text));
+            Ok(())
+        },
+    },
+    Setting {
+        key: "insecure",
+        variable: Some("MODEL_CACHE_INSECURE"),
+        flag: Some("insecure"),
+        value_name: SWITCH,
+        default: "`0`",
+        description: "Let `serve` listen on addresses that other machines can reach without a token. Everyone who can \
+                  connect may then read and evict every artifact.",
+        accepts: SWITCH_ACCEPTS,
+        set: |value, draft| {
+            draft.serve.insecure = parse_switch(&value.text)?;
+            Ok(())
+        },
+    },
+    Setting {
+        key: "allow_any_origin",
+        variable: Some("MODEL_CACHE_ALLOW_ANY_ORIGIN"),
+        flag: Some("allow-any-origin"),
+        value_name: SWITCH,
+        default: "`0`",
+        description: "Let clients of `serve` request references with any server, bucket or registry. Without it, they \
+                  can only request `name@version`, and repositories of the configured Hub and MLflow servers.",
+        accepts: SWITCH_ACCEPTS,
+        set: |value, draft| {
+            draft.serve.allow_any_origin = parse_switch(&value.text)?;
+            Ok(())
+        },
+    },
+    Setting {
+        key: "auth_stale",
+        variable: Some("MODEL_CACHE_AUTH_STALE"),
+        flag: None,
+        value_name: "DURATION",
+        default: "`1h`",
+        description: "While the Hub cannot be reached, `serve` lets a client read private and gated repositories for \
+                  this long after the Hub last allowed it.",
+        accepts: DURATION_ACCEPTS,
+        set: |value, draft| {
+            draft.serve.auth_stale = parse_duration(&value.text)?;
+            Ok(())
+        },
+    },
+    Setting {
+        key: "tls_certificate",
+        variable: Some("MODEL_CACHE_TLS_CERTIFICATE"),
+        flag: Some("tls-certificate"),
+        value_name: "FILE",
+        default: "none",
+        description: "The certificate chain of `serve` in PEM format, for https. It is read again when the file changes.",
+        accepts: "a file, together with `tls_key`",
+        set: |value, draft| {
+            draft.serve.tls_certificate = Some(draft.expand_home(&value.text));
+            Ok(())
+        },
+    },
+    Setting {
+        key: "tls_key",
+        variable: Some("MODEL_CACHE_TLS_KEY"),
+        flag: Some("tls-key"),
+        value_name: "FILE",
+        default: "none",
+        description: "The private key of the certificate in PEM format. It is read again when the file changes.",
+        accepts: "a file, together with `tls_certificate`",
+        set: |value, draft| {
+            draft.serve.tls_key = Some(draft.expand_home(&value.text));
+            Ok(())
+        },
+    },
+    Setting {
+        key: "prewarm",
+        variable: Some("MODEL_CACHE_PREWARM"),
+        flag: None,
+        value_name: "REFS",
+        default: "none",
+        description: "The artifacts that `serve` gets when it starts, and keeps leased. `/readyz` answers 503 until all \
+                  of them are on disk.",
+        accepts: "references, separated by spaces or commas",
+        set: |value, draft| {
+            let words = value.text.split([' ', ',', '\t', '\n']).filter(|word| !word.is_empty());
+            draft.serve.prewarm = words.map(str::to_owned).collect();
+            Ok(())
+        },
+    },
+    Setting {
         key: "metrics_file",
         variable: Some("MODEL_CACHE_METRICS_FILE"),
         flag: None,
@@ -557,6 +698,8 @@ pub struct Settings {
     pub metrics_file: Option<PathBuf>,
     /// The settings of the front end's log.
     pub log: LogSettings,
+    /// The settings of the daemon.
+    pub serve: ServeSettings,
     /// Warnings, which the front end logs once its log is running.
     pub warnings: Vec<String>,
 }
@@ -580,6 +723,45 @@ impl LogSettings {
             "accepted: {}",
             SETTINGS.iter().find(|setting| setting.key == "log").map_or("a level", |setting| setting.accepts)
         ))
+    }
+}
+
+/// The settings of the daemon, which only the command `serve` uses.
+#[derive(Debug, Clone)]
+pub struct ServeSettings {
+    /// The addresses to accept connections on.
+    pub listen: Vec<SocketAddr>,
+    /// The addresses on which only probes and metrics are served.
+    pub admin_listen: Vec<SocketAddr>,
+    /// The token that clients have to send; `None` if everyone may read and evict.
+    pub token: Option<Secret>,
+    /// Listen beyond loopback without a token.
+    pub insecure: bool,
+    /// Clients may request references with any server.
+    pub allow_any_origin: bool,
+    /// How long a permission of the Hub is used while the Hub cannot be reached.
+    pub auth_stale: Duration,
+    /// The certificate chain, in PEM format.
+    pub tls_certificate: Option<PathBuf>,
+    /// The private key, in PEM format.
+    pub tls_key: Option<PathBuf>,
+    /// The references to get at the start.
+    pub prewarm: Vec<String>,
+}
+
+impl Default for ServeSettings {
+    fn default() -> Self {
+        Self {
+            listen: vec![SocketAddr::from((Ipv4Addr::LOCALHOST, SERVE_PORT))],
+            admin_listen: Vec::new(),
+            token: None,
+            insecure: false,
+            allow_any_origin: false,
+            auth_stale: Duration::from_secs(3600),
+            tls_certificate: None,
+            tls_key: None,
+            prewarm: Vec::new(),
+        }
     }
 }
 
@@ -652,6 +834,8 @@ struct Draft {
     metrics_file: Option<PathBuf>,
     /// See [`Settings::log`].
     log: LogSettings,
+    /// See [`Settings::serve`].
+    serve: ServeSettings,
 }
 
 impl Settings {
@@ -707,9 +891,9 @@ impl Settings {
             }
         }
         registries::read_credentials(environment, &read_secret, &mut draft);
-        let metrics_file = draft.metrics_file.take();
+        let (metrics_file, serve) = (draft.metrics_file.take(), std::mem::take(&mut draft.serve));
         let (config, log) = draft.finish(options, hub, credentials);
-        Ok(Self { config, metrics_file, log, warnings })
+        Ok(Self { config, metrics_file, log, serve, warnings })
     }
 }
 
@@ -756,6 +940,7 @@ impl Draft {
             offline: None,
             metrics_file: None,
             log: LogSettings { filter: "info".into(), source: None, format: LogFormat::default() },
+            serve: ServeSettings::default(),
         }
     }
 
@@ -800,6 +985,18 @@ impl Draft {
         };
         (config, self.log)
     }
+}
+
+/// Parses addresses to listen on, separated by commas.
+fn parse_addresses(text: &str) -> Result<Vec<SocketAddr>> {
+    let address = |word: &str| match (word, word.parse()) {
+        (_, Ok(address)) => Ok(address),
+        // As the options of other servers write all interfaces.
+        (word, Err(_)) if word.starts_with(':') => format!("0.0.0.0{word}").parse(),
+        (word, Err(_)) => word.replacen("localhost:", "127.0.0.1:", 1).parse(),
+    };
+    let parsed: Result<Vec<_>, _> = text.split(',').map(str::trim).map(address).collect();
+    parsed.map_err(|_| Error::invalid("not an address").hint("write address and port, for instance 0.0.0.0:8917"))
 }
 
 /// Checks the URL of a remote. Returns it without trailing slashes.
@@ -949,7 +1146,6 @@ mod tests {
     use super::*;
     use crate::error::ErrorKind;
     use std::collections::HashMap;
-    use std::time::Duration;
 
     /// The inputs of [`Settings::gather`].
     #[derive(Default)]

@@ -14,6 +14,7 @@ mod fast_path;
 mod fill;
 mod get;
 mod lease;
+mod listing;
 mod lower;
 mod materialize;
 mod open;
@@ -32,6 +33,7 @@ mod resolve;
 mod start_jitter;
 mod tag;
 mod tasks;
+mod uncached;
 mod verify;
 
 pub use report::{
@@ -44,6 +46,7 @@ pub use builder::CacheBuilder;
 
 pub use open::{OpenFile, OpenOptions};
 pub use request::{GetRequest, PutRequest};
+pub use uncached::UncachedFile;
 
 pub use verify::{Verification, VerifyOptions, VerifyTarget, VerifyTier};
 
@@ -55,7 +58,7 @@ pub use crate::disk::{
 use crate::config::{Config, RemoteMode, Secret};
 use crate::disk::{Disk, Lower};
 use crate::error::Result;
-use crate::origin::Origins;
+use crate::origin::{HubApi, Origins};
 use crate::reference::Reference;
 use crate::remote::Remote;
 use crate::runtime::blocking;
@@ -78,6 +81,7 @@ struct Inner {
     lower: Option<Lower>,
     remote: Option<Remote>,
     origins: Origins,
+    hub_api: HubApi,
     downloader: Downloader,
     in_flight: InFlightFills,
     start_jitter: StartJitter,
@@ -96,7 +100,8 @@ impl Cache {
             true => Disk::open(&config.dir, config.max_bytes, config.min_free_bytes, config.shared)?,
             false => Disk::open_absent(&config.dir, config.max_bytes, config.min_free_bytes)?,
         };
-        Self::with_disk(disk, config)
+        let retry = Retry::new(config.retry);
+        Self::with_disk(disk, config, retry)
     }
 
     /// Returns a cache for a caller with another Hub token, or with none. It shares the local directory and the metrics
@@ -105,12 +110,12 @@ impl Cache {
     pub fn with_hub_token(&self, token: Option<Secret>) -> Result<Self> {
         let mut config = self.0.config.clone();
         config.hub.token = token;
-        Self::with_disk(self.0.disk.clone(), config)
+        // With the same retry policy: a host that asked one caller for a pause is left alone by all of them.
+        Self::with_disk(self.0.disk.clone(), config, self.0.downloader.retry().clone())
     }
 
     /// Creates a cache that uses the open local directory `disk`.
-    fn with_disk(disk: Disk, config: Config) -> Result<Self> {
-        let retry = Retry::new(config.retry);
+    fn with_disk(disk: Disk, config: Config, retry: Retry) -> Result<Self> {
         let downloader = Downloader::new(retry.clone(), config.write_mode);
         let lower = config.lower_dir.as_ref().and_then(|root| Lower::open(root, &disk));
         let remote = config.remote.as_ref().map(|remote| Remote::open(remote, retry.clone())).transpose()?;
@@ -118,6 +123,7 @@ impl Cache {
             RemoteMode::ReadWrite => remote,
             RemoteMode::ReadOnly => remote.map(Remote::read_only),
         };
+        let hub_api = HubApi::new(&config, retry.clone());
         let origins = Origins::new(&config, retry)?;
         Ok(Self(Arc::new(Inner {
             config,
@@ -125,6 +131,7 @@ impl Cache {
             lower,
             remote,
             origins,
+            hub_api,
             downloader,
             in_flight: InFlightFills::default(),
             start_jitter: StartJitter::default(),
@@ -141,6 +148,11 @@ impl Cache {
     /// Parses a reference, as [`Reference::parse`] does. Also accepts references to the application's own origins.
     pub fn reference(&self, text: &str) -> Result<Reference> {
         self.0.origins.parse(text)
+    }
+
+    /// Returns a client for the API of the Hub, with the token of this cache.
+    pub fn hub_api(&self) -> &HubApi {
+        &self.0.hub_api
     }
 
     /// Returns the configuration of this cache.
@@ -162,7 +174,9 @@ mod tests {
         fn spawnable(_: impl Future + Send) {}
         spawnable(cache.get_with(reference, &GetOptions::default(), progress));
         spawnable(cache.open_file(reference, &OpenOptions::default(), progress));
+        spawnable(cache.open_uncached(reference, &OpenOptions::default()));
         spawnable(cache.plan(reference, &GetOptions::default()));
+        spawnable(cache.manifest(reference, &GetOptions::default()));
         spawnable(cache.put_with(key, Path::new(""), &PutOptions::default(), progress));
         spawnable(cache.backfill_pending(progress));
         spawnable(cache.finish_backfills(progress));

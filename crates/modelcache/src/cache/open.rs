@@ -275,7 +275,7 @@ impl Follower {
 
 impl OpenOptions {
     /// Returns the options of a get of the file.
-    fn as_get(&self, reference: &Reference) -> Result<GetOptions> {
+    pub(super) fn as_get(&self, reference: &Reference) -> Result<GetOptions> {
         let selection = match (&self.file, &reference.file) {
             (Some(file), Some(named)) if file != named => {
                 return Err(Error::invalid(format!("{reference} names another file than the requested {file}")));

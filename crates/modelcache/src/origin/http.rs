@@ -5,6 +5,8 @@
 //! The library reads no environment variables, but two of its dependencies do: the HTTP client takes proxies from
 //! `HTTP_PROXY`, `HTTPS_PROXY` and `NO_PROXY`, and root certificates from `SSL_CERT_FILE` and `SSL_CERT_DIR`.
 
+use super::link_local;
+use crate::config::Config;
 pub(super) use crate::config::encode_segment;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits;
@@ -35,17 +37,27 @@ pub(super) struct Http {
     client: OnceCell<Client>,
     read_timeout: Duration,
     pauses: Pauses,
+    /// See [`Config::refuse_link_local`].
+    refuse_link_local: bool,
 }
 
 impl Http {
     /// Creates a client with the timeouts of `retry`. It sends nothing to a host that asked for a pause.
-    pub(super) fn new(retry: &Retry) -> Self {
-        Self { client: OnceCell::new(), read_timeout: retry.read_timeout(), pauses: retry.pauses().clone() }
+    pub(super) fn new(config: &Config, retry: &Retry) -> Self {
+        Self {
+            client: OnceCell::new(),
+            read_timeout: retry.read_timeout(),
+            pauses: retry.pauses().clone(),
+            refuse_link_local: config.refuse_link_local,
+        }
     }
 
     /// Sends one GET without following redirects. Requests the body as stored, without compression.
     pub(super) async fn get(&self, url: &Url, mut headers: HeaderMap) -> Result<Response> {
         headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        if self.refuse_link_local {
+            link_local::check_host(url)?;
+        }
         let request = self.client().await?.get(url.clone()).headers(headers);
         self.pauses.wait(&Server(url).to_string()).await;
         let response = request.send().await.map_err(|error| transport_error(error, url))?;
@@ -98,13 +110,13 @@ impl Http {
 
     /// Returns the client, building it first if necessary.
     async fn client(&self) -> Result<&Client> {
-        let read_timeout = self.read_timeout;
+        let (read_timeout, refuse_link_local) = (self.read_timeout, self.refuse_link_local);
         self.client
             .get_or_try_init(|| async {
                 // On a blocking thread and not before the first request, because reading the system's root certificates
                 // takes longer than a cache hit.
                 let failed = |error| Error::new(ErrorKind::Other, "cannot set up HTTP").cause(error_chain(&error));
-                blocking(move || build(read_timeout).map_err(failed)).await
+                blocking(move || build(read_timeout, refuse_link_local).map_err(failed)).await
             })
             .await
     }
@@ -151,9 +163,13 @@ pub(super) fn range_header(range: &std::ops::Range<u64>) -> Result<HeaderValue> 
 }
 
 /// Builds the client. Reads the system's root certificates.
-fn build(read_timeout: Duration) -> reqwest::Result<Client> {
+fn build(read_timeout: Duration, refuse_link_local: bool) -> reqwest::Result<Client> {
     let builder = || {
-        ClientBuilder::new()
+        let builder = match refuse_link_local {
+            true => ClientBuilder::new().dns_resolver(link_local::Resolver),
+            false => ClientBuilder::new(),
+        };
+        builder
             .user_agent(concat!("modelcache/", env!("CARGO_PKG_VERSION")))
             .redirect(reqwest::redirect::Policy::none())
             .referer(false)
@@ -386,7 +402,7 @@ fn links(value: &str) -> Vec<(&str, &str)> {
 /// `RateLimit`.
 ///
 /// A `Retry-After` that is a date is ignored; the usual backoff then applies.
-fn requested_wait(headers: &HeaderMap) -> Option<Duration> {
+pub(super) fn requested_wait(headers: &HeaderMap) -> Option<Duration> {
     let seconds = header(headers, "retry-after").and_then(|text| text.trim().parse().ok());
     let seconds = seconds.or_else(|| header(headers, "ratelimit").and_then(rate_limit_reset))?;
     Some(Duration::from_secs(seconds).min(RETRY_AFTER_MAX))

@@ -7,9 +7,9 @@
 
 use super::authorization::bearer;
 use super::http::{self, ErrorResponse, Fetched, Http, Request, Server};
-use super::{BuiltIn, Origin, Resolved, no_files};
+use super::{BuiltIn, HubAnswer, Origin, Resolved, no_files};
 use crate::check::{Area, Check, Clock};
-use crate::config::HubConfig;
+use crate::config::{Config, HubConfig};
 use crate::digest::{GitOid, Provenance};
 use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
@@ -23,18 +23,19 @@ use crate::transfer::{Paging, Retry, content_range};
 use async_trait::async_trait;
 use futures::{StreamExt as _, TryStreamExt as _};
 use reqwest::StatusCode;
-use reqwest::header::{AUTHORIZATION, ETAG, HeaderMap, HeaderValue, IF_MATCH, RANGE};
+use reqwest::header::{AUTHORIZATION, ETAG, HeaderMap, HeaderValue, IF_MATCH, RANGE, VIA};
 use serde::Deserialize;
 use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::OnceCell;
 use url::Url;
 
 /// A client for one endpoint of the Hub API.
 #[derive(Debug)]
-struct Hub {
+pub(super) struct Hub {
     config: HubConfig,
     http: Http,
     retry: Retry,
@@ -60,7 +61,7 @@ const HUB_TOKEN: &str = "the Hub token (HF_TOKEN)";
 
 /// The registration of the Hub.
 pub(super) const BUILT_IN: BuiltIn =
-    BuiltIn { scheme: &hub::SCHEME, open: |config, retry| Arc::new(Arc::new(Hub::new(config.hub.clone(), retry))) };
+    BuiltIn { scheme: &hub::SCHEME, open: |config, retry| Arc::new(Arc::new(Hub::new(config, retry))) };
 
 #[async_trait]
 impl Origin for Arc<Hub> {
@@ -93,8 +94,37 @@ impl Origin for Arc<Hub> {
 
 impl Hub {
     /// Creates a client. Sends no request.
-    fn new(config: HubConfig, retry: Retry) -> Self {
-        Self { config, http: Http::new(&retry), retry }
+    pub(super) fn new(config: &Config, retry: Retry) -> Self {
+        Self { config: config.hub.clone(), http: Http::new(config, &retry), retry }
+    }
+
+    /// Returns how long requests to the endpoint are still paused; `None` if they are not.
+    pub(super) fn pause(&self) -> Option<Duration> {
+        self.retry.pauses().left(&Server(&self.endpoint().ok()?).to_string())
+    }
+
+    /// Sends one GET for `path` and returns the answer, whatever its status.
+    pub(super) async fn pass_on(&self, path: &str) -> Result<HubAnswer> {
+        let url = self.url_for(path)?;
+        let server = Server(&url).to_string();
+        if let Some(left) = self.pause() {
+            return Err(Error::unavailable(format!("{server} has asked for a pause")).retry_after(left));
+        }
+        let Fetched { response, url, .. } = self.follow(url, HeaderMap::new(), true).await?;
+        let (status, headers) = (response.status().as_u16(), response.headers().clone());
+        let retry_after = http::requested_wait(&headers).filter(|_| matches!(status, 429 | 503));
+        if let Some(wait) = retry_after {
+            self.retry.pauses().begin(&server, wait);
+        }
+        let text = |name| http::header(&headers, name).map(str::to_owned);
+        Ok(HubAnswer {
+            status,
+            content_type: text("content-type"),
+            error_code: text("x-error-code"),
+            error_message: text("x-error-message"),
+            retry_after,
+            body: self.http.body(response, &url, limits::RESPONSE_BYTES_MAX).await?,
+        })
     }
 
     /// Requests the account of the token from `whoami`, which responds with and without a token.
@@ -218,8 +248,11 @@ impl Hub {
     }
 
     /// Sends a GET for `url` and follows redirects. The token is sent to the endpoint only.
-    async fn follow(&self, url: Url, headers: HeaderMap, same_origin_only: bool) -> Result<Fetched> {
+    async fn follow(&self, url: Url, mut headers: HeaderMap, same_origin_only: bool) -> Result<Fetched> {
         let endpoint = self.endpoint()?;
+        if let Some(via) = self.config.via.as_deref().and_then(|via| HeaderValue::from_str(via).ok()) {
+            headers.insert(VIA, via);
+        }
         let authorization = self.config.token.as_ref().map(|token| bearer(token.expose(), HUB_TOKEN)).transpose()?;
         let request =
             Request { headers, credential_url: &endpoint, authorization: authorization.as_ref(), same_origin_only };
@@ -709,8 +742,9 @@ mod tests {
     use crate::reference::RepoKind;
 
     fn hub(endpoint: &str) -> Arc<Hub> {
-        let config = HubConfig { endpoint: endpoint.into(), token: Some(Secret::new("hf_canary")) };
-        Arc::new(Hub::new(config, Retry::new(RetryConfig::default())))
+        let mut config = Config::new("");
+        (config.hub.endpoint, config.hub.token) = (endpoint.into(), Some(Secret::new("hf_canary")));
+        Arc::new(Hub::new(&config, Retry::new(RetryConfig::default())))
     }
 
     fn entry(json: &str) -> TreeEntry {

@@ -25,8 +25,10 @@ mod doctor;
 mod folder;
 mod http;
 mod hub;
+mod hub_api;
 #[cfg(any(test, not(all(feature = "mlflow", feature = "oci"))))]
 mod left_out;
+mod link_local;
 #[cfg(feature = "mlflow")]
 mod mlflow;
 #[cfg(feature = "oci")]
@@ -34,6 +36,7 @@ mod oci;
 mod web;
 
 pub(crate) use doctor::examine;
+pub use hub_api::{HubAnswer, HubApi};
 #[cfg(not(feature = "mlflow"))]
 use left_out::MLFLOW;
 #[cfg(not(feature = "oci"))]

@@ -11,6 +11,7 @@
 use super::authorization;
 use super::http::{self, ErrorResponse, Fetched, Http, Request, Server};
 use super::{BuiltIn, Origin, Resolved};
+use crate::config::Config;
 use crate::credentials::{Choice, Credential, Credentials};
 use crate::digest::{Digest, Provenance};
 use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
@@ -75,10 +76,8 @@ struct FileInfo {
 }
 
 /// The registration of web servers.
-pub(super) const BUILT_IN: BuiltIn = BuiltIn {
-    scheme: &web::SCHEME,
-    open: |config, retry| Arc::new(Arc::new(Web::new(config.credentials.clone(), retry))),
-};
+pub(super) const BUILT_IN: BuiltIn =
+    BuiltIn { scheme: &web::SCHEME, open: |config, retry| Arc::new(Arc::new(Web::new(config, retry))) };
 
 #[async_trait]
 impl Origin for Arc<Web> {
@@ -114,10 +113,10 @@ impl Origin for Arc<Web> {
 
 impl Web {
     /// Creates a client. Sends no request.
-    pub(super) fn new(credentials: Credentials, retry: Retry) -> Self {
+    pub(super) fn new(config: &Config, retry: Retry) -> Self {
         Self {
-            credentials,
-            http: Http::new(&retry),
+            credentials: config.credentials.clone(),
+            http: Http::new(config, &retry),
             retry,
             recent: Mutex::default(),
             netrc_warning_logged: AtomicBool::new(false),

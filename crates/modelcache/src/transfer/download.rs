@@ -134,6 +134,11 @@ impl Downloader {
         Self { retry, write_mode, engine: Engine::shared() }
     }
 
+    /// Returns the retry policy, which all requests of a cache share.
+    pub(crate) fn retry(&self) -> &Retry {
+        &self.retry
+    }
+
     /// Downloads all `files`. Fails at the first file that no source delivers correctly.
     pub(crate) async fn download(
         &self,

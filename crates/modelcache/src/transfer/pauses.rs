@@ -19,7 +19,7 @@ pub(crate) struct Pauses(Arc<Mutex<HashMap<String, Instant>>>);
 
 impl Pauses {
     /// Pauses requests to `host` for `wait`. Returns true if no pause was under way.
-    pub(super) fn begin(&self, host: &str, wait: Duration) -> bool {
+    pub(crate) fn begin(&self, host: &str, wait: Duration) -> bool {
         let now = Instant::now();
         let Some(until) = now.checked_add(wait) else { return true };
         let mut pauses = self.0.lock();
@@ -39,6 +39,11 @@ impl Pauses {
     fn end(&self, host: &str) -> Option<Instant> {
         let pauses = self.0.lock();
         pauses.get(host).copied().filter(|end| *end > Instant::now())
+    }
+
+    /// Returns how long requests to `host` are still paused; `None` if they are not.
+    pub(crate) fn left(&self, host: &str) -> Option<Duration> {
+        self.end(host).map(|end| end.saturating_duration_since(Instant::now()))
     }
 
     /// Waits until requests to `host` are not paused.

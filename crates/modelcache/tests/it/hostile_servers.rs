@@ -167,7 +167,7 @@ async fn on_the_hub(content: &[u8]) -> Subject {
     let house = House::new().await;
     house.hub.repo("org/model").commit().plain("model.bin", content.to_vec()).publish().unwrap();
     let gate = Gate::start(house.hub.url().strip_prefix("http://").unwrap().parse().unwrap()).unwrap();
-    let hub = HubConfig { endpoint: gate.url(), token: None };
+    let hub = HubConfig { endpoint: gate.url(), ..HubConfig::default() };
     let base = {
         let mut config = house.config("base");
         config.hub = hub;

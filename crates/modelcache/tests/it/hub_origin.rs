@@ -25,7 +25,7 @@ const BIG: u64 = 3 * 1024 * 1024;
 fn origins(endpoint: &str, token: Option<&str>) -> Origins {
     let retry = RetryConfig { deadline: Duration::from_secs(4), read_timeout: Duration::from_millis(900) };
     let mut config = Config::new("unused");
-    config.hub = HubConfig { endpoint: endpoint.to_owned(), token: token.map(Secret::new) };
+    config.hub = HubConfig { endpoint: endpoint.to_owned(), token: token.map(Secret::new), via: None };
     Origins::new(&config, Retry::new(retry)).unwrap()
 }
 

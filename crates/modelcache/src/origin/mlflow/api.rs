@@ -1,6 +1,6 @@
 //! Client for the REST API of MLflow: URLs, credentials, API calls, and errors for responses.
 
-use crate::config::{MlflowConfig, Secret};
+use crate::config::{Config, MlflowConfig, Secret};
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::{ArtifactKey, FilePath};
 use crate::limits;
@@ -58,8 +58,8 @@ pub(super) fn authority(url: &Url) -> String {
 
 impl Mlflow {
     /// Creates a client. Sends no request.
-    pub(super) fn new(config: MlflowConfig, retry: Retry) -> Self {
-        Self { config, http: Http::new(&retry), retry }
+    pub(super) fn new(config: &Config, retry: Retry) -> Self {
+        Self { config: config.mlflow.clone(), http: Http::new(config, &retry), retry }
     }
 
     /// Returns the name of the registry in keys; `None` if no usable one is configured.
@@ -436,9 +436,10 @@ mod tests {
     use crate::config::RetryConfig;
 
     fn mlflow(tracking: Option<&str>, change: impl FnOnce(&mut MlflowConfig)) -> Mlflow {
-        let mut config = MlflowConfig { tracking_uri: tracking.map(Secret::new), ..MlflowConfig::default() };
-        change(&mut config);
-        Mlflow::new(config, Retry::new(RetryConfig::default()))
+        let mut config = Config::new("");
+        config.mlflow.tracking_uri = tracking.map(Secret::new);
+        change(&mut config.mlflow);
+        Mlflow::new(&config, Retry::new(RetryConfig::default()))
     }
 
     #[test]

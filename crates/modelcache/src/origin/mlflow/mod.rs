@@ -33,10 +33,8 @@ use tokio::sync::OnceCell;
 use url::Url;
 
 /// The registration of MLflow.
-pub(super) const BUILT_IN: BuiltIn = BuiltIn {
-    scheme: &mlflow::SCHEME,
-    open: |config, retry| Arc::new(Arc::new(Mlflow::new(config.mlflow.clone(), retry))),
-};
+pub(super) const BUILT_IN: BuiltIn =
+    BuiltIn { scheme: &mlflow::SCHEME, open: |config, retry| Arc::new(Arc::new(Mlflow::new(config, retry))) };
 
 #[async_trait]
 impl Origin for Arc<Mlflow> {
@@ -353,7 +351,7 @@ fn artifact_root(tracking: &Url, rest: &str) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{MlflowConfig, RetryConfig};
+    use crate::config::{Config, RetryConfig};
     use crate::transfer::Retry;
 
     #[test]
@@ -378,8 +376,9 @@ mod tests {
         let folder = |local_root: Option<&std::path::Path>, rest: &str| {
             let key = ArtifactKey::new("mlflow/h/m".parse().expect("name"), "1".parse().expect("version"));
             let local_root = local_root.map(std::path::Path::to_owned);
-            let config = MlflowConfig { local_root, ..MlflowConfig::default() };
-            let mlflow = Arc::new(Mlflow::new(config, Retry::new(RetryConfig::default())));
+            let mut config = Config::new("");
+            config.mlflow.local_root = local_root;
+            let mlflow = Arc::new(Mlflow::new(&config, Retry::new(RetryConfig::default())));
             MlflowSource { mlflow, name: "m".into(), key, found: OnceCell::new() }.local_folder(rest)
         };
         let inside = below.display().to_string();

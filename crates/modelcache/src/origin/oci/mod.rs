@@ -30,10 +30,8 @@ use tokio::sync::OnceCell;
 use url::Url;
 
 /// The registration of OCI registries. A registry that is not configured is used anonymously.
-pub(super) const BUILT_IN: BuiltIn = BuiltIn {
-    scheme: &oci::SCHEME,
-    open: |config, retry| Arc::new(Arc::new(Registries::new(config.oci.clone(), retry))),
-};
+pub(super) const BUILT_IN: BuiltIn =
+    BuiltIn { scheme: &oci::SCHEME, open: |config, retry| Arc::new(Arc::new(Registries::new(config, retry))) };
 
 #[async_trait]
 impl Origin for Arc<Registries> {

@@ -4,7 +4,7 @@
 //! uses TLS, or is on the host of a registry without TLS. The token is sent to the registry only. Redirect targets,
 //! mostly a CDN, get neither.
 
-use crate::config::{OciConfig, OciLogin};
+use crate::config::{Config, OciConfig, OciLogin};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::origin::authorization;
@@ -48,8 +48,8 @@ impl fmt::Debug for Registries {
 
 impl Registries {
     /// Creates a client. Sends no request.
-    pub(super) fn new(config: OciConfig, retry: Retry) -> Self {
-        Self { config, http: Http::new(&retry), retry, authorizations: Default::default() }
+    pub(super) fn new(config: &Config, retry: Retry) -> Self {
+        Self { config: config.oci.clone(), http: Http::new(config, &retry), retry, authorizations: Default::default() }
     }
 
     /// Returns the base URL of a registry: https, or plain http if configured or if the host is this machine.
@@ -400,9 +400,9 @@ mod tests {
     }
 
     fn registries(change: impl FnOnce(&mut OciConfig)) -> Registries {
-        let mut config = OciConfig::default();
-        change(&mut config);
-        Registries::new(config, Retry::new(RetryConfig::default()))
+        let mut config = Config::new("");
+        change(&mut config.oci);
+        Registries::new(&config, Retry::new(RetryConfig::default()))
     }
 
     #[test]

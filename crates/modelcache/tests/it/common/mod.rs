@@ -29,7 +29,7 @@ impl House {
         config.max_bytes = ByteBound::Bytes(1 << 30);
         config.min_free_bytes = ByteBound::Bytes(0);
         config.durable = Durable::Wait;
-        config.hub = HubConfig { endpoint: self.hub.url().to_owned(), token: None };
+        config.hub = HubConfig { endpoint: self.hub.url().to_owned(), ..HubConfig::default() };
         config.retry = RetryConfig { deadline: Duration::from_secs(3), read_timeout: Duration::from_secs(1) };
         config
     }
