@@ -1,1 +1,114 @@
-//! The HTTP daemon of modelcache.
+//! The HTTP daemon of modelcache: native routes, a Hugging Face endpoint, probes, metrics and a status page.
+//!
+//! [`router`] returns the routes as an [`axum::Router`]; [`listen`] serves them on sockets with limits. The daemon has no
+//! state of its own: everything lasting is in the cache directory, so that it may be killed at any moment.
+
+mod access;
+mod activity;
+mod app;
+mod body;
+mod error;
+mod file;
+mod http_metrics;
+mod hub;
+mod native;
+mod openapi;
+mod prewarm;
+mod probes;
+mod range;
+
+pub use app::Options;
+pub use openapi::document as openapi_document;
+
+/// Sockets.
+pub mod listen {
+    /// Marks a request that came over TLS.
+    #[derive(Debug, Clone, Copy)]
+    pub struct Tls;
+}
+
+use app::App;
+use axum::Router;
+use axum::middleware::from_fn_with_state;
+use axum::routing::{get, post};
+use modelcache::config::Backfill;
+use modelcache::{Cache, Config};
+use rustix::rand::{GetRandomFlags, getrandom};
+use std::sync::Arc;
+
+/// A daemon over one cache. Its background tasks end when the last router is dropped.
+#[derive(Clone)]
+pub struct Daemon(Arc<App>);
+
+impl std::fmt::Debug for Daemon {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Daemon").field("dir", &self.0.cache.config().dir).finish_non_exhaustive()
+    }
+}
+
+/// Completes the configuration of a cache that a daemon will serve: uploads in the background, no requests to
+/// link-local addresses, and a mark in requests to the Hub by which the daemon recognises its own.
+pub fn complete_config(config: &mut Config) {
+    config.backfill.get_or_insert(Backfill::Background);
+    config.refuse_link_local = true;
+    let mut id = [0; 8];
+    // Without random bytes, two daemons in a row take each other for a loop. That is reported, and nothing is lost.
+    let _ = getrandom(&mut id, GetRandomFlags::empty());
+    config.hub.via = Some(format!("1.1 modelcache-{}", hex::encode(id)));
+}
+
+/// Returns all routes of a daemon over `cache`, and starts its background tasks in the present Tokio runtime.
+pub fn router(cache: Cache, options: Options) -> Router {
+    Daemon::start(cache, options).router()
+}
+
+impl Daemon {
+    /// Starts the background tasks of a daemon in the present Tokio runtime. `cache` should have a configuration from
+    /// [`complete_config`].
+    pub fn start(cache: Cache, options: Options) -> Self {
+        let app = App::new(cache, options);
+        tokio::spawn(prewarm::run(Arc::downgrade(&app)));
+        let weak = Arc::downgrade(&app);
+        tokio::spawn(async move {
+            while let Some(app) = weak.upgrade() {
+                app.activity.sample(&app.cache.metrics().counts());
+                app.release_ended_leases();
+                drop(app);
+                tokio::time::sleep(activity::SAMPLE_INTERVAL).await;
+            }
+        });
+        Self(app)
+    }
+
+    /// Returns all routes.
+    pub fn router(&self) -> Router {
+        let app = &self.0;
+        let guarded = Router::new()
+            .route("/cache/stats", get(native::stats))
+            .route("/cache/metrics", get(native::metrics))
+            .route("/cache/activity", get(native::activity))
+            .route("/cache/artifacts", get(native::list).merge(post(native::get)))
+            .route("/cache/artifacts/{key}", get(native::inspect).delete(native::evict))
+            .route("/cache/artifacts/{key}/files/{*path}", get(native::file));
+        let metrics = Router::new().route("/metrics", get(probes::prometheus));
+        let (guarded, free) = match app.options.has_admin_listener {
+            true => (guarded.merge(metrics), Router::new()),
+            false => (guarded, metrics),
+        };
+        let guarded = guarded.layer(from_fn_with_state(app.clone(), access::guard));
+        let free = free.merge(probe_routes()).route("/openapi.json", get(probes::description));
+        let routes = guarded.merge(free).fallback(hub::handle);
+        routes.layer(from_fn_with_state(app.clone(), http_metrics::observe)).with_state(app.clone())
+    }
+
+    /// Returns the routes of an address for operators: probes and metrics, without a token.
+    pub fn admin_router(&self) -> Router {
+        let app = &self.0;
+        let routes = probe_routes().route("/metrics", get(probes::prometheus));
+        routes.layer(from_fn_with_state(app.clone(), http_metrics::observe)).with_state(app.clone())
+    }
+}
+
+fn probe_routes() -> Router<Arc<App>> {
+    Router::new().route("/livez", get(probes::livez)).route("/readyz", get(probes::readyz))
+}

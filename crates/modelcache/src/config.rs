@@ -413,7 +413,7 @@ impl OriginTemplate {
 
 /// Percent-encodes `text` as a single path segment, slashes included. Only the unreserved characters of RFC 3986 are
 /// not encoded.
-pub(crate) fn encode_segment(text: &str) -> String {
+pub fn encode_segment(text: &str) -> String {
     const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
     utf8_percent_encode(text, SEGMENT).to_string()
 }

@@ -150,7 +150,7 @@ impl Cache {
         self.0.origins.parse(text)
     }
 
-    /// Returns a client for the API of the Hub, with the token of this cache.
+    /// Returns a client for the API of the Hub.
     pub fn hub_api(&self) -> &HubApi {
         &self.0.hub_api
     }

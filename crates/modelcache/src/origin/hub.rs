@@ -9,7 +9,7 @@ use super::authorization::bearer;
 use super::http::{self, ErrorResponse, Fetched, Http, Request, Server};
 use super::{BuiltIn, HubAnswer, Origin, Resolved, no_files};
 use crate::check::{Area, Check, Clock};
-use crate::config::{Config, HubConfig};
+use crate::config::{Config, HubConfig, Secret};
 use crate::digest::{GitOid, Provenance};
 use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
@@ -103,14 +103,19 @@ impl Hub {
         self.retry.pauses().left(&Server(&self.endpoint().ok()?).to_string())
     }
 
-    /// Sends one GET for `path` and returns the answer, whatever its status.
-    pub(super) async fn pass_on(&self, path: &str) -> Result<HubAnswer> {
+    /// Returns the token of the configuration.
+    pub(super) fn token(&self) -> Option<&str> {
+        self.config.token.as_ref().map(Secret::expose)
+    }
+
+    /// Sends one GET for `path` with `token`, and returns the answer, whatever its status.
+    pub(super) async fn pass_on(&self, path: &str, token: Option<&str>) -> Result<HubAnswer> {
         let url = self.url_for(path)?;
         let server = Server(&url).to_string();
         if let Some(left) = self.pause() {
             return Err(Error::unavailable(format!("{server} has asked for a pause")).retry_after(left));
         }
-        let Fetched { response, url, .. } = self.follow(url, HeaderMap::new(), true).await?;
+        let Fetched { response, url, .. } = self.follow_as(token, url, HeaderMap::new(), true).await?;
         let (status, headers) = (response.status().as_u16(), response.headers().clone());
         let retry_after = http::requested_wait(&headers).filter(|_| matches!(status, 429 | 503));
         if let Some(wait) = retry_after {
@@ -248,12 +253,23 @@ impl Hub {
     }
 
     /// Sends a GET for `url` and follows redirects. The token is sent to the endpoint only.
-    async fn follow(&self, url: Url, mut headers: HeaderMap, same_origin_only: bool) -> Result<Fetched> {
+    async fn follow(&self, url: Url, headers: HeaderMap, same_origin_only: bool) -> Result<Fetched> {
+        self.follow_as(self.token(), url, headers, same_origin_only).await
+    }
+
+    /// Sends a GET as [`follow`](Self::follow) does, with another token.
+    async fn follow_as(
+        &self,
+        token: Option<&str>,
+        url: Url,
+        mut headers: HeaderMap,
+        same_origin_only: bool,
+    ) -> Result<Fetched> {
         let endpoint = self.endpoint()?;
         if let Some(via) = self.config.via.as_deref().and_then(|via| HeaderValue::from_str(via).ok()) {
             headers.insert(VIA, via);
         }
-        let authorization = self.config.token.as_ref().map(|token| bearer(token.expose(), HUB_TOKEN)).transpose()?;
+        let authorization = token.map(|token| bearer(token, HUB_TOKEN)).transpose()?;
         let request =
             Request { headers, credential_url: &endpoint, authorization: authorization.as_ref(), same_origin_only };
         self.http.follow(url, request).await
@@ -738,7 +754,7 @@ pub(crate) fn fuzz(bytes: &[u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{RetryConfig, Secret};
+    use crate::config::RetryConfig;
     use crate::reference::RepoKind;
 
     fn hub(endpoint: &str) -> Arc<Hub> {

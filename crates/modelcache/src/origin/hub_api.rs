@@ -7,7 +7,7 @@ use crate::transfer::Retry;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// A client for the API of the Hub. It sends each request once, with the token of its cache. Cloning is cheap.
+/// A client for the API of the Hub. It sends each request once. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct HubApi(Arc<Hub>);
 
@@ -34,15 +34,20 @@ impl HubApi {
         Self(Arc::new(Hub::new(config, retry)))
     }
 
-    /// Sends a GET for `path`, which is percent-encoded, without a slash at the beginning, and may have a query. A
-    /// redirect to another host is not followed. A 429 pauses all requests of the cache to the Hub for as long as the
+    /// Sends a GET for `path` with `token`. The path is percent-encoded, has no slash at the beginning, and may have a
+    /// query. A redirect to another host is not followed. A 429 pauses all requests of the cache to the Hub for as long as the
     /// answer states.
     ///
     /// # Errors
     /// `Unavailable` if the Hub does not answer, or if it has asked for a pause that is not over
     /// ([`Error::wait`](crate::Error::wait) has the rest of it).
-    pub async fn get(&self, path: &str) -> Result<HubAnswer> {
-        self.0.pass_on(path).await
+    pub async fn get(&self, path: &str, token: Option<&str>) -> Result<HubAnswer> {
+        self.0.pass_on(path, token).await
+    }
+
+    /// Returns the token of the cache's configuration.
+    pub fn token(&self) -> Option<&str> {
+        self.0.token()
     }
 
     /// Returns how long the Hub asked all requests to wait, counted from now; `None` if it did not.

@@ -1,0 +1,85 @@
+//! Errors as HTTP responses: `{"error": {"code", "message", "hint"}}` with the status of the kind.
+
+use axum::http::header::RETRY_AFTER;
+use axum::http::{HeaderValue, StatusCode};
+use axum::response::{IntoResponse, Response};
+use axum::{Json, http};
+use modelcache::{Error, ErrorKind};
+use serde_json::json;
+use std::time::Duration;
+
+/// `Retry-After` of an unavailable service that stated no time.
+const RETRY_AFTER_DEFAULT: Duration = Duration::from_secs(5);
+
+/// An error of the library, or of the request itself, as the response of a native route.
+#[derive(Debug)]
+pub(crate) struct ApiError {
+    pub(crate) status: StatusCode,
+    pub(crate) error: Error,
+}
+
+/// The result of a native route.
+pub(crate) type ApiResult<T> = Result<T, ApiError>;
+
+impl From<Error> for ApiError {
+    fn from(error: Error) -> Self {
+        Self { status: status_of(&error), error }
+    }
+}
+
+impl ApiError {
+    /// Creates an error with a status of its own.
+    pub(crate) fn new(status: StatusCode, message: &str, hint: &str) -> Self {
+        Self { status, error: Error::invalid(message).hint(hint) }
+    }
+}
+
+/// Returns the status for the kind of an error. The credentials are those of the daemon, so that its client cannot
+/// mend them: they are a failure of the server.
+pub(crate) fn status_of(error: &Error) -> StatusCode {
+    match error.kind() {
+        ErrorKind::Invalid => StatusCode::BAD_REQUEST,
+        ErrorKind::NotFound => StatusCode::NOT_FOUND,
+        ErrorKind::Conflict => StatusCode::CONFLICT,
+        ErrorKind::Unauthorized | ErrorKind::Corrupt => StatusCode::BAD_GATEWAY,
+        ErrorKind::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
+        ErrorKind::Full => StatusCode::INSUFFICIENT_STORAGE,
+        _ => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+/// Returns the value of `Retry-After` for a wait, in whole seconds and at least one.
+pub(crate) fn retry_after(wait: Option<Duration>) -> HeaderValue {
+    HeaderValue::from(wait.unwrap_or(RETRY_AFTER_DEFAULT).as_secs_f64().ceil().max(1.0) as u64)
+}
+
+/// The error of a response, for the log and the list of recent errors.
+#[derive(Debug, Clone)]
+pub(crate) struct Failure(pub(crate) Error);
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let Self { status, error } = self;
+        let code = match (status, error.kind()) {
+            (StatusCode::UNAUTHORIZED, _) => "unauthorized",
+            (_, kind) => kind.name(),
+        };
+        let body = json!({ "error": {
+            "code": code,
+            "message": error.to_string(),
+            "hint": error.hint_text(),
+        }});
+        let mut response = (status, Json(body)).into_response();
+        if matches!(status, StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS) {
+            response.headers_mut().insert(RETRY_AFTER, retry_after(error.wait()));
+        }
+        response.extensions_mut().insert(Failure(error));
+        response
+    }
+}
+
+/// Returns the header value of `text`, without the characters that a header must not have.
+pub(crate) fn header_text(text: &str) -> HeaderValue {
+    let clean: String = text.chars().filter(|c| c.is_ascii_graphic() || *c == ' ').take(400).collect();
+    http::HeaderValue::from_str(&clean).unwrap_or(HeaderValue::from_static(""))
+}

@@ -1,0 +1,144 @@
+//! Counters of HTTP requests and responses.
+
+use axum::extract::{MatchedPath, Request, State};
+use axum::http::header::HeaderName;
+use axum::http::{HeaderValue, StatusCode};
+use axum::middleware::Next;
+use axum::response::Response;
+use modelcache::mutex::Mutex;
+use modelcache::printable;
+use rustix::rand::{GetRandomFlags, getrandom};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+use tracing::Instrument as _;
+
+use crate::app::App;
+use crate::error::Failure;
+
+/// The header with the id of a request, in requests and responses.
+const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Longest id that is taken over from a request.
+const REQUEST_ID_BYTES_MAX: usize = 128;
+
+/// The name of a route in metrics, if the matched path is not specific enough.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct RouteName(pub(crate) &'static str);
+
+/// The counters.
+#[derive(Debug, Default)]
+pub(crate) struct HttpMetrics {
+    /// Requests by route and status.
+    requests: Mutex<BTreeMap<(String, u16), u64>>,
+    /// Requests whose response head was not sent yet.
+    in_flight: AtomicU64,
+    sent_bytes: AtomicU64,
+    uncached_files: AtomicU64,
+    uncached_bytes: AtomicU64,
+    cut_responses: AtomicU64,
+}
+
+/// A copy of the counters.
+#[derive(Debug, Clone, serde::Serialize)]
+pub(crate) struct HttpCounts {
+    /// Requests by route and status.
+    pub(crate) requests: Vec<RequestCount>,
+    pub(crate) in_flight: u64,
+    /// Bytes of files in responses.
+    pub(crate) sent_bytes: u64,
+    /// Files that were passed through because they are larger than the budget, and their bytes.
+    pub(crate) uncached_files: u64,
+    pub(crate) uncached_bytes: u64,
+    /// Responses that were cut because the rest of the file could not be delivered.
+    pub(crate) cut_responses: u64,
+}
+
+/// The number of requests of one route that were answered with one status.
+#[derive(Debug, Clone, serde::Serialize)]
+pub(crate) struct RequestCount {
+    pub(crate) route: String,
+    pub(crate) status: u16,
+    pub(crate) count: u64,
+}
+
+impl HttpMetrics {
+    pub(crate) fn count_sent(&self, bytes: usize) {
+        self.sent_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub(crate) fn count_uncached(&self, bytes: u64) {
+        self.uncached_files.fetch_add(1, Ordering::Relaxed);
+        self.uncached_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(crate) fn count_cut(&self) {
+        self.cut_responses.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn counts(&self) -> HttpCounts {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let requests = self.requests.lock();
+        let row = |((route, status), count): (&(String, u16), &u64)| RequestCount {
+            route: route.clone(),
+            status: *status,
+            count: *count,
+        };
+        HttpCounts {
+            requests: requests.iter().map(row).collect(),
+            in_flight: read(&self.in_flight),
+            sent_bytes: read(&self.sent_bytes),
+            uncached_files: read(&self.uncached_files),
+            uncached_bytes: read(&self.uncached_bytes),
+            cut_responses: read(&self.cut_responses),
+        }
+    }
+}
+
+/// Gives each request an id, counts it and logs it.
+pub(crate) async fn observe(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    let id = request_id(&request);
+    let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
+    let (method, path) = (request.method().clone(), printable::line(request.uri().path()).into_owned());
+    let started = Instant::now();
+    app.http.in_flight.fetch_add(1, Ordering::Relaxed);
+    let span = tracing::info_span!("request", id = %id);
+    let mut response = next.run(request).instrument(span.clone()).await;
+    app.http.in_flight.fetch_sub(1, Ordering::Relaxed);
+    let named = response.extensions().get::<RouteName>().map(|RouteName(name)| (*name).to_owned());
+    let route = named.or(route).unwrap_or_else(|| "none".into());
+    let status = response.status();
+    *app.http.requests.lock().entry((route, status.as_u16())).or_default() += 1;
+    let _entered = span.enter();
+    let ms = started.elapsed().as_millis() as u64;
+    let failure = response.extensions().get::<Failure>().map(|Failure(error)| error.clone());
+    match &failure {
+        Some(error) if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS => {
+            tracing::warn!(%method, path, status = status.as_u16(), ms, %error, "request failed");
+            app.activity.record_error("request", error);
+        }
+        Some(error) => tracing::info!(%method, path, status = status.as_u16(), ms, %error, "request refused"),
+        None => tracing::debug!(%method, path, status = status.as_u16(), ms, "request"),
+    }
+    response.headers_mut().insert(X_REQUEST_ID, id_value(&id));
+    response
+}
+
+/// Returns the id of a request: the one that it brings if it is harmless, or a new one.
+fn request_id(request: &Request) -> String {
+    let brought = request.headers().get(X_REQUEST_ID).and_then(|id| id.to_str().ok());
+    let is_harmless = |id: &&str| {
+        let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.:/+=".contains(&byte);
+        !id.is_empty() && id.len() <= REQUEST_ID_BYTES_MAX && id.bytes().all(is_allowed)
+    };
+    brought.filter(is_harmless).map(str::to_owned).unwrap_or_else(|| {
+        let mut bytes = [0; 8];
+        // Without random bytes the id is zero, which is no reason to refuse the request.
+        let _ = getrandom(&mut bytes, GetRandomFlags::empty());
+        hex::encode(bytes)
+    })
+}
+
+fn id_value(id: &str) -> HeaderValue {
+    HeaderValue::from_str(id).unwrap_or(HeaderValue::from_static("0"))
+}
