@@ -84,12 +84,18 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
     let session = Session {
         output,
         config: settings.config,
+        serve: settings.serve,
         metrics_file: settings.metrics_file,
         metrics: metrics::CommandMetrics::default(),
         started,
     };
-    // A signal drops the running command.
-    let ended = runtime.block_on(signals::or_signal(arguments.verb.run(&session)));
+    let run = arguments.verb.run(&session);
+    let ended = match &arguments.verb {
+        // The daemon handles signals itself: it lets running requests finish.
+        verbs::Verb::Serve(_) => runtime.block_on(signals::without(run)),
+        // A signal drops the running command.
+        _ => runtime.block_on(signals::or_signal(run)),
+    };
     let code = match &ended {
         Ok(Ok(code)) => *code,
         Ok(Err(error)) => {

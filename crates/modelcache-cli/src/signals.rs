@@ -50,9 +50,22 @@ pub(crate) async fn or_signal<T>(work: impl Future<Output = T>) -> Result<T, Sig
     fail_writes_beyond_the_file_size_limit();
     tokio::select! {
         outcome = work => Ok(outcome),
-        signal = received(Signal::HangUp) => Err(signal),
-        signal = received(Signal::Interrupt) => Err(signal),
-        signal = received(Signal::Terminate) => Err(signal),
+        signal = next() => Err(signal),
+    }
+}
+
+/// Runs `work`, which waits for signals itself, and returns its outcome.
+pub(crate) async fn without<T>(work: impl Future<Output = T>) -> Result<T, Signal> {
+    fail_writes_beyond_the_file_size_limit();
+    Ok(work.await)
+}
+
+/// Waits for the next signal that ends a command.
+pub(crate) async fn next() -> Signal {
+    tokio::select! {
+        signal = received(Signal::HangUp) => signal,
+        signal = received(Signal::Interrupt) => signal,
+        signal = received(Signal::Terminate) => signal,
     }
 }
 

@@ -3,6 +3,7 @@
 use crate::activity::Activity;
 use crate::http_metrics::HttpMetrics;
 use crate::hub::{Infos, Rights};
+use crate::listen::ConnectionCounters;
 use crate::prewarm::Readiness;
 use modelcache::cache::{Artifact, GetOptions};
 use modelcache::config::Secret;
@@ -66,6 +67,7 @@ pub(crate) struct App {
     pub(crate) readiness: Readiness,
     pub(crate) activity: Activity,
     pub(crate) http: HttpMetrics,
+    pub(crate) connections: Arc<ConnectionCounters>,
     /// The manifests of artifacts that are not on disk yet, so that listing and download request them once.
     manifests: Mutex<HashMap<ArtifactKey, Arc<Manifest>>>,
     /// The leases that clients asked for, with their ends.
@@ -84,6 +86,7 @@ impl App {
             options,
             activity: Activity::default(),
             http: HttpMetrics::default(),
+            connections: Arc::default(),
             manifests: Mutex::default(),
             held: Mutex::default(),
             corrupt: Mutex::default(),

@@ -1,6 +1,6 @@
 //! The HTTP daemon of modelcache: native routes, a Hugging Face endpoint, probes, metrics and a status page.
 //!
-//! [`router`] returns the routes as an [`axum::Router`]; [`listen`] serves them on sockets with limits. The daemon has no
+//! [`router`] returns the routes as an [`axum::Router`]; [`serve`] serves them on sockets, with limits. The daemon has no
 //! state of its own: everything lasting is in the cache directory, so that it may be killed at any moment.
 
 mod access;
@@ -11,6 +11,7 @@ mod error;
 mod file;
 mod http_metrics;
 mod hub;
+mod listen;
 mod native;
 mod openapi;
 mod prewarm;
@@ -18,14 +19,10 @@ mod probes;
 mod range;
 
 pub use app::Options;
+pub use listen::{
+    ConnectionCounters, ConnectionLimits, Listeners, Notifier, Scheme, ServeOptions, TlsFiles, serve, watchdog_time,
+};
 pub use openapi::document as openapi_document;
-
-/// Sockets.
-pub mod listen {
-    /// Marks a request that came over TLS.
-    #[derive(Debug, Clone, Copy)]
-    pub struct Tls;
-}
 
 use app::App;
 use axum::Router;
@@ -99,6 +96,11 @@ impl Daemon {
         let free = free.merge(probe_routes()).route("/openapi.json", get(probes::description));
         let routes = guarded.merge(free).fallback(hub::handle);
         routes.layer(from_fn_with_state(app.clone(), http_metrics::observe)).with_state(app.clone())
+    }
+
+    /// Returns the counters of connections, for [`ServeOptions`].
+    pub fn connection_counters(&self) -> Arc<ConnectionCounters> {
+        self.0.connections.clone()
     }
 
     /// Returns the routes of an address for operators: probes and metrics, without a token.

@@ -19,6 +19,7 @@ pub(crate) mod prewarm;
 pub(crate) mod prune;
 pub(crate) mod put;
 pub(crate) mod resolve;
+pub(crate) mod serve;
 pub(crate) mod stats;
 pub(crate) mod tag;
 pub(crate) mod verify;
@@ -29,6 +30,7 @@ use clap::Subcommand;
 use modelcache::cache::Artifact;
 use modelcache::config::Durable;
 use modelcache::progress::Phase;
+use modelcache::settings::ServeSettings;
 use modelcache::{Cache, Config, Error, Result};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -52,6 +54,7 @@ pub(crate) enum Verb {
     Inspect(inspect::Inspect),
     Stats(stats::Stats),
     Verify(verify::Verify),
+    Serve(serve::Serve),
     Doctor(doctor::Doctor),
     Completions(completions::Completions),
     Man(man::Man),
@@ -62,6 +65,8 @@ pub(crate) enum Verb {
 pub(crate) struct Session<'a> {
     pub(crate) output: &'a Output,
     pub(crate) config: Config,
+    /// The settings of the daemon.
+    pub(crate) serve: ServeSettings,
     /// The file for the Prometheus metrics of this command, if one is configured.
     pub(crate) metrics_file: Option<PathBuf>,
     pub(crate) metrics: metrics::CommandMetrics,
@@ -154,6 +159,7 @@ impl Verb {
             Self::Tag(_) => "tag",
             Self::Resolve(_) => "resolve",
             Self::Verify(_) => "verify",
+            Self::Serve(_) => "serve",
             Self::Doctor(_) => "doctor",
             Self::Completions(_) => "completions",
             Self::Man(_) => "man",
@@ -179,6 +185,7 @@ impl Verb {
             Self::Inspect(verb) => verb.run(session).await,
             Self::Stats(verb) => verb.run(session).await,
             Self::Verify(verb) => return verb.run(session).await,
+            Self::Serve(verb) => return verb.run(session).await,
             // `execute` in `lib.rs` has already run these.
             Self::Completions(_) | Self::Man(_) | Self::Help(_) | Self::Doctor(_) => Ok(()),
         }

@@ -17,7 +17,7 @@ use crate::app::App;
 use crate::error::{Failure, header_text, retry_after};
 use crate::file::FileRequest;
 use crate::http_metrics::RouteName;
-use crate::listen::Tls;
+use crate::listen::Scheme;
 use axum::Json;
 use axum::body::Body;
 use axum::extract::{Request, State};
@@ -88,7 +88,7 @@ pub(crate) async fn handle(State(app): State<Arc<App>>, request: Request) -> Res
                 method: &parts.method,
                 uri: &parts.uri,
                 headers: &parts.headers,
-                is_tls: parts.extensions.get::<Tls>().is_some(),
+                is_tls: parts.extensions.get() == Some(&Scheme::Https),
             };
             // The future is large, and most requests need little of it.
             Box::pin(call.answer(route, body)).await.unwrap_or_else(|refused| *refused)
