@@ -2,9 +2,11 @@
 //!
 //! Within a process, an in-flight fill is a task. Callers with the same [`FillKey`] wait for it and see its progress.
 //! The task is aborted when the last caller is dropped, unless all bytes are downloaded and verified: then it is still
-//! published. A caller that opens one file may also join a fill of more files. Requests for other files of the same
-//! artifact are serialized by the fill lock. So are the requests of other processes, which read the progress from the
-//! heartbeat of the leader.
+//! published. A caller that opens one file may also join a fill of more files.
+//!
+//! Fills of different single files of one artifact run at the same time, under one fill lock. All other fills of the
+//! artifact are serialized by that lock, so that no file is downloaded twice. So are the fills of other processes, which
+//! read the progress from the heartbeat of the leader.
 
 use super::Cache;
 use super::resolve::FetchRequest;
@@ -52,6 +54,8 @@ pub(super) struct InFlightFill {
     progress: Progress,
     state: watch::Receiver<FillState>,
     partial_files: watch::Receiver<Option<PartialFiles>>,
+    /// The leadership of this fill, while it has one.
+    leadership: SharedLeadership,
     /// True if the fill was started to open a file.
     is_for_reading: bool,
     /// `None` only while this value is dropped.
@@ -64,8 +68,12 @@ pub(super) struct InFlightFill {
 pub(super) struct FillPublisher {
     state: watch::Sender<FillState>,
     partial_files: watch::Sender<Option<PartialFiles>>,
+    leadership: SharedLeadership,
     first_read: Option<FirstRead>,
 }
+
+/// The leadership of a fill, which a fill of another file of the artifact may share. It does not keep the fill lock.
+type SharedLeadership = Arc<Mutex<Weak<LeaderGuard>>>;
 
 /// The file that the caller will read during the fill.
 #[derive(Debug, Clone)]
@@ -111,7 +119,7 @@ pub(super) enum Joined {
     /// Another fill published the artifact.
     Filled(Box<LeasedArtifact>),
     /// The caller is the leader and has to fill the artifact.
-    Leading(LeaderGuard),
+    Leading(Arc<LeaderGuard>),
 }
 
 impl Cache {
@@ -137,7 +145,7 @@ impl Cache {
         first_read: Option<&FirstRead>,
         progress: &Progress,
     ) -> (Arc<InFlightFill>, bool) {
-        let fill_key = (request.key.clone(), request.selection.identity(), request.digest, request.max_tier);
+        let fill_key = fill_key(request);
         let mut in_flight = self.0.in_flight.running.lock();
         // Remove the fills that no caller holds any more.
         in_flight.retain(|_, fill| fill.strong_count() > 0);
@@ -153,8 +161,13 @@ impl Cache {
         // The map stays locked until the new fill is in it, so that no other caller starts the same one.
         let ((state_sender, state), (partial_files_sender, partial_files)) =
             (watch::channel(FillState::Running), watch::channel(None));
-        let publisher =
-            FillPublisher { state: state_sender, partial_files: partial_files_sender, first_read: first_read.cloned() };
+        let leadership = SharedLeadership::default();
+        let publisher = FillPublisher {
+            state: state_sender,
+            partial_files: partial_files_sender,
+            leadership: leadership.clone(),
+            first_read: first_read.cloned(),
+        };
         let (cache, request, fill_progress) = (self.clone(), request.clone(), progress.clone());
         let selection = request.selection.clone();
         // A task of its own: the fill continues if the caller that started it is cancelled, but others wait for it.
@@ -169,6 +182,7 @@ impl Cache {
             progress: progress.clone(),
             state,
             partial_files,
+            leadership,
             is_for_reading: first_read.is_some(),
             task: Some(task),
             finishing: self.0.in_flight.finishing.clone(),
@@ -189,16 +203,47 @@ impl Cache {
     pub(super) async fn join_or_lead(&self, request: &FetchRequest, progress: &Progress) -> Result<Joined> {
         let mut waiting = Waiting::new(progress);
         loop {
-            let leadership = self.try_lead(&request.key, &mut waiting).await?;
+            let shared = self.leadership_to_share(request);
+            let leadership = match shared {
+                Some(_) => None,
+                None => Some(self.try_lead(&request.key, &mut waiting).await?),
+            };
             // Also after the lock was taken: the previous leader may have published just before.
             if let Some(leased) = self.try_acquire(request).await? {
                 return Ok(Joined::Filled(Box::new(leased)));
             }
+            if let Some(leader) = shared {
+                return Ok(Joined::Leading(leader));
+            }
             match leadership {
-                Leadership::Ours(leader) => return Ok(Joined::Leading(LeaderGuard::start(leader, progress))),
-                Leadership::Theirs(heartbeat) => waiting.pause(heartbeat.done_bytes, heartbeat.total_bytes).await,
+                Some(Leadership::Ours(leader)) => {
+                    return Ok(Joined::Leading(Arc::new(LeaderGuard::start(leader, progress))));
+                }
+                Some(Leadership::Theirs(heartbeat)) => {
+                    waiting.pause(heartbeat.done_bytes, heartbeat.total_bytes).await;
+                }
+                None => {}
             }
         }
+    }
+
+    /// Returns the leadership of a fill of the same artifact in this process, if the fill of `request` may run beside
+    /// it: both are fills of a single file, and no fill of the same file or of more files is running.
+    fn leadership_to_share(&self, request: &FetchRequest) -> Option<Arc<LeaderGuard>> {
+        let file = request.selection.one_file()?;
+        let own_key = fill_key(request);
+        let in_flight = self.0.in_flight.running.lock();
+        let mut leader = None;
+        for fill in in_flight.values().filter_map(Weak::upgrade) {
+            if fill.fill_key.0 != request.key || fill.fill_key == own_key || !fill.is_running() {
+                continue;
+            }
+            if fill.selection.one_file().is_none_or(|other| other == file) {
+                return None;
+            }
+            leader = leader.or_else(|| fill.leadership.lock().upgrade());
+        }
+        leader
     }
 
     /// Waits until this process is the leader of the fill of `key`, even if another process has published the artifact
@@ -222,7 +267,17 @@ impl Cache {
     }
 }
 
+/// Returns the key under which requests share a fill.
+fn fill_key(request: &FetchRequest) -> FillKey {
+    (request.key.clone(), request.selection.identity(), request.digest, request.max_tier)
+}
+
 impl FillPublisher {
+    /// Lets fills of other files of the artifact share the leadership of this one.
+    pub(super) fn share_leadership(&self, leader: &Arc<LeaderGuard>) {
+        *self.leadership.lock() = Arc::downgrade(leader);
+    }
+
     /// Publishes the partial files of the fill. If the fill was started to open a file, returns a reader of that file:
     /// it is registered before the first request, so that the download starts with that file.
     pub(super) fn set_partial_files(&self, partial_files: PartialFiles) -> Option<PartialReader> {

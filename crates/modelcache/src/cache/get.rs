@@ -124,6 +124,7 @@ impl Cache {
             Joined::Filled(leased) => return Ok(FillOutcome::local(*leased)),
             Joined::Leading(lead) => lead,
         };
+        publisher.share_leadership(&lead);
         // Steps 4 and 5.
         let (plan, mut staged) = self.plan_and_download(request, progress, publisher).await?;
         let backfill_job = self.backfill_job(&plan, &mut staged);

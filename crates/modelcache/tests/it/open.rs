@@ -351,6 +351,39 @@ async fn a_file_is_readable_before_the_other_files_of_its_fill_are_complete() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn single_files_of_one_artifact_are_filled_at_the_same_time_and_each_only_once() {
+    let (house, other) = (House::new().await, Content::generated(2, 3 * MIB));
+    let model = Content::generated(7, 20 * MIB + 4321);
+    let commit = house.hub.repo("org/model").commit().lfs("model.bin", model.clone()).lfs("other.bin", other.clone());
+    commit.file("config.json", "{}").publish().unwrap();
+    house.hub.faults().add(stall().once());
+    let cache = Cache::open({
+        let mut config = house.config("a");
+        config.retry = RetryConfig { deadline: Duration::from_secs(60), read_timeout: Duration::from_secs(8) };
+        config
+    })
+    .unwrap();
+    let stalled = open_unchecked(&cache, HUB).await;
+    read(&stalled, &model, 0..MIB).await;
+    // These files are published while the first one still downloads.
+    let beside = open(&cache, "hf://org/model@main/other.bin").await;
+    assert_same(&soon(beside.whole()).await.unwrap(), &other);
+    let small = open(&cache, "hf://org/model@main/config.json").await;
+    soon(small.whole()).await.unwrap();
+    // A fill of all files waits for the first one, so that no byte is requested twice.
+    let getting = tokio::spawn({
+        let cache = cache.clone();
+        async move { get(&cache, "hf://org/model").await.unwrap().path }
+    });
+    sleep(Duration::from_millis(300)).await;
+    assert!(!stalled.is_whole() && !getting.is_finished());
+    assert_same(&soon(getting).await.unwrap().join("model.bin"), &model);
+    assert!(stalled.is_whole());
+    let sizes = model.len() + other.len() + 2;
+    assert!(house.hub.body_bytes() < sizes + 4 * MIB, "{} of {sizes}", house.hub.body_bytes());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn dropping_the_only_reader_ends_its_fill_and_the_next_fill_resumes_it() {
     let weather = weather().await;
     weather.proxy.let_through(SIZE / 4);
