@@ -24,6 +24,7 @@ impl Docs {
         let mut stale = Vec::new();
         let mut pages = modelcache_cli::docs::pages();
         pages.push(("docs/json.md", json::page()?));
+        pages.push(("docs/http.md", modelcache_server::openapi_page()));
         for (page, text) in pages {
             let path = root().join(page);
             if fs::read_to_string(&path).is_ok_and(|current| current == text) {

@@ -22,7 +22,7 @@ pub use app::Options;
 pub use listen::{
     ConnectionCounters, ConnectionLimits, Listeners, Notifier, Scheme, ServeOptions, TlsFiles, serve, watchdog_time,
 };
-pub use openapi::document as openapi_document;
+pub use openapi::{document as openapi_document, page as openapi_page};
 
 use app::App;
 use axum::Router;
