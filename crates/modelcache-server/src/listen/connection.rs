@@ -210,4 +210,6 @@ pub(super) fn refuse(stream: &TcpStream) {
         body.len(),
     );
     let _ = stream.try_write(response.as_bytes());
+    // Closing a socket with unread input resets the connection, and the client may lose the response.
+    let _ = stream.try_read(&mut [0; 8 << 10]);
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 /// How long a connection may wait for its client before it can be closed to make room for a new one.
 pub(super) const STALL_EVICTABLE: Duration = Duration::from_secs(10);
 /// How long input is read and discarded after an early response (413, 431), so that the client receives the response.
-/// Closing a socket with unread input resets the connection, and the reset discards what the client has not yet read.
+/// Closing a socket with unread input resets the connection, and a client that is still sending fails before it reads.
 pub(super) const LINGER: Duration = Duration::from_secs(2);
 /// Bytes that are read and discarded at most after an early response.
 pub(super) const LINGER_BYTES: u64 = 4 << 20;

@@ -46,6 +46,8 @@ use self::tls::Tls;
 const BACKLOG: u32 = 4096;
 /// Time without new connections after one could not be accepted for lack of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Time to close the connections that are cut at the end of the grace time.
+const CUT_TIME: Duration = Duration::from_secs(1);
 /// Shortest time between two warnings of the same kind.
 const WARN_INTERVAL: Duration = Duration::from_secs(60);
 /// Silence on a connection after which the kernel asks whether the peer still exists, the time between two such
@@ -258,7 +260,8 @@ pub async fn serve(
     };
     if timeout(grace, finish).await.is_err() {
         tracing::warn!(connections = tasks.len(), ?grace, "requests did not finish in time and are cut");
-        tasks.shutdown().await;
+        // A handler that blocks its thread cannot be cut, and must not hold up the shutdown.
+        let _ = timeout(CUT_TIME, tasks.shutdown()).await;
     }
     Ok(())
 }
