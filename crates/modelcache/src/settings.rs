@@ -1463,7 +1463,7 @@ mod tests {
     fn unknown_variables_are_warned_about_except_for_service_links() {
         let inputs = inputs()
             .variable("MODEL_CACHE_MAX_BYTE", "1")
-            .variable("MODEL_CACHE_LISTEN", "x")
+            .variable("MODEL_CACHE_FROBNICATE", "x")
             .variable("MODEL_CACHE_CONFIG", "/f")
             .variable("MODEL_CACHE_PATH", "/by/exec")
             .variable("MODEL_CACHE_PATH_2", "/by/exec")
@@ -1471,7 +1471,7 @@ mod tests {
             .variable("MODEL_CACHE_SERVICE_HOST", "10.0.0.1");
         let warnings = inputs.variable("HOME", "/h").gather().expect("settings").warnings;
         assert_eq!(warnings.len(), 2, "{warnings:?}");
-        assert!(warnings[0].starts_with("unknown environment variable MODEL_CACHE_LISTEN"), "{warnings:?}");
+        assert!(warnings[0].starts_with("unknown environment variable MODEL_CACHE_FROBNICATE"), "{warnings:?}");
         assert!(warnings[1].ends_with("did you mean MODEL_CACHE_MAX_BYTES?"), "{warnings:?}");
     }
 
