@@ -29,6 +29,7 @@ pub(crate) use web::is_derived;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::key::{ArtifactKey, ArtifactName, FilePath, Version};
+use crate::option_name::call::REVISION;
 use crate::{origin, redact};
 use location::Location;
 use std::fmt;
@@ -141,7 +142,7 @@ impl Reference {
             let prefixes: Vec<_> =
                 origin::schemes().filter(|scheme| scheme.has_revisions).map(|scheme| scheme.prefix).collect();
             return Err(Error::invalid(format!("{self} has no revisions"))
-                .hint(format!("only {} references take --revision", prefixes.join(", "))));
+                .hint(format!("only {} references take {REVISION}", prefixes.join(", "))));
         };
         self.target = target;
         Ok(self)
