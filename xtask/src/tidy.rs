@@ -79,9 +79,8 @@ const LAYERS: [&[&str]; 7] = [
 ];
 
 /// Allowed imports from a higher layer, by the beginning of the importing path and the imported module. The
-/// configuration holds the application's own origins. Keys and references look up schemes in the constant registry of
-/// origins.
-const ALLOWED_IMPORTS: [(&str, &str); 3] = [("config.rs", "origin"), ("key.rs", "origin"), ("reference/", "origin")];
+/// configuration holds the application's own origins.
+const ALLOWED_IMPORTS: [(&str, &str); 1] = [("config.rs", "origin")];
 
 /// Modules of the library without a layer: the root, and the entry points of fuzz targets.
 const WITHOUT_LAYER: [&str; 2] = ["lib", "fuzzing"];

@@ -7,7 +7,7 @@
 //! A source is valid only for the version that it was created for. If the objects at the location change, the source
 //! fails with `Conflict`.
 
-use super::{BuiltIn, Origin, Resolved};
+use super::{Origin, Resolved};
 use crate::config::{BucketConfig, RemoteConfig};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath, Version};
@@ -88,12 +88,6 @@ impl Buckets {
         Ok(found.map(|found| (remote, found)))
     }
 }
-
-/// The registration of buckets.
-pub(super) const BUILT_IN: BuiltIn = BuiltIn {
-    scheme: &bucket::SCHEME,
-    open: |config, retry| Arc::new(Arc::new(Buckets::new(config.buckets.clone(), retry))),
-};
 
 #[async_trait]
 impl Origin for Arc<Buckets> {

@@ -7,7 +7,7 @@
 
 use super::authorization::bearer;
 use super::http::{self, ErrorResponse, Fetched, Http, Request, Server};
-use super::{BuiltIn, Origin, Resolved, no_files};
+use super::{Origin, Resolved, no_files};
 use crate::check::{Area, Check, Clock};
 use crate::config::HubConfig;
 use crate::digest::{GitOid, Provenance};
@@ -34,7 +34,7 @@ use url::Url;
 
 /// A client for one endpoint of the Hub API.
 #[derive(Debug)]
-struct Hub {
+pub(super) struct Hub {
     config: HubConfig,
     http: Http,
     retry: Retry,
@@ -57,10 +57,6 @@ const FILE_REQUESTS_MAX: usize = 8;
 const LEFT_OUT_NAMED: usize = 3;
 /// The name of the Hub's token in error messages.
 const HUB_TOKEN: &str = "the Hub token (HF_TOKEN)";
-
-/// The registration of the Hub.
-pub(super) const BUILT_IN: BuiltIn =
-    BuiltIn { scheme: &hub::SCHEME, open: |config, retry| Arc::new(Arc::new(Hub::new(config.hub.clone(), retry))) };
 
 #[async_trait]
 impl Origin for Arc<Hub> {
@@ -93,7 +89,7 @@ impl Origin for Arc<Hub> {
 
 impl Hub {
     /// Creates a client. Sends no request.
-    fn new(config: HubConfig, retry: Retry) -> Self {
+    pub(super) fn new(config: HubConfig, retry: Retry) -> Self {
         Self { config, http: Http::new(&retry), retry }
     }
 

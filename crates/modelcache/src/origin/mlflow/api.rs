@@ -32,7 +32,7 @@ const PROXY_DISABLED_MARKER: &str = "--serve-artifacts";
 
 /// A client for the configured tracking and registry servers.
 #[derive(Debug)]
-pub(super) struct Mlflow {
+pub(crate) struct Mlflow {
     pub(super) config: MlflowConfig,
     pub(super) http: Http,
     pub(super) retry: Retry,
@@ -60,7 +60,7 @@ pub(super) fn authority(url: &Url) -> String {
 
 impl Mlflow {
     /// Creates a client. Sends no request.
-    pub(super) fn new(config: MlflowConfig, retry: Retry) -> Self {
+    pub(crate) fn new(config: MlflowConfig, retry: Retry) -> Self {
         Self { config, http: Http::new(&retry), retry }
     }
 

@@ -10,7 +10,7 @@
 mod api;
 
 use super::http::{self, Request};
-use super::{BuiltIn, Origin, Resolved, folder, no_files};
+use super::{Origin, Resolved, folder, no_files};
 use crate::config::RemoteConfig;
 use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
@@ -20,7 +20,8 @@ use crate::printable;
 use crate::reference::{MlflowModel, MlflowVersion, Reference, Scheme, Target, is_bucket_name, mlflow};
 use crate::remote::PrefixSource;
 use crate::source::{Body, Source};
-use api::{ARTIFACTS, Mlflow, MlflowServer, authority};
+pub(super) use api::Mlflow;
+use api::{ARTIFACTS, MlflowServer, authority};
 use async_trait::async_trait;
 use futures::{StreamExt as _, TryStreamExt as _};
 use percent_encoding::percent_decode_str;
@@ -32,12 +33,6 @@ use std::ops::Range;
 use std::sync::Arc;
 use tokio::sync::OnceCell;
 use url::Url;
-
-/// The registration of MLflow.
-pub(super) const BUILT_IN: BuiltIn = BuiltIn {
-    scheme: &mlflow::SCHEME,
-    open: |config, retry| Arc::new(Arc::new(Mlflow::new(config.mlflow.clone(), retry))),
-};
 
 #[async_trait]
 impl Origin for Arc<Mlflow> {
