@@ -2,7 +2,8 @@
 //!
 //! Rust modules start with a header. No code is left unfinished. No file contains a path of the development machine, or
 //! a package mirror that only this machine can reach. Below the root of a cache directory, only one module calls the
-//! filesystem with a path. A module of the library imports only from its own layer and from lower ones.
+//! filesystem with a path. A module of the library imports only from its own layer and from lower ones. The library names
+//! no variable of the front ends.
 
 use crate::repository::root;
 use anyhow::{Context, Result, ensure};
@@ -67,6 +68,7 @@ const LAYERS: [&[&str]; 7] = [
         "limits",
         "manifest",
         "mutex",
+        "option_name",
         "printable",
         "redact",
         "reference",
@@ -77,9 +79,8 @@ const LAYERS: [&[&str]; 7] = [
 ];
 
 /// Allowed imports from a higher layer, by the beginning of the importing path and the imported module. The
-/// configuration holds the application's own origins. Keys and references look up schemes in the constant registry of
-/// origins.
-const ALLOWED_IMPORTS: [(&str, &str); 3] = [("config.rs", "origin"), ("key.rs", "origin"), ("reference/", "origin")];
+/// configuration holds the application's own origins.
+const ALLOWED_IMPORTS: [(&str, &str); 1] = [("config.rs", "origin")];
 
 /// Modules of the library without a layer: the root, and the entry points of fuzz targets.
 const WITHOUT_LAYER: [&str; 2] = ["lib", "fuzzing"];
@@ -94,6 +95,9 @@ fn library_module(path: &str) -> Option<(&str, &str)> {
 fn layer(module: &str) -> Option<usize> {
     LAYERS.iter().position(|modules| modules.contains(&module))
 }
+
+/// The rows of settings, with their variables. Other modules of the library name an option with `OptionName`.
+const MAY_NAME_VARIABLES: [&str; 2] = ["settings.rs", "settings/"];
 
 /// Folders with code that works on files of a cache directory.
 const CACHE_DIRECTORY_CODE: [&str; 3] =
@@ -142,6 +146,14 @@ impl Rules {
         names.find(|name| layer(name).is_some_and(|other| other < own) && !is_allowed(name))
     }
 
+    /// Returns true if a line of the library has a variable of the front ends in a message.
+    fn is_forbidden_variable(path: &str, line: &str) -> bool {
+        let file = library_module(path).map(|(file, _)| file);
+        file.is_some_and(|file| !MAY_NAME_VARIABLES.iter().any(|allowed| file.starts_with(allowed)))
+            && !line.trim_start().starts_with("//")
+            && line.contains("MODEL_CACHE_")
+    }
+
     /// Returns true if a line calls the filesystem with a path although its module may not.
     fn is_forbidden_filesystem_call(&self, path: &str, above: &str, line: &str) -> bool {
         let folder = CACHE_DIRECTORY_CODE.iter().find_map(|folder| path.strip_prefix(folder));
@@ -175,6 +187,10 @@ impl Rules {
                     ":{number}: only disk/rooted.rs may call the filesystem below the root of a cache directory: {}",
                     line.trim()
                 ));
+            }
+            if !is_test && Self::is_forbidden_variable(path, line) {
+                violations
+                    .push(format!(":{number}: names a variable of the front ends; use option_name: {}", line.trim()));
             }
             if let Some(module) = self.upward_import(path, line).filter(|_| !is_test) {
                 violations.push(format!(":{number}: imports {module}, which is in a higher layer"));
@@ -210,6 +226,16 @@ mod tests {
         assert_eq!(violations("crates/modelcache/src/new/mod.rs", "//! M.\n"), 1);
         assert_eq!(violations("crates/modelcache/src/cache/get.rs", "//! M.\nuse crate::disk::Disk;\n"), 0);
         assert_eq!(violations("crates/modelcache/src/key.rs", "//! M.\n// see crate::cache\n"), 0);
+    }
+
+    #[test]
+    fn the_library_names_variables_only_in_its_settings() {
+        let line = "//! M.\n.hint(\"set MODEL_CACHE_DIR\")\n";
+        assert_eq!(violations("crates/modelcache/src/disk/mod.rs", line), 1);
+        assert_eq!(violations("crates/modelcache/src/settings.rs", line), 0);
+        assert_eq!(violations("crates/modelcache/src/settings/read.rs", line), 0);
+        assert_eq!(violations("crates/modelcache-cli/src/output.rs", line), 0);
+        assert_eq!(violations("crates/modelcache/src/disk/mod.rs", "//! M.\n// MODEL_CACHE_DIR\n"), 0);
     }
 
     #[test]

@@ -8,7 +8,8 @@ use crate::exit;
 use crate::verbs::Verb;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches, Parser};
-use modelcache::settings::{SETTINGS, SWITCH};
+use modelcache::option_name::OptionName;
+use modelcache::settings::{SETTINGS, SWITCH, Setting};
 use modelcache::{printable, redact};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -98,6 +99,16 @@ impl FromArgMatches for SettingFlags {
         }
         Ok(())
     }
+}
+
+/// Writes an option of a message: a setting as its variable, an option of a call as its flag.
+pub(crate) fn write_option(option: OptionName) -> String {
+    let variable = Setting::named(option).and_then(|setting| setting.variable);
+    let (name, before_value) = match variable {
+        Some(variable) => (variable.to_owned(), '='),
+        None => (format!("--{}", option.name.replace('_', "-")), ' '),
+    };
+    option.value.map_or_else(|| name.clone(), |value| format!("{name}{before_value}{value}"))
 }
 
 /// Commands of other tools, and what to use instead. Those with the same meaning as a command here name only that.
@@ -222,6 +233,21 @@ mod tests {
     #[test]
     fn the_command_line_has_no_conflicting_definitions() {
         Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn options_in_messages_are_written_as_variables_and_flags() {
+        use modelcache::option_name::{call, setting};
+        assert_eq!(write_option(setting::REMOTE_MODE.set_to("ro")), "MODEL_CACHE_REMOTE_MODE=ro");
+        assert_eq!(write_option(call::TIER.set_to("disk")), "--tier disk");
+        let mut command = Arguments::command();
+        command.build();
+        for option in call::ALL {
+            let flag = write_option(*option);
+            let mut arguments = command.get_subcommands().flat_map(Command::get_arguments);
+            let found = arguments.find(|argument| argument.get_long() == flag.strip_prefix("--"));
+            assert!(found.is_some(), "{flag}");
+        }
     }
 
     #[test]

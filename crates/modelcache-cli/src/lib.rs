@@ -40,6 +40,7 @@ pub(crate) const CLEANUP_WAIT: Duration = Duration::from_secs(3);
 /// If the address space is limited (`ulimit -v`), the program replaces itself once, with a smaller allocator.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> u8 {
     std::panic::set_hook(Box::new(output::report_panic));
+    modelcache::option_name::write_options_with(arguments::write_option);
     let args: Vec<OsString> = args.into_iter().collect();
     program::record(&args);
     code_or_panic(|| run_command(&args))

@@ -9,6 +9,7 @@ mod cache;
 mod call;
 mod failure;
 mod file;
+mod keywords;
 mod lease;
 mod logs;
 mod process;
@@ -18,7 +19,7 @@ use pyo3::prelude::*;
 /// The extension module.
 #[pymodule]
 mod _native {
-    use crate::{failure, process};
+    use crate::{failure, keywords, process};
     use pyo3::prelude::*;
     use std::ffi::OsString;
     use std::io::Write;
@@ -62,6 +63,12 @@ mod _native {
         process::existing().map(process::Process::take_records).unwrap_or_default().into()
     }
 
+    /// Returns the keyword for a flag of a command, and whether the flag has no value.
+    #[pyfunction]
+    fn keyword_of_flag(flag: &str) -> Option<(&'static str, bool)> {
+        keywords::of_flag(flag)
+    }
+
     /// Runs the command line in this process and returns its exit code. `args` begins with the name of the program. The
     /// caller has left the handling of signals to the command.
     #[pyfunction]
@@ -89,5 +96,6 @@ mod _native {
     #[pymodule_init]
     fn init() {
         std::panic::set_hook(Box::new(failure::print_panic));
+        modelcache::option_name::write_options_with(keywords::write_option);
     }
 }

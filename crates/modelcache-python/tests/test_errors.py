@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import pickle
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from conftest import write_model
 from modelcache import ModelCacheError, NotFoundError
 from modelcache._hints import in_python
+from modelcache._native import keyword_of_flag
 
 
 def test_errors_derive_from_one_base_and_from_builtin_exceptions() -> None:
@@ -123,17 +125,12 @@ def test_arguments_of_the_wrong_type_raise_type_error(open_cache: Any) -> None:
          "put the artifact again: cache.put(NAME, VERSION, PATH)"),
         ("remove the pin first: modelcache unpin 'a b@1'", 'remove the pin first: cache.unpin("a b@1")'),
         ("name the version: `modelcache tag m@3 prod`", 'name the version: `cache.tag("m", "3", "prod")`'),
-        ("leave out --refresh, or be online: --offline, MODEL_CACHE_OFFLINE",
-         "leave out force_refresh=True, or be online: offline=True, MODEL_CACHE_OFFLINE"),
-        ("put it on this disk only: --remote none", 'put it on this disk only: remote="none"'),
-        ("put the right file, or omit --expect", "put the right file, or omit expect"),
-        ("choose fewer files (--include)", "choose fewer files (allow_patterns)"),
         # Commands without a counterpart, and those of other programs, stay.
         ("`modelcache tag --remove m@3` removes the tag", "`modelcache tag --remove m@3` removes the tag"),
         ("run `aws s3 rm --recursive`, with --serve-artifacts", "run `aws s3 rm --recursive`, with --serve-artifacts"),
     ],
 )  # fmt: skip
-def test_hints_name_methods_and_keywords(hint: str, expected: str) -> None:
+def test_commands_in_hints_become_method_calls(hint: str, expected: str) -> None:
     assert in_python(hint) == expected
 
 
@@ -148,6 +145,29 @@ def test_the_hint_of_an_error_is_in_the_words_of_the_package(tmp_path: Path, ope
         cache.put("m", "1", model)
     assert "force=True" in str(conflict.value.hint)
     assert "--force" not in str(conflict.value)
+    with pytest.raises(modelcache.InvalidError) as offline:
+        cache.get("hf://org/model", force_refresh=True, local_files_only=True)
+    assert offline.value.hint == (
+        "leave out force_refresh=True, or be online: offline=True, local_files_only=True, ModelCache(offline=True)"
+    )
+    with pytest.raises(modelcache.FullError) as full:
+        open_cache(max_bytes=500).put("m", "2", model)
+    assert "raise ModelCache(max_bytes=…)" in str(full.value.hint)
+
+
+def test_keywords_of_options_are_parameters_of_the_package() -> None:
+    parameters = {
+        name
+        for method in vars(modelcache.ModelCache).values()
+        if callable(method)
+        for name in inspect.signature(method).parameters
+    }
+    flags = ("config", "exclude", "expect", "follow-links", "force", "include", "into", "local-files-only", "offline")
+    flags += ("read-only", "refresh", "remote", "repair", "revision", "sidecar", "tier")
+    for flag in flags:
+        keyword = keyword_of_flag(f"--{flag}")
+        assert keyword is not None and keyword[0] in parameters, flag
+    assert keyword_of_flag("--iam-policy") is None
 
 
 def test_log_records_go_to_logging(s3: str, tmp_path: Path, open_cache: Any, caplog: pytest.LogCaptureFixture) -> None:

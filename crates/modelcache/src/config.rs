@@ -7,8 +7,8 @@ use crate::credentials::Credentials;
 use crate::error::{Error, Result};
 use crate::key::ArtifactKey;
 use crate::origin::Origin;
-use crate::reference::Reference;
-use crate::{origin, redact};
+use crate::redact;
+use crate::reference::{Reference, schemes};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -393,7 +393,7 @@ impl OriginTemplate {
     pub fn apply(&self, key: &ArtifactKey) -> Result<Reference> {
         // If the parser of the scheme decodes percent escapes, the values are encoded: a version with a slash stays one
         // segment, and a question mark does not begin a query.
-        let scheme = origin::schemes().find(|scheme| scheme.split(&self.0).is_some());
+        let scheme = schemes().find(|scheme| scheme.split(&self.0).is_some());
         let is_decoded = scheme.is_some_and(|scheme| scheme.decodes_escapes);
         let encode = |text: &str| if is_decoded { encode_segment(text) } else { text.to_owned() };
         let name = key.name.as_str().split('/').map(encode).collect::<Vec<_>>().join("/");

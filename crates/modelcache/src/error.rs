@@ -5,6 +5,7 @@
 //! of an error is a single line without control characters and secrets (see [`crate::printable`]). Inside the library,
 //! absence is not an error: look-ups return `Option`, and only the outermost call returns [`ErrorKind::NotFound`].
 
+use crate::option_name::setting::{READ_TIMEOUT, RETRY_DEADLINE};
 use crate::printable;
 use std::fmt;
 use std::sync::Arc;
@@ -63,15 +64,16 @@ impl ErrorKind {
     }
 
     /// Returns the hint for an error that has no hint of its own.
-    fn default_hint(self) -> Option<&'static str> {
+    fn default_hint(self) -> Option<String> {
         match self {
-            Self::Unavailable => Some(
-                "try again later; MODEL_CACHE_RETRY_DEADLINE sets how long failed requests are retried, \
-                 MODEL_CACHE_READ_TIMEOUT how long to wait for a silent server",
-            ),
+            Self::Unavailable => Some(format!(
+                "try again later; {RETRY_DEADLINE} sets how long failed requests are retried, {READ_TIMEOUT} how long \
+                 to wait for a silent server"
+            )),
             Self::Corrupt => Some(
                 "the data is damaged or invalid, or a proxy or the network changes it in transit; try again, and if \
-                 the error persists, replace the data or check the proxy",
+                 the error persists, replace the data or check the proxy"
+                    .to_owned(),
             ),
             _ => None,
         }
@@ -119,6 +121,8 @@ struct Inner {
     artifact: Option<String>,
     tier: Option<Tier>,
     hint: Option<String>,
+    /// False while `hint` is the default of the kind.
+    has_own_hint: bool,
     retry_after: Option<Duration>,
     transient: bool,
     retry_within: Option<Duration>,
@@ -136,7 +140,8 @@ impl Error {
             message: printable::line(&message.into()).into_owned(),
             artifact: None,
             tier: None,
-            hint: None,
+            hint: kind.default_hint(),
+            has_own_hint: false,
             retry_after: None,
             transient: false,
             retry_within: None,
@@ -193,7 +198,10 @@ impl Error {
     /// Sets the hint for the user, unless an inner call has set it.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
-        self.0.hint.get_or_insert_with(|| printable::line(&hint.into()).into_owned());
+        if !self.0.has_own_hint {
+            self.0.hint = Some(printable::line(&hint.into()).into_owned());
+            self.0.has_own_hint = true;
+        }
         self
     }
 
@@ -283,7 +291,7 @@ impl Error {
 
     /// Returns the hint of this error, or the default hint of its kind.
     pub fn hint_text(&self) -> Option<&str> {
-        self.0.hint.as_deref().or_else(|| self.0.kind.default_hint())
+        self.0.hint.as_deref()
     }
 
     /// Returns the artifact, if it is known.
@@ -377,7 +385,7 @@ mod tests {
     #[test]
     fn the_default_hint_never_replaces_a_specific_one() {
         let bare = Error::unavailable("x");
-        assert!(bare.hint_text().is_some_and(|hint| hint.contains("MODEL_CACHE_RETRY_DEADLINE")));
+        assert!(bare.hint_text().is_some_and(|hint| hint.contains("retry_deadline")));
         assert_eq!(bare.hint("exact").hint_text(), Some("exact"));
         let corrupt = Error::corrupt("the listing does not end");
         assert!(corrupt.hint_text().is_some_and(|hint| hint.contains("try again") && !hint.contains("discarded")));

@@ -8,6 +8,7 @@
 
 use crate::error::{Error, Result};
 use crate::key::FilePath;
+use crate::option_name::call::EXPECT;
 use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 use std::fmt;
@@ -164,11 +165,11 @@ impl Format {
             }
             Empty => "the program that writes it has not run, or failed: write the file again, then put it".into(),
             Gzip if expected == TarGz => "only a file was compressed, not a folder: make it with `tar -czf`".into(),
-            Tar if expected == TarGz => "compress it with gzip, or put it with --expect tar".into(),
+            Tar if expected == TarGz => format!("compress it with gzip, or put it with {}", EXPECT.set_to("tar")),
             format if EXPECTABLE.contains(&format) => {
-                format!("put the right file, or use --expect {}", format.name().unwrap_or_default())
+                format!("put the right file, or use {}", EXPECT.set_to(format.name().unwrap_or_default()))
             }
-            _ => "put the right file, or omit --expect".into(),
+            _ => format!("put the right file, or omit {EXPECT}"),
         }
     }
 }
@@ -228,7 +229,8 @@ pub fn expect<'a>(
     if any_meets {
         return Ok(());
     }
-    Err(Error::corrupt(format!("no file in the folder is {wanted}")).hint("put the right folder, or omit --expect"))
+    Err(Error::corrupt(format!("no file in the folder is {wanted}"))
+        .hint(format!("put the right folder, or omit {EXPECT}")))
 }
 
 /// Detects the formats that begin with a fixed sequence of bytes.
@@ -551,7 +553,7 @@ mod tests {
         let text = refused(Safetensors, false, &[(&other, LfsPointer)]);
         assert!(text.starts_with("other.bin should be safetensors and is a Git LFS pointer"), "{text}");
         assert!(text.contains("git lfs pull"), "{text}");
-        assert!(refused(TarGz, false, &[(&other, Zip)]).ends_with("or use --expect zip"));
+        assert!(refused(TarGz, false, &[(&other, Zip)]).ends_with("or use expect=zip"));
         assert!(refused(Safetensors, true, &[(&other, Safetensors), (&model, Html)]).contains("an HTML page"));
         assert!(refused(Safetensors, true, &[(&other, Json)]).starts_with("no file in the folder is safetensors"));
         expect(Safetensors, true, [(&other, Json), (&model, Safetensors)]).expect("one file has the format");

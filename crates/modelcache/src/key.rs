@@ -6,8 +6,8 @@
 
 use crate::digest::Digest;
 use crate::error::{Error, Result};
-use crate::reference::OWN_ORIGIN;
-use crate::{limits, origin, redact};
+use crate::reference::{OWN_ORIGIN, scheme_of_word};
+use crate::{limits, redact};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
@@ -130,13 +130,13 @@ impl ArtifactName {
     /// application's scheme. No bare name begins with one.
     pub fn scheme(&self) -> Option<&str> {
         let first = self.0.split('/').next()?;
-        (first.starts_with(OWN_ORIGIN) || origin::scheme_of_word(first).is_some()).then_some(first)
+        (first.starts_with(OWN_ORIGIN) || scheme_of_word(first).is_some()).then_some(first)
     }
 
     /// Returns true if the name comes from a URI whose origin keeps old versions, so that a version can be downloaded
     /// again after the origin has moved on.
     pub(crate) fn has_origin_with_versions(&self) -> bool {
-        self.scheme().is_some_and(origin::keeps_versions)
+        self.scheme().is_some_and(|word| scheme_of_word(word).is_none_or(|scheme| scheme.keeps_versions))
     }
 
     /// Returns the name as text.
@@ -234,8 +234,7 @@ impl ArtifactKey {
     fn is_uri_name_listed_with_version(name: &str) -> bool {
         let first = name.split_once('/').map(|(first, _)| first);
         first.is_some_and(|first| {
-            first.starts_with(OWN_ORIGIN)
-                || origin::scheme_of_word(first).is_some_and(|scheme| !scheme.prints_keys_as_uri)
+            first.starts_with(OWN_ORIGIN) || scheme_of_word(first).is_some_and(|scheme| !scheme.prints_keys_as_uri)
         })
     }
 
@@ -291,7 +290,7 @@ impl TryFrom<&ArtifactKey> for ArtifactKey {
 impl fmt::Display for ArtifactKey {
     /// Formats the key as `name@version`, or as a URI if it belongs to the Hub or an OCI registry.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let is_uri = |first| origin::scheme_of_word(first).is_some_and(|scheme| scheme.prints_keys_as_uri);
+        let is_uri = |first| scheme_of_word(first).is_some_and(|scheme| scheme.prints_keys_as_uri);
         match self.name.0.split_once('/') {
             Some((scheme, rest)) if is_uri(scheme) => write!(f, "{scheme}://{rest}@{}", self.version),
             _ => write!(f, "{}@{}", self.name, self.version),

@@ -122,6 +122,7 @@ pub mod format;
 pub mod key;
 pub mod manifest;
 pub mod metrics;
+pub mod option_name;
 pub mod origin;
 pub mod progress;
 pub mod reference;

@@ -17,6 +17,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::key::{ArtifactKey, FilePath};
 use crate::ladder::Ladder;
 use crate::limits;
+use crate::option_name::call::FORCE;
 use crate::selection::Selection;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -208,9 +209,9 @@ impl Manifest {
     pub fn agrees_with(&self, other: &Self) -> Result<()> {
         let Some(difference) = self.difference(other) else { return Ok(()) };
         let conflict = Error::new(ErrorKind::Conflict, format!("already published with other content: {difference}"));
-        Err(conflict
-            .artifact(&self.key)
-            .hint("a version never changes: publish the new content under another version, or replace it with --force"))
+        Err(conflict.artifact(&self.key).hint(format!(
+            "a version never changes: publish the new content under another version, or replace it with {FORCE}"
+        )))
     }
 
     /// Returns the first difference because of which `self`, the published content, and `other`, the present content,

@@ -18,6 +18,8 @@ use crate::config::{
 use crate::credentials::Credentials;
 use crate::error::{Error, Result};
 use crate::human::nearest;
+use crate::option_name::setting::{DIR, REMOTE};
+use crate::option_name::{OptionName, Scope};
 use crate::redact;
 use crate::reference::{is_bucket_name, not_a_bucket};
 use std::collections::BTreeMap;
@@ -226,7 +228,7 @@ pub const SETTINGS: &[Setting] = &[
         set: |value, draft| {
             if value.text.contains("://") {
                 return Err(
-                    Error::invalid("a URL, not a bucket").hint("set MODEL_CACHE_REMOTE to a URL, or use only the name")
+                    Error::invalid("a URL, not a bucket").hint(format!("set {REMOTE} to a URL, or use only the name"))
                 );
             }
             let url = checked_remote(&format!("s3://{}", value.text))?;
@@ -878,7 +880,7 @@ impl Settings {
         if draft.dir.is_none() && base_folder("XDG_CACHE_HOME", ".cache", environment).is_none() {
             let dir = default_dir(environment);
             warnings.push(format!(
-                "HOME is not set, so the directory is {}, which may be emptied at any time; set MODEL_CACHE_DIR",
+                "HOME is not set, so the directory is {}, which may be emptied at any time; set {DIR}",
                 dir.display()
             ));
         }
@@ -898,6 +900,11 @@ impl Settings {
 }
 
 impl Setting {
+    /// Returns the setting with this name; `None` for an option of a call.
+    pub fn named(option: OptionName) -> Option<&'static Self> {
+        SETTINGS.iter().find(|setting| option.scope == Scope::Setting && setting.key == option.name)
+    }
+
     /// Returns the value with the highest precedence, or `None` if the setting is not set.
     fn find(
         &self,
@@ -1050,6 +1057,12 @@ fn hub_config(
 }
 
 /// Returns true if `HF_HUB_OFFLINE` is on. Accepts the same values as the Hub's own tools.
+/// Returns the variables that turn on offline mode in `environment`.
+pub(crate) fn offline_variables(environment: &Environment) -> Vec<&'static str> {
+    let is_set = |name: &&str| environment.get(name).is_some_and(|text| parse_switch(text).is_ok_and(|on| on));
+    ["MODEL_CACHE_OFFLINE", "HF_HUB_OFFLINE"].into_iter().filter(is_set).collect()
+}
+
 fn hub_is_offline(environment: &Environment) -> bool {
     let words = ["1", "on", "yes", "true"];
     environment.get("HF_HUB_OFFLINE").is_some_and(|text| words.iter().any(|word| text.eq_ignore_ascii_case(word)))
@@ -1488,6 +1501,13 @@ mod tests {
         let named = environment(&[("HOME", "/home/a"), (FILE_VARIABLE, "~/c.toml")]);
         assert_eq!(ConfigFiles::choose(None, &named), ConfigFiles::Named("/home/a/c.toml".into()));
         assert_eq!(ConfigFiles::choose(Some(Path::new("x")), &named), ConfigFiles::Named("x".into()));
+    }
+
+    #[test]
+    fn every_setting_that_messages_name_has_a_variable() {
+        for option in crate::option_name::setting::ALL {
+            assert!(Setting::named(*option).is_some_and(|setting| setting.variable.is_some()), "{option}");
+        }
     }
 
     #[test]

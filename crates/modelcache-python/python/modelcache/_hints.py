@@ -1,9 +1,11 @@
-"""Translates the hints of the library, which name commands and flags, to the methods and keywords of this package."""
+"""Translates commands in the hints of the library to method calls. Options are already written as keywords."""
 
 from __future__ import annotations
 
 import re
 import shlex
+
+from ._native import keyword_of_flag
 
 _METHODS = {
     "ls": "list_artifacts", "get": "get", "put": "put", "evict": "evict", "tag": "tag", "pin": "pin", "unpin": "unpin",
@@ -11,47 +13,21 @@ _METHODS = {
     "stats": "stats", "doctor": "doctor",
 }  # fmt: skip
 """Method by command."""
-_SWITCHES = {
-    "--force": "force", "--refresh": "force_refresh", "--repair": "repair", "--verify": "verify",
-    "--offline": "offline", "--local-files-only": "local_files_only", "--sidecar": "sidecar", "--dry-run": "dry_run",
-    "--read-only": "read_only", "--require-checksum": "require_checksum",
-}  # fmt: skip
-"""Keyword by flag without a value."""
-_OPTIONS = {
-    "--tier": "tier", "--expect": "expect", "--revision": "revision", "--include": "allow_patterns",
-    "--exclude": "ignore_patterns", "--into": "local_dir", "--timeout": "timeout", "--remote": "remote",
-    "--config": "config", "--max-bytes": "max_bytes", "--min-free-bytes": "min_free_bytes", "--origin": "origin",
-    "--retry-deadline": "retry_deadline", "--read-timeout": "read_timeout", "--older-than": "older_than", "--to": "to",
-}  # fmt: skip
-"""Keyword by flag with a value."""
 
-# A command between backticks or after a colon; or a flag, with its value if it is one of those that hints give one.
-_COMMAND_OR_FLAG = re.compile(
-    r"`modelcache (?P<command>[^`]+)`|(?<=: )modelcache (?P<last>[^`;]+)$"
-    r"|(?<![\w-])(?P<flag>--[a-z][a-z-]*)(?:(?<=--tier|remote|expect) (?P<value>[^\s`,;)]+))?"
-)
+# A command between backticks or after a colon.
+_COMMAND = re.compile(r"`modelcache (?P<quoted>[^`]+)`|(?<=: )modelcache (?P<last>[^`;]+)$")
 
 
 def in_python(hint: str) -> str:
-    """Return a hint with methods and keywords in place of commands and flags. Leaves out what has no counterpart."""
-    return _COMMAND_OR_FLAG.sub(_translated, hint)
+    """Return a hint with method calls in place of commands. Leaves out what has no counterpart."""
+    return _COMMAND.sub(_translated, hint)
 
 
 def _translated(match: re.Match[str]) -> str:
-    if match["command"] is not None:
-        call = _call(match["command"])
-        return match[0] if call is None else f"`{call}`"
-    if match["last"] is not None:
-        return _call(match["last"]) or match[0]
-    return _keyword(match["flag"], match["value"]) or match[0]
-
-
-def _keyword(flag: str, value: str | None) -> str | None:
-    if flag in _SWITCHES:
-        return f"{_SWITCHES[flag]}=True"
-    if flag in _OPTIONS:
-        return _OPTIONS[flag] if value is None else f'{_OPTIONS[flag]}="{value}"'
-    return None
+    call = _call(match["quoted"] or match["last"])
+    if call is None:
+        return match[0]
+    return call if match["quoted"] is None else f"`{call}`"
 
 
 def _call(command: str) -> str | None:
@@ -69,10 +45,11 @@ def _call(command: str) -> str | None:
         if verb == "ls" and word == "--remote":
             keywords.append("remote=True")
         elif word.startswith("--"):
-            keyword = _keyword(word, next(rest, None) if word in _OPTIONS else None)
-            if keyword is None:
+            option = keyword_of_flag(word)
+            if option is None:
                 return None
-            keywords.append(keyword)
+            keyword, is_switch = option
+            keywords.append(f"{keyword}=True" if is_switch else f'{keyword}="{next(rest, "…")}"')
         else:
             positional.append(word)
     if verb in ("put", "tag"):

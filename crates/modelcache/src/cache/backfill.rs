@@ -22,6 +22,7 @@ use crate::disk::{
 use crate::error::{Context, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::Manifest;
+use crate::option_name::setting::REMOTE;
 use crate::progress::{Phase, Progress};
 use crate::remote::{PendingPublish, PublishOptions, Published, Remote, StreamingUpload, VerifiedFiles};
 use crate::selection::Selection;
@@ -285,9 +286,9 @@ impl Cache {
     pub async fn backfill_pending(&self, progress: &Progress) -> Result<BackfillReport> {
         let Some(remote) = &self.0.remote else {
             return Err(Error::invalid("no remote is configured")
-                .hint("set MODEL_CACHE_REMOTE, for instance s3://bucket/prefix"));
+                .hint(format!("set {REMOTE}, for instance s3://bucket/prefix")));
         };
-        remote.ensure_read_write("run it on a machine that may write to the remote")?;
+        remote.ensure_read_write(|| "run it on a machine that may write to the remote".to_owned())?;
         let _guard = self.0.backfills.completing.lock().await;
         let url = remote.url().to_owned();
         self.on_disk(move |disk| {

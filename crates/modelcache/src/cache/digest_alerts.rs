@@ -7,13 +7,14 @@
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Tier};
 use crate::key::{ArtifactKey, Version};
+use crate::option_name::call::FORCE;
 
 /// Logs that a version has other content than when it was tagged. The content on the remote takes precedence, so the
 /// get continues with it.
 pub(super) fn changed_after_tagging(key: &ArtifactKey, tag: &Version, tagged: Digest, found: Digest) {
     tracing::error!(
         %key, %tag, %tagged, %found,
-        "the content of a version changed after it was tagged: it was replaced (put --force) or tampered with; \
+        "the content of a version changed after it was tagged: it was replaced (put with {FORCE}) or tampered with; \
          `modelcache tag {key} {tag}` accepts the present content, tagging another version rolls back"
     );
 }

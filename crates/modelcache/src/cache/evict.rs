@@ -6,6 +6,7 @@ use super::resolve::LookupPolicy;
 use super::{Cache, EvictReport, EvictTier, GetOptions};
 use crate::error::{Context, Error, ErrorKind, Result, Tier};
 use crate::key::ArtifactKey;
+use crate::option_name::call::TIER;
 use crate::reference::{Pointer, Reference, Target};
 use crate::remote::RefKind;
 use crate::source::Source;
@@ -27,7 +28,7 @@ impl Cache {
         };
         if let Some(remote) = self.0.remote.as_ref().filter(|_| tier != EvictTier::Disk) {
             remote
-                .ensure_read_write("remove it from this disk only: --tier disk")
+                .ensure_read_write(|| format!("remove it from this disk only: {}", TIER.set_to("disk")))
                 .map_err(|error| error.artifact(&key))?;
         }
         // List the refs before the version is removed, so that they can be removed with it.

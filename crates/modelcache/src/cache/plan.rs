@@ -18,6 +18,7 @@ use crate::human::first_few;
 use crate::key::FilePath;
 use crate::ladder::Ladder;
 use crate::manifest::{FileEntry, Manifest};
+use crate::option_name::setting::{ORIGIN, REMOTE, REQUIRE_CHECKSUM};
 use crate::progress::{Phase, Progress};
 use crate::reference::Reference;
 use crate::remote::{self, RemoteSource};
@@ -78,13 +79,13 @@ impl FillPlan {
         if sources.is_empty() {
             return Err(match self.policy.max_tier {
                 Tier::Origin => Error::not_found(format!("{path} is in the manifest, but no tier has its bytes"))
-                    .hint("put the artifact again, or configure MODEL_CACHE_ORIGIN"),
+                    .hint(format!("put the artifact again, or configure {ORIGIN}")),
                 _ => {
                     let excluded = self.policy.tiers_not_consulted();
                     Error::not_found(format!(
                         "{path} is in the manifest, but none of the tiers used has it; {excluded}"
                     ))
-                    .hint(LookupPolicy::HINT_ONLINE)
+                    .hint(LookupPolicy::hint_online())
                 }
             });
         }
@@ -245,7 +246,11 @@ impl Cache {
         Err(Error::corrupt(format!(
             "no checksum available for {files} of its files ({names}), but checksums are required"
         ))
-        .hint(format!("{}; MODEL_CACHE_REQUIRE_CHECKSUM=0 accepts files without one", remote::ADD_CHECKSUMS_HINT)))
+        .hint(format!(
+            "{}; {} accepts files without one",
+            remote::ADD_CHECKSUMS_HINT,
+            REQUIRE_CHECKSUM.set_to("0")
+        )))
     }
 
     /// Returns the error if the get can continue without the remote. Fails with it if the remote is misconfigured, or
@@ -338,21 +343,27 @@ impl Cache {
         });
         let hint = match (&self.0.remote, &request.origin) {
             (None, None) => {
-                "no remote and no origin is configured: set MODEL_CACHE_REMOTE or MODEL_CACHE_ORIGIN, or write a URI \
+                format!(
+                    "no remote and no origin is configured: set {REMOTE} or {ORIGIN}, or write a URI \
                  (hf://org/model)"
+                )
             }
             (_, Some(_)) if request.key.name.scheme() == Some("hf") => {
-                "check the commit; hf://org/model without @revision is main"
+                "check the commit; hf://org/model without @revision is main".to_owned()
             }
-            (_, Some(_)) if !is_bare => "check the reference",
-            (None, Some(_)) => "check name and version, and the URI that MODEL_CACHE_ORIGIN builds from them",
+            (_, Some(_)) if !is_bare => "check the reference".to_owned(),
+            (None, Some(_)) => format!("check name and version, and the URI that {ORIGIN} builds from them"),
             (Some(_), Some(_)) => {
-                "check name and version, and the URI that MODEL_CACHE_ORIGIN builds from them; \
+                format!(
+                    "check name and version, and the URI that {ORIGIN} builds from them; \
                  `modelcache ls --remote` lists published artifacts"
+                )
             }
             (Some(_), None) => {
-                "check name and version; `modelcache ls --remote` lists published artifacts, and MODEL_CACHE_ORIGIN \
+                format!(
+                    "check name and version; `modelcache ls --remote` lists published artifacts, and {ORIGIN} \
                  configures an origin for bare names"
+                )
             }
         };
         let tiers = tiers.join(", nor on ");
@@ -367,7 +378,7 @@ impl Cache {
                 request.key.name
             )),
             _ => Error::not_found(format!("{not_found}; {}", request.policy().tiers_not_consulted()))
-                .hint(LookupPolicy::HINT_ONLINE),
+                .hint(LookupPolicy::hint_online()),
         }
     }
 

@@ -17,6 +17,8 @@ use crate::digest::Digest;
 use crate::disk::RememberedRef;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, ArtifactName, Version};
+use crate::option_name::call::{LOCAL_FILES_ONLY, REFRESH};
+use crate::option_name::{call, setting};
 use crate::reference::{Pointer, Reference};
 use crate::remote::{RefKind, Remote, RemoteRef, RemoteSource};
 use crate::runtime::blocking;
@@ -83,8 +85,13 @@ impl Cache {
             return Ok(cached.clone());
         }
         if policy.refresh && policy.max_tier < Tier::Origin {
-            return Err(Error::invalid("a refresh needs the origin, but origins are excluded (offline)")
-                .hint("leave out --refresh, or be online: --offline, --local-files-only, MODEL_CACHE_OFFLINE"));
+            return Err(Error::invalid("a refresh needs the origin, but origins are excluded (offline)").hint(
+                format!(
+                    "leave out {REFRESH}, or be online: {}, {LOCAL_FILES_ONLY}, {}",
+                    call::OFFLINE,
+                    setting::OFFLINE
+                ),
+            ));
         }
         // 2: the shared version on the remote, if it is fresh.
         let shared = self.shared_version(reference, pointer, cached.is_some(), policy).await?;
@@ -227,7 +234,7 @@ impl Cache {
                 Some(_) if policy.refresh => Err(Error::invalid(
                     "a refresh needs the remote, but none is configured, or it is excluded (offline)",
                 )
-                .hint("leave out --refresh, or be online and configure MODEL_CACHE_REMOTE")),
+                .hint(format!("leave out {REFRESH}, or be online and configure {}", setting::REMOTE))),
                 Some(cached) => Ok(tag(cached)),
                 None => Ok(VersionOrTag::Version(None)),
             };
@@ -404,5 +411,5 @@ fn unknown_offline(pointer: &Pointer, shared: SharedVersion, policy: LookupPolic
     }
     let Pointer { name, revision } = pointer;
     let message = format!("the version of {name} at revision {revision:?} is not known on this machine");
-    Error::not_found(format!("{message}; {}", policy.tiers_not_consulted())).hint(LookupPolicy::HINT_ONLINE)
+    Error::not_found(format!("{message}; {}", policy.tiers_not_consulted())).hint(LookupPolicy::hint_online())
 }

@@ -17,6 +17,8 @@ use crate::error::{Context, Error, ErrorKind, Result, Tier};
 use crate::format::{self, Format};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, FileIdentity, Manifest, Shape};
+use crate::option_name::call;
+use crate::option_name::setting::REMOTE;
 use crate::progress::{Phase, Progress};
 use crate::remote::{Multipart, PendingPublish, PublishOptions, Published, Remote};
 use crate::runtime::blocking;
@@ -107,9 +109,11 @@ impl Cache {
             let what =
                 if options.sidecars { "sidecars are written on the remote" } else { "this put is for the remote only" };
             return Err(Error::invalid(format!("{what}, but no remote is configured"))
-                .hint("set MODEL_CACHE_REMOTE, for instance s3://bucket/prefix"));
+                .hint(format!("set {REMOTE}, for instance s3://bucket/prefix")));
         }
-        remote.map_or(Ok(()), |remote| remote.ensure_read_write("put it on this disk only: --remote none"))?;
+        remote.map_or(Ok(()), |remote| {
+            remote.ensure_read_write(|| format!("put it on this disk only: {}", call::REMOTE.set_to("none")))
+        })?;
         Ok(remote)
     }
 

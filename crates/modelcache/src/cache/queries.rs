@@ -7,6 +7,7 @@ use crate::disk::{ArtifactDir, Lower, ScannedArtifact};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, Manifest, Shape};
+use crate::option_name::setting::REMOTE;
 use crate::progress::Progress;
 use crate::reference::{Reference, Target};
 use crate::remote::RemoteListing;
@@ -46,7 +47,7 @@ impl Cache {
     pub async fn survey_remote(&self) -> Result<RemoteSurvey> {
         let Some(remote) = &self.0.remote else {
             return Err(Error::invalid("no remote is configured")
-                .hint("set MODEL_CACHE_REMOTE, for instance s3://bucket/prefix"));
+                .hint(format!("set {REMOTE}, for instance s3://bucket/prefix")));
         };
         let RemoteListing { manifests, tags, longer_prefixes, unmanaged_folders } = remote.list_with_tags().await?;
         let tags_of = |key: &ArtifactKey| {

@@ -10,6 +10,8 @@ use crate::disk::{Destination, Purpose};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{Manifest, Shape};
+use crate::option_name::call::{EXCLUDE, INCLUDE};
+use crate::option_name::{call, setting};
 use crate::origin::Origins;
 use crate::progress::{Phase, Progress};
 use crate::reference::{Reference, Target};
@@ -71,10 +73,16 @@ pub(super) struct FetchRequest {
 }
 
 impl LookupPolicy {
-    /// Hint for an artifact that was not found because a tier was excluded (offline mode or `--local-files-only`).
-    pub(super) const HINT_ONLINE: &str = "get the artifact once with network access, without --offline and \
-         --local-files-only, and with MODEL_CACHE_OFFLINE and HF_HUB_OFFLINE unset; or put it on a remote that can be \
-         reached";
+    /// Returns the hint for an artifact that was not found because a tier was excluded, in offline mode or with
+    /// `local_files_only`.
+    pub(super) fn hint_online() -> String {
+        let (offline, local_files_only) = (call::OFFLINE, call::LOCAL_FILES_ONLY);
+        format!(
+            "get the artifact once with network access, without {offline} and {local_files_only}, and with {} and \
+             HF_HUB_OFFLINE unset; or put it on a remote that can be reached",
+            setting::OFFLINE
+        )
+    }
 
     /// Returns the part of a message that names the excluded tiers.
     pub(super) fn tiers_not_consulted(self) -> &'static str {
@@ -109,7 +117,7 @@ impl Cache {
         let selection = match &reference.file {
             Some(file) if !options.selection.is_all() => {
                 return Err(Error::invalid(format!(
-                    "{reference} names one file, {file}; --include and --exclude choose among many"
+                    "{reference} names one file, {file}; {INCLUDE} and {EXCLUDE} choose among many"
                 ))
                 .hint("omit the file in the reference, or omit the patterns"));
             }
@@ -178,7 +186,7 @@ impl Cache {
             if policy.max_tier < Tier::Origin {
                 let reason = policy.tiers_not_consulted();
                 return Err(Error::not_found(format!("only the origin knows the current version; {reason}"))
-                    .hint(LookupPolicy::HINT_ONLINE));
+                    .hint(LookupPolicy::hint_online()));
             }
             self.wait_for_start_jitter().await;
         }

@@ -4,6 +4,7 @@
 //! All calls of a process share one delay. A get of a local artifact is not delayed.
 
 use super::Cache;
+use crate::option_name::setting::START_JITTER;
 use std::time::Duration;
 use tokio::sync::OnceCell;
 
@@ -20,7 +21,7 @@ impl Cache {
             if wait > Duration::ZERO {
                 tracing::info!(
                     wait_ms = wait.as_millis() as u64,
-                    "waiting a random time before the first request (MODEL_CACHE_START_JITTER)"
+                    "waiting a random time before the first request ({START_JITTER})"
                 );
                 tokio::time::sleep(wait).await;
             }

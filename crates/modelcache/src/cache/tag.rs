@@ -7,6 +7,7 @@ use super::pointer::FALLBACK_TIMEOUT;
 use super::{Cache, TagReport};
 use crate::error::{Error, Result, Tier};
 use crate::key::{ArtifactKey, ArtifactName, Version};
+use crate::option_name::setting::REMOTE;
 use crate::remote::{RefKind, Remote, RemoteRef};
 use crate::source::Source;
 use crate::transfer::within;
@@ -135,9 +136,9 @@ impl Cache {
         }
         let remote = self.0.remote.as_ref().ok_or_else(|| {
             Error::invalid("tags are stored on the remote, but no remote is configured")
-                .hint("set MODEL_CACHE_REMOTE, for instance s3://bucket/prefix")
+                .hint(format!("set {REMOTE}, for instance s3://bucket/prefix"))
         })?;
-        remote.ensure_read_write("move the tag on a machine that may write to the remote")?;
+        remote.ensure_read_write(|| "move the tag on a machine that may write to the remote".to_owned())?;
         Ok(remote)
     }
 

@@ -11,6 +11,8 @@ use crate::error::{Context, Error, Result, Tier};
 use crate::finding::{Finding, Problem, Verified};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, Manifest};
+use crate::option_name::call::REPAIR;
+use crate::option_name::setting::{DIR, REMOTE};
 use crate::progress::{Phase, Progress};
 use crate::reference::Reference;
 use crate::remote::{PublishOptions, Remote};
@@ -129,7 +131,7 @@ impl Cache {
             None => Ok(()),
             Some(finding) => Err(Error::corrupt(format!("{}: {}", file_of(finding), finding.problem))
                 .tier(Tier::Disk)
-                .hint("this directory is read-only: mount it writable, or point MODEL_CACHE_DIR to another directory")),
+                .hint(format!("this directory is read-only: mount it writable, or point {DIR} to another directory"))),
         }
     }
 
@@ -180,7 +182,7 @@ impl Verification {
             _ => Some(self.remote()?),
         };
         if let Some(remote) = remote.as_ref().filter(|_| self.options.repair) {
-            remote.ensure_read_write("leave out --repair")?;
+            remote.ensure_read_write(|| format!("leave out {REPAIR}"))?;
         }
         // Without references: everything in the selected tiers.
         if references.is_empty() {
@@ -244,7 +246,7 @@ impl Verification {
 
     fn remote(&self) -> Result<&Remote> {
         self.cache.0.remote.as_ref().ok_or_else(|| {
-            Error::invalid("no remote is configured").hint("set MODEL_CACHE_REMOTE, for instance s3://bucket/prefix")
+            Error::invalid("no remote is configured").hint(format!("set {REMOTE}, for instance s3://bucket/prefix"))
         })
     }
 

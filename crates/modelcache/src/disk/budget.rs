@@ -24,6 +24,7 @@ use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::human::bytes;
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, FileIdentity, Manifest};
+use crate::option_name::setting::{DIR, MAX_BYTES, MIN_FREE_BYTES, REMOTE};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::os::unix::fs::FileExt;
@@ -486,17 +487,19 @@ impl BudgetGuard<'_> {
         }
         let over_budget = self.disk.space().is_ok_and(|space| counted + extra > space.budget);
         let hint = match over_budget {
-            true => "raise MODEL_CACHE_MAX_BYTES, or release or unpin the artifacts in the way",
+            true => format!("raise {MAX_BYTES}, or release or unpin the artifacts in the way"),
             false => {
-                "free space on this filesystem, lower MODEL_CACHE_MIN_FREE_BYTES, or point MODEL_CACHE_DIR to a larger one"
+                format!("free space on this filesystem, lower {MIN_FREE_BYTES}, or point {DIR} to a larger one")
             }
         };
         let only_copies = match obstacles.only_copies {
             true => {
-                "; only copies: upload them (set MODEL_CACHE_REMOTE, then `modelcache backfill`), or remove them \
-                 (`modelcache evict NAME@VERSION --tier disk --yes`)"
+                format!(
+                    "; only copies: upload them (set {REMOTE}, then `modelcache backfill`), or remove them \
+                     (`modelcache evict NAME@VERSION --tier disk --yes`)"
+                )
             }
-            false => "",
+            false => String::new(),
         };
         let error = Error::new(ErrorKind::Full, message).tier(Tier::Disk).transient(obstacles.transient);
         error.hint(format!("{hint}{only_copies}"))

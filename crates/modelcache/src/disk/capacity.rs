@@ -11,6 +11,7 @@ use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::human::bytes;
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::FileEntry;
+use crate::option_name::setting::MAX_BYTES;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The space that a list of artifacts needs, in bytes on disk.
@@ -67,7 +68,7 @@ impl Disk {
             ),
         )
         .tier(Tier::Disk)
-        .hint("shorten the list, raise MODEL_CACHE_MAX_BYTES, or release or unpin other artifacts (`modelcache ls`)"))
+        .hint(format!("shorten the list, raise {MAX_BYTES}, or release or unpin other artifacts (`modelcache ls`)")))
     }
 
     /// Returns the bytes that would be free if all evictable artifacts were evicted except `keys`. The blobs with the

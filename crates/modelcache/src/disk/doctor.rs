@@ -13,6 +13,8 @@ use super::{Misplaced, check_format, link, lock, modes, ownership};
 use crate::check::{Area, Check};
 use crate::config::{ByteBound, Config};
 use crate::error::{Error, ErrorKind, Result};
+use crate::option_name::call::INTO;
+use crate::option_name::setting::{DIR, MAX_BYTES, MIN_FREE_BYTES};
 use std::fs;
 use std::io::Write as _;
 use std::os::unix::fs::MetadataExt;
@@ -47,7 +49,7 @@ fn examine_root(root: &Path, config: &Config, checks: &mut Vec<Check>) {
     }
     let Some(folder) = nearest_existing(root) else {
         let error = Error::new(ErrorKind::Directory, format!("no folder above {} exists", root.display()));
-        checks.push(Check::problem(Area::Directory, &error.hint("point MODEL_CACHE_DIR to another directory")));
+        checks.push(Check::problem(Area::Directory, &error.hint(format!("point {DIR} to another directory"))));
         return;
     };
     let root_exists = folder == root;
@@ -55,7 +57,7 @@ fn examine_root(root: &Path, config: &Config, checks: &mut Vec<Check>) {
     match fs::metadata(&folder) {
         Ok(metadata) if !metadata.is_dir() => {
             let error = Error::new(ErrorKind::Directory, format!("{} is not a folder", folder.display()));
-            let hint = "move it away, or point MODEL_CACHE_DIR elsewhere";
+            let hint = format!("move it away, or point {DIR} elsewhere");
             checks.push(Check::problem(Area::Directory, &error.hint(hint)));
             return;
         }
@@ -136,8 +138,10 @@ fn filesystem_checks(folder: &Path, config: &Config, layout: &Layout, root_exist
         gigabytes(free),
         gigabytes(min_free)
     );
-    let fix = "free space on this filesystem, lower MODEL_CACHE_MIN_FREE_BYTES, raise MODEL_CACHE_MAX_BYTES, or point \
-               MODEL_CACHE_DIR to a larger one";
+    let fix = format!(
+        "free space on this filesystem, lower {MIN_FREE_BYTES}, raise {MAX_BYTES}, or point {DIR} to a \
+         larger one"
+    );
     checks.push(match room {
         0 if used == Some(0) => Check::problem(Area::Directory, &Error::new(ErrorKind::Full, summary).hint(fix)),
         0..SPACE_WARNING_BYTES => Check::warning(Area::Directory, summary, fix),
@@ -146,7 +150,7 @@ fn filesystem_checks(folder: &Path, config: &Config, layout: &Layout, root_exist
     if stat.f_files > 0 && stat.f_favail < INODES_WARNING {
         let summary = format!("{} of {} inodes are free", stat.f_favail, stat.f_files);
         let fix =
-            "remove small files on this filesystem, or point MODEL_CACHE_DIR elsewhere; every cached file takes one";
+            format!("remove small files on this filesystem, or point {DIR} elsewhere; every cached file takes one");
         checks.push(match stat.f_favail {
             0 => Check::problem(Area::Directory, &Error::new(ErrorKind::Full, summary).hint(fix)),
             _ => Check::warning(Area::Directory, summary, fix),
@@ -216,7 +220,7 @@ fn trial_checks(layout: &Layout) -> Vec<Check> {
     }
     for call in [OptionalCall::SetTime, OptionalCall::SyncFolder, OptionalCall::SetMode] {
         if let Some(cause) = call.try_out(&file, &folder.0) {
-            let fix = "point MODEL_CACHE_DIR to a local disk, or to a mount that allows it";
+            let fix = format!("point {DIR} to a local disk, or to a mount that allows it");
             checks.push(Check::warning(Area::Directory, format!("{} ({cause})", call.refusal()), fix));
         }
     }
@@ -225,7 +229,7 @@ fn trial_checks(layout: &Layout) -> Vec<Check> {
         Ok(false) => Check::warning(
             Area::Directory,
             "file locks have no effect on this filesystem: files may be downloaded twice, and only artifacts that have long been idle are evicted",
-            "mount it with working locks (NFS: version 4; Lustre: -o flock), or point MODEL_CACHE_DIR to a local disk",
+            format!("mount it with working locks (NFS: version 4; Lustre: -o flock), or point {DIR} to a local disk"),
         ),
         Err(error) => Check::problem(Area::Directory, &error),
     });
@@ -234,7 +238,7 @@ fn trial_checks(layout: &Layout) -> Vec<Check> {
         Ok(false) => Check::warning(
             Area::Directory,
             "hard links are refused: files are cloned or copied, and equal files take up space twice",
-            "point MODEL_CACHE_DIR to a filesystem with hard links",
+            format!("point {DIR} to a filesystem with hard links"),
         ),
         Err(error) => Check::problem(Area::Directory, &error),
     });
@@ -242,9 +246,9 @@ fn trial_checks(layout: &Layout) -> Vec<Check> {
     let cloned =
         identity.is_some_and(|known| matches!(link::reflink(&file, &folder.0.join("clone"), known), Ok(Some(_))));
     let summary = if cloned {
-        "files can be cloned (reflink)"
+        "files can be cloned (reflink)".to_owned()
     } else {
-        "reflinks are not supported: --into makes hard links or copies"
+        format!("reflinks are not supported: {INTO} makes hard links or copies")
     };
     checks.push(Check::ok(Area::Directory, summary));
     checks.extend(one_filesystem(layout));

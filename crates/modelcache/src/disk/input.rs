@@ -12,6 +12,7 @@ use crate::key::FilePath;
 use crate::ladder::{Ladder, LadderHasher, PartHasher, part_size};
 use crate::limits;
 use crate::manifest::{FileDetails, FileEntry, FileIdentity, Shape};
+use crate::option_name::call::{EXCLUDE, FOLLOW_LINKS};
 use crate::progress::Progress;
 use crate::selection::Selection;
 use std::fs::{self, File};
@@ -282,7 +283,7 @@ impl FolderListing<'_> {
                 if !target.starts_with(boundary) {
                     let (link, target) = (from.display(), target.display());
                     return Err(Error::invalid(format!("{link} is a symbolic link to {target}, outside the folder"))
-                        .hint("--follow-links publishes what such links point to; --exclude leaves one out"));
+                        .hint(format!("{FOLLOW_LINKS} publishes what such links point to; {EXCLUDE} leaves one out")));
                 }
             }
             if metadata.is_dir() {

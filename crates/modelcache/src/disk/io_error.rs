@@ -2,6 +2,7 @@
 
 use super::rooted::RootedPath;
 use crate::error::{Error, ErrorKind, FILE_SIZE_HINT, Tier};
+use crate::option_name::setting::DIR;
 use rustix::io::Errno;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -22,28 +23,30 @@ const MISPLACED: &str =
 pub(crate) fn fault(operation: &str, path: &(impl Shown + ?Sized), cause: io::Error) -> Error {
     let (kind, hint) = match errno(&cause) {
         Some(Errno::NOSPC) => {
-            (ErrorKind::Full, "free space or inodes on this filesystem, or point MODEL_CACHE_DIR to a larger one")
+            (ErrorKind::Full, format!("free space or inodes on this filesystem, or point {DIR} to a larger one"))
         }
-        Some(Errno::DQUOT) => (ErrorKind::Full, "the user's disk quota is used up"),
-        Some(Errno::FBIG) => (ErrorKind::Full, FILE_SIZE_HINT),
+        Some(Errno::DQUOT) => (ErrorKind::Full, "the user's disk quota is used up".into()),
+        Some(Errno::FBIG) => (ErrorKind::Full, FILE_SIZE_HINT.into()),
         Some(Errno::ROFS) => (
             ErrorKind::Directory,
-            "the filesystem is mounted read-only: mount it writable, or point MODEL_CACHE_DIR elsewhere",
+            format!("the filesystem is mounted read-only: mount it writable, or point {DIR} elsewhere"),
         ),
         Some(Errno::ACCESS | Errno::PERM) => {
-            (ErrorKind::Directory, "give this user write access to the directory, or point MODEL_CACHE_DIR elsewhere")
+            (ErrorKind::Directory, format!("give this user write access to the directory, or point {DIR} elsewhere"))
         }
         Some(Errno::EXIST | Errno::NOTDIR) => (
             ErrorKind::Directory,
-            "the path exists and is not a folder: move it away, or point MODEL_CACHE_DIR elsewhere",
+            format!("the path exists and is not a folder: move it away, or point {DIR} elsewhere"),
         ),
-        Some(Errno::MFILE | Errno::NFILE) => (ErrorKind::Limits, "too many open files: raise the limit (ulimit -n)"),
-        Some(Errno::LOOP | Errno::ISDIR) => (ErrorKind::Directory, MISPLACED),
+        Some(Errno::MFILE | Errno::NFILE) => {
+            (ErrorKind::Limits, "too many open files: raise the limit (ulimit -n)".into())
+        }
+        Some(Errno::LOOP | Errno::ISDIR) => (ErrorKind::Directory, MISPLACED.into()),
         // `RootedPath::open` refuses an entry that is not a regular file or has a second link, by an error without a
         // number.
-        None if cause.kind() == io::ErrorKind::InvalidInput => (ErrorKind::Directory, MISPLACED),
-        Some(Errno::IO) => (ErrorKind::Directory, "the disk reported an error: see the kernel log"),
-        _ => (ErrorKind::Directory, "check the directory and its filesystem"),
+        None if cause.kind() == io::ErrorKind::InvalidInput => (ErrorKind::Directory, MISPLACED.into()),
+        Some(Errno::IO) => (ErrorKind::Directory, "the disk reported an error: see the kernel log".into()),
+        _ => (ErrorKind::Directory, "check the directory and its filesystem".into()),
     };
     Error::new(kind, format!("cannot {operation} {}", path.shown())).tier(Tier::Disk).hint(hint).cause(cause)
 }

@@ -15,6 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::key::{ArtifactKey, ArtifactName, FilePath};
 use crate::manifest::{FileEntry, Manifest};
 use crate::mutex::Mutex;
+use crate::option_name::setting::LOWER_DIR;
 use crate::selection::Selection;
 use std::collections::HashMap;
 use std::path::Path;
@@ -178,7 +179,7 @@ impl Disk {
         let layout = super::Layout::new(root);
         if files::stat(&layout.format())?.is_none() {
             return Err(Error::new(ErrorKind::Directory, format!("{} is not a cache directory", root.display()))
-                .hint("fill it with modelcache when the image is built, or unset MODEL_CACHE_LOWER_DIR"));
+                .hint(format!("fill it with modelcache when the image is built, or unset {LOWER_DIR}")));
         }
         check_format(&layout)?;
         let unwritable = Some(Error::new(ErrorKind::Directory, reason));

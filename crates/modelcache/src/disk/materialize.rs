@@ -24,6 +24,7 @@ use crate::human;
 use crate::json;
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, FileIdentity};
+use crate::option_name::call::{LINK, TIER};
 use crate::progress::Progress;
 use rustix::fs::{RenameFlags, ioctl_ficlone};
 use rustix::io::Errno;
@@ -583,7 +584,10 @@ fn create_file(
 fn impossible_link(kinds: &[Link], target: &RootedPath, refused: io::Error) -> Error {
     let kind = if kinds == [Link::Reflink] { "a reflink" } else { "a hard link" };
     Error::new(ErrorKind::Other, format!("{kind} is not possible at {target}"))
-        .hint("the folder lies on another filesystem, on one without such links, or beside the lower directory: try --link auto")
+        .hint(format!(
+            "the folder lies on another filesystem, on one without such links, or beside the lower directory: try {}",
+            LINK.set_to("auto")
+        ))
         .cause(refused)
 }
 
@@ -639,7 +643,7 @@ fn copy(view: &RootedPath, target: &RootedPath, entry: &FileEntry, progress: &Pr
     if entry.sha256.is_some_and(|expected| expected != found) {
         return Err(Error::corrupt(format!("the cached bytes of {view} are wrong; nothing was replaced"))
             .tier(Tier::Disk)
-            .hint("evict it with --tier disk and get it again"));
+            .hint(format!("evict it with {} and get it again", TIER.set_to("disk"))));
     }
     Ok(())
 }

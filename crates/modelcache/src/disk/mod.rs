@@ -91,6 +91,7 @@ use crate::limits;
 use crate::manifest::Manifest;
 use crate::metrics::Metrics;
 use crate::mutex::Mutex;
+use crate::option_name::setting::DIR;
 use budget::Maintenance;
 use fast_acquire::Leases;
 use index::Index;
@@ -260,8 +261,10 @@ impl Disk {
         match &self.0.unwritable {
             None => Ok(()),
             Some(cause) => {
-                let read_only = "its artifacts are still served; to download more, mount it writable or point MODEL_CACHE_DIR elsewhere";
-                let hint = cause.hint_text().filter(|_| cause.kind() != ErrorKind::Directory).unwrap_or(read_only);
+                let read_only = format!(
+                    "its artifacts are still served; to download more, mount it writable or point {DIR} elsewhere"
+                );
+                let hint = cause.hint_text().filter(|_| cause.kind() != ErrorKind::Directory).unwrap_or(&read_only);
                 Err(Error::new(cause.kind(), format!("the cache directory cannot be written: {cause}"))
                     .tier(Tier::Disk)
                     .hint(hint))
@@ -520,18 +523,18 @@ fn check_format(layout: &Layout) -> Result<()> {
     let number =
         String::from_utf8_lossy(&text).trim().strip_prefix("modelcache ").and_then(|number| number.parse::<u32>().ok());
     let refused =
-        |message: String, hint: &str| Err(Error::new(ErrorKind::Directory, message).tier(Tier::Disk).hint(hint));
+        |message: String, hint: String| Err(Error::new(ErrorKind::Directory, message).tier(Tier::Disk).hint(hint));
     match number {
         Some(1) => Ok(()),
         Some(newer) => refused(
             format!("{} has format {newer}; this release knows 1", layout.root()),
-            "update modelcache, or point MODEL_CACHE_DIR to another directory; nothing was touched",
+            format!("update modelcache, or point {DIR} to another directory; nothing was touched"),
         ),
         // The file does not exist yet, or another process has created it and not yet written it.
         None if text.is_empty() => Ok(()),
         None => refused(
             format!("{} is not a cache directory: its FORMAT file has other content", layout.root()),
-            "point MODEL_CACHE_DIR to another directory",
+            format!("point {DIR} to another directory"),
         ),
     }
 }

@@ -9,6 +9,7 @@ use super::io_error::IoContext;
 use super::rooted::RootedPath;
 use crate::config::Sharing;
 use crate::error::{Error, ErrorKind, Result, Tier};
+use crate::option_name::setting::{DIR, SHARED};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -46,11 +47,8 @@ pub(super) fn check(root: &Path, sharing: Sharing) -> Result<()> {
         return Ok(());
     }
     let (what, hint) = match found.is_symlink() {
-        true => ("a symbolic link", "point MODEL_CACHE_DIR to a folder of your own"),
-        false => (
-            "a folder",
-            "point MODEL_CACHE_DIR to a folder of your own, or set MODEL_CACHE_SHARED if you trust that user",
-        ),
+        true => ("a symbolic link", format!("point {DIR} to a folder of your own")),
+        false => ("a folder", format!("point {DIR} to a folder of your own, or set {SHARED} if you trust that user")),
     };
     let message =
         format!("{} is {what} that user {} created in a folder that is writable for all", root.display(), found.uid());

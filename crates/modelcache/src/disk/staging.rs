@@ -24,6 +24,8 @@ use crate::human;
 use crate::key::{ArtifactKey, FilePath};
 use crate::ladder::part_size;
 use crate::manifest::{FileEntry, FileIdentity};
+use crate::option_name::call::{INCLUDE, TIER};
+use crate::option_name::setting::MAX_BYTES;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -274,7 +276,10 @@ impl Disk {
         )
         .artifact(key)
         .tier(Tier::Disk)
-        .hint("raise MODEL_CACHE_MAX_BYTES; a get may choose fewer files (--include), a put may leave this disk out (--tier remote)"))
+        .hint(format!(
+            "raise {MAX_BYTES}; a get may choose fewer files ({INCLUDE}), a put may leave this disk out ({})",
+            TIER.set_to("remote")
+        )))
     }
 
     /// Creates a staging folder for `key`.

@@ -7,12 +7,13 @@
 //! A source is valid only for the version that it was created for. If the objects at the location change, the source
 //! fails with `Conflict`.
 
-use super::{BuiltIn, Origin, Resolved};
+use super::{Origin, Resolved};
 use crate::config::{BucketConfig, RemoteConfig};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath, Version};
 use crate::manifest::Manifest;
 use crate::mutex::Mutex;
+use crate::option_name::call::{INCLUDE, REFRESH};
 use crate::reference::{BucketPlace, Reference, Scheme, Target, bucket};
 use crate::remote::{Address, AddressContents, Remote, UnmanagedObjects};
 use crate::source::{Body, Source};
@@ -88,12 +89,6 @@ impl Buckets {
     }
 }
 
-/// The registration of buckets.
-pub(super) const BUILT_IN: BuiltIn = BuiltIn {
-    scheme: &bucket::SCHEME,
-    open: |config, retry| Arc::new(Arc::new(Buckets::new(config.buckets.clone(), retry))),
-};
-
 #[async_trait]
 impl Origin for Arc<Buckets> {
     fn scheme(&self) -> &'static Scheme {
@@ -135,7 +130,7 @@ fn absent_hint(place: &BucketPlace) -> String {
         .rfind('/')
         .map_or(("", place.key.as_str()), |slash| (&place.key[..=slash], &place.key[slash + 1..]));
     format!(
-        "a key is no pattern; choose files with --include: modelcache get 's3://{}/{folder}' --include '{pattern}'",
+        "a key is no pattern; choose files with {INCLUDE}: modelcache get 's3://{}/{folder}' --include '{pattern}'",
         place.bucket
     )
 }
@@ -220,7 +215,7 @@ impl BucketSource {
 /// Returns the error for content that has another version than the source.
 fn replaced(what: impl fmt::Display) -> Error {
     Error::new(ErrorKind::Conflict, format!("{what} was replaced or removed after it was listed"))
-        .hint("the new content is another version: run the command again with --refresh")
+        .hint(format!("the new content is another version: run the command again with {REFRESH}"))
         .superseded()
 }
 

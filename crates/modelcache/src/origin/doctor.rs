@@ -4,11 +4,9 @@ use super::Origins;
 use crate::check::{Area, Check, Clock, with_timeout};
 use crate::config::{Config, Environment};
 use crate::error::ErrorKind;
-use crate::settings::parse_switch;
+use crate::option_name::setting::ORIGIN;
+use crate::settings;
 use crate::transfer::Retry;
-
-/// Environment variables that turn on offline mode.
-const OFFLINE: [&str; 2] = ["MODEL_CACHE_OFFLINE", "HF_HUB_OFFLINE"];
 
 /// Checks the origin templates and every origin.
 pub(crate) async fn examine(config: &Config, environment: &Environment, clock: &Clock) -> Vec<Check> {
@@ -36,8 +34,7 @@ pub(crate) async fn examine(config: &Config, environment: &Environment, clock: &
 /// Returns the warning about offline mode. It names every variable that turns offline mode on. The configuration file
 /// may turn it on, too, whether or not a variable is set.
 fn offline(environment: &Environment) -> Check {
-    let is_set = |name: &&str| environment.get(name).is_some_and(|text| parse_switch(text).is_ok_and(|on| on));
-    let names = OFFLINE.into_iter().filter(is_set).collect::<Vec<_>>().join(" and ");
+    let names = settings::offline_variables(environment).join(" and ");
     let (cause, fix) = match names.is_empty() {
         true => ("offline in the configuration file".to_owned(), "unset offline in the configuration file".to_owned()),
         false => (names.clone(), format!("unset {names}, and offline in the configuration file if it is set there,")),
@@ -51,7 +48,7 @@ fn offline(environment: &Environment) -> Check {
 fn templates(config: &Config) -> Check {
     let templates: Vec<String> = config.origins.iter().map(ToString::to_string).collect();
     match templates.is_empty() {
-        true => Check::ok(Area::Origin, "bare names come from disk and remote only (MODEL_CACHE_ORIGIN is not set)"),
+        true => Check::ok(Area::Origin, format!("bare names come from disk and remote only ({ORIGIN} is not set)")),
         false => Check::ok(Area::Origin, format!("bare names come from {}", templates.join(", then "))),
     }
 }

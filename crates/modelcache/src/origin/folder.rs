@@ -7,7 +7,7 @@
 //! Symbolic links are followed wherever they lead, because the cache of the Hub consists of them. Only a folder that
 //! contains itself is rejected.
 
-use super::{BuiltIn, Origin, Resolved, no_files};
+use super::{Origin, Resolved, no_files};
 use crate::digest::Digest;
 use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath, Version};
@@ -30,12 +30,9 @@ use url::Url;
 /// Nanoseconds in a second.
 const NS_PER_S: i64 = 1_000_000_000;
 
-/// The registration of local files and folders.
-pub(super) const BUILT_IN: BuiltIn = BuiltIn { scheme: &folder::SCHEME, open: |_, _| Arc::new(Folders) };
-
 /// The local filesystem.
 #[derive(Debug)]
-struct Folders;
+pub(super) struct Folders;
 
 #[async_trait]
 impl Origin for Folders {

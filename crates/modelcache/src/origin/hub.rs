@@ -7,7 +7,7 @@
 
 use super::authorization::bearer;
 use super::http::{self, ErrorResponse, Fetched, Http, Request, Server};
-use super::{BuiltIn, HubAnswer, Origin, Resolved, no_files};
+use super::{HubAnswer, Origin, Resolved, no_files};
 use crate::check::{Area, Check, Clock};
 use crate::config::{Config, HubConfig, Secret};
 use crate::digest::{GitOid, Provenance};
@@ -58,10 +58,6 @@ const FILE_REQUESTS_MAX: usize = 8;
 const LEFT_OUT_NAMED: usize = 3;
 /// The name of the Hub's token in error messages.
 const HUB_TOKEN: &str = "the Hub token (HF_TOKEN)";
-
-/// The registration of the Hub.
-pub(super) const BUILT_IN: BuiltIn =
-    BuiltIn { scheme: &hub::SCHEME, open: |config, retry| Arc::new(Arc::new(Hub::new(config, retry))) };
 
 #[async_trait]
 impl Origin for Arc<Hub> {

@@ -14,24 +14,11 @@ use async_trait::async_trait;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// The registration of MLflow.
-#[cfg(not(feature = "mlflow"))]
-pub(super) const MLFLOW: super::BuiltIn = super::BuiltIn {
-    scheme: &crate::reference::mlflow::SCHEME,
-    open: |_, _| Arc::new(LeftOut { scheme: &crate::reference::mlflow::SCHEME, feature: "mlflow" }),
-};
-
-/// The registration of OCI registries.
-#[cfg(not(feature = "oci"))]
-pub(super) const OCI: super::BuiltIn = super::BuiltIn {
-    scheme: &crate::reference::oci::SCHEME,
-    open: |_, _| Arc::new(LeftOut { scheme: &crate::reference::oci::SCHEME, feature: "oci" }),
-};
-
+/// The origin of `scheme`, whose client needs the feature `feature`.
 #[derive(Debug, Clone, Copy)]
-struct LeftOut {
-    scheme: &'static Scheme,
-    feature: &'static str,
+pub(super) struct LeftOut {
+    pub(super) scheme: &'static Scheme,
+    pub(super) feature: &'static str,
 }
 
 impl LeftOut {

@@ -1,7 +1,8 @@
 //! Origins: the authoritative services that resolve references and serve files. Read-only.
 //!
-//! Every origin is an [`Origin`]. `BUILT_IN` is the registry of those that come with the library: parsing, reserved
-//! names, help texts and the doctor use it. An application adds its own with [`Config::own_origins`].
+//! Every origin is an [`Origin`]. `built_in` is the registry of those that come with the library. Parsing, reserved names
+//! and help texts use the registry of their schemes, which is in [`reference`](crate::reference). An application adds
+//! its own with [`Config::own_origins`].
 //!
 //! # Contract
 //! [`Origins::resolve`] requests the version that a reference points to now, and returns its key with a [`Source`]
@@ -37,14 +38,6 @@ mod web;
 
 pub(crate) use doctor::examine;
 pub use hub_api::{HubAnswer, HubApi};
-#[cfg(not(feature = "mlflow"))]
-use left_out::MLFLOW;
-#[cfg(not(feature = "oci"))]
-use left_out::OCI;
-#[cfg(feature = "mlflow")]
-use mlflow::BUILT_IN as MLFLOW;
-#[cfg(feature = "oci")]
-use oci::BUILT_IN as OCI;
 #[cfg(fuzzing)]
 pub(crate) use {hub::fuzz as fuzz_hub, oci::fuzz as fuzz_oci};
 
@@ -52,37 +45,29 @@ use crate::check::{Check, Clock};
 use crate::config::Config;
 use crate::error::{Context as _, Error, Result, Tier};
 use crate::key::ArtifactKey;
-use crate::reference::{Place, Reference, Scheme, Target};
+use crate::reference::{Place, Reference, Scheme, Target, schemes};
 use crate::source::Source;
 use crate::transfer::Retry;
 use async_trait::async_trait;
 use std::fmt;
 use std::sync::Arc;
 
-/// The registry of built-in origins, in the order of help texts.
-static BUILT_IN: [BuiltIn; 6] = [hub::BUILT_IN, bucket::BUILT_IN, MLFLOW, OCI, web::BUILT_IN, folder::BUILT_IN];
-
-/// A built-in origin.
-struct BuiltIn {
-    scheme: &'static Scheme,
-    /// Creates the origin. Sends no request.
-    open: fn(&Config, Retry) -> Arc<dyn Origin>,
-}
-
-/// Returns the schemes of the built-in origins.
-pub(crate) fn schemes() -> impl Iterator<Item = &'static Scheme> {
-    BUILT_IN.iter().map(|origin| origin.scheme)
-}
-
-/// Returns the built-in scheme whose artifacts have names that begin with the segment `word`.
-pub(crate) fn scheme_of_word(word: &str) -> Option<&'static Scheme> {
-    schemes().find(|scheme| scheme.words.contains(&word))
-}
-
-/// Returns true if an origin keeps old versions: it can serve a version again after its content was replaced. `word` is
-/// the first segment of the names of its artifacts.
-pub(crate) fn keeps_versions(word: &str) -> bool {
-    scheme_of_word(word).is_none_or(|scheme| scheme.keeps_versions)
+/// The registry of built-in origins: one for each of the built-in schemes, in the same order. Sends no request.
+fn built_in(config: &Config, retry: &Retry) -> [Arc<dyn Origin>; 6] {
+    [
+        Arc::new(Arc::new(hub::Hub::new(config, retry.clone()))),
+        Arc::new(Arc::new(bucket::Buckets::new(config.buckets.clone(), retry.clone()))),
+        #[cfg(feature = "mlflow")]
+        Arc::new(Arc::new(mlflow::Mlflow::new(config, retry.clone()))),
+        #[cfg(not(feature = "mlflow"))]
+        Arc::new(left_out::LeftOut { scheme: &crate::reference::mlflow::SCHEME, feature: "mlflow" }),
+        #[cfg(feature = "oci")]
+        Arc::new(Arc::new(oci::Registries::new(config, retry.clone()))),
+        #[cfg(not(feature = "oci"))]
+        Arc::new(left_out::LeftOut { scheme: &crate::reference::oci::SCHEME, feature: "oci" }),
+        Arc::new(Arc::new(web::Web::new(config, retry.clone()))),
+        Arc::new(folder::Folders),
+    ]
 }
 
 /// A service that resolves references of one scheme and serves files.
@@ -144,7 +129,6 @@ impl Origins {
     /// # Errors
     /// `Invalid` if two origins have the same scheme, or if the prefix of a scheme is not a word and `://`.
     pub fn new(config: &Config, retry: Retry) -> Result<Self> {
-        let built_in = BUILT_IN.iter().map(|origin| (origin.open)(config, retry.clone()));
         for (index, origin) in config.own_origins.iter().enumerate() {
             let scheme = origin.scheme();
             let others = config.own_origins[..index].iter().map(|origin| origin.scheme());
@@ -154,7 +138,7 @@ impl Origins {
                     .hint("use a lower-case word and ://, and a word that no other origin has"));
             }
         }
-        Ok(Self(built_in.chain(config.own_origins.iter().cloned()).collect()))
+        Ok(Self(built_in(config, &retry).into_iter().chain(config.own_origins.iter().cloned()).collect()))
     }
 
     /// Parses a reference of any of these origins, or a bare key.
@@ -210,15 +194,12 @@ impl Origins {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::RetryConfig;
 
     #[test]
-    fn the_built_in_schemes_do_not_overlap() {
-        for (index, scheme) in schemes().enumerate() {
-            for other in schemes().skip(index + 1) {
-                assert!(scheme.split(other.prefix).is_none() && other.split(scheme.prefix).is_none(), "{scheme:?}");
-                assert!(scheme.words.iter().all(|word| !other.words.contains(word)), "{scheme:?} {other:?}");
-            }
-            assert!(!scheme.words.is_empty() && scheme.split(scheme.form).is_some(), "{scheme:?}");
-        }
+    fn every_built_in_scheme_has_one_origin() {
+        let config = Config::new("/unused");
+        let origins = built_in(&config, &Retry::new(RetryConfig::default()));
+        assert!(origins.iter().map(|origin| origin.scheme()).eq(schemes()), "{origins:?}");
     }
 }

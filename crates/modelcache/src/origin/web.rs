@@ -10,7 +10,7 @@
 
 use super::authorization;
 use super::http::{self, ErrorResponse, Fetched, Http, Request, Server};
-use super::{BuiltIn, Origin, Resolved};
+use super::{Origin, Resolved};
 use crate::config::Config;
 use crate::credentials::{Choice, Credential, Credentials};
 use crate::digest::{Digest, Provenance};
@@ -74,10 +74,6 @@ struct FileInfo {
     /// The digest of the bytes, if the whole file had to be read.
     computed: Option<Digest>,
 }
-
-/// The registration of web servers.
-pub(super) const BUILT_IN: BuiltIn =
-    BuiltIn { scheme: &web::SCHEME, open: |config, retry| Arc::new(Arc::new(Web::new(config, retry))) };
 
 #[async_trait]
 impl Origin for Arc<Web> {

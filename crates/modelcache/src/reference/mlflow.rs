@@ -8,6 +8,7 @@ use super::location::Location;
 use super::{Pointer, Reference, Scheme, Target};
 use crate::error::{Error, Result};
 use crate::key::{ArtifactKey, ArtifactName, Version};
+use crate::option_name::setting::MLFLOW_TRACKING_URI;
 use crate::redact;
 use std::fmt;
 
@@ -120,10 +121,10 @@ fn parse(_prefix: &str, rest: &str) -> Result<Reference> {
             .hint("write models:/name/version, models:/name@alias or models:/name/latest")
     };
     if rest.starts_with("//") {
-        return Err(refuse("the server cannot be part of the reference").hint(
-            "write models:/name/version, and set MLFLOW_TRACKING_URI to the server; \
-             Databricks profiles are not supported",
-        ));
+        return Err(refuse("the server cannot be part of the reference").hint(format!(
+            "write models:/name/version, and set {MLFLOW_TRACKING_URI} to the server; \
+             Databricks profiles are not supported"
+        )));
     }
     let path = rest.strip_prefix('/').ok_or_else(|| refuse("a slash is missing after the colon"))?;
     let (name, version) = match path.split_once('/') {

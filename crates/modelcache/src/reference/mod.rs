@@ -1,7 +1,7 @@
 //! References: the names of artifacts on the command line and in the API.
 //!
 //! Each kind of location has a file of its own with its [`Scheme`], which parses, prints and pins its references.
-//! `origin::schemes` lists the built-in schemes. A bare `name@version` never refers to a public server, unless an
+//! `SCHEMES` lists the built-in ones. A bare `name@version` never refers to a public server, unless an
 //! origin is configured for it.
 
 pub(crate) mod bucket;
@@ -29,10 +29,25 @@ pub(crate) use web::is_derived;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::key::{ArtifactKey, ArtifactName, FilePath, Version};
-use crate::{origin, redact};
+use crate::option_name::call::REVISION;
+use crate::redact;
 use location::Location;
 use std::fmt;
 use std::str::FromStr;
+
+/// The registry of built-in schemes, in the order of help texts. Each has an origin in `origin::built_in`.
+static SCHEMES: [&Scheme; 6] =
+    [&hub::SCHEME, &bucket::SCHEME, &mlflow::SCHEME, &oci::SCHEME, &web::SCHEME, &folder::SCHEME];
+
+/// Returns the built-in schemes.
+pub(crate) fn schemes() -> impl Iterator<Item = &'static Scheme> {
+    SCHEMES.into_iter()
+}
+
+/// Returns the built-in scheme whose artifacts have names that begin with the segment `word`.
+pub(crate) fn scheme_of_word(word: &str) -> Option<&'static Scheme> {
+    schemes().find(|scheme| scheme.words.contains(&word))
+}
 
 /// The location that a reference points to.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -95,7 +110,7 @@ impl Reference {
     /// Parses `text`, a bare key or a reference of a built-in scheme. An error never quotes a password, signature or
     /// token in it.
     pub fn parse(text: &str) -> Result<Self> {
-        Self::parse_with(text, origin::schemes())
+        Self::parse_with(text, schemes())
     }
 
     /// Parses `text`, a bare key or a reference of one of `schemes`.
@@ -139,9 +154,9 @@ impl Reference {
     pub fn at_revision(mut self, revision: &str) -> Result<Self> {
         let Some(target) = self.target.location().at_revision(revision)? else {
             let prefixes: Vec<_> =
-                origin::schemes().filter(|scheme| scheme.has_revisions).map(|scheme| scheme.prefix).collect();
+                schemes().filter(|scheme| scheme.has_revisions).map(|scheme| scheme.prefix).collect();
             return Err(Error::invalid(format!("{self} has no revisions"))
-                .hint(format!("only {} references take --revision", prefixes.join(", "))));
+                .hint(format!("only {} references take {REVISION}", prefixes.join(", "))));
         };
         self.target = target;
         Ok(self)
@@ -195,7 +210,7 @@ impl Reference {
 
 /// Returns the forms of references of the built-in schemes, for help texts and hints.
 pub fn forms() -> String {
-    origin::schemes().map(|scheme| scheme.form).collect::<Vec<_>>().join(", ")
+    schemes().map(|scheme| scheme.form).collect::<Vec<_>>().join(", ")
 }
 
 /// Hint for an invalid digest in a reference.
@@ -338,6 +353,17 @@ mod tests {
         assert!(matches!(&target, Target::Folder(path) if path.as_str() == "/models/a/b"), "{target:?}");
         for bad in ["file://relative", "file:///", "file:///a/../b", "file:///a/%2e%2e/b"] {
             assert!(Reference::parse(bad).is_err(), "{bad} was accepted");
+        }
+    }
+
+    #[test]
+    fn the_built_in_schemes_do_not_overlap() {
+        for (index, scheme) in schemes().enumerate() {
+            for other in schemes().skip(index + 1) {
+                assert!(scheme.split(other.prefix).is_none() && other.split(scheme.prefix).is_none(), "{scheme:?}");
+                assert!(scheme.words.iter().all(|word| !other.words.contains(word)), "{scheme:?} {other:?}");
+            }
+            assert!(!scheme.words.is_empty() && scheme.split(scheme.form).is_some(), "{scheme:?}");
         }
     }
 

@@ -130,7 +130,7 @@ mod tests {
     static SHELF: Scheme = Scheme::new("shelf://", "shelf://book[@edition]", |text| text.parse::<u32>().is_ok());
 
     fn shelf(text: &str) -> Result<Reference> {
-        Reference::parse_with(text, crate::origin::schemes().chain([&SHELF]))
+        Reference::parse_with(text, crate::reference::schemes().chain([&SHELF]))
     }
 
     #[test]

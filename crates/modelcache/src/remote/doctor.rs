@@ -8,6 +8,8 @@ use super::store::{Condition, PutOutcome, Store};
 use crate::check::{Area, Check, Clock, DoctorOptions, with_timeout};
 use crate::config::{Config, RemoteConfig, RetryConfig};
 use crate::error::{Error, ErrorKind, Result};
+use crate::option_name::call::READ_ONLY;
+use crate::option_name::setting::REMOTE_MODE;
 use crate::transfer::Retry;
 use bytes::Bytes;
 use object_store::path::Path;
@@ -49,7 +51,7 @@ async fn run_checks(
     }
     let listed = check_listing(store, checks).await?;
     let written = if options.read_only {
-        checks.push(Check::ok(Area::Remote, "write access was not tried (--read-only)"));
+        checks.push(Check::ok(Area::Remote, format!("write access was not tried ({READ_ONLY})")));
         None
     } else {
         Some(check_writing(store, checks).await)
@@ -127,8 +129,11 @@ async fn check_writing(store: &Arc<Store>, checks: &mut Vec<Check>) -> bool {
 fn not_writable(error: &Error) -> Check {
     if error.kind() == ErrorKind::Unauthorized {
         let message = "objects may not be written: artifacts from origins are cached on this disk only, and put fails";
-        let fix = "grant s3:PutObject (`modelcache doctor --iam-policy writer` prints the policy), or set \
-                   MODEL_CACHE_REMOTE_MODE=ro if the remote is meant to be read-only";
+        let fix = format!(
+            "grant s3:PutObject (`modelcache doctor --iam-policy writer` prints the policy), or set {} if the remote \
+             is meant to be read-only",
+            REMOTE_MODE.set_to("ro")
+        );
         return Check::warning(Area::Remote, message, fix).with_detail(error.message());
     }
     Check::problem(Area::Remote, error)

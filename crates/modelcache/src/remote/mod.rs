@@ -53,6 +53,8 @@ use crate::finding::Verified;
 use crate::key::{ArtifactKey, ArtifactName, FilePath, OWN_FOLDER, Version};
 use crate::limits;
 use crate::manifest::{Manifest, ObjectIdentity};
+use crate::option_name::call;
+use crate::option_name::setting::REMOTE_MODE;
 use crate::progress::Progress;
 use crate::rate_limiter::RateLimiter;
 use crate::runtime::blocking;
@@ -194,12 +196,12 @@ impl Remote {
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`]; the hint names the setting and `remedy`.
-    pub(crate) fn ensure_read_write(&self, remedy: &str) -> Result<()> {
+    pub(crate) fn ensure_read_write(&self, remedy: impl FnOnce() -> String) -> Result<()> {
         if !self.is_read_only() {
             return Ok(());
         }
-        let message = format!("the remote {} is read-only (MODEL_CACHE_REMOTE_MODE=ro)", self.url());
-        Err(Error::invalid(message).tier(Tier::Remote).hint(format!("set it to rw, or {remedy}")))
+        let message = format!("the remote {} is read-only ({})", self.url(), REMOTE_MODE.set_to("ro"));
+        Err(Error::invalid(message).tier(Tier::Remote).hint(format!("set it to rw, or {}", remedy())))
     }
 
     /// Returns the configured address, which contains no secrets.
@@ -254,7 +256,8 @@ impl Remote {
         progress: &Progress,
     ) -> Result<Published> {
         let with_key = |error: Error| error.artifact(&manifest.key).tier(Tier::Remote);
-        self.ensure_read_write("leave the remote out: --remote none").map_err(with_key)?;
+        self.ensure_read_write(|| format!("leave the remote out: {}", call::REMOTE.set_to("none")))
+            .map_err(with_key)?;
         publish::publish(self, manifest, files, options, pending, progress).await.map_err(with_key)
     }
 
@@ -275,7 +278,8 @@ impl Remote {
     ///
     /// Returns the number of bytes removed (or, with `dry_run`, to be removed), or `None` if the artifact is absent.
     pub async fn evict(&self, key: &ArtifactKey, dry_run: bool) -> Result<Option<u64>> {
-        self.ensure_read_write("remove it from this disk only: --tier disk").map_err(|error| error.artifact(key))?;
+        self.ensure_read_write(|| format!("remove it from this disk only: {}", call::TIER.set_to("disk")))
+            .map_err(|error| error.artifact(key))?;
         evict::evict(self, key, dry_run).await.map_err(|error| error.artifact(key).tier(Tier::Remote))
     }
 

@@ -20,6 +20,7 @@ use crate::disk::LocalFile;
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::{FilePath, OWN_FOLDER};
 use crate::manifest::{Held, Manifest, ObjectIdentity};
+use crate::option_name::call::SIDECAR;
 use crate::progress::Progress;
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
@@ -215,7 +216,7 @@ impl PublishJob<'_> {
                 return Err(Error::invalid(format!(
                     "the artifact has a file {sidecar}, which is also the name of a checksum file to write"
                 ))
-                .hint("remove the file, or publish without --sidecar"));
+                .hint(format!("remove the file, or publish without {SIDECAR}")));
             }
         }
         Ok(())

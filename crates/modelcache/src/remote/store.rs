@@ -14,6 +14,7 @@ use crate::config::RemoteConfig;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::limits;
 use crate::manifest::ObjectIdentity;
+use crate::option_name::setting::REMOTE_MODE;
 use crate::runtime::chunks;
 use crate::transfer::{BodyLimits, Paging, Retry, StallDetector, read_body};
 use bytes::Bytes;
@@ -182,8 +183,9 @@ impl Store {
             return error;
         }
         let refusal = Error::new(ErrorKind::Unauthorized, error.message()).tier(Tier::Remote).hint(format!(
-            "{}, or make the remote read-only: MODEL_CACHE_REMOTE_MODE=ro",
-            self.backend.write_permission_hint(&error)
+            "{}, or make the remote read-only: {}",
+            self.backend.write_permission_hint(&error),
+            REMOTE_MODE.set_to("ro")
         ));
         self.refusal.get_or_init(|| refusal.clone());
         refusal

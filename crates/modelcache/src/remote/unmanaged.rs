@@ -18,6 +18,7 @@ use crate::human::first_few;
 use crate::key::{ArtifactKey, FilePath};
 use crate::limits;
 use crate::manifest::{FileDetails, FileEntry, Held, Manifest, ObjectIdentity};
+use crate::option_name::call::TIER;
 use crate::sidecar;
 use crate::source::Body;
 use futures::{StreamExt as _, TryStreamExt as _};
@@ -219,9 +220,10 @@ impl Remote {
     pub(super) async fn refuse_unmanaged(&self, key: &ArtifactKey) -> Result<()> {
         let Some(listing) = at_key(self.store().await?, key).await? else { return Ok(()) };
         let message = format!("{:?} was uploaded by another tool; modelcache does not remove it", listing.address.base);
-        Err(Error::new(ErrorKind::Conflict, message).hint(
-            "remove it with that tool, for instance `aws s3 rm --recursive`; `--tier disk` removes the local copy only",
-        ))
+        Err(Error::new(ErrorKind::Conflict, message).hint(format!(
+            "remove it with that tool, for instance `aws s3 rm --recursive`; {} removes the local copy only",
+            TIER.set_to("disk")
+        )))
     }
 }
 

@@ -2,9 +2,10 @@
 //!
 //! A file that exists but cannot be read is an error. A missing file is skipped, unless the user named it.
 
-use super::{ConfigFiles, Settings, netrc_path};
+use super::{ConfigFiles, FILE_VARIABLE, Settings, netrc_path};
 use crate::config::Environment;
 use crate::error::{Error, ErrorKind, Result};
+use crate::option_name::call::CONFIG;
 use std::ffi::OsString;
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -37,7 +38,7 @@ pub fn read_files(files: ConfigFiles) -> Result<Vec<(PathBuf, String)>> {
     match files {
         ConfigFiles::Named(path) => match std::fs::read_to_string(&path) {
             Ok(text) => Ok(vec![(path, text)]),
-            Err(cause) => Err(refuse(&path, cause).hint("--config and MODEL_CACHE_CONFIG name a TOML file")),
+            Err(cause) => Err(refuse(&path, cause).hint(format!("{CONFIG} and {FILE_VARIABLE} name a TOML file"))),
         },
         ConfigFiles::Usual(paths) => paths
             .into_iter()

@@ -5,6 +5,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::key::{ArtifactKey, FilePath};
 use crate::limits;
 use crate::manifest::{FileEntry, Manifest, Shape};
+use crate::option_name::OptionName;
+use crate::option_name::setting::{MLFLOW_REGISTRY_URI, MLFLOW_TRACKING_URI};
 use crate::origin::authorization;
 use crate::origin::http::{self, ErrorResponse, Fetched, Http, Request, Server};
 use crate::printable;
@@ -30,7 +32,7 @@ const PROXY_DISABLED_MARKER: &str = "--serve-artifacts";
 
 /// A client for the configured tracking and registry servers.
 #[derive(Debug)]
-pub(super) struct Mlflow {
+pub(crate) struct Mlflow {
     pub(super) config: MlflowConfig,
     pub(super) http: Http,
     pub(super) retry: Retry,
@@ -58,7 +60,7 @@ pub(super) fn authority(url: &Url) -> String {
 
 impl Mlflow {
     /// Creates a client. Sends no request.
-    pub(super) fn new(config: &Config, retry: Retry) -> Self {
+    pub(crate) fn new(config: &Config, retry: Retry) -> Self {
         Self { config: config.mlflow.clone(), http: Http::new(config, &retry), retry }
     }
 
@@ -70,7 +72,7 @@ impl Mlflow {
     /// Returns the registry server, by default the tracking server.
     pub(super) fn registry(&self) -> Result<MlflowServer> {
         match &self.config.registry_uri {
-            Some(uri) => self.parse_server(uri, "MLFLOW_REGISTRY_URI"),
+            Some(uri) => self.parse_server(uri, MLFLOW_REGISTRY_URI),
             None => self.tracking(),
         }
     }
@@ -78,19 +80,19 @@ impl Mlflow {
     /// Returns the tracking server.
     pub(super) fn tracking(&self) -> Result<MlflowServer> {
         match &self.config.tracking_uri {
-            Some(uri) => self.parse_server(uri, "MLFLOW_TRACKING_URI"),
+            Some(uri) => self.parse_server(uri, MLFLOW_TRACKING_URI),
             None => Err(Error::invalid("no MLflow server is configured")
-                .hint("set MLFLOW_TRACKING_URI to its address, for instance https://mlflow.example")),
+                .hint(format!("set {MLFLOW_TRACKING_URI} to its address, for instance https://mlflow.example"))),
         }
     }
 
     /// Parses the URL of a server. A login in the URL takes precedence over configured credentials. Error messages name
-    /// `variable`, not the URL, because the URL may contain a password.
-    fn parse_server(&self, uri: &Secret, variable: &str) -> Result<MlflowServer> {
+    /// `setting`, not the URL, because the URL may contain a password.
+    fn parse_server(&self, uri: &Secret, setting: OptionName) -> Result<MlflowServer> {
         let url =
             Url::parse(uri.expose()).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
         let mut url = url.ok_or_else(|| {
-            Error::invalid(format!("{variable} is not an http or https URL")).hint(
+            Error::invalid(format!("{setting} is not an http or https URL")).hint(
                 "set it to the address of an `mlflow server`, for instance https://mlflow.example; folders, databases \
                  and Databricks are not supported",
             )
@@ -107,7 +109,7 @@ impl Mlflow {
         };
         // Remove the login from the URL, which appears in logs, and normalize the URL, which becomes part of keys.
         let cleared = url.set_username("").and_then(|()| url.set_password(None));
-        cleared.map_err(|()| Error::invalid(format!("{variable} is not an http or https URL")))?;
+        cleared.map_err(|()| Error::invalid(format!("{setting} is not an http or https URL")))?;
         url.set_query(None);
         url.set_fragment(None);
         let path = url.path().trim_end_matches('/').to_owned();
@@ -135,7 +137,7 @@ impl Mlflow {
         serde_json::from_slice(&body).map_err(|cause| {
             Error::corrupt(format!("the response of {} is not in the format of MLflow", Server(&server.url)))
                 .cause(cause)
-                .hint("check that MLFLOW_TRACKING_URI is the address of an `mlflow server`")
+                .hint(format!("check that {MLFLOW_TRACKING_URI} is the address of an `mlflow server`"))
         })
     }
 
@@ -172,10 +174,10 @@ impl Mlflow {
             }
             // The server was started without `--serve-artifacts`; retrying does not help.
             (503, _) if is_proxy_disabled => {
-                Error::unavailable(format!("{} does not serve artifacts", Server(&url))).transient(false).hint(
-                    "run `mlflow server` with --serve-artifacts, or set MLFLOW_TRACKING_URI to a server that serves \
-                     artifacts",
-                )
+                Error::unavailable(format!("{} does not serve artifacts", Server(&url))).transient(false).hint(format!(
+                    "run `mlflow server` with --serve-artifacts, or set {MLFLOW_TRACKING_URI} to a server that serves \
+                     artifacts"
+                ))
             }
             (401 | 403, _) if has_credentials => response.error(&url).hint(
                 "check that MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, are valid \
@@ -187,7 +189,7 @@ impl Mlflow {
             // A 404 without an error code is not from MLflow.
             (404, None) => Error::unavailable(format!("{} answered 404 in another format than MLflow", Server(&url)))
                 .transient(false)
-                .hint("check that MLFLOW_TRACKING_URI is the address of an `mlflow server`"),
+                .hint(format!("check that {MLFLOW_TRACKING_URI} is the address of an `mlflow server`")),
             _ => response.error(&url),
         }
     }
@@ -478,9 +480,9 @@ mod tests {
     #[test]
     fn the_error_for_an_unusable_url_names_its_variable_and_not_the_url() {
         let error = mlflow(None, |_| ()).registry().map(|_| ()).expect_err("none");
-        assert!(error.hint_text().is_some_and(|hint| hint.contains("MLFLOW_TRACKING_URI")), "{error}");
+        assert!(error.hint_text().is_some_and(|hint| hint.contains("mlflow_tracking_uri")), "{error}");
         let error = mlflow(Some("postgres://u:canary@h"), |_| ()).registry().map(|_| ()).expect_err("not http");
-        assert!(error.to_string().contains("MLFLOW_TRACKING_URI"), "{error}");
+        assert!(error.to_string().contains("mlflow_tracking_uri"), "{error}");
         assert!(!format!("{error:?}").contains("canary"), "{error:?}");
         let bad = mlflow(Some("https://h"), |config| config.token = Some(Secret::new("canary\nx")));
         let error = bad.registry().map(|_| ()).expect_err("a line end");

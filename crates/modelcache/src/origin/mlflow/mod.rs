@@ -10,16 +10,18 @@
 mod api;
 
 use super::http::{self, Request};
-use super::{BuiltIn, Origin, Resolved, folder, no_files};
+use super::{Origin, Resolved, folder, no_files};
 use crate::config::RemoteConfig;
 use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::Manifest;
+use crate::option_name::setting::{MLFLOW_LOCAL_ROOT, MLFLOW_REGISTRY_URI, MLFLOW_TRACKING_URI};
 use crate::printable;
 use crate::reference::{MlflowModel, MlflowVersion, Reference, Scheme, Target, is_bucket_name, mlflow};
 use crate::remote::PrefixSource;
 use crate::source::{Body, Source};
-use api::{ARTIFACTS, Mlflow, MlflowServer, authority};
+pub(super) use api::Mlflow;
+use api::{ARTIFACTS, MlflowServer, authority};
 use async_trait::async_trait;
 use futures::{StreamExt as _, TryStreamExt as _};
 use percent_encoding::percent_decode_str;
@@ -31,10 +33,6 @@ use std::ops::Range;
 use std::sync::Arc;
 use tokio::sync::OnceCell;
 use url::Url;
-
-/// The registration of MLflow.
-pub(super) const BUILT_IN: BuiltIn =
-    BuiltIn { scheme: &mlflow::SCHEME, open: |config, retry| Arc::new(Arc::new(Mlflow::new(config, retry))) };
 
 #[async_trait]
 impl Origin for Arc<Mlflow> {
@@ -234,10 +232,10 @@ impl MlflowSource {
                 ErrorKind::Other,
                 format!("the model's files are in the folder {path:?} on the machine of the MLflow server"),
             )
-            .hint(
+            .hint(format!(
                 "run `mlflow server` with --serve-artifacts and log the model again, or keep models in S3; if the \
-                 folder is on this machine, set MODEL_CACHE_MLFLOW_LOCAL_ROOT to that folder or to a parent of it",
-            ));
+                 folder is on this machine, set {MLFLOW_LOCAL_ROOT} to that folder or to a parent of it"
+            )));
         }
         Ok(path.trim_end_matches('/').to_owned())
     }
@@ -331,9 +329,9 @@ fn artifact_root(tracking: &Url, rest: &str) -> Result<String> {
                         printable::quote(host)
                     ),
                 )
-                .hint(
-                    "set MLFLOW_TRACKING_URI to that server, and MLFLOW_REGISTRY_URI to the server of the registry",
-                ));
+                .hint(format!(
+                    "set {MLFLOW_TRACKING_URI} to that server, and {MLFLOW_REGISTRY_URI} to the server of the registry"
+                )));
             }
             path
         }

@@ -8,10 +8,10 @@ mod layers;
 mod registry;
 
 use crate::mutex::Mutex;
-use registry::Registries;
+pub(super) use registry::Registries;
 
 use super::http::{self, Fetched, Request};
-use super::{BuiltIn, Origin, Resolved};
+use super::{Origin, Resolved};
 use crate::digest::Digest;
 use crate::error::{Context as _, Error, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
@@ -28,10 +28,6 @@ use std::ops::Range;
 use std::sync::Arc;
 use tokio::sync::OnceCell;
 use url::Url;
-
-/// The registration of OCI registries. A registry that is not configured is used anonymously.
-pub(super) const BUILT_IN: BuiltIn =
-    BuiltIn { scheme: &oci::SCHEME, open: |config, retry| Arc::new(Arc::new(Registries::new(config, retry))) };
 
 #[async_trait]
 impl Origin for Arc<Registries> {

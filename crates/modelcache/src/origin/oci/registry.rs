@@ -31,7 +31,7 @@ const MANIFEST_TYPES: &str = "application/vnd.oci.image.manifest.v1+json, applic
 const DOCKER_HUB_HOST: &str = "registry-1.docker.io";
 
 /// A client for all registries, with the credentials that each has accepted.
-pub(super) struct Registries {
+pub(crate) struct Registries {
     config: OciConfig,
     pub(super) http: Http,
     pub(super) retry: Retry,
@@ -48,7 +48,7 @@ impl fmt::Debug for Registries {
 
 impl Registries {
     /// Creates a client. Sends no request.
-    pub(super) fn new(config: &Config, retry: Retry) -> Self {
+    pub(crate) fn new(config: &Config, retry: Retry) -> Self {
         Self { config: config.oci.clone(), http: Http::new(config, &retry), retry, authorizations: Default::default() }
     }
 

@@ -1,6 +1,7 @@
 //! Error responses of S3, and the table that maps them to error kind, message and remedy.
 
 use crate::error::{Error, ErrorKind};
+use crate::option_name::setting::{REMOTE, S3_BUCKET};
 use crate::printable;
 use crate::remote::backend::EndpointContext;
 use std::fmt;
@@ -100,8 +101,9 @@ const CODES: &[(&[&str], Meaning)] = &[
                 format!("{:?} is not a valid bucket name at {}", context.server.container, context.server.endpoint)
             },
             Some(|_| {
-                "a bucket name has 3 to 63 lower-case letters, digits, dots and hyphens: check MODEL_CACHE_REMOTE or MODEL_CACHE_S3_BUCKET"
-                    .into()
+                format!(
+                    "a bucket name has 3 to 63 lower-case letters, digits, dots and hyphens: check {REMOTE} or {S3_BUCKET}"
+                )
             }),
         ),
     ),

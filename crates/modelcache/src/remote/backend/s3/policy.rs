@@ -8,6 +8,7 @@ use super::profile::Profiles;
 use super::settings::{Options, S3Settings};
 use crate::config::RemoteConfig;
 use crate::error::{Error, Result, Tier};
+use crate::option_name::setting::REMOTE;
 use crate::remote::backend::RemoteLocation;
 use serde_json::{Value, json};
 
@@ -48,7 +49,7 @@ impl Policy {
         let RemoteLocation::Bucket { bucket, prefix } = RemoteLocation::parse(&config.url)? else {
             return Err(Error::invalid("the remote is a folder, which has no IAM policy")
                 .tier(Tier::Remote)
-                .hint("set MODEL_CACHE_REMOTE=s3://BUCKET/PREFIX"));
+                .hint(format!("set {}", REMOTE.set_to("s3://BUCKET/PREFIX"))));
         };
         let options = Options::parse(config)?;
         let settings = S3Settings::gather(&options, &config.environment, &Profiles::load(&config.environment))?;

@@ -8,6 +8,7 @@ use super::profile::Profiles;
 use crate::config::{Environment, RemoteConfig, Secret};
 use crate::error::{Error, Result, Tier};
 use crate::human::nearest;
+use crate::option_name::setting::READ_TIMEOUT;
 use crate::redact;
 use crate::settings::parse_switch;
 use object_store::ClientConfigKey;
@@ -145,7 +146,7 @@ fn pass_on(name: &str, plain: &str) -> Result<AmazonS3ConfigKey> {
             let error = invalid(format!("the remote option {name:?} is not allowed: modelcache sets it"));
             Err(match key {
                 ClientConfigKey::UserAgent => error,
-                _ => error.hint("set read_timeout or MODEL_CACHE_READ_TIMEOUT"),
+                _ => error.hint(format!("set read_timeout or {READ_TIMEOUT}")),
             })
         }
         Ok(Key::Client(_)) | Err(_) => {
