@@ -35,12 +35,13 @@ mod tasks;
 mod verify;
 
 pub use report::{
-    Artifact, BackfillReport, BytesByTier, EvictReport, EvictTier, GetAnswer, GetOptions, GetPlan, GetReport,
-    InspectedFile, Inspection, Listed, PendingBackfill, PinReport, Pinned, PlannedFile, PlannedPrewarm, PrewarmPlan,
-    PutOptions, PutReport, PutTier, RemoteSurvey, Stats, TagReport,
+    Artifact, BackfillReport, BytesByTier, EvictReport, EvictTier, FillStatus, GetAnswer, GetOptions, GetPlan,
+    GetReport, InspectedFile, Inspection, Listed, PendingBackfill, PinReport, Pinned, PlannedFile, PlannedPrewarm,
+    PrewarmPlan, PutOptions, PutReport, PutTier, RemoteSurvey, Stats, TagReport,
 };
 
 pub use builder::CacheBuilder;
+pub use counters::DIRECTORY_FAMILIES;
 
 pub use open::{OpenFile, OpenOptions};
 pub use request::{GetRequest, PutRequest};
@@ -54,7 +55,7 @@ pub use crate::disk::{
 
 use crate::config::{Config, RemoteMode, Secret};
 use crate::disk::{Disk, Lower};
-use crate::error::Result;
+use crate::error::{Result, Tier};
 use crate::origin::Origins;
 use crate::reference::Reference;
 use crate::remote::Remote;
@@ -111,14 +112,19 @@ impl Cache {
     /// Creates a cache that uses the open local directory `disk`.
     fn with_disk(disk: Disk, config: Config) -> Result<Self> {
         let retry = Retry::new(config.retry);
-        let downloader = Downloader::new(retry.clone(), config.write_mode);
+        let metrics = disk.metrics();
+        let downloader = Downloader::new(retry.clone(), config.write_mode, metrics.clone());
         let lower = config.lower_dir.as_ref().and_then(|root| Lower::open(root, &disk));
-        let remote = config.remote.as_ref().map(|remote| Remote::open(remote, retry.clone())).transpose()?;
+        let remote = config
+            .remote
+            .as_ref()
+            .map(|remote| Remote::open(remote, retry.counted_in(metrics, Tier::Remote)))
+            .transpose()?;
         let remote = match config.remote_mode {
             RemoteMode::ReadWrite => remote,
             RemoteMode::ReadOnly => remote.map(Remote::read_only),
         };
-        let origins = Origins::new(&config, retry)?;
+        let origins = Origins::new(&config, retry.counted_in(metrics, Tier::Origin))?;
         Ok(Self(Arc::new(Inner {
             config,
             disk,
