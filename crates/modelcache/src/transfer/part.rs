@@ -363,9 +363,16 @@ impl<'a> ResponseReader<'a> {
         self.task.metrics.update(|counts| kind(&mut counts.stalls).add(self.source.tier(), 1));
     }
 
-    /// Counts a server that sent no bytes within the read timeout, and returns the error for it.
+    /// Counts a silent server if the wait that began at `start` failed after the read timeout. The timeout of the HTTP
+    /// client is as long, and may have ended the wait.
+    fn count_if_silent(&self, start: Instant) {
+        if start.elapsed() + PEER_CHECK_INTERVAL >= self.task.retry.read_timeout() {
+            self.count_stall(|stalls| &mut stalls.silent);
+        }
+    }
+
+    /// Returns the error for a server that sent no bytes within the read timeout.
     fn silence_error(&self) -> Error {
-        self.count_stall(|stalls| &mut stalls.silent);
         let seconds = self.task.retry.read_timeout().as_secs_f32();
         Error::unavailable(format!("no bytes for {seconds} s")).tier(self.source.tier())
     }
@@ -375,13 +382,17 @@ impl<'a> ResponseReader<'a> {
     async fn first<T>(&self, answer: impl Future<Output = Result<T>>) -> Result<T> {
         let (timeout, pauses) = (self.task.retry.read_timeout(), self.task.retry.pauses());
         let mut answer = std::pin::pin!(answer);
-        loop {
+        let answer = loop {
             match tokio::time::timeout(timeout, &mut answer).await {
-                Ok(answer) => return answer,
+                Ok(answer) => break answer,
                 Err(_) if pauses.any_within(timeout) => {}
-                Err(_) => return Err(self.silence_error()),
+                Err(_) => break Err(self.silence_error()),
             }
+        };
+        if answer.is_err() && !pauses.any_within(timeout) {
+            self.count_if_silent(self.started);
         }
+        answer
     }
 
     /// Returns the next bytes, which belong at offset `position`; `None` at the end.
@@ -395,12 +406,13 @@ impl<'a> ResponseReader<'a> {
             // Wake up regularly, because a hedge may be needed while no bytes arrive.
             let remaining = timeout.saturating_sub(wait_start.elapsed());
             match tokio::time::timeout(remaining.min(PEER_CHECK_INTERVAL), hedged.next(position)).await {
-                Ok(None) => return Ok(None),
-                Ok(Some(chunk)) => break chunk?,
-                Err(_) if remaining <= PEER_CHECK_INTERVAL => return Err(self.silence_error()),
+                Ok(chunk) => break chunk,
+                Err(_) if remaining <= PEER_CHECK_INTERVAL => break Some(Err(self.silence_error())),
                 Err(_) => {}
             }
         };
+        let chunk = chunk.transpose().inspect_err(|_| self.count_if_silent(wait_start))?;
+        let Some(chunk) = chunk else { return Ok(None) };
         let received = chunk.len() as u64 + hedged.take_wasted();
         self.task.progress.received(self.source.tier(), received);
         self.uncounted_bytes += received;
