@@ -1,4 +1,4 @@
-//! Generates reference pages under `docs/` from the tables of settings, commands and exit codes.
+//! Generates reference pages under `docs/` from the tables of settings, commands, exit codes and metrics.
 //!
 //! `cargo xtask docs` writes the pages, and CI compares them with this output. Do not edit the pages by hand.
 
@@ -10,6 +10,7 @@ use crate::arguments::Arguments;
 use crate::exit::EXITS;
 use crate::verbs::help;
 use clap::CommandFactory;
+use modelcache::metrics::markdown;
 use modelcache::settings;
 
 /// The width of help texts on the pages, in columns.
@@ -17,7 +18,11 @@ const HELP_COLUMNS: usize = 100;
 
 /// Returns every generated page: its path relative to the repository, and its text.
 pub fn pages() -> Vec<(&'static str, String)> {
-    vec![("docs/configuration.md", configuration()), ("docs/command-line.md", command_line())]
+    vec![
+        ("docs/configuration.md", configuration()),
+        ("docs/command-line.md", command_line()),
+        ("docs/metrics.md", metrics()),
+    ]
 }
 
 /// Returns the page of all settings.
@@ -57,6 +62,27 @@ pub fn command_line() -> String {
         page.push_str(&help_block(&format!("modelcache {}", verb.get_name()), verb.clone()));
     }
     format!("{page}\n## Exit codes\n\n{}", exit_codes())
+}
+
+/// Returns the page of all metrics.
+pub fn metrics() -> String {
+    format!(
+        "# Metrics\n\n{GENERATED}\n\n\
+         [observability.md](observability.md) describes how to collect them.\n\n\
+         ## Cache\n\n\
+         Counters and gauges of one process since it opened the cache: `/metrics` and `/cache/metrics` of the FastAPI \
+         integration, `cache.metrics` in Python, `Cache::metrics` in Rust. The JSON form also has `hit_rate`, the \
+         fraction of gets that the local disk answered.\n\n{cache}\n\
+         ## Directory\n\n\
+         Gauges of the local directory, in all exports. The column JSON names the field of \
+         [`stats --json`](json.md#stats).\n\n{directory}\n\
+         ## Metrics file\n\n\
+         Gauges of the last command, in the file of `MODEL_CACHE_METRICS_FILE`, beside those of the directory.\n\n\
+         {command}",
+        cache = markdown(modelcache::metrics::FAMILIES),
+        directory = markdown(modelcache::cache::DIRECTORY_FAMILIES),
+        command = markdown(crate::metrics::FAMILIES),
+    )
 }
 
 /// Returns the table of exit codes.

@@ -5,19 +5,15 @@
 //! a short-lived process cannot keep counters. The file is replaced atomically. A failure to write it is logged as a
 //! warning and does not fail the command.
 
+use modelcache::ErrorKind;
 use modelcache::cache::{BytesByTier, GetReport, PutReport, Stats};
+use modelcache::metrics::{self, Descriptor, Sample};
 use modelcache::mutex::Mutex;
-use modelcache::{ErrorKind, Tier};
-use prometheus_client::encoding::text;
-use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::registry::Registry;
 use std::collections::BTreeMap;
 use std::io;
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::sync::atomic::AtomicU64;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Permissions of the file: readable by all users, because the collector runs as another user.
@@ -27,7 +23,7 @@ const MODE: u32 = 0o644;
 #[derive(Debug, Default)]
 pub(crate) struct CommandMetrics(Mutex<Recorded>);
 
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct Recorded {
     /// Artifacts by the farthest tier that bytes were read from.
     artifacts: BTreeMap<&'static str, u64>,
@@ -41,7 +37,7 @@ impl CommandMetrics {
     /// Records a completed get.
     pub(crate) fn record_get(&self, report: &GetReport) {
         let mut recorded = self.0.lock();
-        *recorded.artifacts.entry(tier_name(report.from)).or_default() += 1;
+        *recorded.artifacts.entry(report.from.name()).or_default() += 1;
         recorded.bytes.disk += report.bytes.disk;
         recorded.bytes.remote += report.bytes.remote;
         recorded.bytes.origin += report.bytes.origin;
@@ -62,34 +58,63 @@ impl CommandMetrics {
     }
 
     /// Returns the content of the metrics file.
-    pub(crate) fn text(&self, verb: &'static str, code: u8, took: Duration, stats: Option<&Stats>) -> String {
-        let recorded = self.0.lock();
-        let mut page = Page::default();
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        page.family("command", "The last command", [(("verb", verb), 1.0)]);
-        page.plain("command_end_timestamp_seconds", "End of the last command (Unix time)", now.as_secs_f64());
-        page.plain("command_duration_seconds", "Duration of the last command in seconds", took.as_secs_f64());
-        page.plain("command_exit_code", "Exit code of the last command", f64::from(code));
-        let tiers =
-            [("disk", recorded.bytes.disk), ("remote", recorded.bytes.remote), ("origin", recorded.bytes.origin)];
-        let count = |tier: &'static str| recorded.artifacts.get(tier).copied().unwrap_or_default();
-        let artifacts = tiers.map(|(tier, _)| (("from", tier), count(tier) as f64));
-        page.family("command_artifacts", "Artifacts by the farthest tier that bytes were read from", artifacts);
-        let bytes = tiers.map(|(tier, bytes)| (("tier", tier), bytes as f64));
-        page.family("command_bytes", "Bytes read, by tier", bytes);
-        page.plain("command_uploaded_bytes", "Bytes written to the remote", recorded.uploaded_bytes as f64);
-        let failures = recorded.failures.iter().map(|(code, count)| (("code", *code), *count as f64));
-        page.family("command_failures", "Failures by kind", failures);
-        let phases = recorded.phases.iter().map(|(phase, spent)| (("phase", *phase), spent.as_secs_f64()));
-        page.family("command_phase_seconds", "Time spent by phase", phases);
-        if let Some(stats) = stats {
-            for (name, help, value) in stats.gauges() {
-                page.plain(name, help, value as f64);
-            }
-        }
-        page.text()
+    pub(crate) fn text(&self, verb: &'static str, exit_code: u8, took: Duration, stats: Option<&Stats>) -> String {
+        let ended_unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let command = EndedCommand { verb, exit_code, took, ended_unix, recorded: self.0.lock().clone() };
+        let mut families = metrics::families(FAMILIES, &command);
+        families.extend(stats.into_iter().flat_map(Stats::families));
+        metrics::text(&families)
     }
 }
+
+/// The last command, from which the metrics are read.
+#[derive(Debug)]
+pub(crate) struct EndedCommand {
+    verb: &'static str,
+    exit_code: u8,
+    took: Duration,
+    /// Time of the end since the Unix epoch.
+    ended_unix: Duration,
+    recorded: Recorded,
+}
+
+/// The metrics of [`EndedCommand`].
+pub(crate) const FAMILIES: &[Descriptor<EndedCommand>] = &[
+    Descriptor::gauge("command", &["verb"], "1 for the verb of the last command", |command| {
+        vec![Sample::labelled([command.verb], 1.0)]
+    }),
+    Descriptor::gauge("command_end_timestamp_seconds", &[], "Time at which it ended (Unix time)", |command| {
+        Sample::only(command.ended_unix.as_secs_f64())
+    }),
+    Descriptor::gauge("command_duration_seconds", &[], "Its duration", |command| {
+        Sample::only(command.took.as_secs_f64())
+    }),
+    Descriptor::gauge("command_exit_code", &[], "Its exit code", |command| Sample::only(f64::from(command.exit_code))),
+    Descriptor::gauge(
+        "command_artifacts",
+        &["from"],
+        "Artifacts obtained, by the farthest tier that supplied bytes",
+        |EndedCommand { recorded, .. }| {
+            let count = |tier| recorded.artifacts.get(tier).copied().unwrap_or_default();
+            ["disk", "remote", "origin"].map(|tier| Sample::labelled([tier], count(tier) as f64)).into()
+        },
+    ),
+    Descriptor::gauge("command_bytes", &["tier"], "Bytes by the tier that supplied them", |command| {
+        let BytesByTier { disk, remote, origin } = command.recorded.bytes;
+        [("disk", disk), ("remote", remote), ("origin", origin)]
+            .map(|(tier, bytes)| Sample::labelled([tier], bytes as f64))
+            .into()
+    }),
+    Descriptor::gauge("command_uploaded_bytes", &[], "Bytes written to the remote", |command| {
+        Sample::only(command.recorded.uploaded_bytes as f64)
+    }),
+    Descriptor::gauge("command_failures", &["code"], "Failures by kind", |command| {
+        command.recorded.failures.iter().map(|(code, count)| Sample::labelled([*code], *count as f64)).collect()
+    }),
+    Descriptor::gauge("command_phase_seconds", &["phase"], "Time spent by phase", |command| {
+        command.recorded.phases.iter().map(|(phase, spent)| Sample::labelled([*phase], spent.as_secs_f64())).collect()
+    }),
+];
 
 /// Replaces the file at `path` with `text`, atomically. The folder must exist, because it belongs to the collector.
 pub(crate) fn write(path: &Path, text: &str) -> io::Result<()> {
@@ -98,53 +123,6 @@ pub(crate) fn write(path: &Path, text: &str) -> io::Result<()> {
     file.write_all(text.as_bytes())?;
     file.as_file().set_permissions(PermissionsExt::from_mode(MODE))?;
     file.persist(path).map(|_| ()).map_err(|error| error.error)
-}
-
-fn tier_name(tier: Tier) -> &'static str {
-    match tier {
-        Tier::Disk => "disk",
-        Tier::Remote => "remote",
-        Tier::Origin => "origin",
-    }
-}
-
-/// A page of metrics. Every name begins with `modelcache_`.
-struct Page(Registry);
-
-impl Default for Page {
-    fn default() -> Self {
-        Self(Registry::with_prefix("modelcache"))
-    }
-}
-
-impl Page {
-    /// Adds a gauge without labels.
-    fn plain(&mut self, name: &str, help: &str, value: f64) {
-        let gauge = Gauge::<f64, AtomicU64>::default();
-        gauge.set(value);
-        self.0.register(name, help, gauge);
-    }
-
-    /// Adds a gauge with one label. Each value comes with the label's name and value.
-    fn family(
-        &mut self,
-        name: &str,
-        help: &str,
-        values: impl IntoIterator<Item = ((&'static str, &'static str), f64)>,
-    ) {
-        let family = Family::<[(&'static str, &'static str); 1], Gauge<f64, AtomicU64>>::default();
-        for (label, value) in values {
-            family.get_or_create(&[label]).set(value);
-        }
-        self.0.register(name, help, family);
-    }
-
-    fn text(&self) -> String {
-        let mut text = String::new();
-        // Writing to a `String` cannot fail.
-        let _ = text::encode(&mut text, &self.0);
-        text
-    }
 }
 
 #[cfg(test)]

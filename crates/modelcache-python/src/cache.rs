@@ -345,12 +345,7 @@ impl Cache {
 
     /// Returns the counters as JSON. Runs at once, without a `Call`.
     fn metrics(&self, py: Python<'_>) -> PyResult<String> {
-        self.with_open(py, |open| {
-            let counts = open.cache.metrics().counts();
-            let mut object = call::json(&counts)?;
-            object["hit_rate"] = json!(counts.hit_rate());
-            Ok(object.to_string())
-        })
+        self.with_open(py, |open| Ok(call::json(&open.cache.metrics().counts().answer())?.to_string()))
     }
 
     /// Returns the counters and the state of the directory as Prometheus metric families: as JSON, or as a page in the

@@ -294,6 +294,8 @@ def test_json_prometheus_and_its_client_report_equal_counters(s3: str, model: Pa
     assert own["modelcache_gets_total", '{"from": "disk"}'] == 1
     assert own["modelcache_failures_total", '{"code": "not_found"}'] == 1
     assert own["modelcache_directory_artifacts", "{}"] == 1
+    assert own["modelcache_phase_seconds_count", '{"phase": "acquire"}'] == 2
+    assert own["modelcache_stalls_total", '{"kind": "hedged", "tier": "remote"}'] == 0
     from_client = samples(generate_latest(registry).decode())
     # The free space changes between the two reads.
     changing = "modelcache_directory_filesystem_free_bytes"
@@ -303,6 +305,8 @@ def test_json_prometheus_and_its_client_report_equal_counters(s3: str, model: Pa
     counters = cache.metrics.to_dict()
     assert counters["failures"] == {"not_found": 1}
     assert counters["uploaded_bytes"] == own["modelcache_uploaded_bytes_total", "{}"]
+    assert counters["phase_seconds"]["acquire"] == own["modelcache_phase_seconds_sum", '{"phase": "acquire"}']
+    assert counters["phase_buckets"]["acquire"][-1] == ["+Inf", 2]
 
 
 def test_evictions_make_room_and_are_counted(s3: str, model: Path, tmp_path: Path, open_cache: Any) -> None:

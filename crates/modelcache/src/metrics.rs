@@ -1,13 +1,18 @@
 //! Metrics of a cache since it was opened. All front ends derive their numbers from these counters.
 //!
 //! One lock protects all counters; readers get a copy. The counters are kept in memory only, and end with the process.
+//! [`Counts`] has the fields of the JSON form, and [`FAMILIES`] the metric that each of them is exported as.
+
+mod families;
+
+pub use families::{Descriptor, Family, Histogram, Kind, Sample, Value, families, markdown, text};
 
 use crate::error::{ErrorKind, Result, Tier};
 use crate::mutex::Mutex;
 use crate::progress::Phase;
 use serde::Serialize;
+use serde::ser::{SerializeMap, Serializer};
 use std::collections::BTreeMap;
-use std::fmt::Write;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -25,22 +30,59 @@ pub struct Counts {
     pub misses: u64,
     /// The misses that waited for the fill of another caller or process.
     pub waits: Waits,
-    /// Bytes by the tier that supplied them. Bytes from tier disk were not downloaded.
+    /// Bytes of successful gets by the tier that supplied them. Bytes from tier disk were not downloaded.
     pub bytes: ByTier,
+    /// Bytes of successful gets that came from disk or the remote, at most the size of the selected files.
+    pub origin_avoided_bytes: u64,
+    /// Bytes of files received by downloads, by tier, counted while they arrive. Includes bytes of failed gets, and
+    /// bytes that were discarded. Tier disk stands for another local directory.
+    pub received_bytes: ByTier,
     /// Successful puts.
     pub puts: u64,
     /// Bytes uploaded to the remote.
     pub uploaded_bytes: u64,
     /// Bytes that the object store copied, so that they needed no upload.
     pub copied_bytes: u64,
+    /// Files passed through without being stored, because they are larger than the budget.
+    pub uncached_files: u64,
+    /// Bytes of these files.
+    pub uncached_bytes: u64,
     /// Artifacts that were evicted to make room on disk.
     pub evictions: Evictions,
+    /// Files that failed verification, by the tier that held them. A download counts a file once per tier.
+    pub corrupt_files: ByTier,
+    /// Bytes of the parts that failed verification, or of the whole files if the wrong parts are unknown.
+    pub corrupt_bytes: ByTier,
+    /// Corrupt files that were replaced: downloaded again to disk, or uploaded again to the remote. On the remote, also
+    /// missing files.
+    pub repaired_files: ByTier,
+    /// Requests that failed and were sent again.
+    pub retries: ByTier,
+    /// Answers 429 and 503, with which a server asks for fewer requests.
+    pub throttled: ByTier,
+    /// Downloads of parts that were found to be too slow.
+    pub stalls: Stalls,
+    /// Fills that are running now.
+    pub fills_in_flight: u64,
+    /// Calls that are waiting now for the fill of another caller or process.
+    pub waiting_calls: u64,
     /// Failed gets and puts, by error kind. A kind that has not occurred is absent.
     pub failures: BTreeMap<&'static str, u64>,
-    /// Seconds spent in gets and puts, by phase.
-    pub phase_seconds: BTreeMap<&'static str, f64>,
+    /// Durations of the phases of gets and puts, by phase. In JSON, `phase_seconds` has the sums and `phase_buckets` the
+    /// buckets.
+    #[serde(flatten, serialize_with = "sums_and_buckets")]
+    pub phase_seconds: BTreeMap<&'static str, Histogram>,
     /// The health of each tier at the last request to it. A tier that was never requested is absent.
     pub tiers: BTreeMap<&'static str, Health>,
+}
+
+/// The JSON form of the counters.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct CountsAnswer<'a> {
+    #[serde(flatten)]
+    counts: &'a Counts,
+    /// The fraction of successful gets that were hits on disk; `None` before the first get.
+    hit_rate: Option<f64>,
 }
 
 /// The health of a tier at the last request to it.
@@ -83,20 +125,64 @@ pub struct Evictions {
     pub bytes: u64,
 }
 
+/// Downloads of parts that were found to be too slow.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Stalls {
+    /// The server sent no bytes within the read timeout.
+    pub silent: ByTier,
+    /// The connection delivered nearly no bytes within the read timeout.
+    pub stalled: ByTier,
+    /// The request was far slower than others, and the rest was requested over a second connection.
+    pub hedged: ByTier,
+}
+
 /// The numbers that one successful get adds to the counters.
 #[derive(Debug)]
 pub(crate) struct GetCounts<'a> {
     pub(crate) from: Tier,
     pub(crate) bytes: ByTier,
+    pub(crate) selected_bytes: u64,
     pub(crate) uploaded_bytes: u64,
     pub(crate) copied_bytes: u64,
     pub(crate) phases: &'a BTreeMap<Phase, Duration>,
+}
+
+/// Counts one in a gauge of [`Counts`] until it is dropped.
+#[derive(Debug)]
+pub(crate) struct GaugeGuard {
+    metrics: Metrics,
+    gauge: fn(&mut Counts) -> &mut u64,
+}
+
+impl Drop for GaugeGuard {
+    fn drop(&mut self) {
+        *(self.gauge)(&mut self.metrics.0.lock()) -= 1;
+    }
 }
 
 impl Metrics {
     /// Returns a copy of the counters.
     pub fn counts(&self) -> Counts {
         self.0.lock().clone()
+    }
+
+    /// Counts a file of `bytes` bytes that was passed through without being stored.
+    pub fn record_uncached(&self, bytes: u64) {
+        self.update(|counts| {
+            counts.uncached_files += 1;
+            counts.uncached_bytes += bytes;
+        });
+    }
+
+    /// Changes the counters.
+    pub(crate) fn update(&self, change: impl FnOnce(&mut Counts)) {
+        change(&mut self.0.lock());
+    }
+
+    /// Adds one to a gauge until the guard is dropped.
+    pub(crate) fn count_while(&self, gauge: fn(&mut Counts) -> &mut u64) -> GaugeGuard {
+        *gauge(&mut self.0.lock()) += 1;
+        GaugeGuard { metrics: self.clone(), gauge }
     }
 
     /// Counts one successful get.
@@ -113,6 +199,7 @@ impl Metrics {
         counts.bytes.disk += got.bytes.disk;
         counts.bytes.remote += got.bytes.remote;
         counts.bytes.origin += got.bytes.origin;
+        counts.origin_avoided_bytes += got.selected_bytes.min(got.bytes.disk + got.bytes.remote);
         counts.uploaded_bytes += got.uploaded_bytes;
         counts.copied_bytes += got.copied_bytes;
         counts.add_phases(got.phases);
@@ -141,6 +228,13 @@ impl Metrics {
         counts.evictions.bytes += bytes;
     }
 
+    /// Counts `files` in which bytes from `tier` failed verification, and the number of these bytes.
+    pub(crate) fn record_corrupt(&self, tier: Tier, files: u64, bytes: u64) {
+        let mut counts = self.0.lock();
+        counts.corrupt_files.add(tier, files);
+        counts.corrupt_bytes.add(tier, bytes);
+    }
+
     /// Counts a failed get or put.
     pub(crate) fn record_failure(&self, kind: ErrorKind) {
         *self.0.lock().failures.entry(kind.name()).or_default() += 1;
@@ -162,7 +256,8 @@ impl Metrics {
 }
 
 impl ByTier {
-    fn add(&mut self, tier: Tier, number: u64) {
+    /// Adds `number` to the number of `tier`.
+    pub(crate) fn add(&mut self, tier: Tier, number: u64) {
         *match tier {
             Tier::Disk => &mut self.disk,
             Tier::Remote => &mut self.remote,
@@ -170,10 +265,14 @@ impl ByTier {
         } += number;
     }
 
-    /// Returns one sample for each tier, with the tier as the value of `label`.
-    fn samples(self, label: &'static str) -> Vec<Sample> {
-        let numbers = [("disk", self.disk), ("remote", self.remote), ("origin", self.origin)];
-        numbers.map(|(tier, value)| Sample { label: Some((label, tier.into())), value: value as f64 }).into()
+    /// Returns one sample for each tier, with the tier as the only label.
+    fn samples(self) -> Vec<Sample> {
+        self.by_tier().map(|(tier, number)| Sample::labelled([tier], number)).into()
+    }
+
+    fn by_tier(self) -> [(&'static str, f64); 3] {
+        [(Tier::Disk, self.disk), (Tier::Remote, self.remote), (Tier::Origin, self.origin)]
+            .map(|(tier, number)| (tier.name(), number as f64))
     }
 }
 
@@ -187,111 +286,203 @@ impl Counts {
     /// Adds the durations of the phases of one call.
     fn add_phases(&mut self, phases: &BTreeMap<Phase, Duration>) {
         for (phase, spent) in phases {
-            *self.phase_seconds.entry(phase.name()).or_default() += spent.as_secs_f64();
+            self.phase_seconds.entry(phase.name()).or_default().observe(spent.as_secs_f64());
         }
+    }
+
+    /// Returns the JSON form of the counters.
+    pub fn answer(&self) -> CountsAnswer<'_> {
+        CountsAnswer { counts: self, hit_rate: self.hit_rate() }
     }
 
     /// Returns the counters as Prometheus metric families.
     pub fn families(&self) -> Vec<Family> {
-        let failure = |(code, count): (&&'static str, &u64)| Sample {
-            label: Some(("code", (*code).into())),
-            value: *count as f64,
+        families(FAMILIES, self)
+    }
+}
+
+/// Serializes the sums and the buckets of the histograms as two maps.
+fn sums_and_buckets<S: Serializer>(phases: &BTreeMap<&str, Histogram>, serializer: S) -> Result<S::Ok, S::Error> {
+    let sums: BTreeMap<_, _> = phases.iter().map(|(phase, histogram)| (*phase, histogram.sum())).collect();
+    let buckets: BTreeMap<_, _> = phases.iter().map(|(phase, histogram)| (*phase, histogram.buckets())).collect();
+    let mut map = serializer.serialize_map(Some(2))?;
+    map.serialize_entry("phase_seconds", &sums)?;
+    map.serialize_entry("phase_buckets", &buckets)?;
+    map.end()
+}
+
+/// Names the type of the rows below, so that the closures need no types.
+type Row = Descriptor<Counts>;
+
+/// The metrics of [`Counts`].
+pub const FAMILIES: &[Descriptor<Counts>] = &[
+    Row::counter(
+        "gets_total",
+        &["from"],
+        "Successful gets, by the farthest tier that supplied bytes; one that joined another fill counts as a \
+         miss only",
+        |counts| counts.hits.samples(),
+    )
+    .json("hits"),
+    Row::counter("misses_total", &[], "Gets for which not all files were on disk", |counts| {
+        Sample::only(counts.misses as f64)
+    })
+    .json("misses"),
+    Row::counter(
+        "waits_total",
+        &[],
+        "Gets that waited for the fill of another caller or process (joined fills)",
+        |counts| Sample::only(counts.waits.count as f64),
+    )
+    .json("waits.count"),
+    Row::counter("wait_seconds_total", &[], "Seconds for which these gets waited", |counts| {
+        Sample::only(counts.waits.seconds)
+    })
+    .json("waits.seconds"),
+    Row::counter(
+        "bytes_total",
+        &["tier"],
+        "Bytes of successful gets, by the tier that supplied them; `disk`: they were not downloaded",
+        |counts| counts.bytes.samples(),
+    )
+    .json("bytes"),
+    Row::counter(
+        "origin_avoided_bytes_total",
+        &[],
+        "Bytes of successful gets that came from disk or the remote, at most the size of the files: an \
+         origin did not have to deliver them",
+        |counts| Sample::only(counts.origin_avoided_bytes as f64),
+    )
+    .json("origin_avoided_bytes"),
+    Row::counter(
+        "received_bytes_total",
+        &["tier"],
+        "Bytes of files that downloads received, including those of failed gets and discarded ones; `disk`: \
+         from another local directory",
+        |counts| counts.received_bytes.samples(),
+    )
+    .json("received_bytes"),
+    Row::counter("uploaded_bytes_total", &[], "Bytes uploaded to the remote", |counts| {
+        Sample::only(counts.uploaded_bytes as f64)
+    })
+    .json("uploaded_bytes"),
+    Row::counter(
+        "copied_bytes_total",
+        &[],
+        "Bytes copied by the object store, so that they needed no upload",
+        |counts| Sample::only(counts.copied_bytes as f64),
+    )
+    .json("copied_bytes"),
+    Row::counter(
+        "uncached_files_total",
+        &[],
+        "Files passed through without being stored, because they are larger than the budget",
+        |counts| Sample::only(counts.uncached_files as f64),
+    )
+    .json("uncached_files"),
+    Row::counter("uncached_bytes_total", &[], "Bytes of files passed through without being stored", |counts| {
+        Sample::only(counts.uncached_bytes as f64)
+    })
+    .json("uncached_bytes"),
+    Row::counter("puts_total", &[], "Artifacts published by put", |counts| Sample::only(counts.puts as f64))
+        .json("puts"),
+    Row::counter("evictions_total", &[], "Artifacts evicted to make room", |counts| {
+        Sample::only(counts.evictions.count as f64)
+    })
+    .json("evictions.count"),
+    Row::counter("evicted_bytes_total", &[], "Bytes freed by evictions", |counts| {
+        Sample::only(counts.evictions.bytes as f64)
+    })
+    .json("evictions.bytes"),
+    Row::counter(
+        "corrupt_files_total",
+        &["tier"],
+        "Files that failed verification, by the tier that held or sent them",
+        |counts| counts.corrupt_files.samples(),
+    )
+    .json("corrupt_files"),
+    Row::counter(
+        "corrupt_bytes_total",
+        &["tier"],
+        "Bytes of the parts that failed verification, or of the whole file if its wrong parts are unknown",
+        |counts| counts.corrupt_bytes.samples(),
+    )
+    .json("corrupt_bytes"),
+    Row::counter(
+        "repaired_files_total",
+        &["tier"],
+        "Corrupt files that were replaced: downloaded again to disk, or uploaded again to the remote (there \
+         also missing files)",
+        |counts| counts.repaired_files.samples(),
+    )
+    .json("repaired_files"),
+    Row::counter("retries_total", &["tier"], "Requests that failed and were sent again", |counts| {
+        counts.retries.samples()
+    })
+    .json("retries"),
+    Row::counter(
+        "throttled_total",
+        &["tier"],
+        "Answers 429 and 503, with which a server asks for fewer requests",
+        |counts| counts.throttled.samples(),
+    )
+    .json("throttled"),
+    Row::counter(
+        "stalls_total",
+        &["kind", "tier"],
+        "Slow downloads of parts: no bytes within the read timeout (`silent`), nearly none (`stalled`), or \
+         far slower than others, so that a second connection was opened (`hedged`)",
+        |counts| counts.stalls.samples(),
+    )
+    .json("stalls.KIND"),
+    Row::gauge("fills_in_flight", &[], "Fills that are running", |counts| Sample::only(counts.fills_in_flight as f64))
+        .json("fills_in_flight"),
+    Row::gauge("waiting_calls", &[], "Calls that are waiting for the fill of another caller or process", |counts| {
+        Sample::only(counts.waiting_calls as f64)
+    })
+    .json("waiting_calls"),
+    Row::counter("failures_total", &["code"], "Failed gets and puts, by error kind", |counts| {
+        by_name(&counts.failures, |count| Value::Number(*count as f64))
+    })
+    .json("failures"),
+    Row::histogram(
+        "phase_seconds",
+        &["phase"],
+        "Durations of the phases of gets and puts, in seconds: `resolve`, `acquire` (a lease), `join` (wait \
+         for another fill), `plan`, `download`, `read` (by put), `publish`, `backfill`, `materialize`, \
+         `verify`",
+        |counts| by_name(&counts.phase_seconds, |histogram| Value::Histogram(histogram.clone())),
+    )
+    .json("phase_seconds, phase_buckets"),
+    Row::gauge(
+        "tier_up",
+        &["tier"],
+        "Whether a tier answered the last request; absent before the first one",
+        |counts| by_name(&counts.tiers, |health| Value::Number(f64::from(u8::from(health.up)))),
+    )
+    .json("tiers.TIER.up"),
+    Row::gauge(
+        "tier_last_request_timestamp_seconds",
+        &["tier"],
+        "Time of the last request to a tier that determined whether it is up (Unix time)",
+        |counts| by_name(&counts.tiers, |health| Value::Number(health.asked_unix as f64)),
+    )
+    .json("tiers.TIER.asked_unix"),
+];
+
+impl Stalls {
+    fn samples(self) -> Vec<Sample> {
+        let by_kind = [("silent", self.silent), ("stalled", self.stalled), ("hedged", self.hedged)];
+        let of_kind = |(kind, numbers): (&'static str, ByTier)| {
+            numbers.by_tier().map(|(tier, number)| Sample::labelled([kind, tier], number))
         };
-        let up = |(tier, health): (&&'static str, &Health)| Sample {
-            label: Some(("tier", (*tier).into())),
-            value: f64::from(u8::from(health.up)),
-        };
-        let phase = |(phase, seconds): (&&'static str, &f64)| Sample {
-            label: Some(("phase", (*phase).into())),
-            value: *seconds,
-        };
-        vec![
-            Family::counter("gets", "Gets by the farthest tier that supplied bytes", self.hits.samples("from")),
-            Family::unlabelled("misses", "Gets for which not all files were on disk", self.misses as f64),
-            Family::unlabelled("waits", "Gets that waited for the fill of another caller", self.waits.count as f64),
-            Family::unlabelled("wait_seconds", "Seconds for which gets waited for another fill", self.waits.seconds),
-            Family::counter("bytes", "Bytes by the tier that supplied them", self.bytes.samples("tier")),
-            Family::unlabelled("puts", "Artifacts published by put", self.puts as f64),
-            Family::unlabelled("uploaded_bytes", "Bytes uploaded to the remote", self.uploaded_bytes as f64),
-            Family::unlabelled("copied_bytes", "Bytes copied by the object store", self.copied_bytes as f64),
-            Family::unlabelled("evictions", "Artifacts evicted to make room", self.evictions.count as f64),
-            Family::unlabelled("evicted_bytes", "Bytes freed by evictions", self.evictions.bytes as f64),
-            Family::counter(
-                "failures",
-                "Failed gets and puts, by error kind",
-                self.failures.iter().map(failure).collect(),
-            ),
-            Family::counter(
-                "phase_seconds",
-                "Seconds spent in gets and puts, by phase",
-                self.phase_seconds.iter().map(phase).collect(),
-            ),
-            Family {
-                is_counter: false,
-                ..Family::counter(
-                    "tier_up",
-                    "Whether a tier answered the last request",
-                    self.tiers.iter().map(up).collect(),
-                )
-            },
-        ]
+        by_kind.into_iter().flat_map(of_kind).collect()
     }
 }
 
-/// A Prometheus metric family: all samples of one metric name.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Family {
-    /// The metric name with the prefix `modelcache_`, without the suffix `_total`.
-    pub name: String,
-    /// The help text.
-    pub help: &'static str,
-    /// True for a counter, false for a gauge.
-    pub is_counter: bool,
-    /// The samples.
-    pub samples: Vec<Sample>,
-}
-
-/// One sample of a [`Family`], with at most one label.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Sample {
-    /// Name and value of the label.
-    pub label: Option<(&'static str, String)>,
-    /// The value of the sample.
-    pub value: f64,
-}
-
-impl Family {
-    /// Returns a gauge without a label.
-    pub fn gauge(name: &str, help: &'static str, value: f64) -> Self {
-        Self { is_counter: false, ..Self::unlabelled(name, help, value) }
-    }
-
-    /// Returns a counter without a label.
-    fn unlabelled(name: &str, help: &'static str, value: f64) -> Self {
-        Self::counter(name, help, vec![Sample { label: None, value }])
-    }
-
-    /// Returns a counter with these samples.
-    fn counter(name: &str, help: &'static str, samples: Vec<Sample>) -> Self {
-        Self { name: format!("modelcache_{name}"), help, is_counter: true, samples }
-    }
-}
-
-/// Formats metric families in the Prometheus text format, version 0.0.4.
-pub fn text(families: &[Family]) -> String {
-    let mut text = String::new();
-    for Family { name, help, is_counter, samples } in families {
-        let (kind, total) = if *is_counter { ("counter", "_total") } else { ("gauge", "") };
-        // Writing to a `String` cannot fail.
-        let _ = writeln!(text, "# HELP {name}{total} {help}.\n# TYPE {name}{total} {kind}");
-        for Sample { label, value } in samples {
-            let _ = match label {
-                None => writeln!(text, "{name}{total} {value}"),
-                Some((label, tag)) => writeln!(text, "{name}{total}{{{label}=\"{tag}\"}} {value}"),
-            };
-        }
-    }
-    text
+/// Returns one sample for each entry of a map, with the key as the only label.
+fn by_name<T>(map: &BTreeMap<&'static str, T>, value: impl Fn(&T) -> Value) -> Vec<Sample> {
+    map.iter().map(|(name, of)| Sample { labels: vec![(*name).to_owned()], value: value(of) }).collect()
 }
 
 #[cfg(test)]
@@ -302,7 +493,8 @@ mod tests {
     fn got(metrics: &Metrics, from: Tier, waited: Option<Duration>) {
         let phases: BTreeMap<_, _> = waited.map(|waited| (Phase::Join, waited)).into_iter().collect();
         let bytes = ByTier { remote: 5, ..ByTier::default() };
-        metrics.record_get(&GetCounts { from, bytes, uploaded_bytes: 2, copied_bytes: 0, phases: &phases });
+        let counts = GetCounts { from, bytes, selected_bytes: 4, uploaded_bytes: 2, copied_bytes: 0, phases: &phases };
+        metrics.record_get(&counts);
     }
 
     #[test]
@@ -318,7 +510,8 @@ mod tests {
         assert_eq!((counts.misses, counts.hit_rate()), (3, Some(0.25)));
         assert_eq!(counts.waits, Waits { count: 1, seconds: 1.5 });
         assert_eq!(counts.bytes.remote, 20);
-        assert_eq!((counts.uploaded_bytes, counts.phase_seconds["join"]), (8, 1.5));
+        assert_eq!((counts.uploaded_bytes, counts.phase_seconds["join"].sum()), (8, 1.5));
+        assert_eq!(counts.origin_avoided_bytes, 16, "at most the size of the files");
     }
 
     #[test]
@@ -342,18 +535,67 @@ mod tests {
         metrics.record_health(Tier::Remote, &Ok(()));
         metrics.record_failure(ErrorKind::NotFound);
         metrics.record_eviction(7);
-        let mut families = metrics.counts().families();
-        families.push(Family::gauge("directory_used_bytes", "Used bytes", 12.0));
-        let text = text(&families);
+        metrics.record_uncached(9);
+        metrics.update(|counts| counts.stalls.hedged.add(Tier::Origin, 2));
+        got(&metrics, Tier::Disk, Some(Duration::from_millis(2)));
+        let text = text(&metrics.counts().families());
         for line in [
             "# TYPE modelcache_gets_total counter\nmodelcache_gets_total{from=\"disk\"} 0\n",
             "modelcache_failures_total{code=\"not_found\"} 1\n",
             "modelcache_evicted_bytes_total 7\n",
+            "modelcache_uncached_bytes_total 9\n",
+            "modelcache_stalls_total{kind=\"hedged\",tier=\"origin\"} 2\n",
             "# TYPE modelcache_tier_up gauge\nmodelcache_tier_up{tier=\"remote\"} 1\n",
-            "# HELP modelcache_directory_used_bytes Used bytes.\n# TYPE modelcache_directory_used_bytes gauge\n\
-             modelcache_directory_used_bytes 12\n",
+            "modelcache_phase_seconds_bucket{phase=\"join\",le=\"0.003\"} 1\n",
         ] {
             assert!(text.contains(line), "{line} in {text}");
         }
+    }
+
+    #[test]
+    fn names_follow_the_conventions_of_prometheus_and_are_unique() {
+        let names: std::collections::BTreeSet<_> = FAMILIES.iter().map(|row| row.name).collect();
+        assert_eq!(names.len(), FAMILIES.len());
+        for row in FAMILIES {
+            assert_eq!(row.name.ends_with("_total"), row.kind == Kind::Counter, "{}", row.name);
+            assert!(row.name.chars().all(|letter| letter.is_ascii_lowercase() || letter == '_'), "{}", row.name);
+            assert!(!row.help.ends_with('.'), "{}", row.help);
+            let counts = Counts { failures: [("other", 1)].into(), ..Counts::default() };
+            let samples = (row.samples)(&counts);
+            assert!(samples.iter().all(|sample| sample.labels.len() == row.labels.len()), "{}", row.name);
+        }
+    }
+
+    /// A JSON field without a metric, or a metric without its field, fails this test.
+    #[test]
+    fn each_field_of_the_json_form_is_a_metric() {
+        let json = serde_json::to_value(Counts::default().answer()).expect("serializable");
+        let fields: std::collections::BTreeSet<&str> =
+            json.as_object().expect("an object").keys().map(String::as_str).collect();
+        let paths = FAMILIES.iter().filter_map(|row| row.json).flat_map(|paths| paths.split(", "));
+        let mut documented: std::collections::BTreeSet<&str> =
+            paths.filter_map(|path| path.split('.').next()).collect();
+        documented.insert("hit_rate");
+        assert_eq!(fields, documented);
+    }
+
+    #[test]
+    fn the_json_form_has_the_sum_and_the_buckets_of_each_phase() {
+        let metrics = Metrics::default();
+        got(&metrics, Tier::Disk, Some(Duration::from_millis(1500)));
+        let json = serde_json::to_value(metrics.counts().answer()).expect("serializable");
+        assert_eq!(json["phase_seconds"], serde_json::json!({"join": 1.5}));
+        assert_eq!(json["phase_buckets"]["join"][6], serde_json::json!(["1", 0]));
+        assert_eq!(json["phase_buckets"]["join"][7], serde_json::json!(["3", 1]));
+        assert_eq!(json["hit_rate"], 0.0);
+    }
+
+    #[test]
+    fn a_gauge_counts_until_its_guard_is_dropped() {
+        let metrics = Metrics::default();
+        let guards = [(); 2].map(|()| metrics.count_while(|counts| &mut counts.waiting_calls));
+        assert_eq!(metrics.counts().waiting_calls, 2);
+        drop(guards);
+        assert_eq!(metrics.counts().waiting_calls, 0);
     }
 }

@@ -32,12 +32,20 @@ class Metrics:
             - ``hits``: gets by the farthest tier that bytes came from (``disk``, ``remote``, ``origin``)
             - ``misses``: gets that needed more than the local disk
             - ``hit_rate``: share of gets that the local disk answered; ``None`` before the first get
-            - ``bytes``: by tier
+            - ``bytes``: of successful gets, by tier
+            - ``origin_avoided_bytes``: bytes of successful gets that came from disk or the remote
+            - ``received_bytes``: bytes of files that downloads received, by tier, counted while they arrive
             - ``waits``: ``count`` and ``seconds`` of gets that waited for the download of another caller
             - ``puts``, ``uploaded_bytes``, ``copied_bytes``
+            - ``uncached_files``, ``uncached_bytes``: passed through without being stored
             - ``evictions``: ``count`` and ``bytes`` of evictions that made room
+            - ``corrupt_files``, ``corrupt_bytes``, ``repaired_files``: by tier
+            - ``retries``, ``throttled``: requests that were sent again, and answers 429 and 503, by tier
+            - ``stalls``: slow downloads by kind (``silent``, ``stalled``, ``hedged``), then by tier
+            - ``fills_in_flight``, ``waiting_calls``: downloads that are running, and calls that wait for one
             - ``failures``: by kind of error
-            - ``phase_seconds``: by phase
+            - ``phase_seconds``: sum by phase
+            - ``phase_buckets``: for each phase, pairs of an upper bound in seconds and the number of durations up to it
             - ``tiers``: for each tier that received a request: ``up`` (whether the last request was answered),
               ``asked_unix`` (time of that request), ``error`` (its error or ``None``)
         """
@@ -67,14 +75,16 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metric families. Called by ``prometheus_client``."""
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
+        kinds = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram": HistogramMetricFamily}
         for family in json.loads(_calls.wait(self._native.families(False))):
-            kind = CounterMetricFamily if family["is_counter"] else GaugeMetricFamily
-            samples = family["samples"]
-            labels = [samples[0]["label"][0]] if samples and samples[0]["label"] else []
             # The help text ends with a full stop, as in the page of `text`.
-            metric = kind(family["name"], family["help"] + ".", labels=labels)
-            for sample in samples:
-                metric.add_metric([sample["label"][1]] if labels else [], sample["value"])
+            metric: Any = kinds[family["kind"]](family["name"], family["help"] + ".", labels=family["labels"])
+            for sample in family["samples"]:
+                value = sample["value"]
+                if isinstance(value, dict):
+                    metric.add_metric(sample["labels"], value["buckets"], value["sum"])
+                else:
+                    metric.add_metric(sample["labels"], value)
             yield metric

@@ -239,6 +239,7 @@ impl Cache {
         let options = PublishOptions { rewrite: missing.rewrite.clone(), ..PublishOptions::default() };
         let published =
             remote.publish_pending(&listing, &files, options, pending, progress).await.context(key, Tier::Remote)?;
+        self.metrics().update(|counts| counts.repaired_files.add(Tier::Remote, missing.rewrite.len() as u64));
         // Only after the publish: a crash before it leaves the upload pending.
         self.record_uploaded(remote, key, missing.files.clone()).await?;
         Ok(published)

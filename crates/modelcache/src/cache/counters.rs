@@ -2,7 +2,7 @@
 
 use super::{Artifact, Cache, PutReport, Stats};
 use crate::error::Result;
-use crate::metrics::{ByTier, Family, GetCounts, Metrics};
+use crate::metrics::{self, ByTier, Descriptor, Family, GetCounts, Metrics, Sample};
 
 impl Cache {
     /// Returns the counters since the cache was opened. All clones of the cache share them.
@@ -18,6 +18,7 @@ impl Cache {
                 self.metrics().record_get(&GetCounts {
                     from: report.from,
                     bytes: ByTier { disk: bytes.disk, remote: bytes.remote, origin: bytes.origin },
+                    selected_bytes: report.selected_bytes,
                     uploaded_bytes: report.backfilled_bytes,
                     copied_bytes: report.copied_bytes,
                     phases: &report.phases,
@@ -36,23 +37,44 @@ impl Cache {
     }
 }
 
-impl Stats {
-    /// Returns the gauges of the directory: name without prefix, help text, value.
-    pub fn gauges(&self) -> [(&'static str, &'static str, u64); 8] {
-        [
-            ("directory_artifacts", "Artifacts in the local directory", self.artifacts as u64),
-            ("directory_leased_artifacts", "Artifacts with a lease", self.leases as u64),
-            ("directory_pinned_artifacts", "Artifacts with a pin", self.pins as u64),
-            ("directory_budget_bytes", "Budget of the local directory", self.budget_bytes),
-            ("directory_used_bytes", "Bytes that count against the budget", self.used_bytes),
-            ("directory_staging_bytes", "Bytes of running and abandoned fills", self.staging_bytes),
-            ("directory_quarantine_bytes", "Bytes of files that failed verification", self.quarantine_bytes),
-            ("directory_filesystem_free_bytes", "Free bytes on the filesystem", self.filesystem_free_bytes),
-        ]
-    }
+/// Names the type of the rows below, so that the closures need no types.
+type Row = Descriptor<Stats>;
 
+/// The metrics of [`Stats`]: gauges of the local directory.
+pub const DIRECTORY_FAMILIES: &[Descriptor<Stats>] = &[
+    Row::gauge("directory_artifacts", &[], "Artifacts in the local directory", |stats| {
+        Sample::only(stats.artifacts as f64)
+    })
+    .json("artifacts"),
+    Row::gauge("directory_leased_artifacts", &[], "Artifacts with a lease", |stats| Sample::only(stats.leases as f64))
+        .json("leases"),
+    Row::gauge("directory_pinned_artifacts", &[], "Artifacts with a pin", |stats| Sample::only(stats.pins as f64))
+        .json("pins"),
+    Row::gauge("directory_budget_bytes", &[], "Budget of the local directory", |stats| {
+        Sample::only(stats.budget_bytes as f64)
+    })
+    .json("budget_bytes"),
+    Row::gauge("directory_used_bytes", &[], "Bytes that count against the budget", |stats| {
+        Sample::only(stats.used_bytes as f64)
+    })
+    .json("used_bytes"),
+    Row::gauge("directory_staging_bytes", &[], "Bytes of running and abandoned fills", |stats| {
+        Sample::only(stats.staging_bytes as f64)
+    })
+    .json("staging_bytes"),
+    Row::gauge("directory_quarantine_bytes", &[], "Bytes of files that failed verification", |stats| {
+        Sample::only(stats.quarantine_bytes as f64)
+    })
+    .json("quarantine_bytes"),
+    Row::gauge("directory_filesystem_free_bytes", &[], "Free bytes on the filesystem", |stats| {
+        Sample::only(stats.filesystem_free_bytes as f64)
+    })
+    .json("filesystem_free_bytes"),
+];
+
+impl Stats {
     /// Returns the gauges as Prometheus metric families.
     pub fn families(&self) -> Vec<Family> {
-        self.gauges().into_iter().map(|(name, help, value)| Family::gauge(name, help, value as f64)).collect()
+        metrics::families(DIRECTORY_FAMILIES, self)
     }
 }

@@ -9,20 +9,23 @@
 //! read the progress from the heartbeat of the leader.
 
 use super::Cache;
+use super::report::FillStatus;
 use super::resolve::FetchRequest;
 use super::tasks::Tasks;
 use crate::digest::Digest;
 use crate::disk::{HEARTBEAT_INTERVAL, HeartbeatWatch, Leader, Leadership, LeasedArtifact};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
+use crate::metrics::GaugeGuard;
 use crate::mutex::Mutex;
 use crate::progress::{Phase, PhaseGuard, Progress};
 use crate::runtime::blocking;
 use crate::selection::Selection;
 use crate::transfer::{PartialFiles, PartialReader, recording_retries};
+use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time;
@@ -52,6 +55,7 @@ pub(super) struct InFlightFill {
     fill_key: FillKey,
     selection: Selection,
     progress: Progress,
+    started: Instant,
     state: watch::Receiver<FillState>,
     partial_files: watch::Receiver<Option<PartialFiles>>,
     /// The leadership of this fill, while it has one.
@@ -128,8 +132,12 @@ impl Cache {
         for _ in 0..STARTS_MAX {
             let (fill, started) = self.join_or_start_fill(request, None, progress);
             // The caller that started the fill also waits for the backfill.
-            let outcome =
-                if started { fill.wait_until_ended().await } else { fill.wait_until_published(progress).await };
+            let outcome = if started {
+                fill.wait_until_ended().await
+            } else {
+                let _waiting = self.count_waiting_call();
+                fill.wait_until_published(progress).await
+            };
             if let Some(outcome) = outcome {
                 return outcome;
             }
@@ -171,7 +179,9 @@ impl Cache {
         let (cache, request, fill_progress) = (self.clone(), request.clone(), progress.clone());
         let selection = request.selection.clone();
         // A task of its own: the fill continues if the caller that started it is cancelled, but others wait for it.
+        let running = self.metrics().count_while(|counts| &mut counts.fills_in_flight);
         let task = tokio::spawn(async move {
+            let _running = running;
             let fill = cache.fill(&request, &fill_progress, &publisher);
             let ended = recording_retries(&fill_progress, fill).await;
             publisher.state.send_replace(FillState::Ended(ended));
@@ -180,6 +190,7 @@ impl Cache {
             fill_key: fill_key.clone(),
             selection,
             progress: progress.clone(),
+            started: Instant::now(),
             state,
             partial_files,
             leadership,
@@ -192,6 +203,20 @@ impl Cache {
         (fill, true)
     }
 
+    /// Returns the in-flight fills of this cache and its clones that callers wait for, oldest first.
+    pub fn fills(&self) -> Vec<FillStatus> {
+        // An upgraded reference would keep the fill running, so each one is dropped at once.
+        let status = |fill: &Weak<InFlightFill>| fill.upgrade().and_then(|fill| fill.status());
+        let mut fills: Vec<_> = self.0.in_flight.running.lock().values().filter_map(status).collect();
+        fills.sort_by_key(|fill| Reverse(fill.running_for));
+        fills
+    }
+
+    /// Counts a call as waiting until the guard is dropped.
+    pub(super) fn count_waiting_call(&self) -> GaugeGuard {
+        self.metrics().count_while(|counts| &mut counts.waiting_calls)
+    }
+
     /// Waits for the fills that continue without a caller because all their bytes are downloaded and verified. They are
     /// published when this returns.
     pub async fn wait_for_fills(&self) {
@@ -201,7 +226,7 @@ impl Cache {
     /// Step 3 of the main path between processes: waits until another process has filled the artifact, or until this
     /// process is the leader.
     pub(super) async fn join_or_lead(&self, request: &FetchRequest, progress: &Progress) -> Result<Joined> {
-        let mut waiting = Waiting::new(progress);
+        let mut waiting = Waiting::new(self, progress);
         loop {
             let shared = self.leadership_to_share(request);
             let leadership = match shared {
@@ -249,7 +274,7 @@ impl Cache {
     /// Waits until this process is the leader of the fill of `key`, even if another process has published the artifact
     /// meanwhile.
     pub(super) async fn wait_to_lead(&self, key: &ArtifactKey, progress: &Progress) -> Result<LeaderGuard> {
-        let mut waiting = Waiting::new(progress);
+        let mut waiting = Waiting::new(self, progress);
         loop {
             match self.try_lead(key, &mut waiting).await? {
                 Leadership::Ours(leader) => return Ok(LeaderGuard::start(leader, progress)),
@@ -304,6 +329,26 @@ impl InFlightFill {
     /// Returns the progress of the fill.
     pub(super) fn progress(&self) -> &Progress {
         &self.progress
+    }
+
+    /// Returns the status of the fill; `None` if it has ended.
+    fn status(&self) -> Option<FillStatus> {
+        if matches!(*self.state.borrow(), FillState::Ended(_)) || self.state.has_changed().is_err() {
+            return None;
+        }
+        let (now, retries, key) = (self.progress.snapshot(), self.progress.retries(), self.fill_key.0.clone());
+        Some(FillStatus {
+            reference: key.to_string(),
+            key,
+            phase: now.phase,
+            done_bytes: now.done_bytes,
+            total_bytes: (now.total_bytes > 0).then_some(now.total_bytes),
+            remote_bytes: now.remote_bytes,
+            origin_bytes: now.origin_bytes,
+            running_for: self.started.elapsed(),
+            retries: retries.count,
+            last_error: retries.last_error,
+        })
     }
 
     /// Returns a watch of the state. It does not keep the fill running.
@@ -389,21 +434,22 @@ pub(super) fn task_lost() -> Error {
 
 /// A wait for the fill of another process.
 struct Waiting<'a> {
+    cache: &'a Cache,
     progress: &'a Progress,
     watch: HeartbeatWatch,
     pause: Duration,
-    phase: Option<PhaseGuard>,
+    phase: Option<(PhaseGuard, GaugeGuard)>,
 }
 
 impl<'a> Waiting<'a> {
-    fn new(progress: &'a Progress) -> Self {
-        Self { progress, watch: HeartbeatWatch::default(), pause: POLL_INTERVAL, phase: None }
+    fn new(cache: &'a Cache, progress: &'a Progress) -> Self {
+        Self { cache, progress, watch: HeartbeatWatch::default(), pause: POLL_INTERVAL, phase: None }
     }
 
     /// Shows the progress of the leader, and sleeps. The sleep grows by a quarter each time, up to
     /// [`POLL_INTERVAL_MAX`].
     async fn pause(&mut self, done_bytes: u64, total_bytes: u64) {
-        self.phase.get_or_insert_with(|| self.progress.enter(Phase::Join, 0));
+        self.phase.get_or_insert_with(|| (self.progress.enter(Phase::Join, 0), self.cache.count_waiting_call()));
         self.progress.set_bytes(done_bytes, total_bytes);
         time::sleep(self.pause).await;
         self.pause = (self.pause * 5 / 4).min(POLL_INTERVAL_MAX);

@@ -37,12 +37,13 @@ mod uncached;
 mod verify;
 
 pub use report::{
-    Artifact, BackfillReport, BytesByTier, EvictReport, EvictTier, GetAnswer, GetOptions, GetPlan, GetReport,
-    InspectedFile, Inspection, Listed, PendingBackfill, PinReport, Pinned, PlannedFile, PlannedPrewarm, PrewarmPlan,
-    PutOptions, PutReport, PutTier, RemoteSurvey, Stats, TagReport,
+    Artifact, BackfillReport, BytesByTier, EvictReport, EvictTier, FillStatus, GetAnswer, GetOptions, GetPlan,
+    GetReport, InspectedFile, Inspection, Listed, PendingBackfill, PinReport, Pinned, PlannedFile, PlannedPrewarm,
+    PrewarmPlan, PutOptions, PutReport, PutTier, RemoteSurvey, Stats, TagReport,
 };
 
 pub use builder::CacheBuilder;
+pub use counters::DIRECTORY_FAMILIES;
 
 pub use open::{OpenFile, OpenOptions};
 pub use request::{GetRequest, PutRequest};
@@ -57,7 +58,7 @@ pub use crate::disk::{
 
 use crate::config::{Config, RemoteMode, Secret};
 use crate::disk::{Disk, Lower};
-use crate::error::Result;
+use crate::error::{Result, Tier};
 use crate::origin::{HubApi, Origins};
 use crate::reference::Reference;
 use crate::remote::Remote;
@@ -116,15 +117,21 @@ impl Cache {
 
     /// Creates a cache that uses the open local directory `disk`.
     fn with_disk(disk: Disk, config: Config, retry: Retry) -> Result<Self> {
-        let downloader = Downloader::new(retry.clone(), config.write_mode);
+        let metrics = disk.metrics();
+        let downloader = Downloader::new(retry.clone(), config.write_mode, metrics.clone());
         let lower = config.lower_dir.as_ref().and_then(|root| Lower::open(root, &disk));
-        let remote = config.remote.as_ref().map(|remote| Remote::open(remote, retry.clone())).transpose()?;
+        let remote = config
+            .remote
+            .as_ref()
+            .map(|remote| Remote::open(remote, retry.counted_in(metrics, Tier::Remote)))
+            .transpose()?;
         let remote = match config.remote_mode {
             RemoteMode::ReadWrite => remote,
             RemoteMode::ReadOnly => remote.map(Remote::read_only),
         };
-        let hub_api = HubApi::new(&config, retry.clone());
-        let origins = Origins::new(&config, retry)?;
+        let origin_retry = retry.counted_in(metrics, Tier::Origin);
+        let hub_api = HubApi::new(&config, origin_retry.clone());
+        let origins = Origins::new(&config, origin_retry)?;
         Ok(Self(Arc::new(Inner {
             config,
             disk,

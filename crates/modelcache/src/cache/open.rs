@@ -229,7 +229,7 @@ impl Follower {
     /// Runs the task.
     async fn follow(self, mut states: watch::Receiver<FillState>) {
         // Step 1: wait for the publish.
-        let phase = (!self.started).then(|| self.progress.enter(Phase::Join, 0));
+        let phase = (!self.started).then(|| (self.progress.enter(Phase::Join, 0), self.cache.count_waiting_call()));
         let outcome = match states.wait_for(|state| !matches!(state, FillState::Running)).await.as_deref() {
             Ok(FillState::Published(outcome)) => Ok(outcome.clone()),
             Ok(FillState::Ended(outcome)) => {

@@ -528,6 +528,33 @@ pub struct InspectedFile {
     pub on_remote: bool,
 }
 
+/// One in-flight fill, as [`Cache::fills`](super::Cache::fills) returns it.
+#[derive(Debug, Clone, Serialize)]
+pub struct FillStatus {
+    /// The key of the artifact.
+    #[serde(flatten)]
+    pub key: ArtifactKey,
+    /// The reference to the artifact.
+    pub reference: String,
+    /// The present phase.
+    pub phase: Phase,
+    /// Bytes of this phase that are done.
+    pub done_bytes: u64,
+    /// Total bytes of this phase; `None` while they are unknown.
+    pub total_bytes: Option<u64>,
+    /// Bytes received from the remote so far.
+    pub remote_bytes: u64,
+    /// Bytes received from origins so far.
+    pub origin_bytes: u64,
+    /// Time since the fill started.
+    #[serde(rename = "seconds", serialize_with = "json::seconds")]
+    pub running_for: Duration,
+    /// Number of requests that failed and were sent again.
+    pub retries: u64,
+    /// The error of the last one; `None` if bytes have arrived since.
+    pub last_error: Option<String>,
+}
+
 /// Result of [`Cache::stats`](super::Cache::stats): content and disk usage of the local directory.
 #[derive(Debug, Clone, Serialize)]
 pub struct Stats {

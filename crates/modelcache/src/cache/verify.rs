@@ -280,7 +280,7 @@ impl Verification {
         progress: &Progress,
     ) -> Result<Option<Verified>> {
         let remote = self.remote()?;
-        let found = remote.verify(key, &|_| true, self.run.rate_limiter(), progress).await?;
+        let found = remote.verify(key, &|_| true, self.run.rate_limiter(), progress, self.cache.metrics()).await?;
         let Some(mut verified) = found else { return Ok(None) };
         if verified.is_right() {
             return Ok(Some(verified));
@@ -325,6 +325,8 @@ impl Verification {
             }
             Err(error) => record_repair(&mut verified.findings, |_| true, Err(error)),
         }
+        let repaired = verified.findings.iter().filter(|finding| finding.path.is_some() && !finding.remains()).count();
+        self.cache.metrics().update(|counts| counts.repaired_files.add(Tier::Remote, repaired as u64));
         Ok(Some(verified))
     }
 

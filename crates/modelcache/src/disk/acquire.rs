@@ -255,7 +255,9 @@ impl Disk {
         file: &File,
     ) -> Result<Vec<(ArtifactKey, FilePath)>> {
         tracing::warn!(artifact = %dir.path(), file = %path, "a cached file was changed or damaged; it is withdrawn, and the next get downloads it again");
-        let inode = Metadata::of(file).at("examine", &dir.view(path))?.ino();
+        let metadata = Metadata::of(file).at("examine", &dir.view(path))?;
+        self.count_corrupt(entry.sha256, metadata.len());
+        let inode = metadata.ino();
         // Step 2: move the blob to quarantine.
         if let Some(digest) = entry.sha256 {
             self.quarantine_inode(&digest, inode)?;

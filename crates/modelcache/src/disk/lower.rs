@@ -11,7 +11,7 @@ use super::rooted::{Metadata, RootedPath};
 use super::{ArtifactDir, Disk, DiskSource, LeasedArtifact, VerifyRun, check_format};
 use crate::config::{ByteBound, Sharing};
 use crate::digest::Digest;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, ArtifactName, FilePath};
 use crate::manifest::{FileEntry, Manifest};
 use crate::mutex::Mutex;
@@ -99,6 +99,7 @@ impl Lower {
             if found.is_none() || found.map(|found| found.digest) != entry.sha256 {
                 // Warn once: a caller that waits for a fill comes here repeatedly.
                 if found.is_none_or(|found| found.is_new) {
+                    self.upper.metrics().record_corrupt(Tier::Disk, 1, metadata.len());
                     tracing::warn!(artifact = %key, file = %path, "the lower directory's copy is damaged; it is ignored");
                 }
                 return Ok(None);

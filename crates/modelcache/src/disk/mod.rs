@@ -138,6 +138,8 @@ struct DiskState {
     maintenance: Mutex<Maintenance>,
     /// Counters of this process since it opened the directory.
     metrics: Metrics,
+    /// Digests of the files that were found corrupt and are not replaced yet.
+    corrupt: Mutex<BTreeSet<Digest>>,
 }
 
 impl DiskState {
@@ -156,6 +158,7 @@ impl DiskState {
             index: Mutex::default(),
             maintenance: Mutex::default(),
             metrics: Metrics::default(),
+            corrupt: Mutex::default(),
         }
     }
 }
@@ -242,6 +245,23 @@ impl Disk {
     /// Returns the counters of this process since it opened the directory.
     pub(crate) fn metrics(&self) -> &Metrics {
         &self.0.metrics
+    }
+
+    /// Counts a file of `bytes` bytes with wrong content, unless it was counted and not replaced since. `expected` is
+    /// the digest that it should have.
+    fn count_corrupt(&self, expected: Option<Digest>, bytes: u64) {
+        if expected.is_none_or(|digest| self.0.corrupt.lock().insert(digest)) {
+            self.metrics().record_corrupt(Tier::Disk, 1, bytes);
+        }
+    }
+
+    /// Counts the corrupt files that the published files with these digests replace.
+    fn count_repaired(&self, published: impl Iterator<Item = Digest>) {
+        let mut corrupt = self.0.corrupt.lock();
+        if !corrupt.is_empty() {
+            let repaired = published.filter(|digest| corrupt.remove(digest)).count();
+            self.metrics().update(|counts| counts.repaired_files.add(Tier::Disk, repaired as u64));
+        }
     }
 
     pub(crate) fn is_read_only(&self) -> bool {

@@ -73,6 +73,7 @@ impl Disk {
         // Step 3: link the views and write the manifest, in the second critical section. Until then the staging folder
         // has links to the blobs, so that no eviction or sweep in between can remove them.
         let (manifest, link) = self.publish_manifest(&dir, &commit)?;
+        self.count_repaired(staged.values().filter_map(|file| file.entry.sha256));
         // From here on the artifact can be synced.
         self.add_pending_sync(&listing.key);
         // Step 4: remove the staging folder. If this fails, the artifact is still published.

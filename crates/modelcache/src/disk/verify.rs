@@ -288,6 +288,7 @@ impl Disk {
             Ok(found) => Some(found),
             Err(_) => None,
         };
+        self.count_corrupt(Some(expected), metadata.len());
         if !self.is_read_only() {
             self.quarantine_inode(&expected, metadata.ino())?;
         }
@@ -631,6 +632,9 @@ impl ArtifactWork<'_> {
     fn record(&self, path: &FilePath, entry: &FileEntry, mismatch: Mismatch, finding: Finding) -> Result<()> {
         let mut finding = Finding { expected: entry.sha256, ..finding };
         if self.disk.is_read_only() {
+            if matches!(mismatch, Mismatch::Wrong(_)) {
+                self.disk.count_corrupt(entry.sha256, entry.size);
+            }
             finding.remedy = Some("the directory is read-only: the file can be neither withdrawn nor repaired".into());
         } else {
             let withdrawn = self.disk.record_mismatch(self.dir, path, entry, mismatch)?;

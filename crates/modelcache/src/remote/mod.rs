@@ -53,6 +53,7 @@ use crate::finding::Verified;
 use crate::key::{ArtifactKey, ArtifactName, FilePath, OWN_FOLDER, Version};
 use crate::limits;
 use crate::manifest::{Manifest, ObjectIdentity};
+use crate::metrics::Metrics;
 use crate::option_name::call;
 use crate::option_name::setting::REMOTE_MODE;
 use crate::progress::Progress;
@@ -347,8 +348,9 @@ impl Remote {
         is_selected: &(dyn Fn(&FilePath) -> bool + Sync),
         rate_limiter: &RateLimiter,
         progress: &Progress,
+        metrics: &Metrics,
     ) -> Result<Option<Verified>> {
-        verify::verify(self, key, is_selected, rate_limiter, progress)
+        verify::verify(self, key, is_selected, rate_limiter, progress, metrics)
             .await
             .map_err(|error| error.artifact(key).tier(Tier::Remote))
     }

@@ -11,6 +11,7 @@ use crate::finding::{BadPart, Finding, Problem, Verified};
 use crate::key::{ArtifactKey, FilePath};
 use crate::ladder::{LadderHasher, part_size};
 use crate::manifest::{FileEntry, ObjectIdentity};
+use crate::metrics::Metrics;
 use crate::progress::{Phase, Progress};
 use crate::rate_limiter::RateLimiter;
 use futures::{StreamExt, TryStreamExt};
@@ -25,6 +26,7 @@ struct VerifyJob<'a> {
     folder: &'a Folder,
     rate_limiter: &'a RateLimiter,
     progress: &'a Progress,
+    metrics: &'a Metrics,
 }
 
 /// Verifies the objects of `key` at the paths that `is_selected` accepts. Returns `None` if the artifact is not
@@ -35,6 +37,7 @@ pub(super) async fn verify(
     is_selected: &(dyn Fn(&FilePath) -> bool + Sync),
     rate_limiter: &RateLimiter,
     progress: &Progress,
+    metrics: &Metrics,
 ) -> Result<Option<Verified>> {
     let store = remote.store().await?;
     let folder = Folder::new(key);
@@ -62,7 +65,7 @@ pub(super) async fn verify(
     let _phase = progress.enter(Phase::Verify, held.iter().map(|(_, entry, _)| entry.size).sum());
     verified.files = held.len();
     verified.bytes = held.iter().map(|(_, entry, _)| entry.size).sum();
-    let job = VerifyJob { store, folder: &folder, rate_limiter, progress };
+    let job = VerifyJob { store, folder: &folder, rate_limiter, progress, metrics };
     let checks: Vec<_> = held.into_iter().map(|(path, entry, recorded)| job.object(path, entry, recorded)).collect();
     let found: Vec<Option<Finding>> = futures::stream::iter(checks).buffered(READS_IN_FLIGHT).try_collect().await?;
     verified.findings = found.into_iter().flatten().collect();
@@ -79,6 +82,7 @@ impl VerifyJob<'_> {
         // The cheap checks first: existence and size.
         let Some(current) = self.store.head(&object).await? else { return Ok(finding(Problem::Missing, None)) };
         if current.object_bytes != entry.size {
+            self.metrics.record_corrupt(Tier::Remote, 1, current.object_bytes);
             let detail = format!("{} bytes; the manifest records {}", current.object_bytes, entry.size);
             return Ok(finding(Problem::WrongSize, Some(detail)));
         }
@@ -96,6 +100,7 @@ impl VerifyJob<'_> {
         if entry.sha256.is_none_or(|expected| expected == found) {
             return Ok(None);
         }
+        self.metrics.record_corrupt(Tier::Remote, 1, entry.size);
         // The first checkpoint that differs shows which part is the first wrong one.
         let first = entry.ladder.as_ref().and_then(|expected| BadPart::first_between(expected, &ladder, entry.size));
         let bad_parts = first.into_iter().collect();

@@ -19,6 +19,7 @@ use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::FilePath;
 use crate::ladder::{Ladder, part_size};
 use crate::manifest::{FileEntry, FileIdentity};
+use crate::metrics::Metrics;
 use crate::mutex::Mutex;
 use crate::progress::Progress;
 use crate::runtime::blocking;
@@ -83,6 +84,7 @@ pub(crate) struct Downloader {
     retry: Retry,
     write_mode: WriteMode,
     engine: Arc<Engine>,
+    metrics: Metrics,
 }
 
 /// Properties shared by all files of one call of [`Downloader::download`].
@@ -130,8 +132,8 @@ impl From<Error> for PartFailure {
 }
 
 impl Downloader {
-    pub(crate) fn new(retry: Retry, write_mode: WriteMode) -> Self {
-        Self { retry, write_mode, engine: Engine::shared() }
+    pub(crate) fn new(retry: Retry, write_mode: WriteMode, metrics: Metrics) -> Self {
+        Self { retry, write_mode, engine: Engine::shared(), metrics }
     }
 
     /// Returns the retry policy, which all requests of a cache share.
@@ -303,6 +305,7 @@ impl Downloader {
         let task = PartTask {
             engine: self.engine.clone(),
             retry: self.retry.clone(),
+            metrics: self.metrics.clone(),
             file: file.clone(),
             writer: Arc::new(writer),
             generation,
@@ -328,6 +331,8 @@ impl Downloader {
 pub(super) struct Failures {
     /// Tiers that delivered wrong bytes or lack a file that they list.
     bad: Mutex<BTreeSet<Tier>>,
+    /// Tiers whose bytes failed verification, and which were counted for this file.
+    corrupt: Mutex<BTreeSet<Tier>>,
     /// Tiers already reported as failed in a warning.
     reported: Mutex<BTreeSet<Tier>>,
 }
@@ -340,6 +345,12 @@ impl Failures {
 
     fn bad_tiers(&self) -> BTreeSet<Tier> {
         self.bad.lock().clone()
+    }
+
+    /// Counts `bytes` from `tier` that failed verification. The file is counted once.
+    pub(super) fn count_corrupt(&self, metrics: &Metrics, tier: Tier, bytes: u64) {
+        let files = u64::from(self.corrupt.lock().insert(tier));
+        metrics.record_corrupt(tier, files, bytes);
     }
 
     /// Returns true on the first call for `tier`, whose failure must then be logged as a warning.
@@ -425,13 +436,18 @@ fn verify_whole_file(file: &DownloadFile, hashed: Hashed) -> Result<FileEntry> {
 /// Downloads every part, verifies the file and seals it.
 async fn download_and_verify(task: PartTask, order: Order) -> Result<(FileEntry, FileIdentity), PartFailure> {
     download_parts(&task, order).await?;
-    let PartTask { writer, ladder, file, .. } = task;
+    let PartTask { writer, ladder, file, failures, metrics, sources, local, .. } = task;
     let writer =
         Arc::into_inner(writer).ok_or_else(|| Error::new(ErrorKind::Other, "a part is still being written"))?;
     let entry = match ladder {
         // With a ladder every part was verified on its own, and the last one against the digest.
         Some(_) => file.entry.clone(),
-        None => verify_whole_file(&file, writer.hashed())?,
+        None => verify_whole_file(&file, writer.hashed()).inspect_err(|_| {
+            // If bytes were resumed, they may be the wrong ones, and the source may be right.
+            if let Some(source) = sources.first().filter(|_| local.resumed.load(Ordering::Relaxed) == 0) {
+                failures.count_corrupt(&metrics, source.tier(), file.entry.size);
+            }
+        })?,
     };
     let identity = blocking(move || writer.seal()).await?;
     Ok((entry, identity))
@@ -538,6 +554,10 @@ mod tests {
         }
     }
 
+    fn new_downloader() -> Downloader {
+        Downloader::new(Retry::new(RetryConfig::default()), WriteMode::Buffered, Metrics::default())
+    }
+
     /// A file to download from one source, without any digest.
     fn file_without_digest(folder: &RootedPath, size: u64, sent_files: Vec<Vec<u8>>) -> DownloadFile {
         let owner = FileLock::try_exclusive(&folder.join("owner")).expect("locks").expect("is free");
@@ -566,8 +586,7 @@ mod tests {
                 right.len() as u64,
                 vec![too_long, right.clone()],
             );
-            let (target, downloader) =
-                (file.target.clone(), Downloader::new(Retry::new(RetryConfig::default()), WriteMode::Buffered));
+            let (target, downloader) = (file.target.clone(), new_downloader());
             let downloaded =
                 downloader.download(vec![file], Purpose::Read, &Progress::new()).await.expect("the second is right");
             assert!(
@@ -604,8 +623,10 @@ mod tests {
             on_part: None,
             partial_file: PartialFile::new(target.clone(), size, super::super::ReadGate::ByPart),
         };
-        let downloader = Downloader::new(Retry::new(RetryConfig::default()), WriteMode::Buffered);
+        let downloader = new_downloader();
         downloader.download(vec![file], Purpose::Read, &Progress::new()).await.expect("the second response is right");
+        let counts = downloader.metrics.counts();
+        assert_eq!((counts.retries.origin, counts.received_bytes.origin), (1, 2 * size + 4));
         assert!(std::fs::read(target.full()).expect("is there") == right, "wrong bytes were taken for right");
     }
 }

@@ -17,6 +17,7 @@ use crate::disk::StagedWriter;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::FilePath;
 use crate::ladder::{Ladder, PartHasher};
+use crate::metrics::{ByTier, Metrics, Stalls};
 use crate::progress::Progress;
 use crate::runtime::blocking;
 use crate::source::Source;
@@ -31,12 +32,15 @@ use std::time::{Duration, Instant};
 
 /// Interval at which the pace of a range is compared with its peers.
 const PEER_CHECK_INTERVAL: Duration = Duration::from_millis(250);
+/// Received bytes are added to the metrics in steps of this size, because the counters are behind a lock.
+const COUNT_STEP_BYTES: u64 = 4 << 20;
 
 /// Everything that the task of one part needs. Cloned for each part.
 #[derive(Debug, Clone)]
 pub(super) struct PartTask {
     pub(super) engine: Arc<Engine>,
     pub(super) retry: Retry,
+    pub(super) metrics: Metrics,
     pub(super) file: Arc<DownloadFile>,
     pub(super) writer: Arc<StagedWriter>,
     /// Generation of the staged file, see [`PartialFile`](super::PartialFile).
@@ -125,7 +129,7 @@ impl PartTask {
         let (mut failure, mut permit): (Option<Error>, _) = (None, Some(permit));
         for (index, source) in self.sources.iter().enumerate() {
             let is_last = index + 1 == self.sources.len();
-            let mut attempts = self.retry.attempts();
+            let mut attempts = self.retry.counted_in(&self.metrics, source.tier()).attempts();
             let mut mismatched = false;
             loop {
                 // The permit was returned for the pause before a retry.
@@ -150,6 +154,7 @@ impl PartTask {
                 // then the next source is used.
                 if error.kind() == ErrorKind::Corrupt && !mismatched && error.is_transient() {
                     tracing::warn!(%error, "the part is wrong; downloading it again from the same source");
+                    self.metrics.update(|counts| counts.retries.add(source.tier(), 1));
                     mismatched = true;
                 } else if !is_last && part.is_short() {
                     self.record_failure(source.tier(), &Error::corrupt(error.message()));
@@ -227,6 +232,7 @@ impl PartTask {
         if !matches {
             // The part is complete and wrong, however the stream ended.
             part.restart(self, range);
+            self.failures.count_corrupt(&self.metrics, source.tier(), range.end - range.start);
             let expected = self.file.entry.sha256.map(|digest| digest.short()).unwrap_or_default();
             return Err(PartFailure::Failed(
                 Error::corrupt(format!(
@@ -322,6 +328,14 @@ struct ResponseReader<'a> {
     started: Instant,
     last_peer_check: Instant,
     stall: StallDetector,
+    /// Received bytes that are not in the metrics yet.
+    uncounted_bytes: u64,
+}
+
+impl Drop for ResponseReader<'_> {
+    fn drop(&mut self) {
+        self.count_received();
+    }
 }
 
 impl<'a> ResponseReader<'a> {
@@ -334,6 +348,26 @@ impl<'a> ResponseReader<'a> {
             started,
             last_peer_check: started,
             stall: StallDetector::new(task.retry.read_timeout()),
+            uncounted_bytes: 0,
+        }
+    }
+
+    /// Adds the received bytes to the metrics.
+    fn count_received(&mut self) {
+        let bytes = std::mem::take(&mut self.uncounted_bytes);
+        self.task.metrics.update(|counts| counts.received_bytes.add(self.source.tier(), bytes));
+    }
+
+    /// Counts that this request is too slow.
+    fn count_stall(&self, kind: fn(&mut Stalls) -> &mut ByTier) {
+        self.task.metrics.update(|counts| kind(&mut counts.stalls).add(self.source.tier(), 1));
+    }
+
+    /// Counts a silent server if the wait that began at `start` failed after the read timeout. The timeout of the HTTP
+    /// client is as long, and may have ended the wait.
+    fn count_if_silent(&self, start: Instant) {
+        if start.elapsed() + PEER_CHECK_INTERVAL >= self.task.retry.read_timeout() {
+            self.count_stall(|stalls| &mut stalls.silent);
         }
     }
 
@@ -348,13 +382,17 @@ impl<'a> ResponseReader<'a> {
     async fn first<T>(&self, answer: impl Future<Output = Result<T>>) -> Result<T> {
         let (timeout, pauses) = (self.task.retry.read_timeout(), self.task.retry.pauses());
         let mut answer = std::pin::pin!(answer);
-        loop {
+        let answer = loop {
             match tokio::time::timeout(timeout, &mut answer).await {
-                Ok(answer) => return answer,
+                Ok(answer) => break answer,
                 Err(_) if pauses.any_within(timeout) => {}
-                Err(_) => return Err(self.silence_error()),
+                Err(_) => break Err(self.silence_error()),
             }
+        };
+        if answer.is_err() && !pauses.any_within(timeout) {
+            self.count_if_silent(self.started);
         }
+        answer
     }
 
     /// Returns the next bytes, which belong at offset `position`; `None` at the end.
@@ -368,18 +406,24 @@ impl<'a> ResponseReader<'a> {
             // Wake up regularly, because a hedge may be needed while no bytes arrive.
             let remaining = timeout.saturating_sub(wait_start.elapsed());
             match tokio::time::timeout(remaining.min(PEER_CHECK_INTERVAL), hedged.next(position)).await {
-                Ok(None) => return Ok(None),
-                Ok(Some(chunk)) => break chunk?,
-                Err(_) if remaining <= PEER_CHECK_INTERVAL => return Err(self.silence_error()),
+                Ok(chunk) => break chunk,
+                Err(_) if remaining <= PEER_CHECK_INTERVAL => break Some(Err(self.silence_error())),
                 Err(_) => {}
             }
         };
+        let chunk = chunk.transpose().inspect_err(|_| self.count_if_silent(wait_start))?;
+        let Some(chunk) = chunk else { return Ok(None) };
         let received = chunk.len() as u64 + hedged.take_wasted();
         self.task.progress.received(self.source.tier(), received);
+        self.uncounted_bytes += received;
+        if self.uncounted_bytes >= COUNT_STEP_BYTES {
+            self.count_received();
+        }
         if self.source.tier() != Tier::Disk {
             self.task.engine.limiter.record_received(received);
         }
         if self.stall.record(received, wait_start.elapsed()) {
+            self.count_stall(|stalls| &mut stalls.stalled);
             return Err(Error::unavailable("the connection has nearly stalled").tier(self.source.tier()));
         }
         Ok(Some(chunk))
@@ -401,6 +445,7 @@ impl<'a> ResponseReader<'a> {
         if self.task.retry.spend_for_hedge() {
             let message = "request far slower than its peers; requesting the rest on a second connection";
             tracing::debug!(file = %self.task.file.path, position, "{message}");
+            self.count_stall(|stalls| &mut stalls.hedged);
             hedged.add(self.reread(position..self.requested.end), position, permit);
         }
     }

@@ -6,7 +6,8 @@
 
 use super::pauses::Pauses;
 use crate::config::RetryConfig;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Tier};
+use crate::metrics::Metrics;
 use crate::mutex::Mutex;
 use crate::progress::Progress;
 use std::future::Future;
@@ -62,6 +63,8 @@ pub struct Retry {
     pauses: Pauses,
     /// Time of the last report of a wait at log level info.
     last_report: Arc<Mutex<Option<Instant>>>,
+    /// Where retries are counted, and the tier that requests go to.
+    counted_in: Option<(Metrics, Tier)>,
 }
 
 /// The attempts of one request so far.
@@ -80,7 +83,13 @@ impl Retry {
             tokens: Arc::new(AtomicI64::new(TOKENS_MAX)),
             pauses: Pauses::default(),
             last_report: Arc::default(),
+            counted_in: None,
         }
+    }
+
+    /// Returns the policy for requests to `tier`: it counts retries and throttling answers in `metrics`.
+    pub(crate) fn counted_in(&self, metrics: &Metrics, tier: Tier) -> Self {
+        Self { counted_in: Some((metrics.clone(), tier)), ..self.clone() }
     }
 
     /// Returns the longest wait for the next bytes of a silent server.
@@ -141,7 +150,14 @@ impl Retry {
 impl Attempts {
     /// Sleeps before the next attempt, or returns `error` if there must be no other attempt.
     pub async fn pause(&mut self, error: Error) -> Result<()> {
-        let Some(wait) = self.wait_after(&error, Instant::now()) else { return Err(error) };
+        let wait = self.wait_after(&error, Instant::now());
+        if let Some((metrics, tier)) = &self.retry.counted_in {
+            metrics.update(|counts| {
+                counts.throttled.add(*tier, u64::from(error.throttled_by().is_some()));
+                counts.retries.add(*tier, u64::from(wait.is_some()));
+            });
+        }
+        let Some(wait) = wait else { return Err(error) };
         // Requests outside a call, such as those of a background upload, have no progress.
         let _ = PROGRESS.try_with(|progress| progress.record_retry(&error));
         if (error.wait().is_some() || self.is_worth_reporting(wait)) && self.retry.take_report_turn() {

@@ -7,6 +7,7 @@ mod flights;
 mod get;
 mod hostile_servers;
 mod hub_origin;
+mod metrics;
 mod open;
 mod remote_bucket;
 mod remote_conformance;
