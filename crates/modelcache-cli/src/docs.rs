@@ -70,17 +70,20 @@ pub fn metrics() -> String {
         "# Metrics\n\n{GENERATED}\n\n\
          [observability.md](observability.md) describes how to collect them.\n\n\
          ## Cache\n\n\
-         Counters and gauges of one process since it opened the cache: `/metrics` and `/cache/metrics` of the FastAPI \
-         integration, `cache.metrics` in Python, `Cache::metrics` in Rust. The JSON form also has `hit_rate`, the \
+         Counters and gauges of one process since it opened the cache: `/metrics` and `/cache/metrics` of the daemon \
+         and of the FastAPI integration, `cache.metrics` in Python, `Cache::metrics` in Rust. The JSON form also has `hit_rate`, the \
          fraction of gets that the local disk answered.\n\n{cache}\n\
          ## Directory\n\n\
          Gauges of the local directory, in all exports. The column JSON names the field of \
          [`stats --json`](json.md#stats).\n\n{directory}\n\
+         ## Daemon\n\n\
+         At `/metrics` and `/cache/metrics` of `modelcache serve`, beside those of its cache and directory.\n\n{daemon}\n\
          ## Metrics file\n\n\
          Gauges of the last command, in the file of `MODEL_CACHE_METRICS_FILE`, beside those of the directory.\n\n\
          {command}",
         cache = markdown(modelcache::metrics::FAMILIES),
         directory = markdown(modelcache::cache::DIRECTORY_FAMILIES),
+        daemon = markdown(modelcache_server::HTTP_METRICS),
         command = markdown(crate::metrics::FAMILIES),
     )
 }

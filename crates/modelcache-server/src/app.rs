@@ -1,16 +1,17 @@
 //! The state that all requests share.
 
 use crate::activity::Activity;
-use crate::http_metrics::HttpMetrics;
+use crate::http_metrics::{HttpCounts, HttpMetrics};
 use crate::hub::{Infos, Rights};
 use crate::listen::ConnectionCounters;
 use crate::prewarm::Readiness;
-use modelcache::cache::{Artifact, GetOptions};
+use modelcache::cache::{Artifact, FillStatus, GetOptions};
 use modelcache::config::Secret;
 use modelcache::key::FilePath;
 use modelcache::manifest::Manifest;
 use modelcache::mutex::Mutex;
 use modelcache::{ArtifactKey, Cache, Error, ErrorKind, Reference, Result, Tier};
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -110,6 +111,19 @@ impl App {
             manifests.insert(manifest.key.clone(), manifest.clone());
         }
         Ok(manifest)
+    }
+
+    /// Returns the fills in progress of all caches, the longest one first.
+    pub(crate) fn fills(&self) -> Vec<FillStatus> {
+        let mut fills = self.cache.fills();
+        fills.extend(self.rights.caches().iter().flat_map(Cache::fills));
+        fills.sort_by_key(|fill| Reverse(fill.running_for));
+        fills
+    }
+
+    /// Returns the counters of requests and connections.
+    pub(crate) fn http_counts(&self) -> HttpCounts {
+        self.http.counts(&self.connections)
     }
 
     /// Forgets what is remembered of an artifact that was evicted.

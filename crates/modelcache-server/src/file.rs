@@ -100,7 +100,7 @@ impl FileRequest<'_> {
             Err(error) if error.kind() == ErrorKind::Full => {
                 tracing::warn!(reference = %self.reference, path = %self.path, %error, "passed through uncached");
                 let file = self.cache.open_uncached(self.reference, &options).await?;
-                self.app.http.count_uncached(file.size());
+                self.cache.metrics().record_uncached(file.size());
                 Ok(Opened::Uncached(file))
             }
             Err(error) => Err(error),

@@ -5,6 +5,7 @@ use axum::http::header::HeaderName;
 use axum::http::{HeaderValue, StatusCode};
 use axum::middleware::Next;
 use axum::response::Response;
+use modelcache::metrics::{Descriptor, Sample};
 use modelcache::mutex::Mutex;
 use modelcache::printable;
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -16,6 +17,7 @@ use tracing::Instrument as _;
 
 use crate::app::App;
 use crate::error::Failure;
+use crate::listen::ConnectionCounters;
 
 /// The header with the id of a request, in requests and responses.
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -34,32 +36,68 @@ pub(crate) struct HttpMetrics {
     /// Requests whose response head was not sent yet.
     in_flight: AtomicU64,
     sent_bytes: AtomicU64,
-    uncached_files: AtomicU64,
-    uncached_bytes: AtomicU64,
     cut_responses: AtomicU64,
 }
 
-/// A copy of the counters.
+/// A copy of the counters of the daemon.
 #[derive(Debug, Clone, serde::Serialize)]
-pub(crate) struct HttpCounts {
-    /// Requests by route and status.
-    pub(crate) requests: Vec<RequestCount>,
-    pub(crate) in_flight: u64,
-    /// Bytes of files in responses.
-    pub(crate) sent_bytes: u64,
-    /// Files that were passed through because they are larger than the budget, and their bytes.
-    pub(crate) uncached_files: u64,
-    pub(crate) uncached_bytes: u64,
-    /// Responses that were cut because the rest of the file could not be delivered.
-    pub(crate) cut_responses: u64,
+pub struct HttpCounts {
+    requests: Vec<RequestCount>,
+    in_flight: u64,
+    sent_bytes: u64,
+    cut_responses: u64,
+    connections: BTreeMap<&'static str, u64>,
+    connections_open: u64,
 }
+
+/// The metrics of the daemon beside those of its cache.
+pub const HTTP_METRICS: &[Descriptor<HttpCounts>] = &[
+    Descriptor::counter(
+        "http_requests_total",
+        &["route", "status"],
+        "Requests by route and status; the routes of the Hub begin with `hub_`",
+        |counts: &HttpCounts| {
+            let sample = |row: &RequestCount| {
+                Sample::labelled([row.route.as_str(), row.status.to_string().as_str()], row.count as f64)
+            };
+            counts.requests.iter().map(sample).collect()
+        },
+    )
+    .json("http.requests"),
+    Descriptor::gauge("http_requests_in_flight", &[], "Requests whose response has not begun", |counts| {
+        Sample::only(counts.in_flight as f64)
+    })
+    .json("http.in_flight"),
+    Descriptor::counter("http_sent_bytes_total", &[], "Bytes of files in responses", |counts| {
+        Sample::only(counts.sent_bytes as f64)
+    })
+    .json("http.sent_bytes"),
+    Descriptor::counter(
+        "http_cut_responses_total",
+        &[],
+        "Responses that were cut because the rest of the file could not be delivered, or had wrong bytes",
+        |counts| Sample::only(counts.cut_responses as f64),
+    )
+    .json("http.cut_responses"),
+    Descriptor::gauge("http_connections_open", &[], "Open connections", |counts| {
+        Sample::only(counts.connections_open as f64)
+    })
+    .json("http.connections_open"),
+    Descriptor::counter(
+        "http_connections_total",
+        &["outcome"],
+        "Connections that were accepted, and those that were refused, evicted or ended by a timeout",
+        |counts| counts.connections.iter().map(|(name, count)| Sample::labelled([*name], *count as f64)).collect(),
+    )
+    .json("http.connections"),
+];
 
 /// The number of requests of one route that were answered with one status.
 #[derive(Debug, Clone, serde::Serialize)]
-pub(crate) struct RequestCount {
-    pub(crate) route: String,
-    pub(crate) status: u16,
-    pub(crate) count: u64,
+struct RequestCount {
+    route: String,
+    status: u16,
+    count: u64,
 }
 
 impl HttpMetrics {
@@ -67,16 +105,11 @@ impl HttpMetrics {
         self.sent_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    pub(crate) fn count_uncached(&self, bytes: u64) {
-        self.uncached_files.fetch_add(1, Ordering::Relaxed);
-        self.uncached_bytes.fetch_add(bytes, Ordering::Relaxed);
-    }
-
     pub(crate) fn count_cut(&self) {
         self.cut_responses.fetch_add(1, Ordering::Relaxed);
     }
 
-    pub(crate) fn counts(&self) -> HttpCounts {
+    pub(crate) fn counts(&self, connections: &ConnectionCounters) -> HttpCounts {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let requests = self.requests.lock();
         let row = |((route, status), count): (&(String, u16), &u64)| RequestCount {
@@ -88,9 +121,9 @@ impl HttpMetrics {
             requests: requests.iter().map(row).collect(),
             in_flight: read(&self.in_flight),
             sent_bytes: read(&self.sent_bytes),
-            uncached_files: read(&self.uncached_files),
-            uncached_bytes: read(&self.uncached_bytes),
             cut_responses: read(&self.cut_responses),
+            connections: connections.by_outcome(),
+            connections_open: connections.open(),
         }
     }
 }

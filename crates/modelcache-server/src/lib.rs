@@ -19,6 +19,7 @@ mod probes;
 mod range;
 
 pub use app::Options;
+pub use http_metrics::{HTTP_METRICS, HttpCounts};
 pub use listen::{
     ConnectionCounters, ConnectionLimits, Listeners, Notifier, Scheme, ServeOptions, TlsFiles, serve, watchdog_time,
 };

@@ -15,7 +15,7 @@ use axum::response::{IntoResponse, Response};
 use axum::{Json, extract};
 use bytes::Bytes;
 use futures::stream;
-use modelcache::cache::{Artifact, EvictTier, GetOptions};
+use modelcache::cache::{Artifact, EvictTier, FillStatus, GetOptions};
 use modelcache::key::FilePath;
 use modelcache::progress::Progress;
 use modelcache::{Error, Reference, Result, Selection, Tier};
@@ -53,7 +53,7 @@ pub(crate) struct GetBody {
 pub(crate) struct ActivityReport {
     /// The fills in progress.
     #[schema(value_type = Vec<Object>)]
-    pub(crate) fills: Vec<Value>,
+    pub(crate) fills: Vec<FillStatus>,
     /// The last errors, the newest first.
     pub(crate) errors: Vec<RecentError>,
     pub(crate) last_hour: LastHour,
@@ -94,7 +94,7 @@ pub(crate) async fn metrics(State(app): State<Arc<App>>) -> Response {
     let counts = app.cache.metrics().counts();
     let mut report = json!(counts);
     report["hit_rate"] = json!(counts.hit_rate());
-    report["http"] = json!(app.http.counts());
+    report["http"] = json!(app.http_counts());
     Json(report).into_response()
 }
 
@@ -102,7 +102,7 @@ pub(crate) async fn metrics(State(app): State<Arc<App>>) -> Response {
 #[utoipa::path(get, path = "/cache/activity", tag = "cache", responses((status = 200, body = ActivityReport), (status = 401)))]
 pub(crate) async fn activity(State(app): State<Arc<App>>) -> Json<ActivityReport> {
     Json(ActivityReport {
-        fills: Vec::new(),
+        fills: app.fills(),
         errors: app.activity.errors(),
         last_hour: app.activity.last_hour(&app.cache.metrics().counts()),
         readiness: app.readiness.report(),

@@ -2,12 +2,14 @@
 
 use crate::app::App;
 use crate::error::retry_after;
+use crate::http_metrics::HTTP_METRICS;
 use crate::prewarm::ReadinessReport;
 use axum::Json;
 use axum::extract::State;
 use axum::http::header::{CONTENT_TYPE, RETRY_AFTER};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
+use modelcache::metrics;
 use std::sync::Arc;
 
 /// The content type of the Prometheus text format.
@@ -37,11 +39,12 @@ pub(crate) async fn readyz(State(app): State<Arc<App>>) -> Response {
 #[utoipa::path(get, path = "/metrics", tag = "operation", responses((status = 200, body = String)))]
 pub(crate) async fn prometheus(State(app): State<Arc<App>>) -> Response {
     let mut families = app.cache.metrics().counts().families();
+    families.extend(metrics::families(HTTP_METRICS, &app.http_counts()));
     // Without the directory the counters of the process are still worth reporting.
     if let Ok(stats) = app.cache.stats().await {
         families.extend(stats.families());
     }
-    let text = modelcache::metrics::text(&families);
+    let text = metrics::text(&families);
     ([(CONTENT_TYPE, HeaderValue::from_static(PROMETHEUS))], text).into_response()
 }
 

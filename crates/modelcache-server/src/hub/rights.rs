@@ -88,6 +88,11 @@ impl Rights {
         Ok(cache)
     }
 
+    /// Returns the caches with tokens of callers.
+    pub(crate) fn caches(&self) -> Vec<Cache> {
+        self.caches.lock().values().cloned().collect()
+    }
+
     /// Forgets the shared cache of a repository, because the token of its caller has lost its rights.
     pub(crate) fn forget_cache(&self, repo: &Repo) {
         self.caches.lock().remove(repo);

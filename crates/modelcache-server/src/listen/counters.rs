@@ -1,5 +1,6 @@
 //! Counters of connections.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Counters of connections. They only grow, except `open`.
@@ -31,6 +32,11 @@ macro_rules! counters {
                     self.$field.fetch_add(1, Ordering::Relaxed);
                 }
             )*
+
+            /// Returns all counters by name, except that of open connections.
+            pub(crate) fn by_outcome(&self) -> BTreeMap<&'static str, u64> {
+                BTreeMap::from([$((stringify!($field), self.$field()),)*])
+            }
         }
     };
 }
