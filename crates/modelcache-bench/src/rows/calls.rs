@@ -1,7 +1,7 @@
 //! Figures of a call that a script repeats in one process, because a hit takes only microseconds.
 
 use crate::comparison::median;
-use crate::usage::{Figures, Run};
+use crate::usage::{Figures, Usage};
 use anyhow::Result;
 use std::process::Command;
 
@@ -14,13 +14,13 @@ pub(super) struct Calls {
     /// Core-microseconds per call, of all threads.
     pub(super) core_us: f64,
     /// Usage of the whole process, including its start.
-    pub(super) process: Run,
+    pub(super) process: Usage,
 }
 
 impl Calls {
     /// Runs a script that makes the calls.
-    pub(super) fn of(command: &mut Command) -> Result<Self> {
-        let (process, figures) = Figures::of(command)?;
+    pub(super) fn run(command: &mut Command) -> Result<Self> {
+        let (process, figures) = Figures::run(command)?;
         Ok(Self {
             p10_us: figures.figure("p10_us")?,
             p50_us: figures.figure("p50_us")?,

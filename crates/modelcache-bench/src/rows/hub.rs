@@ -1,11 +1,11 @@
 //! Row for the first download of a model from the Hub to disk, through the redirect to its CDN.
 
 use super::calls::Calls;
-use super::pull::large_file;
+use super::large_file::large_file;
 use super::{DEFAULTS, durable, progress, size};
 use crate::comparison::{Entry, Line, best_peer, compare_to_disk, ours, table};
 use crate::page::{Section, Target};
-use crate::server_process::{Kind, ServerProcess};
+use crate::server_process::{ServerKind, ServerProcess};
 use crate::setup::{Setup, check_size, sync};
 use crate::usage::measure;
 use anyhow::{Context, Result};
@@ -35,7 +35,7 @@ impl<'a> ServedRepo<'a> {
         let content = Content::on_disk(&file)?;
         // The Hub redirects to `cdn/<sha256>` on the server.
         std::fs::hard_link(&file, folder.join("cdn").join(content.sha256()?))?;
-        let (hub, cdn) = (Hub::start_on(0)?, ServerProcess::start(&folder, Kind::Plain)?);
+        let (hub, cdn) = (Hub::start_on(0)?, ServerProcess::start(&folder, ServerKind::Plain)?);
         hub.cdn_elsewhere(&format!("{}/cdn", cdn.url()));
         let commit = hub.repo(REPO).commit().file(FILE, content).publish()?;
         Ok(Self { setup, hub, _cdn: cdn, commit, bytes })
@@ -86,7 +86,7 @@ impl<'a> ServedRepo<'a> {
         if by_variable {
             command.env("HF_HUB_OFFLINE", "1");
         }
-        Calls::of(&mut command)
+        Calls::run(&mut command)
     }
 
     fn peer_script(&self, folder: &Path, runs: usize) -> Result<Command> {

@@ -5,12 +5,12 @@
 //! LD_PRELOAD library (`room.c`) replaces the missing disk space: it reports more free space than the disk has, and
 //! makes preallocation only set the length of the file.
 
-use super::pull::{REFERENCE, ServedFile};
+use super::large_file::{REFERENCE, ServedFile};
 use super::{DEFAULTS, DURABLE, durable, size};
 use crate::page::{Section, Target};
-use crate::server_process::{Kind, ServerProcess};
+use crate::server_process::{ServerKind, ServerProcess};
 use crate::setup::{BUCKET, Setup, files_of};
-use crate::usage::{Run, Running, measure};
+use crate::usage::{Running, Usage, measure};
 use anyhow::{Context, Result, ensure};
 use std::fs::File;
 use std::io::Write as _;
@@ -81,12 +81,12 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
 
 /// Returns the highest peak of at most three gets of the file, for each setting.
 fn large_file_gets(setup: &Setup) -> Result<[u64; 2]> {
-    let served = ServedFile::start(setup, Kind::Plain)?;
+    let served = ServedFile::start(setup, ServerKind::Plain)?;
     let mut most = [0, 0];
     for _ in 0..setup.rounds.min(3) {
         let settings: [fn(&mut Command) -> &mut Command; 2] = [|command| command, durable];
         for (change, most) in settings.into_iter().zip(&mut most) {
-            let folder = setup.scratch.fresh("run")?;
+            let folder = setup.scratch.empty_folder("run")?;
             let mut command = setup.with_remote(&folder.join("cache"), &served.server);
             *most = setup.get(change(&mut command), REFERENCE)?.0.rss_bytes.max(*most);
         }
@@ -97,8 +97,8 @@ fn large_file_gets(setup: &Setup) -> Result<[u64; 2]> {
 
 /// The put and the get of the sparse file.
 struct SparseRuns {
-    put: Run,
-    get: Run,
+    put: Usage,
+    get: Usage,
     /// Bytes that the server had sent when the get was stopped.
     sent_bytes: u64,
 }
@@ -108,7 +108,7 @@ fn sparse_file_runs(setup: &Setup) -> Result<SparseRuns> {
     std::fs::create_dir_all(folder.join("s3"))?;
     let file = folder.join("holes.bin");
     File::create(&file)?.set_len(setup.sizes.sparse)?;
-    let server = ServerProcess::start(&folder.join("s3"), Kind::Plain)?;
+    let server = ServerProcess::start(&folder.join("s3"), ServerKind::Plain)?;
     let measured = put_and_get(setup, &server, &folder, &file);
     drop(server);
     crate::scratch::remove(&folder)?;
@@ -117,7 +117,7 @@ fn sparse_file_runs(setup: &Setup) -> Result<SparseRuns> {
 }
 
 fn put_and_get(setup: &Setup, server: &ServerProcess, folder: &Path, file: &Path) -> Result<SparseRuns> {
-    let run = setup.scratch.fresh("run")?;
+    let run = setup.scratch.empty_folder("run")?;
     let room = build_room(&run)?;
     let with_room = |server: &ServerProcess| {
         let mut command = setup.with_remote(&run.join("cache"), server);

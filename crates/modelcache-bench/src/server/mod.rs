@@ -39,9 +39,9 @@ pub(crate) struct ServerArguments {
     /// The folder; a bucket is a folder in it
     #[arg(long)]
     folder: PathBuf,
-    /// Use TLS, and write the certificate of the authority to this file
+    /// Use TLS, and write the certificate of its certificate authority to this file
     #[arg(long)]
-    tls_authority: Option<PathBuf>,
+    tls_ca_file: Option<PathBuf>,
     /// Time to the first byte of a response, in milliseconds
     #[arg(long, default_value_t = 0)]
     first_byte_ms: u64,
@@ -70,16 +70,16 @@ struct Counts {
     requests: AtomicU64,
     transfers: AtomicU64,
     bytes_sent: AtomicU64,
-    bytes_taken: AtomicU64,
+    bytes_received: AtomicU64,
     /// Transfers in progress.
     busy: AtomicU64,
     /// Highest value of `busy`.
-    busy_max: AtomicU64,
+    busy_connections_max: AtomicU64,
 }
 
 impl ServerArguments {
     pub(crate) fn run(&self) -> Result<()> {
-        let tls = match &self.tls_authority {
+        let tls = match &self.tls_ca_file {
             None => None,
             Some(path) => {
                 let authority = Authority::new()?;
@@ -132,15 +132,17 @@ impl Counts {
             "requests": number(&self.requests),
             "transfers": number(&self.transfers),
             "bytes_sent": number(&self.bytes_sent),
-            "bytes_taken": number(&self.bytes_taken),
-            "busy_max": number(&self.busy_max),
+            "bytes_received": number(&self.bytes_received),
+            "busy_connections_max": number(&self.busy_connections_max),
             "core_seconds": own_core_seconds(),
         })
         .to_string()
     }
 
     fn reset(&self) {
-        for count in [&self.requests, &self.transfers, &self.bytes_sent, &self.bytes_taken, &self.busy_max] {
+        for count in
+            [&self.requests, &self.transfers, &self.bytes_sent, &self.bytes_received, &self.busy_connections_max]
+        {
             count.store(0, Ordering::SeqCst);
         }
     }
@@ -180,7 +182,7 @@ impl Shared {
         if transfer {
             self.counts.transfers.fetch_add(1, Ordering::SeqCst);
             let busy = self.counts.busy.fetch_add(1, Ordering::SeqCst) + 1;
-            self.counts.busy_max.fetch_max(busy, Ordering::SeqCst);
+            self.counts.busy_connections_max.fetch_max(busy, Ordering::SeqCst);
         }
         let sent = self.send_body(wire.get_mut(), head, file, at, size);
         if transfer {
