@@ -141,7 +141,7 @@ impl Output {
         if self.json {
             let reference = reference.map(Reference::shown);
             // The original error matters more than a failure to print it.
-            let _ = self.print_json(&Failure { reference, error: ErrorForm::of(error) });
+            let _ = self.print_json(&Failure { reference, error: ErrorJson::of(error) });
         }
     }
 
@@ -151,7 +151,7 @@ impl Output {
         let error = Error::new(ErrorKind::Other, signal.name()).hint(hint);
         self.write_error(&format!("modelcache: {}; {hint}\n", signal.name()));
         if self.json {
-            let error = ErrorForm { code: signal.name(), ..ErrorForm::of(&error) };
+            let error = ErrorJson { code: signal.name(), ..ErrorJson::of(&error) };
             let _ = self.print_json(&Failure { reference: None, error });
         }
     }
@@ -194,12 +194,12 @@ pub(crate) struct Failure<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) reference: Option<String>,
     /// The error.
-    pub(crate) error: ErrorForm<'a>,
+    pub(crate) error: ErrorJson<'a>,
 }
 
 /// The serialized form of an error.
 #[derive(Debug, Serialize)]
-pub(crate) struct ErrorForm<'a> {
+pub(crate) struct ErrorJson<'a> {
     /// The kind of error, for example `not_found`; or the name of the signal that ended the command.
     code: &'a str,
     /// The error and its causes, in words.
@@ -212,7 +212,7 @@ pub(crate) struct ErrorForm<'a> {
     tier: Option<Tier>,
 }
 
-impl<'a> ErrorForm<'a> {
+impl<'a> ErrorJson<'a> {
     pub(crate) fn of(error: &'a Error) -> Self {
         Self {
             code: error.kind().name(),
@@ -329,6 +329,6 @@ mod tests {
             "code": "corrupt", "message": "sha256 mismatch: short", "hint": "try again",
             "artifact": "a@1", "tier": "remote",
         });
-        assert_eq!(json!(ErrorForm::of(&error)), expected);
+        assert_eq!(json!(ErrorJson::of(&error)), expected);
     }
 }

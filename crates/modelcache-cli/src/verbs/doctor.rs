@@ -9,7 +9,7 @@ use crate::output::{Lines, Output};
 use crate::{exit, human, logs, signals, small_memory};
 use clap::{Args, ValueEnum};
 use modelcache::config::Environment;
-use modelcache::doctor::{self, Area, Check, DoctorOptions, Gravity};
+use modelcache::doctor::{self, Area, Check, DoctorOptions, Severity};
 use modelcache::remote::{Policy, Role};
 use modelcache::settings::Settings;
 use modelcache::{Config, Error, ErrorKind, Result};
@@ -22,7 +22,7 @@ use serde::Serialize;
 /// it.
 #[derive(Debug, Args)]
 pub(crate) struct Doctor {
-    /// Only print an IAM policy with the least permissions on the configured bucket
+    /// Only print an IAM policy with the minimal permissions on the configured bucket
     #[arg(long, value_enum, value_name = "ROLE")]
     pub(crate) iam_policy: Option<RoleArgument>,
     /// Write nothing to the remote, not even a temporary object
@@ -135,7 +135,7 @@ fn print_policy(config: &Config, role: Role, output: &Output) -> Result<()> {
         return Err(Error::invalid("no remote is configured, so there is no bucket to grant rights on")
             .hint("set MODEL_CACHE_REMOTE=s3://BUCKET/PREFIX, or add --remote s3://BUCKET/PREFIX"));
     };
-    let policy = Policy::least(remote, role)?;
+    let policy = Policy::minimal(remote, role)?;
     let encode = |cause| Error::new(ErrorKind::Other, "cannot write the policy").cause(cause);
     output.print_trusted(&serde_json::to_string_pretty(&policy.document).map_err(encode)?)?;
     policy.notes.iter().for_each(|note| output.message(note));
@@ -157,9 +157,9 @@ pub(crate) struct Report<'a> {
 
 /// Prints the checks. Returns the exit code of the first problem.
 fn print_report(checks: &[Check], output: &Output) -> Result<u8> {
-    let count = |gravity| checks.iter().filter(|check| check.gravity == gravity).count();
-    let (problems, warnings) = (count(Gravity::Problem), count(Gravity::Warning));
-    let first_problem = checks.iter().find_map(|check| check.kind.filter(|_| check.gravity == Gravity::Problem));
+    let count = |severity| checks.iter().filter(|check| check.severity == severity).count();
+    let (problems, warnings) = (count(Severity::Problem), count(Severity::Warning));
+    let first_problem = checks.iter().find_map(|check| check.kind.filter(|_| check.severity == Severity::Problem));
     let code = first_problem.map_or(exit::DONE, exit::code);
     if output.is_json() {
         output.print_json(&Report { checks, problems, warnings, exit: code })?;
@@ -179,17 +179,17 @@ fn counted(number: usize, noun: &str) -> String {
 fn text(checks: &[Check], only_bad: bool) -> Lines {
     let mut text = Lines::default();
     let mut area = None;
-    for check in checks.iter().filter(|check| !only_bad || check.gravity != Gravity::Ok) {
+    for check in checks.iter().filter(|check| !only_bad || check.severity != Severity::Ok) {
         if area != Some(check.area) {
             text.push(&check.area.to_string());
             area = Some(check.area);
         }
-        let word = match check.gravity {
-            Gravity::Ok => "ok",
-            Gravity::Warning => "warning",
-            Gravity::Problem => "PROBLEM",
+        let word = match check.severity {
+            Severity::Ok => "ok",
+            Severity::Warning => "warning",
+            Severity::Problem => "PROBLEM",
         };
-        text.push(&format!("  {word:<8} {}", check.says));
+        text.push(&format!("  {word:<8} {}", check.message));
         check.fix.iter().for_each(|fix| text.push(&format!("           fix: {fix}")));
     }
     text

@@ -158,7 +158,7 @@ impl Evict {
         match self.tier {
             None if report.remote.is_some() => true,
             Some(EvictTierArgument::Disk) => report.only_copy,
-            _ => !report.tags.is_empty() || !report.origin_can_give_back,
+            _ => !report.tags.is_empty() || !report.can_be_fetched_again,
         }
     }
 }
@@ -208,7 +208,7 @@ fn sizes_by_tier(report: &EvictReport) -> String {
 
 /// Returns the consequences that the user has to confirm.
 fn consequences(report: &EvictReport) -> String {
-    let copies = match report.origin_can_give_back && !report.only_copy {
+    let copies = match report.can_be_fetched_again && !report.only_copy {
         true => sizes_by_tier(report),
         false => format!("the only copies ({})", sizes_by_tier(report)),
     };
@@ -235,7 +235,7 @@ mod tests {
         Evict { references: vec!["a@1".into()], tier, dry_run: false, yes: false }.needs_confirmation(report)
     }
 
-    fn report(disk_bytes: Option<u64>, remote_bytes: Option<u64>, origin_can_give_back: bool) -> EvictReport {
+    fn report(disk_bytes: Option<u64>, remote_bytes: Option<u64>, can_be_fetched_again: bool) -> EvictReport {
         let key = ArtifactKey::bare("a@1").expect("key");
         EvictReport {
             key,
@@ -245,7 +245,7 @@ mod tests {
             remote_bytes,
             remote: remote_bytes.map(|_| "s3://b/p".to_owned()),
             only_copy: false,
-            origin_can_give_back,
+            can_be_fetched_again,
             tags: Vec::new(),
         }
     }

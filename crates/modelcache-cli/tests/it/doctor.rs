@@ -25,18 +25,17 @@ impl Report {
         Self { code: outcome.code, checks: object["checks"].as_array().unwrap().clone(), shown }
     }
 
-    /// Returns the check of this area and gravity whose text contains `part`. Asserts that every check that is not ok
+    /// Returns the check of this area and severity whose text contains `part`. Asserts that every check that is not ok
     /// has a fix.
     #[track_caller]
-    fn says(&self, area: &str, gravity: &str, part: &str) -> &Value {
-        for check in self.checks.iter().filter(|check| check["gravity"] != "ok") {
+    fn says(&self, area: &str, severity: &str, part: &str) -> &Value {
+        for check in self.checks.iter().filter(|check| check["severity"] != "ok") {
             assert!(check["fix"].is_string(), "{check}");
         }
-        let found = self
-            .checks
-            .iter()
-            .find(|check| check["area"] == area && check["gravity"] == gravity && text(&check["says"]).contains(part));
-        found.unwrap_or_else(|| panic!("no {gravity} of {area} says {part:?}: {}", self.shown))
+        let found = self.checks.iter().find(|check| {
+            check["area"] == area && check["severity"] == severity && text(&check["message"]).contains(part)
+        });
+        found.unwrap_or_else(|| panic!("no {severity} of {area} says {part:?}: {}", self.shown))
     }
 }
 
@@ -56,7 +55,7 @@ fn a_working_setup_passes_and_nothing_is_left_behind() {
     report.says("directory", "ok", "hard links");
     report.says("credentials", "ok", "AWS_ACCESS_KEY_ID; the access key id begins with TEST");
     assert!(!report.shown.contains("TESTK"), "at most four characters are shown");
-    for part in ["may be listed", "may be written", "conditional writes are supported", "may be read", "may be removed"]
+    for part in ["can be listed", "can be written", "conditional writes are supported", "can be read", "can be removed"]
     {
         report.says("remote", "ok", part);
     }
@@ -186,11 +185,11 @@ fn rights_that_are_lacking_are_named_one_by_one() {
     };
     let report = with(S3Fault::access_denied().method("PUT"));
     assert_eq!(report.code, Some(0), "read access is enough: {}", report.shown);
-    report.says("remote", "warning", "may not be written");
+    report.says("remote", "warning", "cannot be written");
     let report = with(S3Fault::no_list_permission());
     assert_eq!(report.code, Some(0), "{}", report.shown);
     report.says("remote", "warning", "listing is not permitted");
-    report.says("remote", "ok", "may be read");
+    report.says("remote", "ok", "can be read");
     let report = with(S3Fault::ignore_conditions());
     assert_eq!(report.code, Some(0), "{}", report.shown);
     report.says("remote", "warning", "conditional writes are not supported");

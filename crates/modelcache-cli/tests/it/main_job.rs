@@ -213,7 +213,7 @@ fn evict_removes_from_the_given_tier_and_needs_yes_for_the_last_copy() {
     }
     let would = house.on("a").run(["evict", "m@1", "--dry-run", "--json"]).object();
     assert_eq!((&would["disk_bytes"], &would["remote_bytes"]), (&json!(model_bytes()), &json!(model_bytes())));
-    assert_eq!((&would["dry_run"], &would["origin_can_give_back"]), (&json!(true), &json!(false)));
+    assert_eq!((&would["dry_run"], &would["can_be_fetched_again"]), (&json!(true), &json!(false)));
     assert_eq!(house.on("a").run(["ls", "--remote", "--json"]).objects().len(), 1, "nothing was removed so far");
 
     house.on("a").run(["evict", "m@1", "--tier", "remote", "--yes"]).ok();

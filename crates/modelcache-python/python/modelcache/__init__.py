@@ -36,7 +36,7 @@ from ._reports import (
     Resolved,
     Stats,
     TagReport,
-    Verified,
+    VerifyReport,
 )
 
 __all__ = [
@@ -62,6 +62,6 @@ __all__ = [
     "TagReport",
     "UnauthorizedError",
     "UnavailableError",
-    "Verified",
+    "VerifyReport",
     "__version__",
 ]

@@ -18,7 +18,6 @@ mod lower;
 mod materialize;
 mod open;
 mod pin;
-mod pinned;
 mod plan;
 mod pointer;
 mod prewarm;
@@ -29,6 +28,7 @@ mod replaced;
 mod report;
 mod request;
 mod resolve;
+mod resolve_reference;
 mod start_jitter;
 mod tag;
 mod tasks;
@@ -36,8 +36,8 @@ mod verify;
 
 pub use report::{
     Artifact, BackfillReport, BytesByTier, EvictReport, EvictTier, GetAnswer, GetOptions, GetPlan, GetReport,
-    InspectedFile, Inspection, Listed, PendingBackfill, PinReport, Pinned, PlannedFile, PlannedPrewarm, PrewarmPlan,
-    PutOptions, PutReport, PutTier, RemoteSurvey, Stats, TagReport,
+    InspectedFile, Inspection, ListedArtifact, PendingBackfill, PinReport, PlannedFile, PlannedPrewarm, PrewarmPlan,
+    PutOptions, PutReport, PutTier, RemoteSurvey, ResolvedReference, Stats, TagReport,
 };
 
 pub use builder::CacheBuilder;
@@ -48,8 +48,8 @@ pub use request::{GetRequest, PutRequest};
 pub use verify::{Verification, VerifyOptions, VerifyTarget, VerifyTier};
 
 pub use crate::disk::{
-    Destination, Holder, InTheWay, KeptArtifact, Leftovers, Link, LinkMode, Materialized, Misplaced, Pin, PruneOptions,
-    PruneReport, PrunedArtifact, Purpose,
+    Destination, Holder, KeepReason, KeptArtifact, Leftovers, Link, LinkMode, Materialized, Misplaced, Pin,
+    PruneOptions, PruneReport, PrunedArtifact, Purpose,
 };
 
 use crate::config::{Config, RemoteMode, Secret};
@@ -178,7 +178,7 @@ mod tests {
         spawnable(cache.prune(&PruneOptions::default()));
         spawnable(cache.pin(reference, Pin::default()));
         spawnable(cache.unpin(reference));
-        spawnable(cache.pinned(reference, &GetOptions::default()));
+        spawnable(cache.resolve_reference(reference, &GetOptions::default()));
         spawnable(cache.tag(key, &key.version));
         spawnable(cache.untag(key));
         spawnable(cache.scrub(1, |_| ()));

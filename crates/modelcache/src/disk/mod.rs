@@ -71,7 +71,7 @@ pub use open_file::LocalFile;
 pub(crate) use open_file::{open_staged, restore_readahead};
 pub(crate) use optional::sync_folder;
 pub(crate) use pending_upload::{MissingFiles, NO_REMOTE, PendingUpload};
-pub use pin::{Holder, InTheWay, Pin};
+pub use pin::{Holder, KeepReason, Pin};
 pub use prune::{KeptArtifact, Leftovers, PruneOptions, PruneReport, PrunedArtifact};
 pub(crate) use publish::StagedFile;
 pub(crate) use refs::RememberedRef;
@@ -537,9 +537,9 @@ fn check_format(layout: &Layout) -> Result<()> {
 }
 
 /// Returns the error for an artifact that was not evicted for `reason`.
-fn not_evicted(key: &ArtifactKey, reason: &InTheWay) -> Error {
+fn not_evicted(key: &ArtifactKey, reason: &KeepReason) -> Error {
     let remedy = match reason {
-        InTheWay::Pinned(_) => format!("remove the pin first: modelcache unpin '{key}'"),
+        KeepReason::Pinned(_) => format!("remove the pin first: modelcache unpin '{key}'"),
         _ => "try again when its readers have ended".to_owned(),
     };
     let refusal = Error::new(ErrorKind::Conflict, format!("not evicted: it is {reason}"));

@@ -7,7 +7,7 @@
 
 use super::budget::{BudgetGuard, Evicted};
 use super::files;
-use super::pin::InTheWay;
+use super::pin::KeepReason;
 use super::rooted::RootedPath;
 use super::{ArtifactDir, Disk, Misplaced, ScannedArtifact};
 use crate::config::ByteBound;
@@ -95,17 +95,17 @@ pub struct PrunedArtifact {
 
 /// An artifact that was to be removed and was kept.
 #[derive(Debug, Clone, Serialize)]
-#[serde(into = "KeptForm")]
+#[serde(into = "KeptArtifactJson")]
 pub struct KeptArtifact {
     /// The reference of the artifact.
     pub reference: String,
     /// The reason why it was kept.
-    pub why: InTheWay,
+    pub why: KeepReason,
 }
 
 /// The serialized form of a [`KeptArtifact`].
 #[derive(Serialize)]
-struct KeptForm {
+struct KeptArtifactJson {
     /// The reference of the artifact.
     reference: String,
     /// The kind of reason.
@@ -114,7 +114,7 @@ struct KeptForm {
     detail: String,
 }
 
-impl From<KeptArtifact> for KeptForm {
+impl From<KeptArtifact> for KeptArtifactJson {
     fn from(kept: KeptArtifact) -> Self {
         Self { why: kept.why.name(), detail: kept.why.to_string(), reference: kept.reference }
     }
@@ -180,11 +180,11 @@ impl Disk {
 
     /// Returns the lease or the pin that protects the artifact from eviction at this moment; `None` if there is
     /// neither.
-    pub(super) fn lease_or_pin(&self, dir: &ArtifactDir) -> Result<Option<InTheWay>> {
+    pub(super) fn lease_or_pin(&self, dir: &ArtifactDir) -> Result<Option<KeepReason>> {
         if self.is_leased(dir) {
-            return Ok(Some(InTheWay::Leased(self.lease_holders(dir))));
+            return Ok(Some(KeepReason::Leased(self.lease_holders(dir))));
         }
-        Ok(self.pin_in(dir)?.map(InTheWay::Pinned))
+        Ok(self.pin_in(dir)?.map(KeepReason::Pinned))
     }
 
     /// Returns the bytes that sweeping and evicting everything would free at this moment, except the artifacts in
@@ -210,9 +210,9 @@ impl BudgetGuard<'_> {
         artifact: &ScannedArtifact,
         for_space: bool,
         only_copies: bool,
-    ) -> Result<Option<InTheWay>> {
+    ) -> Result<Option<KeepReason>> {
         if !only_copies && self.is_only_copy(artifact)? {
-            return Ok(Some(InTheWay::OnlyCopy));
+            return Ok(Some(KeepReason::OnlyCopy));
         }
         // Evicting for space is useless if no byte would become free. An artifact that is evicted by age goes in any
         // case.

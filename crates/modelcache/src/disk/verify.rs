@@ -17,7 +17,7 @@ use super::lock::FileLock;
 use super::rooted::{Metadata, RootedPath};
 use crate::digest::Digest;
 use crate::error::{Error, Result, Tier};
-use crate::finding::{BadPart, Finding, Problem, Verified};
+use crate::finding::{BadPart, Finding, Problem, VerifyReport};
 use crate::key::{ArtifactKey, FilePath, Version, unescape};
 use crate::ladder::{Ladder, PartHasher};
 use crate::manifest::{FileEntry, FileIdentity, Manifest};
@@ -155,12 +155,12 @@ impl Disk {
         selection: &Selection,
         run: &VerifyRun,
         progress: &Progress,
-    ) -> Result<Option<Verified>> {
+    ) -> Result<Option<VerifyReport>> {
         let dir = self.layout().artifact(key);
         if files::stat(&dir.manifest())?.is_none() {
             return Ok(None);
         }
-        let mut verified = Verified::new(Some(key.clone()), key.to_string(), Tier::Disk);
+        let mut verified = VerifyReport::new(Some(key.clone()), key.to_string(), Tier::Disk);
         let Some(manifest) = self.shared_manifest(&dir)? else {
             verified.findings.push(damaged_manifest(&dir));
             return Ok(Some(verified));
@@ -229,16 +229,16 @@ impl Disk {
     }
 
     /// Returns the report for a folder with a damaged manifest and an unknown key.
-    pub(crate) fn verify_nameless(&self, dir: &RootedPath) -> Verified {
-        let mut verified = Verified::new(None, dir.to_string(), Tier::Disk);
+    pub(crate) fn verify_nameless(&self, dir: &RootedPath) -> VerifyReport {
+        let mut verified = VerifyReport::new(None, dir.to_string(), Tier::Disk);
         verified.findings.push(damaged_manifest(&ArtifactDir(dir.clone())));
         verified
     }
 
     /// Verifies the blobs that were not read as a file of an artifact: leftovers, and blobs whose views are copies.
-    pub(crate) fn verify_blobs(&self, run: &VerifyRun, progress: &Progress) -> Result<Verified> {
+    pub(crate) fn verify_blobs(&self, run: &VerifyRun, progress: &Progress) -> Result<VerifyReport> {
         let folder = self.layout().blobs();
-        let mut verified = Verified::new(None, folder.to_string(), Tier::Disk);
+        let mut verified = VerifyReport::new(None, folder.to_string(), Tier::Disk);
         let mut blobs = Vec::new();
         files::walk(&folder, &mut |path, _| {
             blobs.push(path.clone());
@@ -259,7 +259,7 @@ impl Disk {
         path: &RootedPath,
         run: &VerifyRun,
         progress: &Progress,
-        verified: &mut Verified,
+        verified: &mut VerifyReport,
     ) -> Result<()> {
         let name = path.name();
         if name.starts_with(files::TEMPORARY_PREFIX) {
@@ -364,7 +364,7 @@ struct ArtifactWork<'a> {
     /// Notified when a thread has opened a file, or failed to.
     opened: Condvar,
     /// The findings and counts so far.
-    report: Mutex<Verified>,
+    report: Mutex<VerifyReport>,
 }
 
 /// The work that no thread has taken yet.

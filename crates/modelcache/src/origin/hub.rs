@@ -388,9 +388,9 @@ impl HubSource {
     async fn list(&self) -> Result<Option<Manifest>> {
         let mut files = FileList::new(self.key.clone());
         let is_found = match self.list_tree(&mut files).await? {
-            Listed::All => true,
-            Listed::NoRevision => false,
-            Listed::UnknownCall(error) => self.list_siblings(&mut files, error).await?,
+            TreeListing::All => true,
+            TreeListing::NoRevision => false,
+            TreeListing::UnknownCall(error) => self.list_siblings(&mut files, error).await?,
         };
         if !is_found {
             return Ok(None);
@@ -407,7 +407,7 @@ impl HubSource {
     }
 
     /// Lists the whole tree, page by page.
-    async fn list_tree(&self, files: &mut FileList) -> Result<Listed> {
+    async fn list_tree(&self, files: &mut FileList) -> Result<TreeListing> {
         let endpoint = self.hub.endpoint()?;
         let HubRepo { kind, id, revision } = &self.repo;
         let path = format!("api/{}/{id}/tree/{revision}?recursive=true&expand=false", kind.api_segment());
@@ -416,8 +416,8 @@ impl HubSource {
         while let Some(url) = next {
             let (page, headers) = match self.hub.retry.run(|| self.hub.api(url.clone(), &self.repo)).await? {
                 ApiAnswer::Found { body, headers } => (body, headers),
-                ApiAnswer::NoRevision => return Ok(Listed::NoRevision),
-                ApiAnswer::UnknownCall(error) if entries == 0 => return Ok(Listed::UnknownCall(error)),
+                ApiAnswer::NoRevision => return Ok(TreeListing::NoRevision),
+                ApiAnswer::UnknownCall(error) if entries == 0 => return Ok(TreeListing::UnknownCall(error)),
                 ApiAnswer::UnknownCall(error) => return Err(error),
             };
             let page: Vec<TreeEntry> = parse(&page, "a tree that is no list of entries")?;
@@ -431,7 +431,7 @@ impl HubSource {
             }
             page.into_iter().try_for_each(|entry| files.add_entry(entry))?;
         }
-        Ok(Listed::All)
+        Ok(TreeListing::All)
     }
 
     /// Lists the files with the older call that every mirror and proxy knows: the names in the description of the
@@ -594,7 +594,7 @@ fn next_page(endpoint: &Url, page: &Url, link: &str) -> Result<Url> {
 }
 
 /// The result of listing a tree.
-enum Listed {
+enum TreeListing {
     All,
     NoRevision,
     UnknownCall(Error),

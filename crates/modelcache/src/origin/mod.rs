@@ -21,23 +21,23 @@
 
 mod authorization;
 mod bucket;
+#[cfg(any(test, not(all(feature = "mlflow", feature = "oci"))))]
+mod disabled;
 mod doctor;
 mod folder;
 mod http;
 mod hub;
-#[cfg(any(test, not(all(feature = "mlflow", feature = "oci"))))]
-mod left_out;
 #[cfg(feature = "mlflow")]
 mod mlflow;
 #[cfg(feature = "oci")]
 mod oci;
 mod web;
 
-pub(crate) use doctor::examine;
 #[cfg(not(feature = "mlflow"))]
-use left_out::MLFLOW;
+use disabled::MLFLOW;
 #[cfg(not(feature = "oci"))]
-use left_out::OCI;
+use disabled::OCI;
+pub(crate) use doctor::examine;
 #[cfg(feature = "mlflow")]
 use mlflow::BUILT_IN as MLFLOW;
 #[cfg(feature = "oci")]

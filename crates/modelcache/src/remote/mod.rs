@@ -49,7 +49,7 @@ pub(crate) use {
 
 use crate::config::RemoteConfig;
 use crate::error::{Error, Result, Tier};
-use crate::finding::Verified;
+use crate::finding::VerifyReport;
 use crate::key::{ArtifactKey, ArtifactName, FilePath, OWN_FOLDER, Version};
 use crate::limits;
 use crate::manifest::{Manifest, ObjectIdentity};
@@ -343,7 +343,7 @@ impl Remote {
         is_selected: &(dyn Fn(&FilePath) -> bool + Sync),
         rate_limiter: &RateLimiter,
         progress: &Progress,
-    ) -> Result<Option<Verified>> {
+    ) -> Result<Option<VerifyReport>> {
         verify::verify(self, key, is_selected, rate_limiter, progress)
             .await
             .map_err(|error| error.artifact(key).tier(Tier::Remote))
@@ -418,13 +418,13 @@ impl Folder {
         store.key(&format!("{}/{path}", self.base))
     }
 
-    /// Returns the key of the record `file` of modelcache.
-    fn own(&self, store: &Store, file: &str) -> Result<Path> {
+    /// Returns the key of a record of modelcache (manifest, claim) in this folder; with an empty `file`, the prefix of all.
+    fn record_key(&self, store: &Store, file: &str) -> Result<Path> {
         store.key(&format!("{}/{OWN_FOLDER}/{file}", self.base))
     }
 
     fn manifest(&self, store: &Store) -> Result<Path> {
-        self.own(store, MANIFEST)
+        self.record_key(store, MANIFEST)
     }
 
     /// Returns the published manifest and the identity of its object, or `None`.

@@ -178,7 +178,7 @@ impl PublishJob<'_> {
             listed.extend(self.files.keys().filter_map(|path| Some((sidecar_of(path).ok()?, None))));
         }
         if let RemoteManifest::Other(old, _) = current {
-            listed.extend(evict::held(old));
+            listed.extend(evict::objects_of(old));
         }
         listed
     }
@@ -370,7 +370,7 @@ impl PublishJob<'_> {
         uploaded: BTreeMap<FilePath, (Multipart, Digest)>,
     ) -> Result<Published> {
         // Remove the temporary objects of killed writers.
-        let staging = self.folder.own(self.store, "")?;
+        let staging = self.folder.record_key(self.store, "")?;
         self.store.backend().sweep_unfinished(&staging).await;
         // Read the manifest again: the previous holder of the claim may have published.
         let base = match self.read_manifest().await? {
@@ -378,15 +378,15 @@ impl PublishJob<'_> {
             RemoteManifest::Other(old, difference) => {
                 tracing::info!(artifact = %self.folder.key, reason = difference.message(), "replacing other content on the remote");
                 // Remove the old version before the new one is written, so that readers never see a mixture of both.
-                claim.set_leftovers();
-                evict::remove(self.store, &self.folder, evict::held(&old)).await?;
+                claim.keep_record_on_release();
+                evict::remove(self.store, &self.folder, evict::objects_of(&old)).await?;
                 None
             }
             RemoteManifest::Damaged => None,
             RemoteManifest::Nothing => {
                 // Step 2 was skipped or found another writer, so the folder is not checked yet.
                 if !no_unmanaged {
-                    self.refuse_unmanaged(&claim.inherited).await?;
+                    self.refuse_unmanaged(&claim.taken_over_files).await?;
                 }
                 None
             }
@@ -449,12 +449,12 @@ impl PublishJob<'_> {
             claim.ensure_held()?;
             // A pending publish has uploaded the parts: only the completion is left. The object may exist from then on.
             if let Some((multipart, _)) = uploaded {
-                let identity = multipart.complete(|| claim.set_leftovers()).await?;
+                let identity = multipart.complete(|| claim.keep_record_on_release()).await?;
                 self.progress.done(upload.size);
                 return Ok((path, SentObject { identity, is_copy: false }));
             }
             // The copy or the upload below creates an object that no manifest lists yet.
-            claim.set_leftovers();
+            claim.keep_record_on_release();
             // A file in `rewrite` is not copied, because the objects of other versions may be wrong, too.
             let dedup_source = dedup_sources.get(&upload.sha256).filter(|_| !self.rewrite.contains(&path));
             if let Some(dedup_source) = dedup_source
@@ -490,7 +490,7 @@ impl PublishJob<'_> {
     async fn write_sidecars(&self, claim: &mut Claim, base: Option<&Manifest>) -> Result<BTreeSet<FilePath>> {
         let missing = self.missing_sidecars(base);
         if !missing.is_empty() {
-            claim.set_leftovers();
+            claim.keep_record_on_release();
         }
         let writes = missing.into_iter().map(|(path, digest)| async move {
             let key = self.folder.object(self.store, &sidecar_of(&path)?)?;
@@ -576,16 +576,16 @@ impl PublishJob<'_> {
     /// Removes the leftovers of an earlier writer that the manifest does not list. After an error, the publish still
     /// succeeds, and the claim stays and lists the leftovers.
     async fn sweep(&self, claim: &mut Claim, published: &Manifest) {
-        let published = evict::held(published);
+        let published = evict::objects_of(published);
         let is_listed = |path: &FilePath| published.contains_key(path);
         let leftovers: ListedFiles = claim
-            .inherited
+            .taken_over_files
             .iter()
             .filter(|(path, _)| !is_listed(path))
             .map(|(path, digest)| (path.clone(), *digest))
             .collect();
         match evict::remove_objects(self.store, &self.folder, &leftovers).await {
-            Ok(()) => claim.clear_leftovers(),
+            Ok(()) => claim.remove_record_on_release(),
             Err(error) => {
                 tracing::warn!(artifact = %self.folder.key, %error, "cannot remove the leftovers of an earlier writer on the remote")
             }

@@ -1,4 +1,4 @@
-//! The stand-in for a built-in origin whose feature is off in this build.
+//! A built-in origin whose Cargo feature is disabled in this build.
 //!
 //! Its references are parsed and its names stay reserved, because other builds may have stored such artifacts in the
 //! same directory or on the same remote. From there they are served. Whatever needs the origin fails with the name of
@@ -18,23 +18,23 @@ use std::sync::Arc;
 #[cfg(not(feature = "mlflow"))]
 pub(super) const MLFLOW: super::BuiltIn = super::BuiltIn {
     scheme: &crate::reference::mlflow::SCHEME,
-    open: |_, _| Arc::new(LeftOut { scheme: &crate::reference::mlflow::SCHEME, feature: "mlflow" }),
+    open: |_, _| Arc::new(DisabledOrigin { scheme: &crate::reference::mlflow::SCHEME, feature: "mlflow" }),
 };
 
 /// The registration of OCI registries.
 #[cfg(not(feature = "oci"))]
 pub(super) const OCI: super::BuiltIn = super::BuiltIn {
     scheme: &crate::reference::oci::SCHEME,
-    open: |_, _| Arc::new(LeftOut { scheme: &crate::reference::oci::SCHEME, feature: "oci" }),
+    open: |_, _| Arc::new(DisabledOrigin { scheme: &crate::reference::oci::SCHEME, feature: "oci" }),
 };
 
 #[derive(Debug, Clone, Copy)]
-struct LeftOut {
+struct DisabledOrigin {
     scheme: &'static Scheme,
     feature: &'static str,
 }
 
-impl LeftOut {
+impl DisabledOrigin {
     fn error(self) -> Error {
         Error::invalid(format!("this build has no client for {} references", self.scheme.form))
             .tier(Tier::Origin)
@@ -43,7 +43,7 @@ impl LeftOut {
 }
 
 #[async_trait]
-impl Origin for LeftOut {
+impl Origin for DisabledOrigin {
     fn scheme(&self) -> &'static Scheme {
         self.scheme
     }
@@ -62,7 +62,7 @@ impl Origin for LeftOut {
 }
 
 #[async_trait]
-impl Source for LeftOut {
+impl Source for DisabledOrigin {
     fn tier(&self) -> Tier {
         Tier::Origin
     }
@@ -83,9 +83,9 @@ mod tests {
 
     #[tokio::test]
     async fn the_error_names_the_feature() {
-        let origin = LeftOut { scheme: &oci::SCHEME, feature: "oci" };
+        let origin = DisabledOrigin { scheme: &oci::SCHEME, feature: "oci" };
         let reference = Reference::parse("oci://registry.example/team/model:1").expect("parses");
-        let error = origin.resolve(&reference).await.expect_err("left out");
+        let error = origin.resolve(&reference).await.expect_err("disabled");
         assert_eq!(error.hint_text(), Some("build modelcache with the feature \"oci\", which is on by default"));
         let [ours, other] = ["oci://registry.example/team/model@sha256:", "mlflow/host/model@"];
         let ours = Reference::parse(&format!("{ours}{}", "0".repeat(64))).expect("parses").exact_key().expect("exact");
