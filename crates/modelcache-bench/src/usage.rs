@@ -67,7 +67,7 @@ impl Figures {
         Ok((process, Self(serde_json::from_str(&printed).context("the script printed no figures")?)))
     }
 
-    pub(super) fn figure(&self, name: &str) -> Result<f64> {
+    pub(super) fn get(&self, name: &str) -> Result<f64> {
         self.0[name].as_f64().with_context(|| format!("the script printed no {name}"))
     }
 }

@@ -294,7 +294,7 @@ async fn forward_or_lie(shared: &Shared, request: Request<Incoming>) -> Result<A
     let subject = format!("{path}?{}", request.uri().query().unwrap_or_default());
     let method = request.method().to_string();
     let number = shared.lie_count.fetch_add(1, Ordering::SeqCst);
-    if let Some(lie) = shared.lies.strike(&method, &subject, |lie| !lie.spoils()) {
+    if let Some(lie) = shared.lies.take(&method, &subject, |lie| !lie.corrupts_answer()) {
         return lie.answer(number, &shared.endless_bytes).ok_or(Dropped);
     }
     // Replacing lies come first: the server behind does not see their requests.
@@ -306,8 +306,8 @@ async fn forward_or_lie(shared: &Shared, request: Request<Incoming>) -> Result<A
     {
         return Ok(answer);
     }
-    match shared.lies.strike(&method, &subject, LieKind::spoils) {
-        Some(lie) => lie.spoiled(answer).await,
+    match shared.lies.take(&method, &subject, LieKind::corrupts_answer) {
+        Some(lie) => lie.corrupt(answer).await,
         None => Ok(answer),
     }
 }

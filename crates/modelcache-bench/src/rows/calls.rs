@@ -6,7 +6,7 @@ use anyhow::Result;
 use std::process::Command;
 
 /// Figures that a script reports for its calls.
-pub(super) struct Calls {
+pub(super) struct CallTimes {
     pub(super) p10_us: f64,
     pub(super) p50_us: f64,
     pub(super) p90_us: f64,
@@ -17,22 +17,22 @@ pub(super) struct Calls {
     pub(super) process: Usage,
 }
 
-impl Calls {
+impl CallTimes {
     /// Runs a script that makes the calls.
     pub(super) fn run(command: &mut Command) -> Result<Self> {
         let (process, figures) = Figures::run(command)?;
         Ok(Self {
-            p10_us: figures.figure("p10_us")?,
-            p50_us: figures.figure("p50_us")?,
-            p90_us: figures.figure("p90_us")?,
-            p99_us: figures.figure("p99_us")?,
-            core_us: figures.figure("core_us")?,
+            p10_us: figures.get("p10_us")?,
+            p50_us: figures.get("p50_us")?,
+            p90_us: figures.get("p90_us")?,
+            p99_us: figures.get("p99_us")?,
+            core_us: figures.get("core_us")?,
             process,
         })
     }
 }
 
 /// Returns the median of one figure over several processes.
-pub(super) fn median_of(calls: &[Calls], figure: fn(&Calls) -> f64) -> Option<f64> {
+pub(super) fn median_of(calls: &[CallTimes], figure: fn(&CallTimes) -> f64) -> Option<f64> {
     median(calls.iter().map(figure).collect())
 }

@@ -28,8 +28,8 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
     let measure_upload = |command: &mut Command| {
         server.reset_counts()?;
         let used = measure(command)?;
-        let taken = server.counts()?.bytes_received;
-        ensure!(taken >= bytes, "the program sent {taken} bytes, not {bytes}");
+        let received = server.counts()?.bytes_received;
+        ensure!(received >= bytes, "the program sent {received} bytes, not {bytes}");
         Ok(vec![used])
     };
     let (measure_upload, next_name, file, server) = (&measure_upload, &next_name, &file, &server);

@@ -1,6 +1,6 @@
 //! Row for hits: the time to get the path of an artifact that is on disk.
 
-use super::calls::Calls;
+use super::calls::CallTimes;
 use super::hub::ServedRepo;
 use crate::comparison::median;
 use crate::page::{Section, Target};
@@ -22,7 +22,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
     let in_process = in_process(setup.quick)?;
     rows.extend(in_process.clone());
     rows.push(match hub_calls(setup, if setup.quick { 100 } else { 2000 }) {
-        Ok(Calls { p10_us, p50_us, p90_us, .. }) => {
+        Ok(CallTimes { p10_us, p50_us, p90_us, .. }) => {
             vec![HUB_CALL.into(), format!("{p50_us:.1} us"), format!("p10 {p10_us:.1} us, p90 {p90_us:.1} us")]
         }
         Err(error) => vec![HUB_CALL.into(), format!("{error:#}")],
@@ -66,7 +66,7 @@ fn command(setup: &Setup, runs: usize) -> Result<Vec<String>> {
 }
 
 /// Measures `hf_hub_download` of a cached file.
-fn hub_calls(setup: &Setup, runs: usize) -> Result<Calls> {
+fn hub_calls(setup: &Setup, runs: usize) -> Result<CallTimes> {
     let (served, folder) = (ServedRepo::start(setup, FILE_BYTES)?, setup.scratch.empty_folder("hub-warm")?);
     served.fill_peer_cache(&folder)?;
     let calls = served.measure_peer_calls(&folder, runs, false)?;

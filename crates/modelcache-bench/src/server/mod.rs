@@ -2,7 +2,8 @@
 //!
 //! Serves a folder with S3 and with plain range requests on one address: `sendfile(2)` from tmpfs or the page cache,
 //! one thread per connection, no signature checks. Bodies of uploads are counted and discarded, except small ones,
-//! which become files. The ETags of an object stay the same, so that a version can be published through the server.
+//! which become files. After an upload was discarded, the bench puts the file at the path of the object, and the object
+//! keeps its ETag. A version can therefore be published through the server.
 //! Traffic can be shaped (time to the first byte, and rate of each connection), and TLS can be used.
 //!
 //! The server reads commands from standard input, one word per line (`stats`, `reset`). It exits when standard input is
@@ -71,9 +72,8 @@ struct Counts {
     transfers: AtomicU64,
     bytes_sent: AtomicU64,
     bytes_received: AtomicU64,
-    /// Transfers in progress.
-    busy: AtomicU64,
-    /// Highest value of `busy`.
+    active_transfers: AtomicU64,
+    /// Highest value of `active_transfers`; each connection carries at most one.
     busy_connections_max: AtomicU64,
 }
 
@@ -181,12 +181,12 @@ impl Shared {
         let transfer = size >= TRANSFER_BYTES;
         if transfer {
             self.counts.transfers.fetch_add(1, Ordering::SeqCst);
-            let busy = self.counts.busy.fetch_add(1, Ordering::SeqCst) + 1;
-            self.counts.busy_connections_max.fetch_max(busy, Ordering::SeqCst);
+            let active = self.counts.active_transfers.fetch_add(1, Ordering::SeqCst) + 1;
+            self.counts.busy_connections_max.fetch_max(active, Ordering::SeqCst);
         }
         let sent = self.send_body(wire.get_mut(), head, file, at, size);
         if transfer {
-            self.counts.busy.fetch_sub(1, Ordering::SeqCst);
+            self.counts.active_transfers.fetch_sub(1, Ordering::SeqCst);
         }
         sent
     }

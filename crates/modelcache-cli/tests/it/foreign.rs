@@ -118,10 +118,10 @@ fn without_checksums_a_get_warns_once_and_a_requirement_refuses() {
     let warm = house.on("a").run(["get", "fraud@3"]).ok();
     assert!(!warm.stderr.contains("WARN"), "{warm}");
     let required = || ["MODEL_CACHE_REQUIRE_CHECKSUM", "1"];
-    let says = ["no checksum available for 1 of its files", "model.tar.gz", "sha256sum FILE > FILE.sha256"];
+    let message_parts = ["no checksum available for 1 of its files", "model.tar.gz", "sha256sum FILE > FILE.sha256"];
     for dir in ["b", "a"] {
         let [name, value] = required();
-        house.on(dir).env(name, value).run(["get", "fraud@3"]).failed(5, &says);
+        house.on(dir).env(name, value).run(["get", "fraud@3"]).failed(5, &message_parts);
     }
     house.assert_no_artifact_or_staging("b");
     let demanded = format!("fraud@3#sha256={}", sha256(&model_file()));

@@ -382,8 +382,8 @@ fn a_flipped_byte_without_another_source_ends_in_5_and_is_repaired_by_putting_ag
     let mine = put_folder(&house);
     house.on("a").run(["put", "m@1", mine.to_str().unwrap()]).ok();
     house.s3.flip_byte(BUCKET, &house.s3_key("m/1", "model.safetensors"), 5).unwrap();
-    let says = ["m@1", "remote", "model.safetensors", "sha256"];
-    house.on("b").run(["get", "m@1"]).failed(5, &says);
+    let message_parts = ["m@1", "remote", "model.safetensors", "sha256"];
+    house.on("b").run(["get", "m@1"]).failed(5, &message_parts);
     house.assert_no_artifact("b");
     assert_model(&house.on("a").run(["get", "m@1"]).path_saying(&["on disk"]));
     // The intact files can still be fetched.

@@ -222,8 +222,8 @@ fn a_file_of_another_format_than_expected_is_refused_and_its_format_named() {
     }
     put(house.on("a"), "m/tree@1", &house.path("right"), &["--expect", "safetensors"]);
 
-    let refused = |file: &Path, format: &str, says: &[&str]| {
-        house.on("b").run(["put", "no@1", file.to_str().unwrap(), "--expect", format]).failed(5, says);
+    let refused = |file: &Path, format: &str, message_parts: &[&str]| {
+        house.on("b").run(["put", "no@1", file.to_str().unwrap(), "--expect", format]).failed(5, message_parts);
     };
     refused(
         &files[0].1,

@@ -53,7 +53,7 @@ async fn answered(shared: &Arc<Shared>, seen: &mut Seen, request: Request<Incomi
         }
     };
     // These faults apply before routing and authorization.
-    if let Some(kind) = shared.faults.strike(&seen.method, &subject, Kind::applies_before_routing)
+    if let Some(kind) = shared.faults.take(&seen.method, &subject, Kind::applies_before_routing)
         && let Some(answer) = struck(kind, seen).await?
     {
         return Ok(answer);

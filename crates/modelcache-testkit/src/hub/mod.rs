@@ -61,7 +61,7 @@ struct Settings {
     redirect_revisions: bool,
     signed_url_ttl: Duration,
     signing_epoch: u64,
-    cdn_elsewhere: Option<String>,
+    external_cdn_url: Option<String>,
     users: BTreeMap<String, String>,
 }
 
@@ -72,7 +72,7 @@ impl Default for Settings {
             redirect_revisions: false,
             signed_url_ttl: Duration::from_secs(3600),
             signing_epoch: 0,
-            cdn_elsewhere: None,
+            external_cdn_url: None,
             users: BTreeMap::new(),
         }
     }
@@ -160,8 +160,8 @@ impl Hub {
 
     /// Redirects LFS files to another server from now on: to `<url>/<sha256>`, with a signature as usual. This stand-in
     /// neither serves nor logs the requests to that server, and does not check their signatures.
-    pub fn cdn_elsewhere(&self, url: &str) {
-        lock(&self.shared.settings).cdn_elsewhere = Some(url.to_owned());
+    pub fn use_external_cdn(&self, url: &str) {
+        lock(&self.shared.settings).external_cdn_url = Some(url.to_owned());
     }
 
     /// Registers a token under this user name for `whoami-v2`.
@@ -210,7 +210,7 @@ impl Shared {
     /// Returns the size that metadata states for a file, altered if a fault is armed.
     fn metadata_size(&self, entry: &Entry) -> u64 {
         let size = entry.content.len();
-        match self.faults.strike("GET", &entry.path, |kind| matches!(kind, Kind::LieSize(_))) {
+        match self.faults.take("GET", &entry.path, |kind| matches!(kind, Kind::LieSize(_))) {
             Some(Kind::LieSize(by)) => size.saturating_add_signed(by),
             _ => size,
         }

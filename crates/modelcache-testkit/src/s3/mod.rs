@@ -285,7 +285,7 @@ async fn answered(shared: &Shared, seen: &mut Seen, request: Request<Incoming>) 
     // The store itself applies the other two kinds, because they change how a request is processed.
     let struck = shared
         .faults
-        .strike(&seen.method, &subject, |kind| !matches!(kind, Kind::IgnoreConditions | Kind::NoListPermission));
+        .take(&seen.method, &subject, |kind| !matches!(kind, Kind::IgnoreConditions | Kind::NoListPermission));
     let mut lose_reply = false;
     match struck {
         Some(Kind::HangUp) => return Err(Dropped),

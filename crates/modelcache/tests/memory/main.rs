@@ -129,9 +129,9 @@ fn no_document_takes_four_times_its_bytes_to_read() {
 
 #[test]
 fn a_refusal_names_the_part_that_is_too_large() {
-    let refused = |document: &str, says: &str| {
-        let error = read(says, document).unwrap_err();
-        assert!(error.contains(says), "{error}");
+    let refused = |document: &str, message_part: &str| {
+        let error = read(message_part, document).unwrap_err();
+        assert!(error.contains(message_part), "{error}");
         assert!(error.len() < 1000, "{error}");
     };
     refused(&list("", &format!(",\"z\":[{}]", many(|_| "[]".into()))), "unknown fields (\"z\" is the last)");

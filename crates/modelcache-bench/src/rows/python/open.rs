@@ -87,11 +87,11 @@ fn measure(setup: &Setup, server: &ServerProcess, reader: &str, bytes: u64) -> R
     };
     setup.peers.require("numpy")?;
     let (process, figures) = Figures::run(&mut command)?;
-    let read = figures.figure("bytes")?;
+    let read = figures.get("bytes")?;
     ensure!(read == setup.sizes.tensors as f64, "read {read} bytes of tensors, not {}", setup.sizes.tensors);
-    let sent_percent = 100.0 * figures.figure("first_sent")? / bytes as f64;
-    let (first_s, whole_s) = (figures.figure("first_s")?, figures.figure("whole_s")?);
-    let core_seconds = figures.figure("core_seconds")?;
+    let sent_percent = 100.0 * figures.get("first_sent")? / bytes as f64;
+    let (first_s, whole_s) = (figures.get("first_s")?, figures.get("whole_s")?);
+    let core_seconds = figures.get("core_seconds")?;
     Ok(Read { first_s, sent_percent, whole_s, core_seconds, rss_bytes: process.rss_bytes })
 }
 

@@ -117,5 +117,5 @@ fn entry<'a>(
 /// Runs the script and returns the figures that it reports.
 fn measure_load(command: &mut Command) -> Result<Usage> {
     let (process, figures) = Figures::run(command)?;
-    Ok(Usage { seconds: figures.figure("seconds")?, core_seconds: figures.figure("core_seconds")?, ..process })
+    Ok(Usage { seconds: figures.get("seconds")?, core_seconds: figures.get("core_seconds")?, ..process })
 }
