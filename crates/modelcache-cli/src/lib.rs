@@ -89,7 +89,7 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
         started,
     };
     // A signal drops the running command.
-    let ended = runtime.block_on(signals::or_signal(arguments.verb.run(&session)));
+    let ended = runtime.block_on(signals::run_until_signal(arguments.verb.run(&session)));
     let code = match &ended {
         Ok(Ok(code)) => *code,
         Ok(Err(error)) => {
@@ -107,7 +107,7 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
             outcome
         }
         Err(signal) => {
-            output.interrupted(signal);
+            output.report_signal(signal);
             runtime.shutdown_timeout(SHUTDOWN_WAIT);
             Ok(signal.exit_code())
         }

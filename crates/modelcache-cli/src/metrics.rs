@@ -66,25 +66,25 @@ impl CommandMetrics {
         let recorded = self.0.lock();
         let mut page = Page::default();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        page.family("command", "The last command", [(("verb", verb), 1.0)]);
-        page.plain("command_end_timestamp_seconds", "End of the last command (Unix time)", now.as_secs_f64());
-        page.plain("command_duration_seconds", "Duration of the last command in seconds", took.as_secs_f64());
-        page.plain("command_exit_code", "Exit code of the last command", f64::from(code));
+        page.labelled_gauge("command", "The last command", [(("verb", verb), 1.0)]);
+        page.gauge("command_end_timestamp_seconds", "End of the last command (Unix time)", now.as_secs_f64());
+        page.gauge("command_duration_seconds", "Duration of the last command in seconds", took.as_secs_f64());
+        page.gauge("command_exit_code", "Exit code of the last command", f64::from(code));
         let tiers =
             [("disk", recorded.bytes.disk), ("remote", recorded.bytes.remote), ("origin", recorded.bytes.origin)];
         let count = |tier: &'static str| recorded.artifacts.get(tier).copied().unwrap_or_default();
         let artifacts = tiers.map(|(tier, _)| (("from", tier), count(tier) as f64));
-        page.family("command_artifacts", "Artifacts by the farthest tier that bytes were read from", artifacts);
+        page.labelled_gauge("command_artifacts", "Artifacts by the farthest tier that bytes were read from", artifacts);
         let bytes = tiers.map(|(tier, bytes)| (("tier", tier), bytes as f64));
-        page.family("command_bytes", "Bytes read, by tier", bytes);
-        page.plain("command_uploaded_bytes", "Bytes written to the remote", recorded.uploaded_bytes as f64);
+        page.labelled_gauge("command_bytes", "Bytes read, by tier", bytes);
+        page.gauge("command_uploaded_bytes", "Bytes written to the remote", recorded.uploaded_bytes as f64);
         let failures = recorded.failures.iter().map(|(code, count)| (("code", *code), *count as f64));
-        page.family("command_failures", "Failures by kind", failures);
+        page.labelled_gauge("command_failures", "Failures by kind", failures);
         let phases = recorded.phases.iter().map(|(phase, spent)| (("phase", *phase), spent.as_secs_f64()));
-        page.family("command_phase_seconds", "Time spent by phase", phases);
+        page.labelled_gauge("command_phase_seconds", "Time spent by phase", phases);
         if let Some(stats) = stats {
             for (name, help, value) in stats.gauges() {
-                page.plain(name, help, value as f64);
+                page.gauge(name, help, value as f64);
             }
         }
         page.text()
@@ -119,14 +119,14 @@ impl Default for Page {
 
 impl Page {
     /// Adds a gauge without labels.
-    fn plain(&mut self, name: &str, help: &str, value: f64) {
+    fn gauge(&mut self, name: &str, help: &str, value: f64) {
         let gauge = Gauge::<f64, AtomicU64>::default();
         gauge.set(value);
         self.0.register(name, help, gauge);
     }
 
     /// Adds a gauge with one label. Each value comes with the label's name and value.
-    fn family(
+    fn labelled_gauge(
         &mut self,
         name: &str,
         help: &str,

@@ -74,11 +74,11 @@ impl Output {
 
     /// Prints the lines of a result for people.
     pub(crate) fn print(&self, lines: &Lines) -> Result<()> {
-        self.print_trusted(&lines.0)
+        self.print_unescaped(&lines.0)
     }
 
-    /// Prints `text` and one line end. The text must not contain untrusted input: it is printed unchanged.
-    pub(crate) fn print_trusted(&self, text: &str) -> Result<()> {
+    /// Prints `text` without escaping, and one line end. The text must not contain untrusted input.
+    pub(crate) fn print_unescaped(&self, text: &str) -> Result<()> {
         self.write(text.trim_end_matches('\n').as_bytes())
     }
 
@@ -146,7 +146,7 @@ impl Output {
     }
 
     /// Prints that a signal ended the command.
-    pub(crate) fn interrupted(&self, signal: Signal) {
+    pub(crate) fn report_signal(&self, signal: Signal) {
         let hint = "run the same command again; a get resumes its download";
         let error = Error::new(ErrorKind::Other, signal.name()).hint(hint);
         self.write_error(&format!("modelcache: {}; {hint}\n", signal.name()));

@@ -4,7 +4,7 @@
 //! variable.
 
 use crate::arguments::Global;
-use crate::environment::{self, SettingsSurvey};
+use crate::environment::{self, DoctorSettings};
 use crate::output::{Lines, Output};
 use crate::{exit, human, logs, signals, small_memory};
 use clap::{Args, ValueEnum};
@@ -51,25 +51,29 @@ impl From<RoleArgument> for Role {
 impl Doctor {
     /// Runs the whole command. The doctor gathers its own settings.
     pub(crate) fn run(&self, global: &Global, output: &Output) -> Result<u8> {
-        let survey = environment::survey(global);
+        let gathered = environment::gather_for_doctor(global);
         if let Some(role) = self.iam_policy {
-            return print_policy(&survey.settings?.config, role.into(), output).map(|()| exit::DONE);
+            return print_policy(&gathered.settings?.config, role.into(), output).map(|()| exit::DONE);
         }
-        let mut checks = configuration_checks(&survey);
-        let settings = survey.settings.or(survey.without_invalid)?;
+        let mut checks = configuration_checks(&gathered);
+        let settings = gathered.settings.or(gathered.valid_settings)?;
         if let Err(error) = logs::start(&settings.log, output) {
             checks.push(Check::problem(Area::Configuration, &error));
         }
         let options = DoctorOptions { read_only: self.read_only };
         let runtime = modelcache::runtime::start(!small_memory::has_one_arena())?;
-        match runtime.block_on(signals::or_signal(doctor::examine(&settings.config, &survey.environment, options))) {
+        match runtime.block_on(signals::run_until_signal(doctor::examine(
+            &settings.config,
+            &gathered.environment,
+            options,
+        ))) {
             Ok(examined) => {
                 runtime.shutdown_background();
                 checks.extend(examined);
                 print_report(&checks, output)
             }
             Err(signal) => {
-                output.interrupted(signal);
+                output.report_signal(signal);
                 runtime.shutdown_timeout(crate::SHUTDOWN_WAIT);
                 Ok(signal.exit_code())
             }
@@ -78,20 +82,20 @@ impl Doctor {
 }
 
 /// Checks configuration files, variables and flags.
-fn configuration_checks(survey: &SettingsSurvey) -> Vec<Check> {
+fn configuration_checks(gathered: &DoctorSettings) -> Vec<Check> {
     let mut checks = Vec::new();
-    let files: Vec<String> = survey.files.iter().map(|path| path.display().to_string()).collect();
+    let files: Vec<String> = gathered.files.iter().map(|path| path.display().to_string()).collect();
     checks.push(match files.is_empty() {
         true => Check::ok(Area::Configuration, "no configuration file; using the defaults"),
         false => Check::ok(Area::Configuration, format!("read {}", files.join(", then "))),
     });
     let mut names: Vec<&str> =
-        survey.environment.0.keys().map(String::as_str).filter(|name| is_listed_variable(name)).collect();
+        gathered.environment.0.keys().map(String::as_str).filter(|name| is_listed_variable(name)).collect();
     names.sort_unstable();
     if !names.is_empty() {
-        checks.push(Check::ok(Area::Configuration, format!("set: {}", names.join(", "))));
+        checks.push(Check::ok(Area::Configuration, format!("variables that are set: {}", names.join(", "))));
     }
-    match &survey.settings {
+    match &gathered.settings {
         Err(error) => {
             checks.push(Check::problem(Area::Configuration, error));
             checks.push(Check::warning(
@@ -100,7 +104,7 @@ fn configuration_checks(survey: &SettingsSurvey) -> Vec<Check> {
                 "fix the setting, then run `modelcache doctor` again",
             ));
         }
-        Ok(settings) => checks.extend(settings_checks(settings, &survey.environment)),
+        Ok(settings) => checks.extend(settings_checks(settings, &gathered.environment)),
     }
     checks
 }
@@ -137,7 +141,7 @@ fn print_policy(config: &Config, role: Role, output: &Output) -> Result<()> {
     };
     let policy = Policy::minimal(remote, role)?;
     let encode = |cause| Error::new(ErrorKind::Other, "cannot write the policy").cause(cause);
-    output.print_trusted(&serde_json::to_string_pretty(&policy.document).map_err(encode)?)?;
+    output.print_unescaped(&serde_json::to_string_pretty(&policy.document).map_err(encode)?)?;
     policy.notes.iter().for_each(|note| output.message(note));
     Ok(())
 }

@@ -227,8 +227,8 @@ impl FillPublisher {
     /// it is registered before the first request, so that the download starts with that file.
     pub(super) fn set_partial_files(&self, partial_files: PartialFiles) -> Option<PartialReader> {
         let first_read = self.first_read.as_ref();
-        let reader =
-            first_read.and_then(|first_read| Some(partial_files.get(&first_read.file)?.read(first_read.unchecked)));
+        let reader = first_read
+            .and_then(|first_read| Some(partial_files.get(&first_read.file)?.open_reader(first_read.unchecked)));
         self.partial_files.send_replace(Some(partial_files));
         reader
     }

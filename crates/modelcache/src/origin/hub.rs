@@ -6,7 +6,7 @@
 //! The Hub reports a private repository as missing to clients without access, so the messages mention both causes.
 
 use super::authorization::bearer;
-use super::http::{self, ErrorResponse, Fetched, Http, Request, Server};
+use super::http::{self, Fetched, Http, HttpErrorResponse, Request, Server};
 use super::{BuiltIn, Origin, Resolved, no_files};
 use crate::check::{Area, Check, Clock};
 use crate::config::HubConfig;
@@ -230,7 +230,7 @@ impl Hub {
     /// `whoami` itself, and `api` handles missing revisions and unknown calls.
     async fn error_of(&self, fetched: Fetched, repo: &HubRepo, path: Option<&FilePath>) -> Error {
         let Fetched { response, url, is_same_origin, .. } = fetched;
-        let response = ErrorResponse::read(&self.http, response, is_same_origin).await;
+        let response = HttpErrorResponse::read(&self.http, response, is_same_origin).await;
         if !is_same_origin {
             // The CDN, not the Hub, refused the request.
             return redirect_target_error(&response, &url);
@@ -285,7 +285,7 @@ fn no_entry(repo: &HubRepo, path: Option<&FilePath>) -> Error {
 
 /// Converts an error response of a redirect target. A signed URL needs no credentials, so 401 and 403 mean that it
 /// expired, never that the user lacks access.
-fn redirect_target_error(response: &ErrorResponse, url: &Url) -> Error {
+fn redirect_target_error(response: &HttpErrorResponse, url: &Url) -> Error {
     let message = || format!("{} refused a URL that the Hub has just signed ({})", Server(url), response.status);
     match response.status.as_u16() {
         401 | 403 => Error::unavailable(message())
@@ -501,7 +501,7 @@ impl HubSource {
     /// Returns the URL of a file at the endpoint.
     fn file_url(&self, path: &str) -> Result<Url> {
         let HubRepo { kind, id, revision } = &self.repo;
-        self.hub.url_for(&format!("{}{id}/resolve/{revision}/{}", kind.prefix(), http::segments(path)))
+        self.hub.url_for(&format!("{}{id}/resolve/{revision}/{}", kind.prefix(), http::encode_path(path)))
     }
 
     /// Makes one attempt to read `range`: from the last known location, else through the endpoint.

@@ -9,7 +9,7 @@
 //! beside the file. Credentials are sent only to the scheme, host and port of the reference's URL.
 
 use super::authorization;
-use super::http::{self, ErrorResponse, Fetched, Http, Request, Server};
+use super::http::{self, Fetched, Http, HttpErrorResponse, Request, Server};
 use super::{BuiltIn, Origin, Resolved};
 use crate::credentials::{Choice, Credential, Credentials};
 use crate::digest::{Digest, Provenance};
@@ -268,7 +268,7 @@ impl Web {
         let fetched = self.get(url, &file.url, HeaderMap::new()).await?;
         let status = fetched.response.status();
         if !status.is_success() {
-            let error = ErrorResponse::read(&self.http, fetched.response, false).await.error(&fetched.url);
+            let error = HttpErrorResponse::read(&self.http, fetched.response, false).await.error(&fetched.url);
             // A missing checksum file is normal. A transient error is returned, so that the request is retried.
             return if error.is_transient() { Err(error) } else { Ok(None) };
         }
@@ -286,7 +286,7 @@ impl Web {
     /// Converts an error response into an error with a remedy. All statuses of web servers are mapped here.
     async fn error_of(&self, fetched: Fetched, file_url: &Url) -> Error {
         let Fetched { response, url, is_same_origin, .. } = fetched;
-        let response = ErrorResponse::read(&self.http, response, false).await;
+        let response = HttpErrorResponse::read(&self.http, response, false).await;
         let error = response.error(&url);
         let (server, status) = (Server(file_url), response.status.as_u16());
         match status {

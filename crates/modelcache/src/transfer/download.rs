@@ -472,7 +472,7 @@ async fn download_parts(task: &PartTask, order: Order) -> Result<(), PartFailure
 
 /// Returns the part to request now, or `None` and the time after which to try again.
 fn next_part(task: &PartTask, queue: &mut PartQueue, request_bytes: u64, is_idle: bool) -> (Option<u64>, Duration) {
-    let next = task.file.partial_file.next(queue, request_bytes);
+    let next = task.file.partial_file.next_part(queue, request_bytes);
     let in_order = queue.peek();
     // True if the in-order hash is so far behind that `part` should not be requested yet.
     let hash_lags = |part: u64| {

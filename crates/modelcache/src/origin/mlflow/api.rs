@@ -6,7 +6,7 @@ use crate::key::{ArtifactKey, FilePath};
 use crate::limits;
 use crate::manifest::{FileEntry, Manifest, Shape};
 use crate::origin::authorization;
-use crate::origin::http::{self, ErrorResponse, Fetched, Http, Request, Server};
+use crate::origin::http::{self, Fetched, Http, HttpErrorResponse, Request, Server};
 use crate::printable;
 use crate::reference::{MlflowModel, MlflowVersion};
 use crate::transfer::Retry;
@@ -148,7 +148,7 @@ impl Mlflow {
         }
         let Fetched { response, url, is_same_origin, .. } = fetched;
         // The texts of a redirect target are not quoted.
-        let mut response = ErrorResponse::read(&self.http, response, is_same_origin).await;
+        let mut response = HttpErrorResponse::read(&self.http, response, is_same_origin).await;
         let error_body: Option<ErrorBody> = serde_json::from_slice(&response.body).ok();
         let code = error_body.as_ref().map(|error_body| error_body.error_code.as_str());
         // Artifacts may be redirected to a signed URL of a bucket.

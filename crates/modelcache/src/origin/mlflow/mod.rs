@@ -257,7 +257,7 @@ impl MlflowSource {
             FileLocation::Elsewhere(source) => return source.read(path, range).await,
             FileLocation::Server(server, root) => (server, root),
         };
-        let url = server.url_for(&format!("api/2.0/{ARTIFACTS}/{}", http::segments(&format!("{root}/{path}"))));
+        let url = server.url_for(&format!("api/2.0/{ARTIFACTS}/{}", http::encode_path(&format!("{root}/{path}"))));
         let request = FileRequest {
             mlflow: self.mlflow.clone(),
             server: server.clone(),
