@@ -25,10 +25,10 @@ const MODE: u32 = 0o644;
 
 /// The metrics of this command so far. They are recorded during the command and written at its end.
 #[derive(Debug, Default)]
-pub(crate) struct CommandMetrics(Mutex<Recorded>);
+pub(crate) struct CommandMetrics(Mutex<RecordedMetrics>);
 
 #[derive(Debug, Default)]
-struct Recorded {
+struct RecordedMetrics {
     /// Artifacts by the farthest tier that bytes were read from.
     artifacts: BTreeMap<&'static str, u64>,
     failures: BTreeMap<&'static str, u64>,

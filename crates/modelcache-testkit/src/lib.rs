@@ -51,7 +51,7 @@ pub use faults::{Fault, Faults, Hits};
 pub use gate::{Demand, Gate};
 pub use hub::Hub;
 pub use lie::Lie;
-pub use log::{Place, Seen};
+pub use log::{LoggedRequest, Place};
 pub use mlflow::Mlflow;
 pub use moto::Moto;
 pub use proxy::FaultProxy;

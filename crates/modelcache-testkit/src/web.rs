@@ -19,7 +19,7 @@ use hyper::header::{
 use hyper::{Method, Request, Response, StatusCode};
 
 use crate::content::{CHUNK, Content};
-use crate::log::{Log, Place, Seen};
+use crate::log::{Log, LoggedRequest, Place};
 use crate::range::{RequestedRange, parse_range};
 use crate::serve::{Answer, Body, BoxError, Server, answer, bind, full, lock, serve};
 
@@ -175,7 +175,7 @@ impl Web {
     }
 
     /// Returns all requests so far.
-    pub fn requests(&self) -> Vec<Seen> {
+    pub fn requests(&self) -> Vec<LoggedRequest> {
         self.shared.log.all()
     }
 
@@ -192,7 +192,7 @@ impl Web {
 
 impl Shared {
     fn answer(self: &Arc<Self>, request: &Request<Incoming>) -> Answer {
-        let mut seen = Seen::of(Place::Web, request);
+        let mut seen = LoggedRequest::of(Place::Web, request);
         let page = self.page(request.uri().path());
         let answer = match page {
             Some(page) => self.serve(&page, request.method(), request.headers()),

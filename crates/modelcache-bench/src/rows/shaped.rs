@@ -13,7 +13,7 @@ use std::cell::RefCell;
 use xtask::table::markdown;
 
 /// Connections of one run, from the counts of the server.
-struct Observed {
+struct ConnectionUse {
     program: String,
     connections: f64,
     /// Seconds that the shaping alone requires if this number of connections is busy all the time.
@@ -76,7 +76,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
 }
 
 /// Wraps an entry so that the connections of each run are recorded.
-fn recorded<'a>(served: &'a ServedFile<'_>, observed: &'a RefCell<Vec<Observed>>, entry: Entry<'a>) -> Entry<'a> {
+fn recorded<'a>(served: &'a ServedFile<'_>, observed: &'a RefCell<Vec<ConnectionUse>>, entry: Entry<'a>) -> Entry<'a> {
     let Entry { program, setting, verified, steps, run } = entry;
     let name = format!("{program} {setting}");
     let recorded = move |folder: &std::path::Path| {
@@ -84,7 +84,7 @@ fn recorded<'a>(served: &'a ServedFile<'_>, observed: &'a RefCell<Vec<Observed>>
         let runs = run(folder)?;
         let counts = served.server.counts()?;
         let (connections, bound_s) = (counts.busy_connections_max as f64, bound_s(&counts));
-        observed.borrow_mut().push(Observed { program: name.clone(), connections, bound_s });
+        observed.borrow_mut().push(ConnectionUse { program: name.clone(), connections, bound_s });
         Ok(runs)
     };
     Entry { program, setting, verified, steps, run: Box::new(recorded) }
@@ -98,14 +98,14 @@ fn bound_s(counts: &ServerCounts) -> f64 {
     (first_bytes_s + bytes_s) / counts.busy_connections_max.max(1) as f64
 }
 
-fn medians(observed: &[Observed], program: &str) -> Option<(f64, f64)> {
-    let of = |value: fn(&Observed) -> f64| {
+fn medians(observed: &[ConnectionUse], program: &str) -> Option<(f64, f64)> {
+    let of = |value: fn(&ConnectionUse) -> f64| {
         median(observed.iter().filter(|observed| observed.program == program).map(value).collect())
     };
     Some((of(|observed| observed.connections)?, of(|observed| observed.bound_s)?))
 }
 
-fn connections(observed: &[Observed]) -> String {
+fn connections(observed: &[ConnectionUse]) -> String {
     let mut names: Vec<&str> = Vec::new();
     observed.iter().for_each(|observed| {
         if !names.contains(&observed.program.as_str()) {

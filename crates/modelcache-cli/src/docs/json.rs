@@ -3,7 +3,7 @@
 //! `cargo xtask docs` writes docs/json.md from this table and from the comments at the fields of the types.
 
 use crate::output::{ErrorJson, Failure, WithReference};
-use crate::verbs::{backfill::Outcome, doctor, pin::Unpinned};
+use crate::verbs::{backfill::Outcome, doctor, pin::UnpinReport};
 use modelcache::cache::{
     BytesByTier, EvictReport, GetAnswer, GetPlan, GetReport, Holder, InspectedFile, Inspection, KeepReason,
     KeptArtifact, Leftovers, Link, ListedArtifact, Materialized, PendingBackfill, Pin, PinReport, PlannedFile,
@@ -242,7 +242,7 @@ pub fn reports() -> Result<Vec<Report>> {
         report("backfill --dry-run", "One object for each pending upload.", &["PendingBackfill"], &pending)?,
         report("evict REF", "One object. `evict --dry-run` prints the same.", &["EvictReport"], &evicted)?,
         report("pin REF", "One object.", &["PinReport"], &pinned)?,
-        report("unpin REF", "One object.", &["Unpinned"], &Unpinned { report: &pinned, was_pinned: true })?,
+        report("unpin REF", "One object.", &["UnpinReport"], &UnpinReport { report: &pinned, was_pinned: true })?,
         report("prune", "One object. `prune --dry-run` prints the same.", &["PruneReport"], &pruned)?,
         report("ls", "One object for each artifact. `ls --remote` prints the same.", &["ListedArtifact"], &listed)?,
         report("inspect REF", "One object.", &["Inspection"], &inspection)?,

@@ -67,7 +67,7 @@ fn a_private_repository_accepts_its_token_from_every_source() {
     let on = |dir: &str| house.on_local(dir);
     let message_parts = ["hf://org/model", "origin", "or it is private", "set HF_TOKEN"];
     on("a").run(["get", "hf://org/model"]).failed(3, &message_parts);
-    let message_parts = ["hf://org/model", "origin", "the token may not read it", "an account with access"];
+    let message_parts = ["hf://org/model", "origin", "the token has no access to it", "an account with access"];
     on("a").env("HF_TOKEN", "hf_canary-secret").run(["get", "hf://org/model"]).failed(3, &message_parts);
     on("a")
         .env("HF_TOKEN", "hf_canary-secret\nx")

@@ -3,7 +3,7 @@
 
 use crate::common::*;
 use modelcache_testkit::s3::S3Fault;
-use modelcache_testkit::{Content, Seen};
+use modelcache_testkit::{Content, LoggedRequest};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fs::{self, Permissions};
@@ -297,7 +297,7 @@ fn locks_that_do_not_exclude_are_a_warning() {
 }
 
 /// The IAM action that a request needs.
-fn action(seen: &Seen) -> &'static str {
+fn action(seen: &LoggedRequest) -> &'static str {
     match (seen.method.as_str(), seen.query.as_str()) {
         ("GET", query) if query.contains("list-type=2") => "s3:ListBucket",
         ("GET", query) if query.starts_with("uploads") => "s3:ListBucketMultipartUploads",
@@ -338,7 +338,7 @@ fn the_iam_policies_grant_exactly_the_actions_in_use() {
     house.on("b").run(["verify", "--tier", "remote"]).ok();
     doctor(house.on("b"));
     house.on("a").run(["evict", "m@1", "--yes"]).ok();
-    let clock = |seen: &&Seen| seen.path == "/";
+    let clock = |seen: &&LoggedRequest| seen.path == "/";
     house
         .s3
         .requests()

@@ -427,7 +427,7 @@ fn a_bucket_in_another_region_is_found_there() {
     let hits = house.s3.faults().add(S3Fault::wrong_region("eu-west-1").on("prefix=models/m@1").times(1));
     house.on("a").run(["get", "s3://other/models/m@1/"]).path();
     assert_eq!(hits.count(), 1);
-    let signed = |seen: &modelcache_testkit::Seen| seen.authorization.clone().unwrap_or_default();
+    let signed = |seen: &modelcache_testkit::LoggedRequest| seen.authorization.clone().unwrap_or_default();
     let reads = house.s3.object_gets("models/m@1");
     assert!(!reads.is_empty() && reads.iter().all(|seen| signed(seen).contains("/eu-west-1/s3/")), "{reads:?}");
 }

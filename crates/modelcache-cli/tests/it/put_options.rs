@@ -57,7 +57,7 @@ fn assert_copies(house: &House, run: impl Fn(&str) -> Run) {
 fn equal_files_of_another_version_are_copied_by_the_server() {
     let house = House::new();
     assert_copies(&house, |dir| house.on(dir));
-    let sent = |seen: &&modelcache_testkit::Seen| seen.method == "POST" && seen.query.starts_with("uploads");
+    let sent = |seen: &&modelcache_testkit::LoggedRequest| seen.method == "POST" && seen.query.starts_with("uploads");
     assert_eq!(house.s3.requests().iter().filter(sent).count(), 1, "the big file was uploaded once");
 }
 

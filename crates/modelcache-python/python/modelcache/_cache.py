@@ -22,7 +22,7 @@ from ._calls import Pending, ProgressArgument
 from ._errors import InvalidError, ModelCacheError, from_native
 from ._file import CachedFile
 from ._metrics import Metrics
-from ._reports import CachedArtifact, EvictReport, PinRecord, PutReport, Resolved, Stats, TagReport, VerifyReport
+from ._reports import CachedArtifact, EvictReport, PinRecord, PutReport, ResolvedReference, Stats, TagReport, VerifyReport
 
 _StrPath = str | os.PathLike[str]
 _Patterns = str | Sequence[str] | None
@@ -584,7 +584,7 @@ class ModelCache:
         revision: str | None = None,
         force_refresh: bool = False,
         local_files_only: bool = False,
-    ) -> Pending[Resolved]:
+    ) -> Pending[ResolvedReference]:
         """Resolve a reference to the version that it stands for now, without downloading files.
 
         Arguments and errors are those of :meth:`get`.
@@ -592,7 +592,7 @@ class ModelCache:
         :returns: the version, and a pinned reference that always resolves to it.
         """
         call = self._native.resolve(reference, version, revision, force_refresh, local_files_only)
-        return Pending(call, Resolved._parse)
+        return Pending(call, ResolvedReference._parse)
 
     aresolve = _calls.asynchronous(resolve)
 

@@ -237,7 +237,7 @@ class TagReport(_Report):
 
 
 @dataclass(frozen=True)
-class Resolved(_Report):
+class ResolvedReference(_Report):
     """Result of :meth:`ModelCache.resolve`: the version that a reference stands for now."""
 
     name: str
@@ -258,7 +258,7 @@ class Resolved(_Report):
     outdated."""
 
     @classmethod
-    def _from(cls, values: dict[str, Any]) -> Resolved:
+    def _from(cls, values: dict[str, Any]) -> ResolvedReference:
         age = values["age_seconds"]
         return super()._from(
             {**values, "origin": values["from"], "age_seconds": None if age is None else float(age)}

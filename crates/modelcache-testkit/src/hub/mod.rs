@@ -32,7 +32,7 @@ use self::repo::{Entry, Repos};
 use self::resolve::CdnObject;
 use crate::content::Content;
 use crate::faults::Faults;
-use crate::log::{Log, Place, Seen};
+use crate::log::{Log, LoggedRequest, Place};
 use crate::serve::{Server, bind, lock, serve};
 
 /// A running Hub with its CDN. Both stop when it is dropped.
@@ -170,7 +170,7 @@ impl Hub {
     }
 
     /// Returns all requests so far, on both listeners.
-    pub fn requests(&self) -> Vec<Seen> {
+    pub fn requests(&self) -> Vec<LoggedRequest> {
         self.shared.log.all()
     }
 
@@ -181,8 +181,9 @@ impl Hub {
     }
 
     /// Returns the GETs answered with file content, by the CDN or by the Hub itself.
-    pub fn body_gets(&self) -> Vec<Seen> {
-        let is_body = |seen: &Seen| seen.method == "GET" && seen.file.is_some() && matches!(seen.status, 200 | 206);
+    pub fn body_gets(&self) -> Vec<LoggedRequest> {
+        let is_body =
+            |seen: &LoggedRequest| seen.method == "GET" && seen.file.is_some() && matches!(seen.status, 200 | 206);
         self.requests().into_iter().filter(is_body).collect()
     }
 

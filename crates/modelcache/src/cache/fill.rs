@@ -107,7 +107,7 @@ impl FillOutcome {
 }
 
 /// Result of [`Cache::join_or_lead`].
-pub(super) enum Joined {
+pub(super) enum JoinOutcome {
     /// Another fill published the artifact.
     Filled(Box<LeasedArtifact>),
     /// The caller is the leader and has to fill the artifact.
@@ -186,16 +186,16 @@ impl Cache {
 
     /// Step 3 of the main path between processes: waits until another process has filled the artifact, or until this
     /// process is the leader.
-    pub(super) async fn join_or_lead(&self, request: &FetchRequest, progress: &Progress) -> Result<Joined> {
-        let mut waiting = Waiting::new(progress);
+    pub(super) async fn join_or_lead(&self, request: &FetchRequest, progress: &Progress) -> Result<JoinOutcome> {
+        let mut waiting = FillWait::new(progress);
         loop {
             let leadership = self.try_lead(&request.key, &mut waiting).await?;
             // Also after the lock was taken: the previous leader may have published just before.
             if let Some(leased) = self.try_acquire(request).await? {
-                return Ok(Joined::Filled(Box::new(leased)));
+                return Ok(JoinOutcome::Filled(Box::new(leased)));
             }
             match leadership {
-                Leadership::Ours(leader) => return Ok(Joined::Leading(LeaderGuard::start(leader, progress))),
+                Leadership::Ours(leader) => return Ok(JoinOutcome::Leading(LeaderGuard::start(leader, progress))),
                 Leadership::Theirs(heartbeat) => waiting.pause(heartbeat.done_bytes, heartbeat.total_bytes).await,
             }
         }
@@ -204,7 +204,7 @@ impl Cache {
     /// Waits until this process is the leader of the fill of `key`, even if another process has published the artifact
     /// meanwhile.
     pub(super) async fn wait_to_lead(&self, key: &ArtifactKey, progress: &Progress) -> Result<LeaderGuard> {
-        let mut waiting = Waiting::new(progress);
+        let mut waiting = FillWait::new(progress);
         loop {
             match self.try_lead(key, &mut waiting).await? {
                 Leadership::Ours(leader) => return Ok(LeaderGuard::start(leader, progress)),
@@ -214,7 +214,7 @@ impl Cache {
     }
 
     /// Tries once to become the leader of the fill of `key`.
-    async fn try_lead(&self, key: &ArtifactKey, waiting: &mut Waiting<'_>) -> Result<Leadership> {
+    async fn try_lead(&self, key: &ArtifactKey, waiting: &mut FillWait<'_>) -> Result<Leadership> {
         let (key, mut watch) = (key.clone(), std::mem::take(&mut waiting.watch));
         let (leadership, watch) = self.on_disk(move |disk| Ok((disk.try_lead(&key, &mut watch)?, watch))).await?;
         waiting.watch = watch;
@@ -333,14 +333,14 @@ pub(super) fn task_lost() -> Error {
 }
 
 /// A wait for the fill of another process.
-struct Waiting<'a> {
+struct FillWait<'a> {
     progress: &'a Progress,
     watch: HeartbeatWatch,
     pause: Duration,
     phase: Option<PhaseGuard>,
 }
 
-impl<'a> Waiting<'a> {
+impl<'a> FillWait<'a> {
     fn new(progress: &'a Progress) -> Self {
         Self { progress, watch: HeartbeatWatch::default(), pause: POLL_INTERVAL, phase: None }
     }

@@ -64,12 +64,12 @@ pub struct OpenFile {
     progress: Progress,
     shared: Arc<Shared>,
     /// The fill that downloads the file; `None` if the file was on disk.
-    filling: Option<Filling>,
+    filling: Option<AwaitedFill>,
 }
 
 /// The fill that an open file waits for.
 #[derive(Debug)]
-struct Filling {
+struct AwaitedFill {
     reader: PartialReader,
     /// Keeps the fill running.
     _fill: Arc<InFlightFill>,
@@ -175,7 +175,7 @@ impl Cache {
             size: partial_file.size(),
             progress: fill.progress().clone(),
             shared: Arc::default(),
-            filling: Some(Filling { reader: partial_file.open_reader(unchecked), _fill: fill }),
+            filling: Some(AwaitedFill { reader: partial_file.open_reader(unchecked), _fill: fill }),
         };
         // The follower completes the open file when the fill has ended. It does not keep the fill running.
         let follower = Follower {
@@ -375,7 +375,7 @@ impl OpenFile {
     }
 }
 
-impl Filling {
+impl AwaitedFill {
     /// Waits until `range` can be read from the staged file, or until the fill ends.
     async fn wait<'a>(&self, shared: &'a Shared, path: &FilePath, range: &Range<u64>) -> Result<&'a Arc<File>> {
         let (mut ends, mut received) = (shared.end.subscribe(), self.reader.watch());

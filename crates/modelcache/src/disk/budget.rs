@@ -390,7 +390,7 @@ impl BudgetGuard<'_> {
                     return Ok(None);
                 }
                 // The artifact may have been leased or pinned since it was chosen. Then the outer loop chooses others.
-                if let Evicted::Kept(reason) = self.evict(victim)? {
+                if let EvictOutcome::Kept(reason) = self.evict(victim)? {
                     search.obstacles.add(format!("{} is {reason}", victim.name()), reason.is_transient());
                 }
             }
@@ -503,28 +503,28 @@ impl BudgetGuard<'_> {
     }
 
     /// Evicts one artifact, unless it is leased or pinned, or was used since it was scanned.
-    pub(crate) fn evict(&mut self, artifact: &ScannedArtifact) -> Result<Evicted> {
+    pub(crate) fn evict(&mut self, artifact: &ScannedArtifact) -> Result<EvictOutcome> {
         // Try once: a process that holds the budget lock does not wait.
         let Some(_lease) = FileLock::try_exclusive(&self.disk.layout().lease_lock(&artifact.dir))? else {
-            return Ok(Evicted::Kept(KeepReason::Leased(self.disk.lease_holders(&artifact.dir))));
+            return Ok(EvictOutcome::Kept(KeepReason::Leased(self.disk.lease_holders(&artifact.dir))));
         };
         // Check again under the exclusive lease: pins and the time of last use change only under the shared lease.
         if let Some(pin) = self.disk.pin_in(&artifact.dir)? {
-            return Ok(Evicted::Kept(KeepReason::Pinned(pin)));
+            return Ok(EvictOutcome::Kept(KeepReason::Pinned(pin)));
         }
         if self.disk.last_used(&artifact.dir)? != artifact.last_used {
-            return Ok(Evicted::Kept(KeepReason::JustUsed));
+            return Ok(EvictOutcome::Kept(KeepReason::JustUsed));
         }
         tracing::debug!(artifact = artifact.name(), "evicting");
         let removed = self.remove_artifact(&artifact.dir);
         let Some(freed) = files::unless_inaccessible(removed, artifact.dir.path())? else {
             // A part of the artifact may have been removed.
             self.mark_total_unknown()?;
-            return Ok(Evicted::Kept(KeepReason::NotRemovable));
+            return Ok(EvictOutcome::Kept(KeepReason::NotRemovable));
         };
         tracing::info!(artifact = artifact.name(), freed_bytes = freed, "evicted");
         self.disk.metrics().record_eviction(freed);
-        Ok(Evicted::Freed(freed))
+        Ok(EvictOutcome::Freed(freed))
     }
 
     /// Returns true if no other tier is known to have the artifact: an upload of it is pending, or it was put without a
@@ -827,7 +827,7 @@ impl ScannedArtifact {
 
 /// Outcome of an eviction.
 #[derive(Debug)]
-pub(crate) enum Evicted {
+pub(crate) enum EvictOutcome {
     /// The artifact was removed. Carries the number of bytes freed.
     Freed(u64),
     /// The artifact was not removed. Carries the reason.

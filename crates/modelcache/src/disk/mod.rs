@@ -52,7 +52,7 @@ mod write_mode;
 mod writer;
 
 pub(crate) use acquire::{AcquireOutcome, LeasedArtifact};
-pub(crate) use budget::{Evicted, Usage};
+pub(crate) use budget::{EvictOutcome, Usage};
 pub(crate) use capacity::content_name;
 pub(crate) use doctor::examine;
 pub(crate) use files::identity;
@@ -81,7 +81,7 @@ pub(crate) use staging::Staging;
 pub(crate) use verify::{VerifyItem, VerifyRun};
 pub use write_mode::Purpose;
 pub(crate) use write_mode::goes_direct;
-pub(crate) use writer::{ALIGNMENT, Cursor, Hashed, StagedFileSpec, StagedWriter};
+pub(crate) use writer::{ALIGNMENT, Cursor, FileDigests, StagedFileSpec, StagedWriter};
 
 use crate::config::{ByteBound, Sharing};
 use crate::digest::{Digest, GitOid};
@@ -440,8 +440,8 @@ impl Disk {
         let evicted = guard.evict(&ScannedArtifact { dir, manifest, last_used })?;
         guard.release()?;
         match evicted {
-            Evicted::Freed(bytes) => Ok(Some(bytes)),
-            Evicted::Kept(reason) => Err(not_evicted(key, &reason)),
+            EvictOutcome::Freed(bytes) => Ok(Some(bytes)),
+            EvictOutcome::Kept(reason) => Err(not_evicted(key, &reason)),
         }
     }
 

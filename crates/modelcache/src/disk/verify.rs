@@ -675,7 +675,7 @@ fn problem(open: &HashingFile, results: &PartResults) -> Problem {
 mod tests {
     use super::*;
     use crate::config::{ByteBound, Sharing};
-    use crate::manifest::{FileDetails, Held, Shape};
+    use crate::manifest::{FileDetails, HeldIdentity, Shape};
 
     const FILES: usize = 5000;
 
@@ -688,7 +688,7 @@ mod tests {
         std::fs::create_dir_all(blob.parent().expect("a folder").full()).expect("makes");
         std::fs::create_dir_all(dir.files().full()).expect("makes");
         std::fs::write(blob.full(), "content").expect("writes");
-        let held = Some(Held::Disk(blob.metadata().expect("examines").identity()));
+        let held = Some(HeldIdentity::Disk(blob.metadata().expect("examines").identity()));
         let mut manifest = Manifest::new(key.clone(), Shape::Tree);
         for number in 0..FILES {
             let path = FilePath::new(&format!("{number:05}.bin")).expect("path");

@@ -4,7 +4,7 @@
 //! same directory or on the same remote. From there they are served. Whatever needs the origin fails with the name of
 //! the feature.
 
-use super::{Origin, Resolved};
+use super::{Origin, ResolvedSource};
 use crate::error::{Error, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::Manifest;
@@ -48,7 +48,7 @@ impl Origin for DisabledOrigin {
         self.scheme
     }
 
-    async fn resolve(&self, _reference: &Reference) -> Result<Option<Resolved>> {
+    async fn resolve(&self, _reference: &Reference) -> Result<Option<ResolvedSource>> {
         Err(self.error())
     }
 

@@ -55,7 +55,7 @@ impl Http {
 
     /// Sends a GET for `url` and follows redirects. The credential is sent only to the scheme, host and port of
     /// [`Request::credential_url`].
-    pub(super) async fn follow(&self, mut url: Url, request: Request<'_>) -> Result<Fetched> {
+    pub(super) async fn follow(&self, mut url: Url, request: Request<'_>) -> Result<FinalResponse> {
         let mut same_origin_headers = HeaderMap::new();
         for _ in 0..=limits::REDIRECTS_MAX {
             let is_same_origin = same_origin(&url, request.credential_url) || is_upgrade(request.credential_url, &url);
@@ -75,7 +75,7 @@ impl Http {
                 });
             }
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
-                return Ok(Fetched { response, url, is_same_origin, same_origin_headers });
+                return Ok(FinalResponse { response, url, is_same_origin, same_origin_headers });
             }
             url = redirect_target(&url, response.headers().get(LOCATION))?;
             // Read the rest of the response, so that its connection can be reused.
@@ -125,7 +125,7 @@ pub(super) struct Request<'a> {
 
 /// The final response of a GET, after all redirects.
 #[derive(Debug)]
-pub(super) struct Fetched {
+pub(super) struct FinalResponse {
     pub(super) response: Response,
     /// The URL that it came from.
     pub(super) url: Url,

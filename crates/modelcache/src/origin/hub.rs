@@ -6,8 +6,8 @@
 //! The Hub reports a private repository as missing to clients without access, so the messages mention both causes.
 
 use super::authorization::bearer;
-use super::http::{self, Fetched, Http, HttpErrorResponse, Request, Server};
-use super::{BuiltIn, Origin, Resolved, no_files};
+use super::http::{self, FinalResponse, Http, HttpErrorResponse, Request, Server};
+use super::{BuiltIn, Origin, ResolvedSource, no_files};
 use crate::check::{Area, Check, Clock};
 use crate::config::HubConfig;
 use crate::digest::{GitOid, Provenance};
@@ -68,7 +68,7 @@ impl Origin for Arc<Hub> {
         &hub::SCHEME
     }
 
-    async fn resolve(&self, reference: &Reference) -> Result<Option<Resolved>> {
+    async fn resolve(&self, reference: &Reference) -> Result<Option<ResolvedSource>> {
         let Target::Hub(repo) = &reference.target else { return Ok(None) };
         let commit = match repo.is_commit() {
             // A full commit id needs no request.
@@ -77,7 +77,7 @@ impl Origin for Arc<Hub> {
         };
         let key = repo.key_at(&commit)?;
         let repo = HubRepo { revision: commit, ..repo.clone() };
-        Ok(Some(Resolved { source: Arc::new(HubSource::new(self, repo, key.clone())), key }))
+        Ok(Some(ResolvedSource { source: Arc::new(HubSource::new(self, repo, key.clone())), key }))
     }
 
     fn source(&self, reference: &Reference, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
@@ -218,7 +218,7 @@ impl Hub {
     }
 
     /// Sends a GET for `url` and follows redirects. The token is sent to the endpoint only.
-    async fn follow(&self, url: Url, headers: HeaderMap, same_origin_only: bool) -> Result<Fetched> {
+    async fn follow(&self, url: Url, headers: HeaderMap, same_origin_only: bool) -> Result<FinalResponse> {
         let endpoint = self.endpoint()?;
         let authorization = self.config.token.as_ref().map(|token| bearer(token.expose(), HUB_TOKEN)).transpose()?;
         let request =
@@ -228,8 +228,8 @@ impl Hub {
 
     /// Converts an error response to a request for a repository into an error. `account_check` maps the statuses of
     /// `whoami` itself, and `api` handles missing revisions and unknown calls.
-    async fn error_of(&self, fetched: Fetched, repo: &HubRepo, path: Option<&FilePath>) -> Error {
-        let Fetched { response, url, is_same_origin, .. } = fetched;
+    async fn error_of(&self, fetched: FinalResponse, repo: &HubRepo, path: Option<&FilePath>) -> Error {
+        let FinalResponse { response, url, is_same_origin, .. } = fetched;
         let response = HttpErrorResponse::read(&self.http, response, is_same_origin).await;
         if !is_same_origin {
             // The CDN, not the Hub, refused the request.
@@ -263,7 +263,7 @@ impl Hub {
 /// Returns the error for a repository that does not exist or cannot be seen.
 fn no_repo(id: &str, has_token: bool) -> Error {
     if has_token {
-        return Error::not_found(format!("there is no repository {id}, or the token may not read it"))
+        return Error::not_found(format!("there is no repository {id}, or the token has no access to it"))
             .hint("check the name, and that HF_TOKEN belongs to an account with access");
     }
     Error::not_found(format!("there is no repository {id}, or it is private"))
@@ -527,7 +527,7 @@ impl HubSource {
     }
 
     /// Requests `range` from `url`. With `etag`, the server refuses the request if the file has changed (`If-Match`).
-    async fn request_range(&self, url: Url, range: &Range<u64>, etag: Option<HeaderValue>) -> Result<Fetched> {
+    async fn request_range(&self, url: Url, range: &Range<u64>, etag: Option<HeaderValue>) -> Result<FinalResponse> {
         let mut headers = HeaderMap::new();
         headers.insert(RANGE, http::range_header(range)?);
         if let Some(etag) = etag {
@@ -537,13 +537,19 @@ impl HubSource {
     }
 
     /// Checks a response against the commit and the size of the file, remembers its location and returns the bytes.
-    async fn body(&self, path: &FilePath, range: &Range<u64>, size: Option<u64>, fetched: Fetched) -> Result<Body> {
+    async fn body(
+        &self,
+        path: &FilePath,
+        range: &Range<u64>,
+        size: Option<u64>,
+        fetched: FinalResponse,
+    ) -> Result<Body> {
         let status = fetched.response.status();
         // A 416 is left to `body_start`, whose message is more specific.
         if !status.is_success() && status != StatusCode::RANGE_NOT_SATISFIABLE {
             return Err(self.hub.error_of(fetched, &self.repo, Some(path)).await);
         }
-        let Fetched { response, url, same_origin_headers, .. } = fetched;
+        let FinalResponse { response, url, same_origin_headers, .. } = fetched;
         // The header is on the response of the endpoint, which may be the redirect.
         let commit = http::header(&same_origin_headers, "x-repo-commit");
         if let Some(commit) = commit.filter(|commit| !commit.eq_ignore_ascii_case(&self.repo.revision)) {

@@ -93,7 +93,7 @@ pub trait Origin: fmt::Debug + Send + Sync {
     ///
     /// # Errors
     /// As for [`Origins::resolve`].
-    async fn resolve(&self, reference: &Reference) -> Result<Option<Resolved>>;
+    async fn resolve(&self, reference: &Reference) -> Result<Option<ResolvedSource>>;
 
     /// Returns a source for `reference`, which resolved to `key` before. Sends no request. Returns `None` if the
     /// reference must be resolved again to find out whether the origin still has that version.
@@ -128,7 +128,7 @@ fn no_files(message: impl Into<String>) -> Error {
 
 /// The result of resolving a reference.
 #[derive(Debug, Clone)]
-pub struct Resolved {
+pub struct ResolvedSource {
     /// The key of the artifact at the origin.
     pub key: ArtifactKey,
     /// The source to read the artifact from.
@@ -185,7 +185,7 @@ impl Origins {
     /// `NotFound` for a missing repository, revision or object, `Unauthorized` for credentials that are missing or
     /// refused and for gated repositories, `Unavailable` after retries, `Invalid` for a folder that cannot be an
     /// artifact, `Corrupt` for a response that contradicts itself.
-    pub async fn resolve(&self, reference: &Reference) -> Result<Option<Resolved>> {
+    pub async fn resolve(&self, reference: &Reference) -> Result<Option<ResolvedSource>> {
         match self.of(reference) {
             Some(origin) => origin.resolve(reference).await.context(reference, Tier::Origin),
             None => Ok(None),

@@ -231,10 +231,10 @@ impl Claim {
         loop {
             // Step 1: create the claim if none exists.
             let present = match create(remote, store, folder, record).await? {
-                Created::Ours(etag) => {
+                CreateOutcome::Ours(etag) => {
                     return Ok(Self::start(remote, store, folder, record.clone(), etag, None));
                 }
-                Created::Taken(present) => present,
+                CreateOutcome::Taken(present) => present,
             };
             if let Some((theirs, etag)) = present {
                 if theirs.has_expired() {
@@ -362,7 +362,7 @@ fn held_by(theirs: &ClaimRecord) -> Error {
 }
 
 /// Result of an attempt to create a claim.
-enum Created {
+enum CreateOutcome {
     /// The claim is ours, with this ETag.
     Ours(Option<String>),
     /// Another writer holds the claim; `None` if the claim was removed before it could be read.
@@ -370,13 +370,13 @@ enum Created {
 }
 
 /// Writes the claim if none exists. The first call tests whether the store supports conditional writes.
-async fn create(remote: &Remote, store: &Store, folder: &Folder, record: &ClaimRecord) -> Result<Created> {
+async fn create(remote: &Remote, store: &Store, folder: &Folder, record: &ClaimRecord) -> Result<CreateOutcome> {
     // Read first unless the store is known to support the condition. A store that ignores it would overwrite a valid
     // claim.
     if remote.conditional_writes() != ConditionalWrites::Supported
         && let Some(present) = read(store, folder).await?
     {
-        return Ok(Created::Taken(Some(present)));
+        return Ok(CreateOutcome::Taken(Some(present)));
     }
     let key = folder.record_key(store, CLAIM)?;
     let bytes = record.renewed().to_bytes()?;
@@ -385,14 +385,14 @@ async fn create(remote: &Remote, store: &Store, folder: &Folder, record: &ClaimR
     }
     match store.put(&key, bytes.clone(), Condition::Absent).await? {
         PutOutcome::Done(identity) if remote.conditional_writes() == ConditionalWrites::Supported => {
-            Ok(Created::Ours(identity.etag))
+            Ok(CreateOutcome::Ours(identity.etag))
         }
         // Probe: repeat the create-only write. A store that supports `If-None-Match` must refuse it, because the object
         // exists now.
         PutOutcome::Done(identity) => match store.put(&key, bytes, Condition::Absent).await? {
             PutOutcome::ConditionFailed => {
                 remote.set_conditional_writes(ConditionalWrites::Supported);
-                Ok(Created::Ours(identity.etag))
+                Ok(CreateOutcome::Ours(identity.etag))
             }
             PutOutcome::Done(_) | PutOutcome::ConditionUnsupported => {
                 // Another writer may have overwritten our claim, or our probe may have overwritten theirs: read it
@@ -413,17 +413,22 @@ async fn create(remote: &Remote, store: &Store, folder: &Folder, record: &ClaimR
 
 /// Creates the claim on a store without conditional writes, as far as that is possible: writes, waits for a concurrent
 /// write to be visible, and reads the claim back. The last writer wins.
-async fn create_unconditionally(store: &Store, folder: &Folder, record: &ClaimRecord, bytes: Bytes) -> Result<Created> {
+async fn create_unconditionally(
+    store: &Store,
+    folder: &Folder,
+    record: &ClaimRecord,
+    bytes: Bytes,
+) -> Result<CreateOutcome> {
     store.put(&folder.record_key(store, CLAIM)?, bytes, Condition::Always).await?;
     tokio::time::sleep(PAUSE_MIN).await;
     confirm(store, folder, record).await
 }
 
 /// Reads the claim back and compares its owner with `record`.
-async fn confirm(store: &Store, folder: &Folder, record: &ClaimRecord) -> Result<Created> {
+async fn confirm(store: &Store, folder: &Folder, record: &ClaimRecord) -> Result<CreateOutcome> {
     Ok(match read(store, folder).await? {
-        Some((present, etag)) if present.owner == record.owner => Created::Ours(etag),
-        present => Created::Taken(present),
+        Some((present, etag)) if present.owner == record.owner => CreateOutcome::Ours(etag),
+        present => CreateOutcome::Taken(present),
     })
 }
 
@@ -449,8 +454,8 @@ async fn take_over(
     }
     // Needed after a failed condition, too: the failed request may be a retry of our own successful write.
     match confirm(store, folder, record).await? {
-        Created::Ours(etag) => Ok(Some(etag)),
-        Created::Taken(_) => Ok(None),
+        CreateOutcome::Ours(etag) => Ok(Some(etag)),
+        CreateOutcome::Taken(_) => Ok(None),
     }
 }
 

@@ -117,7 +117,7 @@ pub struct PublishOptions {
 
 /// Number of bytes that a publish transferred.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Published {
+pub struct PublishedBytes {
     /// Bytes uploaded; 0 if the remote held every file.
     pub uploaded_bytes: u64,
     /// Bytes that the server copied from other versions of the name.
@@ -239,7 +239,7 @@ impl Remote {
         files: &BTreeMap<FilePath, LocalFile>,
         options: PublishOptions,
         progress: &Progress,
-    ) -> Result<Published> {
+    ) -> Result<PublishedBytes> {
         self.publish_pending(manifest, files, options, None, progress).await
     }
 
@@ -252,7 +252,7 @@ impl Remote {
         options: PublishOptions,
         pending: Option<PendingPublish>,
         progress: &Progress,
-    ) -> Result<Published> {
+    ) -> Result<PublishedBytes> {
         let with_key = |error: Error| error.artifact(&manifest.key).tier(Tier::Remote);
         self.ensure_read_write("leave the remote out: --remote none").map_err(with_key)?;
         publish::publish(self, manifest, files, options, pending, progress).await.map_err(with_key)

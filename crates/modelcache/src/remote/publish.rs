@@ -14,12 +14,12 @@ use super::pending_publish::{ClaimedPublish, PendingPublish, abort_all};
 use super::refs;
 use super::store::{Condition, PutOutcome, Store};
 use super::upload::{FILES_IN_FLIGHT, Upload, Uploader};
-use super::{ConditionalWrites, Folder, MANIFEST, PublishOptions, Published, Remote};
+use super::{ConditionalWrites, Folder, MANIFEST, PublishOptions, PublishedBytes, Remote};
 use crate::digest::Digest;
 use crate::disk::LocalFile;
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::{FilePath, OWN_FOLDER};
-use crate::manifest::{Held, Manifest, ObjectIdentity};
+use crate::manifest::{HeldIdentity, Manifest, ObjectIdentity};
 use crate::progress::Progress;
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
@@ -66,7 +66,7 @@ pub(super) async fn publish(
     options: PublishOptions,
     pending: Option<PendingPublish>,
     progress: &Progress,
-) -> Result<Published> {
+) -> Result<PublishedBytes> {
     let store = remote.store().await?;
     let folder = Folder::new(&manifest.key);
     let PublishOptions { force, rewrite, sidecars } = options;
@@ -79,7 +79,7 @@ pub(super) async fn publish(
         Some(pending) => pending.into_claimed().await,
         None => job.acquire_claim(&uploads).await?,
     };
-    let Some(ClaimedPublish { mut claim, no_unmanaged, sent }) = claimed else { return Ok(Published::default()) };
+    let Some(ClaimedPublish { mut claim, no_unmanaged, sent }) = claimed else { return Ok(PublishedBytes::default()) };
     // Steps 4 to 6 are in `publish_under_claim`.
     let result = job.publish_under_claim(&mut claim, uploads, no_unmanaged, sent).await;
     // Release the claim in every case. After a failure, abort the uploads that it lists first.
@@ -318,7 +318,7 @@ impl PublishJob<'_> {
                     self.folder_of_manifest(&path)
                 ),
             )
-            .hint("choose another name or version: an artifact may not lie within another")),
+            .hint("choose another name or version: an artifact cannot lie within another")),
             Some(path) => Err(Error::new(
                 ErrorKind::Conflict,
                 format!(
@@ -368,7 +368,7 @@ impl PublishJob<'_> {
         uploads: BTreeMap<FilePath, Upload>,
         no_unmanaged: bool,
         uploaded: BTreeMap<FilePath, (Multipart, Digest)>,
-    ) -> Result<Published> {
+    ) -> Result<PublishedBytes> {
         // Remove the temporary objects of killed writers.
         let staging = self.folder.record_key(self.store, "")?;
         self.store.backend().sweep_unfinished(&staging).await;
@@ -404,7 +404,7 @@ impl PublishJob<'_> {
         let bytes = |is_copy| {
             sent.values().filter(|sent| sent.is_copy == is_copy).map(|sent| sent.identity.object_bytes).sum::<u64>()
         };
-        let published_bytes = Published { uploaded_bytes: bytes(false), copied_bytes: bytes(true) };
+        let published_bytes = PublishedBytes { uploaded_bytes: bytes(false), copied_bytes: bytes(true) };
         // Step 5: the commit point.
         let manifest = self.write_manifest(sent, &sidecars).await?;
         // Step 6: remove the leftovers of an earlier writer that the manifest does not list.
@@ -524,7 +524,7 @@ impl PublishJob<'_> {
             merged.learn(self.manifest)?;
             for (path, sent) in &sent {
                 if let Some(entry) = merged.files.get_mut(path) {
-                    entry.held = Some(Held::Remote(sent.identity.clone()));
+                    entry.held = Some(HeldIdentity::Remote(sent.identity.clone()));
                 }
             }
             for path in sidecars {

@@ -14,7 +14,7 @@ use super::partial_file::{NEXT_DEMAND_WAIT, NextPart, PartialFile};
 use super::retry::{Retry, recording_retries};
 use crate::config::WriteMode;
 use crate::digest::Provenance;
-use crate::disk::{FileLock, Hashed, Purpose, RootedPath, StagedFileSpec, StagedWriter, goes_direct};
+use crate::disk::{FileDigests, FileLock, Purpose, RootedPath, StagedFileSpec, StagedWriter, goes_direct};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::FilePath;
 use crate::ladder::{Ladder, part_size};
@@ -374,7 +374,7 @@ impl Attempt {
 ///
 /// # Errors
 /// `Corrupt` if the digests differ.
-fn verify_whole_file(file: &DownloadFile, hashed: Hashed) -> Result<FileEntry> {
+fn verify_whole_file(file: &DownloadFile, hashed: FileDigests) -> Result<FileEntry> {
     let mut entry = file.entry.clone();
     let is_expected_by_caller = entry.provenance == Some(Provenance::Caller);
     let mismatch = |what: &str, expected: String, got: String| {

@@ -50,14 +50,14 @@ pub(crate) struct PartialFile {
     staged: RootedPath,
     size: u64,
     read_gate: ReadGate,
-    received: watch::Sender<Received>,
+    received: watch::Sender<ReceivedBytes>,
     demands: Mutex<BTreeMap<u64, Demand>>,
     demand_changed: Notify,
 }
 
 /// The bytes received so far.
 #[derive(Debug, Clone, Default)]
-struct Received {
+struct ReceivedBytes {
     /// Number of times the download was started from an empty file. Leftovers of an earlier fill have generation 0.
     generation: u64,
     /// True if the staged file exists, complete or not.
@@ -129,13 +129,13 @@ impl PartialFile {
     /// Must be called before the old file is removed and the new one created. A reader that opens the staged file and
     /// then finds its generation still current has therefore opened the file of that generation.
     pub(super) fn begin_generation(&self, has_ladder: bool) -> u64 {
-        self.replace(1, Received { exists: true, has_ladder, ..Received::default() })
+        self.replace(1, ReceivedBytes { exists: true, has_ladder, ..ReceivedBytes::default() })
     }
 
     /// Continues the generation of the existing file and returns its number. Its received ranges are recorded again as
     /// they are verified.
     pub(super) fn resume_generation(&self, has_ladder: bool) -> u64 {
-        self.replace(0, Received { exists: true, has_ladder, ..Received::default() })
+        self.replace(0, ReceivedBytes { exists: true, has_ladder, ..ReceivedBytes::default() })
     }
 
     /// Returns true if `generation` is the one of the staged file.
@@ -164,7 +164,7 @@ impl PartialFile {
 
     /// Records that the whole staged file is verified.
     pub(crate) fn mark_verified(&self) {
-        self.replace(0, Received { exists: true, is_verified: true, ..Received::default() });
+        self.replace(0, ReceivedBytes { exists: true, is_verified: true, ..ReceivedBytes::default() });
     }
 
     /// Returns true if the whole file is verified and belongs to `generation`.
@@ -175,13 +175,13 @@ impl PartialFile {
 
     /// Records that the download failed. No bytes may be read any more.
     pub(crate) fn mark_failed(&self) {
-        self.replace(0, Received::default());
+        self.replace(0, ReceivedBytes::default());
     }
 
     /// Replaces the received bytes. Adds `increment` to the generation and returns the result.
-    fn replace(&self, increment: u64, received: Received) -> u64 {
+    fn replace(&self, increment: u64, received: ReceivedBytes) -> u64 {
         let generation = self.received.borrow().generation + increment;
-        self.received.send_replace(Received { generation, ..received });
+        self.received.send_replace(ReceivedBytes { generation, ..received });
         generation
     }
 
@@ -228,7 +228,7 @@ impl PartialFile {
     }
 }
 
-impl Received {
+impl ReceivedBytes {
     /// Returns the generation of the staged file, if it exists.
     fn current(&self) -> Option<u64> {
         self.exists.then_some(self.generation)
@@ -336,7 +336,7 @@ impl Drop for PartialReader {
 
 /// Watches the received bytes of a file.
 #[derive(Debug)]
-pub(crate) struct ReceivedWatch(watch::Receiver<Received>);
+pub(crate) struct ReceivedWatch(watch::Receiver<ReceivedBytes>);
 
 impl ReceivedWatch {
     /// Marks the present state as seen, so that [`changed`](Self::changed) waits for a later one.
@@ -393,7 +393,7 @@ mod tests {
 
     #[test]
     fn received_ranges_merge_in_any_order() {
-        let mut received = Received::default();
+        let mut received = ReceivedBytes::default();
         for range in [4..6, 0..2, 8..9, 2..4, 5..8] {
             received.add(&range);
         }

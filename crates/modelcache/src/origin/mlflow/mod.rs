@@ -10,7 +10,7 @@
 mod api;
 
 use super::http::{self, Request};
-use super::{BuiltIn, Origin, Resolved, folder, no_files};
+use super::{BuiltIn, Origin, ResolvedSource, folder, no_files};
 use crate::config::RemoteConfig;
 use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
@@ -44,7 +44,7 @@ impl Origin for Arc<Mlflow> {
         &mlflow::SCHEME
     }
 
-    async fn resolve(&self, reference: &Reference) -> Result<Option<Resolved>> {
+    async fn resolve(&self, reference: &Reference) -> Result<Option<ResolvedSource>> {
         let Target::Mlflow(model) = &reference.target else { return Ok(None) };
         let registry = self.registry()?;
         let number = match model.version {
@@ -54,7 +54,7 @@ impl Origin for Arc<Mlflow> {
         };
         let model = MlflowModel { server: Some(authority(&registry.url)), ..model.clone() };
         let key = model.key_at(number).unwrap_or_else(|| Err(Error::invalid("the server has no name")))?;
-        Ok(Some(Resolved { source: MlflowSource::for_key(self, &model.name, &key), key }))
+        Ok(Some(ResolvedSource { source: MlflowSource::for_key(self, &model.name, &key), key }))
     }
 
     fn source(&self, reference: &Reference, key: &ArtifactKey) -> Option<Arc<dyn Source>> {

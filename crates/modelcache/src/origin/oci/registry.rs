@@ -8,7 +8,7 @@ use crate::config::{OciConfig, OciLogin};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::origin::authorization;
-use crate::origin::http::{self, Fetched, Http, HttpErrorResponse, Request, Server};
+use crate::origin::http::{self, FinalResponse, Http, HttpErrorResponse, Request, Server};
 use crate::printable;
 use crate::reference::{OciAt, OciRepo};
 use crate::transfer::Retry;
@@ -108,7 +108,7 @@ impl Registries {
         url: Url,
         headers: HeaderMap,
         same_origin_only: bool,
-    ) -> Result<Fetched> {
+    ) -> Result<FinalResponse> {
         let base_url = self.base_url(repo)?;
         let repo_id = (repo.registry.clone(), repo.repository.clone());
         let sent = self.authorizations.lock().await.get(&repo_id).cloned();
@@ -216,8 +216,8 @@ impl Registries {
 
     /// Converts an error response into an error with a remedy. All statuses of registries are mapped here. `what` is
     /// the object that was requested.
-    pub(super) async fn error_of(&self, fetched: Fetched, repo: &OciRepo, what: &str) -> Error {
-        let Fetched { response, url, is_same_origin, .. } = fetched;
+    pub(super) async fn error_of(&self, fetched: FinalResponse, repo: &OciRepo, what: &str) -> Error {
+        let FinalResponse { response, url, is_same_origin, .. } = fetched;
         let response = read_error_response(&self.http, response, is_same_origin).await;
         if !is_same_origin {
             return redirect_target_error(&response, &url);
