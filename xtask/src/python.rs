@@ -2,8 +2,8 @@
 //! it.
 //!
 //! Cargo builds the native module together with the other programs of this workspace, so that no dependency is built
-//! twice, and a script of the tests packs it into a wheel. With `--wheel`, maturin builds the wheel that is shipped,
-//! which builds most dependencies again. The tests use the installed package. Needs Python 3.10 or newer.
+//! twice, and a script of the tests packs it into a wheel. With `--wheel`, maturin builds the wheel that is shipped.
+//! That builds most dependencies again. The tests use the installed package. Needs Python 3.10 or newer.
 
 use crate::repository::{cargo, root, target_folder};
 use crate::test::{create_venv, pip_install, run};
@@ -94,7 +94,8 @@ fn in_root(program: &Path) -> Command {
     command
 }
 
-/// Returns the environment with the packages that the tests need. Creates it, also if the requirements have changed.
+/// Returns the environment with the packages that the tests need. Creates it if it does not exist or the requirements
+/// have changed.
 fn environment(target: &Path) -> Result<PathBuf> {
     let venv = target.join("venv-python");
     let read = |list: &str| fs::read_to_string(root().join(list)).with_context(|| format!("cannot read {list}"));

@@ -143,7 +143,8 @@ pub fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Returns a virtual environment with the packages that the tests need. Creates it, also if the lists have changed.
+/// Returns a virtual environment with the packages that the tests need. Creates it if it does not exist or the lists
+/// have changed.
 fn python_packages() -> Result<Option<PathBuf>> {
     // Each list, and whether it is installed without dependencies.
     let lists = [(REQUIREMENTS, false), (REQUIREMENTS_NO_DEPS, true)];

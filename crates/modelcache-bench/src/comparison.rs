@@ -6,7 +6,7 @@
 
 use super::machine::memory_bytes;
 use super::setup::Setup;
-use super::usage::Run;
+use super::usage::Usage;
 use anyhow::Result;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Read};
@@ -39,7 +39,7 @@ impl<'a> Entry<'a> {
     pub(super) fn ours(
         setting: impl Into<String>,
         steps: &[(&'static str, &'static str)],
-        run: impl Fn(&Path) -> Result<Vec<Run>> + 'a,
+        run: impl Fn(&Path) -> Result<Vec<Usage>> + 'a,
     ) -> Self {
         let (setting, steps) = (setting.into(), steps.to_vec());
         Self { program: OURS, setting, verified: "SHA-256", steps, run: Box::new(run) }
@@ -47,7 +47,7 @@ impl<'a> Entry<'a> {
 }
 
 /// Runs a program once in a folder of its own.
-pub(super) type RunOnce<'a> = Box<dyn Fn(&Path) -> Result<Vec<Run>> + 'a>;
+pub(super) type RunOnce<'a> = Box<dyn Fn(&Path) -> Result<Vec<Usage>> + 'a>;
 
 /// Name of our program in the tables.
 pub(super) const OURS: &str = "modelcache";
@@ -59,7 +59,7 @@ pub(super) struct Line {
     verified: &'static str,
     durable: &'static str,
     bytes: u64,
-    pub(super) runs: Vec<Run>,
+    pub(super) runs: Vec<Usage>,
     failure: Option<String>,
 }
 
@@ -98,7 +98,7 @@ fn in_turn(setup: &Setup, bytes: u64, entries: &[Entry<'_>], prepare: impl Fn() 
             }
             // Large files share one folder name, so that only the files of one run exist at a time.
             let name = if bytes > KEPT_BYTES_MAX { "run".to_owned() } else { format!("run/{round}-{at}") };
-            let folder = setup.scratch.fresh(&name)?;
+            let folder = setup.scratch.empty_folder(&name)?;
             prepare()?;
             match (entry.run)(&folder) {
                 Ok(runs) => {
@@ -210,8 +210,8 @@ pub(super) fn failure_cell(failure: &str) -> String {
 
 /// Formats minimum and maximum with this many decimals: `1.00-4.00`.
 pub(super) fn spread(values: impl Iterator<Item = f64> + Clone, digits: usize) -> String {
-    let (least, most) = (values.clone().fold(f64::MAX, f64::min), values.fold(0.0, f64::max));
-    format!("{least:.digits$}-{most:.digits$}")
+    let (min, max) = (values.clone().fold(f64::MAX, f64::min), values.fold(0.0, f64::max));
+    format!("{min:.digits$}-{max:.digits$}")
 }
 
 /// Returns the median. For an even number of values it is the mean of the two in the middle.
@@ -230,7 +230,7 @@ mod tests {
     use super::*;
 
     fn line(program: &'static str, seconds: &[f64]) -> Line {
-        let runs = seconds.iter().map(|seconds| Run { seconds: *seconds, core_seconds: 4.0, rss_bytes: 64 << 20 });
+        let runs = seconds.iter().map(|seconds| Usage { seconds: *seconds, core_seconds: 4.0, rss_bytes: 64 << 20 });
         let runs = runs.collect();
         let (setting, failure) = (String::new(), None);
         Line { program, setting, verified: "no", durable: "no", bytes: 2_000_000_000, runs, failure }

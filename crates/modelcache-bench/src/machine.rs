@@ -59,7 +59,7 @@ fn filesystem(path: &Path) -> String {
 /// Returns the O_DIRECT rates of the disk in MB/s: of writing, including the sync, and of reading. They are (0, 0) if
 /// the filesystem does not support O_DIRECT.
 fn disk_rates(setup: &Setup) -> Result<(f64, f64)> {
-    let file = setup.scratch.fresh("rate")?.join("file");
+    let file = setup.scratch.empty_folder("rate")?.join("file");
     let Ok(write_s) = write_direct(&file, setup.sizes.file) else { return Ok((0.0, 0.0)) };
     let read_s = read(&file, true)?.seconds;
     super::scratch::remove(&setup.scratch.disk.join("rate"))?;

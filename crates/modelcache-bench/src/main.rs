@@ -164,9 +164,9 @@ impl Row {
 
     fn measure(self, setup: &Setup) -> Result<Section> {
         match self {
-            Self::Durable => rows::pull::to_disk(setup),
-            Self::Loaded => rows::pull::loaded(setup),
-            Self::Tls => rows::pull::over_tls(setup),
+            Self::Durable => rows::large_file::to_disk(setup),
+            Self::Loaded => rows::large_file::loaded(setup),
+            Self::Tls => rows::large_file::over_tls(setup),
             Self::FilesLarge => rows::files::large(setup),
             Self::FilesSmall => rows::files::small(setup),
             Self::Shaped => rows::shaped::section(setup),

@@ -1,7 +1,7 @@
 //! Writes docs/benchmarks.md: hand-written text, the machine, and one section per row.
 //!
-//! The hand-written text is in `frame.md` beside this module and appears in every page. A row that was not measured
-//! keeps its section from the present page.
+//! The hand-written text is in `frame.md` beside this module. A row that was not measured keeps its section from the
+//! existing page.
 
 use anyhow::{Context, Result};
 use std::fs;
@@ -57,7 +57,8 @@ impl Target {
         Self { name: name.to_owned(), measured, unit, required, goal, more_is_better: false }
     }
 
-    fn reached(&self) -> &'static str {
+    /// Returns the cell in the column `reached`.
+    fn verdict(&self) -> &'static str {
         let Some(measured) = self.measured else { return "not measured" };
         let holds = |bound: f64| if self.more_is_better { measured >= bound } else { measured <= bound };
         match self.goal {
@@ -75,7 +76,7 @@ impl Target {
             self.measured.map_or_else(String::new, |measured| format!("{measured:.3}{unit}")),
             format!("{sign} {}{unit}", self.required),
             self.goal.map_or_else(String::new, |goal| format!("{sign} {goal}{unit}")),
-            self.reached().into(),
+            self.verdict().into(),
         ]
     }
 }
@@ -100,19 +101,19 @@ impl Section {
 /// Writes the page with these sections; other rows keep theirs. `rows` is the order of all rows.
 pub(super) fn write(rows: &[&str], sections: &[Section], machine: &str) -> Result<()> {
     let path = root().join(PAGE);
-    let present = fs::read_to_string(&path).unwrap_or_default();
-    fs::write(&path, page(&present, rows, sections, machine)).with_context(|| format!("cannot write {PAGE}"))?;
+    let existing = fs::read_to_string(&path).unwrap_or_default();
+    fs::write(&path, page(&existing, rows, sections, machine)).with_context(|| format!("cannot write {PAGE}"))?;
     println!("{PAGE}: written");
     Ok(())
 }
 
-fn page(present: &str, rows: &[&str], sections: &[Section], machine: &str) -> String {
+fn page(existing: &str, rows: &[&str], sections: &[Section], machine: &str) -> String {
     let section = |row: &&str| {
-        // Comments delimit the sections, so that a section can be copied from the present page.
+        // Comments delimit the sections, so that a section can be copied from the existing page.
         let [begin, end] = [format!("<!-- row {row} -->\n"), format!("<!-- end {row} -->\n")];
         let body = match sections.iter().find(|section| section.row == *row) {
             Some(section) => format!("{}\nMeasured {}.\n", section.text(), machine.lines().next().unwrap_or_default()),
-            None => present.split_once(&begin)?.1.split_once(&end)?.0.to_owned(),
+            None => existing.split_once(&begin)?.1.split_once(&end)?.0.to_owned(),
         };
         Some(format!("{begin}{body}{end}"))
     };
@@ -141,23 +142,23 @@ mod tests {
 
     #[test]
     fn the_page_contains_the_frame() {
-        let present = fs::read_to_string(root().join(PAGE)).expect("the page");
+        let existing = fs::read_to_string(root().join(PAGE)).expect("the page");
         let rows: Vec<&str> =
-            present.lines().filter_map(|line| line.strip_prefix("<!-- row ")?.strip_suffix(" -->")).collect();
-        let (_, machine) = present.split_once("## The machine\n").expect("the machine");
+            existing.lines().filter_map(|line| line.strip_prefix("<!-- row ")?.strip_suffix(" -->")).collect();
+        let (_, machine) = existing.split_once("## The machine\n").expect("the machine");
         let (machine, _) = machine.split_once("<!-- row ").expect("a row");
         assert!(
-            page(&present, &rows, &[], machine) == present,
+            page(&existing, &rows, &[], machine) == existing,
             "{PAGE} differs from frame.md; change its prose in frame.md"
         );
     }
 
     #[test]
     fn targets_are_reached_or_missed_by_the_measured_value() {
-        let reached = |measured| Target::at_least("", Some(measured), "", 1.5, Some(2.0)).reached();
+        let reached = |measured| Target::at_least("", Some(measured), "", 1.5, Some(2.0)).verdict();
         assert_eq!([reached(1.4), reached(1.5), reached(2.0)], ["**no**", "yes", "goal"]);
-        let reached = |measured| Target::at_most("", Some(measured), "", 0.75, Some(0.65)).reached();
+        let reached = |measured| Target::at_most("", Some(measured), "", 0.75, Some(0.65)).verdict();
         assert_eq!([reached(0.8), reached(0.7), reached(0.6)], ["**no**", "yes", "goal"]);
-        assert_eq!(Target::at_most("", None, "", 1.0, None).reached(), "not measured");
+        assert_eq!(Target::at_most("", None, "", 1.0, None).verdict(), "not measured");
     }
 }

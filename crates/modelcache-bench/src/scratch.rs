@@ -56,7 +56,7 @@ impl Scratch {
     }
 
     /// Returns a new, empty folder on disk. First writes dirty pages back, which would compete with the next program.
-    pub(super) fn fresh(&self, name: &str) -> Result<PathBuf> {
+    pub(super) fn empty_folder(&self, name: &str) -> Result<PathBuf> {
         let folder = self.disk.join(name);
         remove(&folder)?;
         rustix::fs::sync();
@@ -89,7 +89,7 @@ pub(super) fn remove(folder: &Path) -> Result<()> {
 }
 
 /// Drops a file from the page cache. Syncs it first, because dirty pages are not dropped.
-pub(super) fn drop_cached(file: &Path) -> Result<()> {
+pub(super) fn drop_from_page_cache(file: &Path) -> Result<()> {
     let file = fs::File::open(file)?;
     file.sync_all()?;
     Ok(rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?)

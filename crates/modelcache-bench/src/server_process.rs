@@ -12,9 +12,9 @@ pub(super) const SHAPED_BYTES_PER_S: u64 = 90_000_000;
 /// Time to the first byte of the shaped server, in milliseconds.
 pub(super) const SHAPED_FIRST_BYTE_MS: u64 = 30;
 
-/// Kind of server.
+/// How a server is reached, and whether its traffic is shaped.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum ServerKind {
     Plain,
     Shaped,
     Tls,
@@ -26,8 +26,8 @@ pub(super) struct ServerProcess {
     /// Its standard input, for commands, and its standard output, for the replies.
     pipes: Mutex<(Option<ChildStdin>, BufReader<ChildStdout>)>,
     addr: String,
-    /// The certificate of its authority, if it speaks TLS.
-    authority: Option<PathBuf>,
+    /// File with the certificate of its certificate authority, if it uses TLS.
+    ca_file: Option<PathBuf>,
 }
 
 /// Counts of a server since the last reset.
@@ -36,23 +36,23 @@ pub(super) struct ServerCounts {
     /// Number of responses of at least 64 KiB.
     pub(super) transfers: u64,
     pub(super) bytes_sent: u64,
-    /// Bytes of uploads.
-    pub(super) bytes_taken: u64,
+    /// Bytes received in uploads.
+    pub(super) bytes_received: u64,
     /// Highest number of connections that carried a transfer at one time.
-    pub(super) busy_max: u64,
+    pub(super) busy_connections_max: u64,
     /// Processor time of the server. A reset does not change it.
     pub(super) core_seconds: f64,
 }
 
 impl ServerProcess {
-    pub(super) fn start(folder: &Path, kind: Kind) -> Result<Self> {
+    pub(super) fn start(folder: &Path, kind: ServerKind) -> Result<Self> {
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("bench-server").arg("--folder").arg(folder);
-        let authority = (kind == Kind::Tls).then(|| folder.join("authority.pem"));
-        if let Some(authority) = &authority {
-            command.arg("--tls-authority").arg(authority);
+        let ca_file = (kind == ServerKind::Tls).then(|| folder.join("ca.pem"));
+        if let Some(ca_file) = &ca_file {
+            command.arg("--tls-ca-file").arg(ca_file);
         }
-        if kind == Kind::Shaped {
+        if kind == ServerKind::Shaped {
             command.args(["--first-byte-ms", &SHAPED_FIRST_BYTE_MS.to_string()]);
             command.args(["--bytes-per-s", &SHAPED_BYTES_PER_S.to_string()]);
         }
@@ -60,16 +60,16 @@ impl ServerProcess {
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("cannot start the bench server")?;
         let output = child.stdout.take().context("the server has no output")?;
         let pipes = Mutex::new((child.stdin.take(), BufReader::new(output)));
-        let mut server = Self { child, pipes, addr: String::new(), authority };
+        let mut server = Self { child, pipes, addr: String::new(), ca_file };
         // The first line is the server's address. It is empty if the server exited.
-        server.addr = server.line()?;
+        server.addr = server.read_line()?;
         ensure!(!server.addr.is_empty(), "the server did not start");
         Ok(server)
     }
 
     /// The server's URL, without a trailing slash.
     pub(super) fn url(&self) -> String {
-        let scheme = if self.authority.is_some() { "https" } else { "http" };
+        let scheme = if self.ca_file.is_some() { "https" } else { "http" };
         format!("{scheme}://{}", self.addr)
     }
 
@@ -83,10 +83,10 @@ impl ServerProcess {
             ("AWS_ENDPOINT_URL", self.url()),
             ("AWS_EC2_METADATA_DISABLED", "true".to_owned()),
         ];
-        if let Some(authority) = &self.authority {
-            let authority = authority.display().to_string();
-            env.push(("AWS_CA_BUNDLE", authority.clone()));
-            env.push(("SSL_CERT_FILE", authority));
+        if let Some(ca_file) = &self.ca_file {
+            let ca_file = ca_file.display().to_string();
+            env.push(("AWS_CA_BUNDLE", ca_file.clone()));
+            env.push(("SSL_CERT_FILE", ca_file));
         }
         env.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
     }
@@ -97,8 +97,8 @@ impl ServerProcess {
         Ok(ServerCounts {
             transfers: number("transfers")?,
             bytes_sent: number("bytes_sent")?,
-            bytes_taken: number("bytes_taken")?,
-            busy_max: number("busy_max")?,
+            bytes_received: number("bytes_received")?,
+            busy_connections_max: number("busy_connections_max")?,
             core_seconds: stats["core_seconds"].as_f64().unwrap_or_default(),
         })
     }
@@ -108,17 +108,17 @@ impl ServerProcess {
     }
 
     /// Sends a command and returns the reply.
-    fn command(&self, word: &str) -> Result<String> {
+    fn command(&self, command: &str) -> Result<String> {
         {
             let mut pipes = self.pipes.lock().unwrap_or_else(PoisonError::into_inner);
             let input = pipes.0.as_mut().context("the bench server has ended")?;
-            writeln!(input, "{word}")?;
+            writeln!(input, "{command}")?;
             input.flush()?;
         }
-        self.line()
+        self.read_line()
     }
 
-    fn line(&self) -> Result<String> {
+    fn read_line(&self) -> Result<String> {
         let mut line = String::new();
         self.pipes.lock().unwrap_or_else(PoisonError::into_inner).1.read_line(&mut line)?;
         Ok(line.trim_end().to_owned())

@@ -3,7 +3,7 @@
 use super::peers::Peers;
 use super::scratch::Scratch;
 use super::server_process::ServerProcess;
-use super::usage::{Run, measure, run};
+use super::usage::{Usage, measure, run};
 use anyhow::{Context, Result, ensure};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -96,10 +96,10 @@ impl Setup {
 
     /// Publishes a file or folder in memory as an artifact, with our own put. The server discards large files, so they
     /// are then linked into the served folder. The artifact must not have been published before.
-    pub(super) fn publish(&self, server: &ServerProcess, name: &str, source: &Path) -> Result<Run> {
-        let dir = self.scratch.fresh("put")?;
+    pub(super) fn publish(&self, server: &ServerProcess, name: &str, source: &Path) -> Result<Usage> {
+        let dir = self.scratch.empty_folder("put")?;
         let mut put = self.with_remote(&dir, server);
-        let run = measure(put.args(["put", &format!("{name}@1"), "--tier", "remote"]).arg(source))?;
+        let usage = measure(put.args(["put", &format!("{name}@1"), "--tier", "remote"]).arg(source))?;
         super::scratch::remove(&dir)?;
         let version = self.served_folder().join(BUCKET).join(PREFIX).join(name).join("1");
         for file in files_of(source)? {
@@ -109,11 +109,11 @@ impl Setup {
                 link(&file, &target)?;
             }
         }
-        Ok(run)
+        Ok(usage)
     }
 
-    /// Makes a file or folder in memory available to the peers, as objects below `prefix/`.
-    pub(super) fn expose(&self, prefix: &str, source: &Path) -> Result<()> {
+    /// Links a file or folder in memory into the served folder, as objects below `prefix/` that the peers download.
+    pub(super) fn link_for_peers(&self, prefix: &str, source: &Path) -> Result<()> {
         let folder = self.served_folder().join(BUCKET).join(prefix);
         for file in files_of(source)? {
             link(&file, &folder.join(file.file_name().context("a file has a name")?))?;
@@ -122,7 +122,7 @@ impl Setup {
     }
 
     /// Runs our `get`. Returns its usage and the path that it printed.
-    pub(super) fn get(&self, command: &mut Command, reference: &str) -> Result<(Run, PathBuf)> {
+    pub(super) fn get(&self, command: &mut Command, reference: &str) -> Result<(Usage, PathBuf)> {
         let (used, printed) = run(command.args(["get", reference, "--quiet"]))?;
         let path = printed.lines().next().context("get printed no path")?;
         Ok((used, path.into()))
@@ -160,7 +160,7 @@ pub(super) fn check_size(path: &Path, wanted: u64) -> Result<()> {
 }
 
 /// Makes a file, or a folder and its files, durable with `sync FILE…`.
-pub(super) fn sync(path: &Path) -> Result<Run> {
+pub(super) fn sync(path: &Path) -> Result<Usage> {
     let mut command = Command::new("sync");
     command.args(files_of(path)?);
     if path.is_dir() {
@@ -170,7 +170,7 @@ pub(super) fn sync(path: &Path) -> Result<Run> {
 }
 
 /// Reads a file, or the files in a folder, once in large pieces, like a model loader.
-pub(super) fn read(path: &Path, direct: bool) -> Result<Run> {
+pub(super) fn read(path: &Path, direct: bool) -> Result<Usage> {
     let mut command = Command::new(std::env::current_exe()?);
     command.arg("bench-read").args(direct.then_some("--direct")).args(files_of(path)?);
     measure(&mut command)

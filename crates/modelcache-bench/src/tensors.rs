@@ -24,7 +24,7 @@ pub(super) const FILE: &str = "model.safetensors";
 const SEED: u64 = 11;
 
 /// Writes the file into the folder of served data. Returns its folder, and its size including the header.
-pub(super) fn write_for(setup: &Setup) -> Result<(PathBuf, u64)> {
+pub(super) fn write_tensor_file(setup: &Setup) -> Result<(PathBuf, u64)> {
     let folder = setup.scratch.memory.join("tensors");
     let bytes = write(&folder.join(FILE), SEED, setup.sizes.tensors)?;
     Ok((folder, bytes))

@@ -22,9 +22,9 @@ const LIMIT: Duration = Duration::from_secs(600);
 /// Running programs, to be killed when the bench is interrupted.
 static RUNNING: Mutex<Vec<u32>> = Mutex::new(Vec::new());
 
-/// Usage of one run of a program.
+/// Time and memory that one run of a program used.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Run {
+pub(super) struct Usage {
     pub(super) seconds: f64,
     /// User and system time on all cores, of the program and its children.
     pub(super) core_seconds: f64,
@@ -32,7 +32,7 @@ pub(super) struct Run {
     pub(super) rss_bytes: u64,
 }
 
-impl Run {
+impl Usage {
     /// Returns the usage of this run followed by `next`.
     pub(super) fn then(self, next: Self) -> Self {
         Self {
@@ -44,16 +44,16 @@ impl Run {
 }
 
 /// Runs `command` to its end. Returns its usage and its standard output.
-pub(super) fn run(command: &mut Command) -> Result<(Run, String)> {
-    let (run, status, output) = Running::start(command)?.wait()?;
+pub(super) fn run(command: &mut Command) -> Result<(Usage, String)> {
+    let (usage, status, output) = Running::start(command)?.wait()?;
     let [printed, errors] = output;
     let last = errors.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
     ensure!(status.success(), "`{}` ended with {status}: {last}", shell_line(command));
-    Ok((run, printed))
+    Ok((usage, printed))
 }
 
 /// Runs `command` to its end and returns its usage.
-pub(super) fn measure(command: &mut Command) -> Result<Run> {
+pub(super) fn measure(command: &mut Command) -> Result<Usage> {
     Ok(run(command)?.0)
 }
 
@@ -61,13 +61,13 @@ pub(super) fn measure(command: &mut Command) -> Result<Run> {
 pub(super) struct Figures(Value);
 
 impl Figures {
-    /// Runs a script to its end. Returns its usage and its figures.
-    pub(super) fn of(script: &mut Command) -> Result<(Run, Self)> {
+    /// Runs a script to its end. Returns its usage and the figures that it printed.
+    pub(super) fn run(script: &mut Command) -> Result<(Usage, Self)> {
         let (process, printed) = run(script)?;
         Ok((process, Self(serde_json::from_str(&printed).context("the script printed no figures")?)))
     }
 
-    pub(super) fn figure(&self, name: &str) -> Result<f64> {
+    pub(super) fn get(&self, name: &str) -> Result<f64> {
         self.0[name].as_f64().with_context(|| format!("the script printed no {name}"))
     }
 }
@@ -111,12 +111,12 @@ impl Running {
     }
 
     /// Waits for the program to end. Returns its usage, its exit status, its standard output and its standard error.
-    pub(super) fn wait(mut self) -> Result<(Run, ExitStatus, [String; 2])> {
-        let (status, usage) = wait4(self.pid)?;
-        let run = Run {
+    pub(super) fn wait(mut self) -> Result<(Usage, ExitStatus, [String; 2])> {
+        let (status, resources) = wait4(self.pid)?;
+        let usage = Usage {
             seconds: self.started.elapsed().as_secs_f64(),
-            core_seconds: core_seconds(&usage),
-            rss_bytes: u64::try_from(usage.ru_maxrss).unwrap_or_default() * 1024,
+            core_seconds: core_seconds(&resources),
+            rss_bytes: u64::try_from(resources.ru_maxrss).unwrap_or_default() * 1024,
         };
         running().retain(|pid| *pid != self.pid);
         let mut output = [String::new(), String::new()];
@@ -126,7 +126,7 @@ impl Running {
             file.read_to_end(&mut bytes)?;
             *text = String::from_utf8_lossy(&bytes).into_owned();
         }
-        Ok((run, status, output))
+        Ok((usage, status, output))
     }
 }
 

@@ -111,23 +111,26 @@ pub(crate) fn write_option(option: OptionName) -> String {
     option.value.map_or_else(|| name.clone(), |value| format!("{name}{before_value}{value}"))
 }
 
-/// Commands of other tools, and what to use instead. Those with the same meaning as a command here name only that.
+/// Commands of other tools, and what to use instead.
 const FOREIGN_VERBS: &[(&[&str], &str)] = &[
     (&["download", "pull", "fetch", "wget", "snapshot"], "modelcache get REF"),
     (&["upload", "push", "publish", "add", "save"], "modelcache put NAME@VERSION PATH"),
     (
         &["cp", "copy"],
-        "modelcache get REF --into DIR copies to a folder, modelcache put NAME@VERSION PATH publishes one",
+        "modelcache get REF --into DIR copies an artifact to a folder, modelcache put NAME@VERSION PATH publishes a \
+         file or folder",
     ),
     (
         &["sync", "mirror"],
-        "modelcache get REF --into DIR makes a folder like an artifact, modelcache put NAME@VERSION DIR publishes one",
+        "modelcache get REF --into DIR copies an artifact to a folder, modelcache put NAME@VERSION DIR publishes a \
+         folder",
     ),
     (
         &["mv", "move", "rename"],
-        "a version keeps its name: modelcache put it under the new one, then evict the old one",
+        "an artifact cannot be renamed: modelcache put publishes it with the new name, modelcache evict removes the \
+         old one",
     ),
-    (&["rm", "rmi", "delete", "remove", "del"], "modelcache evict REF; --tier disk frees only this machine"),
+    (&["rm", "rmi", "delete", "remove", "del"], "modelcache evict REF; --tier disk removes it from this machine only"),
     (&["list", "dir", "images", "ll"], "modelcache ls, modelcache ls --remote"),
     (&["info", "show", "describe", "cat", "head"], "modelcache inspect REF"),
     (&["du", "df", "status"], "modelcache stats"),
@@ -144,17 +147,17 @@ const FOREIGN_OPTIONS: &[(&[&str], &str)] = &[
     (&["--repo-type"], "write the type in the reference: hf://datasets/org/name, hf://spaces/org/name"),
     (
         &["--max-workers", "--concurrency", "--numworkers"],
-        "the number of connections adapts; `prewarm --jobs` gets several at once",
+        "the number of connections adapts; `prewarm --jobs` gets several artifacts at the same time",
     ),
     (
         &["--force-download"],
         "--refresh asks the server again, --verify reads the files on disk and replaces damaged ones",
     ),
-    (&["--resume-download"], "leave it out: downloads always resume"),
+    (&["--resume-download"], "omit it: downloads always resume"),
     (&["--local-dir-use-symlinks"], "--link symlink, hard, reflink or copy"),
     (&["--endpoint-url"], "set AWS_ENDPOINT_URL or HF_ENDPOINT"),
     (&["--profile", "--region"], "set AWS_PROFILE or AWS_REGION"),
-    (&["--recursive"], "leave it out: a folder is always complete"),
+    (&["--recursive"], "omit it: a folder always includes its subfolders"),
     (&["--dryrun"], "--dry-run"),
     (&["--output-dir", "--output", "--destination"], "--into DIR"),
     (&["--allow-patterns"], "--include GLOB"),
@@ -178,7 +181,7 @@ pub(crate) fn print_parse_error(error: clap::Error, args: &[OsString]) -> u8 {
     let mut error = without_secrets(error);
     let instead = replacement(&error);
     if let Some(instead) = instead {
-        // Instead of the commands and options that are spelt alike.
+        // Replace the suggestions of clap, which are commands and options with a similar spelling.
         error.remove(ContextKind::SuggestedSubcommand);
         error.remove(ContextKind::SuggestedArg);
         error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![instead.into()]));

@@ -14,20 +14,20 @@ pub(crate) fn gather(global: &Global) -> Result<Settings> {
     Settings::gather(&global.settings.0, &environment, &files, read_if_there)?.completed_on_this_machine(&environment)
 }
 
-/// The settings and their sources, for `doctor`.
-pub(crate) struct SettingsSurvey {
+/// The settings and their sources, which the doctor also examines if settings are invalid.
+pub(crate) struct DoctorSettings {
     pub(crate) environment: Environment,
     /// The configuration files that were read.
     pub(crate) files: Vec<PathBuf>,
     /// The settings, or the reason why they are invalid.
     pub(crate) settings: Result<Settings>,
-    /// The settings without the invalid file, variable or flags.
-    pub(crate) without_invalid: Result<Settings>,
+    /// The settings that remain without the invalid file, variable or flags.
+    pub(crate) valid_settings: Result<Settings>,
 }
 
 /// Gathers the settings. If that fails, gathers them again without the invalid file, variable or flags, so that the
 /// doctor can examine the rest.
-pub(crate) fn survey(global: &Global) -> SettingsSurvey {
+pub(crate) fn gather_for_doctor(global: &Global) -> DoctorSettings {
     // Variables that are not UTF-8 are skipped here; `gather` reports them.
     let texts =
         std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
@@ -48,7 +48,7 @@ pub(crate) fn survey(global: &Global) -> SettingsSurvey {
         )
     };
     // Try in this order: everything; no files; all but one variable; no flags; neither flags, variables nor files.
-    let without_invalid = gather(flags, &environment, &files)
+    let valid_settings = gather(flags, &environment, &files)
         .or_else(|_| gather(flags, &environment, &[]))
         .or_else(|error| {
             let reduced = environment.0.keys().filter(is_ours).map(without);
@@ -57,7 +57,7 @@ pub(crate) fn survey(global: &Global) -> SettingsSurvey {
         .or_else(|_| gather(&no_flags, &environment, &files))
         .or_else(|_| gather(&no_flags, &without_ours(), &[]));
     let files = files.into_iter().map(|(path, _)| path).collect();
-    SettingsSurvey { environment, files, settings, without_invalid }
+    DoctorSettings { environment, files, settings, valid_settings }
 }
 
 /// Returns `user@host` of this process, for records that other users read.

@@ -38,7 +38,11 @@ pub const EXITS: &[Exit] = &[
     Exit { code: OTHER, meaning: "anything else", kinds: &[ErrorKind::Conflict, ErrorKind::Other] },
     Exit { code: USAGE, meaning: "usage, configuration", kinds: &[ErrorKind::Invalid] },
     Exit { code: 3, meaning: "not found", kinds: &[ErrorKind::NotFound] },
-    Exit { code: 4, meaning: "credentials missing or refused, gated", kinds: &[ErrorKind::Unauthorized] },
+    Exit {
+        code: 4,
+        meaning: "credentials missing or refused, or access to the repository not granted",
+        kinds: &[ErrorKind::Unauthorized],
+    },
     Exit { code: 5, meaning: "integrity: bytes that do not match their digest", kinds: &[ErrorKind::Corrupt] },
     Exit { code: 6, meaning: "no room: budget or disk", kinds: &[ErrorKind::Full] },
     Exit { code: 7, meaning: "unavailable: network, timeout, store down", kinds: &[ErrorKind::Unavailable] },

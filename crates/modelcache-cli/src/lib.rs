@@ -95,7 +95,7 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
         // The daemon handles signals itself: it lets running requests finish.
         verbs::Verb::Serve(_) => runtime.block_on(signals::without(run)),
         // A signal drops the running command.
-        _ => runtime.block_on(signals::or_signal(run)),
+        _ => runtime.block_on(signals::run_until_signal(run)),
     };
     let code = match &ended {
         Ok(Ok(code)) => *code,
@@ -114,7 +114,7 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
             outcome
         }
         Err(signal) => {
-            output.interrupted(signal);
+            output.report_signal(signal);
             runtime.shutdown_timeout(SHUTDOWN_WAIT);
             Ok(signal.exit_code())
         }

@@ -21,10 +21,10 @@ const MODE: u32 = 0o644;
 
 /// The metrics of this command so far. They are recorded during the command and written at its end.
 #[derive(Debug, Default)]
-pub(crate) struct CommandMetrics(Mutex<Recorded>);
+pub(crate) struct CommandMetrics(Mutex<RecordedMetrics>);
 
 #[derive(Debug, Clone, Default)]
-struct Recorded {
+struct RecordedMetrics {
     /// Artifacts by the farthest tier that bytes were read from.
     artifacts: BTreeMap<&'static str, u64>,
     failures: BTreeMap<&'static str, u64>,
@@ -75,7 +75,7 @@ pub(crate) struct EndedCommand {
     took: Duration,
     /// Time of the end since the Unix epoch.
     ended_unix: Duration,
-    recorded: Recorded,
+    recorded: RecordedMetrics,
 }
 
 /// The metrics of [`EndedCommand`].

@@ -74,11 +74,11 @@ impl Output {
 
     /// Prints the lines of a result for people.
     pub(crate) fn print(&self, lines: &Lines) -> Result<()> {
-        self.print_trusted(&lines.0)
+        self.print_unescaped(&lines.0)
     }
 
-    /// Prints `text` and one line end. The text must not contain untrusted input: it is printed unchanged.
-    pub(crate) fn print_trusted(&self, text: &str) -> Result<()> {
+    /// Prints `text` without escaping, and one line end. The text must not contain untrusted input.
+    pub(crate) fn print_unescaped(&self, text: &str) -> Result<()> {
         self.write(text.trim_end_matches('\n').as_bytes())
     }
 
@@ -141,17 +141,17 @@ impl Output {
         if self.json {
             let reference = reference.map(Reference::shown);
             // The original error matters more than a failure to print it.
-            let _ = self.print_json(&Failure { reference, error: ErrorForm::of(error) });
+            let _ = self.print_json(&Failure { reference, error: ErrorJson::of(error) });
         }
     }
 
     /// Prints that a signal ended the command.
-    pub(crate) fn interrupted(&self, signal: Signal) {
+    pub(crate) fn report_signal(&self, signal: Signal) {
         let hint = "run the same command again; a get resumes its download";
         let error = Error::new(ErrorKind::Other, signal.name()).hint(hint);
         self.write_error(&format!("modelcache: {}; {hint}\n", signal.name()));
         if self.json {
-            let error = ErrorForm { code: signal.name(), ..ErrorForm::of(&error) };
+            let error = ErrorJson { code: signal.name(), ..ErrorJson::of(&error) };
             let _ = self.print_json(&Failure { reference: None, error });
         }
     }
@@ -194,12 +194,12 @@ pub(crate) struct Failure<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) reference: Option<String>,
     /// The error.
-    pub(crate) error: ErrorForm<'a>,
+    pub(crate) error: ErrorJson<'a>,
 }
 
 /// The serialized form of an error.
 #[derive(Debug, Serialize)]
-pub(crate) struct ErrorForm<'a> {
+pub(crate) struct ErrorJson<'a> {
     /// The kind of error, for example `not_found`; or the name of the signal that ended the command.
     code: &'a str,
     /// The error and its causes, in words.
@@ -212,7 +212,7 @@ pub(crate) struct ErrorForm<'a> {
     tier: Option<Tier>,
 }
 
-impl<'a> ErrorForm<'a> {
+impl<'a> ErrorJson<'a> {
     pub(crate) fn of(error: &'a Error) -> Self {
         Self {
             code: error.kind().name(),
@@ -329,6 +329,6 @@ mod tests {
             "code": "corrupt", "message": "sha256 mismatch: short", "hint": "try again",
             "artifact": "a@1", "tier": "remote",
         });
-        assert_eq!(json!(ErrorForm::of(&error)), expected);
+        assert_eq!(json!(ErrorJson::of(&error)), expected);
     }
 }

@@ -1,7 +1,7 @@
 //! How to start this program again, as itself or with another command.
 //!
-//! The program is the binary `modelcache`, or a Python interpreter that runs the command of the Python package. So the
-//! words before the arguments are one name for the binary, and for example `python -m modelcache` for the interpreter.
+//! The program is the binary `modelcache`, or a Python interpreter that runs the command of the Python package. The
+//! words before the arguments are therefore, for example, `modelcache` or `python -m modelcache`.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::process::CommandExt as _;
@@ -20,8 +20,8 @@ pub(crate) fn record(args: &[OsString]) {
     let _ = PROGRAM.set(program);
 }
 
-/// Returns a command that runs `executable`, which is that of this process, up to and without the arguments. Returns
-/// `None` if the words before the arguments are unknown.
+/// Returns a command that runs `executable` with the recorded words of this process; the caller adds the arguments.
+/// `executable` must be the executable of this process. Returns `None` if the words are unknown.
 pub(crate) fn command(executable: impl AsRef<OsStr>) -> Option<Command> {
     let [name, rest @ ..] = PROGRAM.get()?.as_slice() else { return None };
     let mut command = Command::new(executable);

@@ -73,7 +73,7 @@ impl<'a> View<'a> {
     }
 
     /// Draws the bar, or the spinner while the total is unknown.
-    fn draw(&mut self, reading: &Reading) {
+    fn draw(&mut self, reading: &ProgressSample) {
         let style = style(reading.total_bytes > 0);
         let (output, label) = (self.output, &self.label);
         let bar = self.bar.get_or_insert_with(|| {
@@ -105,7 +105,7 @@ impl Drop for View<'_> {
 
 /// One sample of a running call, as it is displayed.
 #[derive(Debug, Clone, PartialEq)]
-struct Reading {
+struct ProgressSample {
     phase: Phase,
     /// The tier that bytes are downloaded from; `None` if no bytes have moved.
     tier: Option<Tier>,
@@ -115,7 +115,7 @@ struct Reading {
     bytes_per_second: Option<f64>,
 }
 
-impl Reading {
+impl ProgressSample {
     /// Returns the phase in words.
     fn activity(&self) -> String {
         let words = match self.phase {
@@ -187,7 +187,7 @@ struct Meter {
 
 impl Meter {
     /// Takes a sample of the counters, and returns it as it is displayed.
-    fn sample(&mut self, now: Instant, snapshot: Snapshot) -> Reading {
+    fn sample(&mut self, now: Instant, snapshot: Snapshot) -> ProgressSample {
         match self.last.take() {
             // A new phase or a new total starts a new average.
             Some((then, before)) if before.phase == snapshot.phase && before.total_bytes == snapshot.total_bytes => {
@@ -199,7 +199,7 @@ impl Meter {
             self.tier = None;
         }
         self.last = Some((now, snapshot));
-        Reading {
+        ProgressSample {
             phase: snapshot.phase,
             tier: self.tier,
             done_bytes: snapshot.done_bytes,

@@ -46,7 +46,7 @@ impl Signal {
 }
 
 /// Runs `work` and returns its outcome. Drops `work` and returns the signal if one arrives first.
-pub(crate) async fn or_signal<T>(work: impl Future<Output = T>) -> Result<T, Signal> {
+pub(crate) async fn run_until_signal<T>(work: impl Future<Output = T>) -> Result<T, Signal> {
     fail_writes_beyond_the_file_size_limit();
     tokio::select! {
         outcome = work => Ok(outcome),
@@ -63,22 +63,22 @@ pub(crate) async fn without<T>(work: impl Future<Output = T>) -> Result<T, Signa
 /// Waits for the next signal that ends a command.
 pub(crate) async fn next() -> Signal {
     tokio::select! {
-        signal = received(Signal::HangUp) => signal,
-        signal = received(Signal::Interrupt) => signal,
-        signal = received(Signal::Terminate) => signal,
+        signal = wait_for(Signal::HangUp) => signal,
+        signal = wait_for(Signal::Interrupt) => signal,
+        signal = wait_for(Signal::Terminate) => signal,
     }
 }
 
 /// Waits for a signal; never returns if the signal is ignored. If no handler can be installed, the default action
 /// stays, which ends the process, too.
-async fn received(awaited: Signal) -> Signal {
-    if is_ignored(awaited.kind()) || !can_register() {
+async fn wait_for(expected: Signal) -> Signal {
+    if is_ignored(expected.kind()) || !can_register() {
         return std::future::pending().await;
     }
-    match signal(awaited.kind()) {
+    match signal(expected.kind()) {
         Ok(mut signals) => {
             signals.recv().await;
-            awaited
+            expected
         }
         Err(_) => std::future::pending().await,
     }
@@ -121,12 +121,12 @@ mod tests {
     #[tokio::test]
     async fn a_signal_ends_the_wait_and_is_returned() {
         let send = async {
-            // The handlers are installed by the first poll of `or_signal`, long before this sleep ends.
+            // The handlers are installed by the first poll of `run_until_signal`, long before this sleep ends.
             tokio::time::sleep(Duration::from_millis(100)).await;
             let process = std::process::id().to_string();
             std::process::Command::new("kill").args(["-TERM", &process]).status().expect("kill")
         };
-        let (outcome, sent) = tokio::join!(or_signal(std::future::pending::<()>()), send);
+        let (outcome, sent) = tokio::join!(run_until_signal(std::future::pending::<()>()), send);
         assert!(sent.success());
         assert_eq!(outcome, Err(Signal::Terminate));
         let codes = [Signal::HangUp, Signal::Interrupt, Signal::Terminate].map(Signal::exit_code);
@@ -135,7 +135,7 @@ mod tests {
 
     #[tokio::test]
     async fn finished_work_returns_its_outcome() {
-        assert_eq!(or_signal(async { 7 }).await, Ok(7));
+        assert_eq!(run_until_signal(async { 7 }).await, Ok(7));
     }
 
     #[test]

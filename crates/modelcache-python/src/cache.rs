@@ -13,7 +13,7 @@ use modelcache::cache::{
     VerifyOptions, VerifyTier,
 };
 use modelcache::config::{Backfill, Environment, Secret};
-use modelcache::doctor::{self, DoctorOptions, Gravity};
+use modelcache::doctor::{self, DoctorOptions, Severity};
 use modelcache::format::Format;
 use modelcache::key::{FilePath, Version};
 use modelcache::mutex::Mutex;
@@ -336,8 +336,8 @@ impl Cache {
             let (config, environment) = (self.config.clone(), self.environment.clone());
             Ok(async move {
                 let checks = doctor::examine(&config, &environment, DoctorOptions { read_only }).await;
-                let count = |gravity| checks.iter().filter(|check| check.gravity == gravity).count();
-                let (problems, warnings) = (count(Gravity::Problem), count(Gravity::Warning));
+                let count = |severity| checks.iter().filter(|check| check.severity == severity).count();
+                let (problems, warnings) = (count(Severity::Problem), count(Severity::Warning));
                 Ok(json!({ "checks": checks, "problems": problems, "warnings": warnings }))
             })
         })
@@ -410,7 +410,7 @@ impl Cache {
             let max_tier = max_tier(local_files_only);
             let options = GetOptions { refresh, max_tier, ..GetOptions::default() };
             let cache = open.cache.clone();
-            Ok(async move { cache.pinned(&reference, &options).await })
+            Ok(async move { cache.resolve_reference(&reference, &options).await })
         })
     }
 

@@ -471,8 +471,8 @@ def test_inspect_prune_and_doctor_return_the_objects_of_the_command_line(
         cache.prune(older_than=7)
 
     report = cache.doctor(read_only=True)
-    assert report["problems"] == sum(check["gravity"] == "problem" for check in report["checks"]) == 0
-    assert any("can be written" in check["says"] for check in report["checks"])
+    assert report["problems"] == sum(check["severity"] == "problem" for check in report["checks"]) == 0
+    assert any("can be written" in check["message"] for check in report["checks"])
     assert set(report) == {"checks", "problems", "warnings"} == set(asyncio.run(cache.adoctor()))
     done = subprocess.run(
         [sys.executable, "-m", "modelcache", "doctor", "--json"], capture_output=True, text=True, timeout=60

@@ -42,7 +42,7 @@ def test_the_command_is_that_of_the_binary(program: list[str], model: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "says"),
+    ("arguments", "code", "message_part"),
     [
         (["nonsense"], 2, "unrecognized subcommand"),
         (["get", "m"], 2, "hint: "),
@@ -52,21 +52,21 @@ def test_the_command_is_that_of_the_binary(program: list[str], model: Path) -> N
     ],
 )
 def test_exit_codes_and_errors_are_those_of_the_binary(
-    arguments: list[str], code: int, says: str, model: Path
+    arguments: list[str], code: int, message_part: str, model: Path
 ) -> None:
     with ModelCache() as cache:
         cache.put("m", "1", model)
     done = run(SCRIPT, *arguments)
     assert (done.returncode, done.stdout) == (code, "")
-    assert says in done.stderr
+    assert message_part in done.stderr
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "says"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+    ("number", "code", "message_part"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
 def test_a_signal_ends_the_command(
-    number: signal.Signals, code: int, says: str, slow: SlowProxy, model: Path
+    number: signal.Signals, code: int, message_part: str, slow: SlowProxy, model: Path
 ) -> None:
     with ModelCache() as cache:
         cache.put("m", "1", model, tier="remote")
@@ -76,7 +76,7 @@ def test_a_signal_ends_the_command(
         assert "m@1" in process.stderr.readline(), "the first line of progress"
         process.send_signal(number)
         rest = process.stderr.read()
-    assert (process.returncode, f"modelcache: {says}; " in rest) == (code, True), rest
+    assert (process.returncode, f"modelcache: {message_part}; " in rest) == (code, True), rest
 
 
 def test_a_program_that_exec_starts_has_the_default_signals(model: Path) -> None:

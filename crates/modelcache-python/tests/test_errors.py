@@ -77,7 +77,7 @@ def test_an_artifact_larger_than_the_budget_is_refused(tmp_path: Path, open_cach
 
 def test_arguments_of_the_wrong_type_raise_type_error(open_cache: Any) -> None:
     cache = open_cache()
-    for arguments, says in (
+    for arguments, message_part in (
         ({"reference": 3}, "get() argument 'reference' must be str, not int"),
         ({"reference": "m", "version": 1}, "get() argument 'version' must be str or None, not int"),
         ({"reference": "m@1", "timeout": "soon"}, "get() argument 'timeout' must be float or None, not str"),
@@ -93,8 +93,8 @@ def test_arguments_of_the_wrong_type_raise_type_error(open_cache: Any) -> None:
         for call in (cache.get, lambda **arguments: asyncio.run(cache.aget(**arguments))):
             with pytest.raises(TypeError) as caught:
                 call(**arguments)
-            assert says in str(caught.value)
-    for call, says in (
+            assert message_part in str(caught.value)
+    for call, message_part in (
         (lambda: cache.put("m", 1, "."), "put() argument 'version' must be str, not int"),
         (lambda: cache.evict("m", 1), "evict() argument 'version' must be str or None, not int"),
         (lambda: cache.evict("m", "1", tier=1), "evict() argument 'tier' must be 'all', 'disk' or 'remote', not int"),
@@ -109,7 +109,7 @@ def test_arguments_of_the_wrong_type_raise_type_error(open_cache: Any) -> None:
     ):
         with pytest.raises(TypeError) as caught:
             call()
-        assert says in str(caught.value)
+        assert message_part in str(caught.value)
 
 
 @pytest.mark.parametrize(

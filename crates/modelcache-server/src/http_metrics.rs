@@ -64,11 +64,14 @@ pub const HTTP_METRICS: &[Descriptor<HttpCounts>] = &[
         },
     )
     .json("http.requests"),
-    Descriptor::gauge("http_requests_in_flight", &[], "Requests whose response has not begun", |counts| {
-        Sample::only(counts.in_flight as f64)
-    })
+    Descriptor::gauge(
+        "http_requests_in_flight",
+        &[],
+        "Requests whose response has not begun",
+        |counts: &HttpCounts| Sample::only(counts.in_flight as f64),
+    )
     .json("http.in_flight"),
-    Descriptor::counter("http_sent_bytes_total", &[], "Bytes of files in responses", |counts| {
+    Descriptor::counter("http_sent_bytes_total", &[], "Bytes of files in responses", |counts: &HttpCounts| {
         Sample::only(counts.sent_bytes as f64)
     })
     .json("http.sent_bytes"),
@@ -76,10 +79,10 @@ pub const HTTP_METRICS: &[Descriptor<HttpCounts>] = &[
         "http_cut_responses_total",
         &[],
         "Responses that were cut because the rest of the file could not be delivered, or had wrong bytes",
-        |counts| Sample::only(counts.cut_responses as f64),
+        |counts: &HttpCounts| Sample::only(counts.cut_responses as f64),
     )
     .json("http.cut_responses"),
-    Descriptor::gauge("http_connections_open", &[], "Open connections", |counts| {
+    Descriptor::gauge("http_connections_open", &[], "Open connections", |counts: &HttpCounts| {
         Sample::only(counts.connections_open as f64)
     })
     .json("http.connections_open"),
@@ -87,7 +90,9 @@ pub const HTTP_METRICS: &[Descriptor<HttpCounts>] = &[
         "http_connections_total",
         &["outcome"],
         "Connections that were accepted, and those that were refused, evicted or ended by a timeout",
-        |counts| counts.connections.iter().map(|(name, count)| Sample::labelled([*name], *count as f64)).collect(),
+        |counts: &HttpCounts| {
+            counts.connections.iter().map(|(name, count)| Sample::labelled([*name], *count as f64)).collect()
+        },
     )
     .json("http.connections"),
 ];

@@ -97,13 +97,13 @@ impl<K: Clone> Faults<K> {
         lock(&self.armed).clear();
     }
 
-    /// Applies the first armed fault that matches the request, among the kinds that `wanted` accepts, and returns its
-    /// kind.
-    pub(crate) fn strike(&self, method: &str, subject: &str, wanted: impl Fn(&K) -> bool) -> Option<K> {
+    /// Applies the first armed fault that matches the request, among the kinds that `accepts` returns true for, and
+    /// returns its kind. `subject` is the text that [`Fault::on`] is compared with: the decoded path, and the query.
+    pub(crate) fn take(&self, method: &str, subject: &str, accepts: impl Fn(&K) -> bool) -> Option<K> {
         let mut armed = lock(&self.armed);
         for (fault, hits) in armed.iter_mut() {
             // A spent fault stays in the list but matches nothing.
-            if fault.left == Some(0) || !wanted(&fault.kind) || !fault.fits(method, subject) {
+            if fault.left == Some(0) || !accepts(&fault.kind) || !fault.fits(method, subject) {
                 continue;
             }
             // A skipped request may still get a later fault.
@@ -127,7 +127,7 @@ mod tests {
     fn a_fault_applies_to_the_given_number_of_requests() {
         let faults = Faults::default();
         let hits = faults.add(Fault::new('a').times(2).on("/x").method("GET").after_skipping(1));
-        let strike = |method, subject| faults.strike(method, subject, |_| true);
+        let strike = |method, subject| faults.take(method, subject, |_| true);
         assert_eq!(strike("GET", "/y"), None);
         assert_eq!(strike("PUT", "/x"), None);
         assert_eq!(strike("GET", "/x"), None, "skipped");

@@ -20,7 +20,7 @@ use tokio::net::TcpStream;
 
 use crate::faults::Faults;
 use crate::lie::Kind as LieKind;
-use crate::log::{Log, Place, Seen};
+use crate::log::{Log, LoggedRequest, Place};
 use crate::serve::{Answer, Dropped, Server, answer, bind, lock, serve};
 
 /// The credentials that a gate requires.
@@ -161,7 +161,7 @@ impl Gate {
     }
 
     /// All requests so far. The gate's own listener is logged as [`Place::Gate`].
-    pub fn requests(&self) -> Vec<Seen> {
+    pub fn requests(&self) -> Vec<LoggedRequest> {
         self.shared.log.all()
     }
 
@@ -177,7 +177,7 @@ async fn at_the_front(
     cdn: SocketAddr,
     request: Request<Incoming>,
 ) -> Result<Answer, Dropped> {
-    let mut seen = Seen::of(Place::Gate, &request);
+    let mut seen = LoggedRequest::of(Place::Gate, &request);
     let decided = shared.decide(front, cdn, &request);
     let answer = match decided {
         Some(answer) => Ok(answer),
@@ -189,7 +189,7 @@ async fn at_the_front(
 }
 
 async fn at_the_cdn(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Answer, Dropped> {
-    let mut seen = Seen::of(Place::Cdn, &request);
+    let mut seen = LoggedRequest::of(Place::Cdn, &request);
     // The CDN accepts signatures only; a token does not help.
     let answer = match shared.signature_holds(request.uri().query().unwrap_or_default()) {
         true => forward(&shared, request).await,
@@ -294,7 +294,7 @@ async fn forward_or_lie(shared: &Shared, request: Request<Incoming>) -> Result<A
     let subject = format!("{path}?{}", request.uri().query().unwrap_or_default());
     let method = request.method().to_string();
     let number = shared.lie_count.fetch_add(1, Ordering::SeqCst);
-    if let Some(lie) = shared.lies.strike(&method, &subject, |lie| !lie.spoils()) {
+    if let Some(lie) = shared.lies.take(&method, &subject, |lie| !lie.corrupts_answer()) {
         return lie.answer(number, &shared.endless_bytes).ok_or(Dropped);
     }
     // Replacing lies come first: the server behind does not see their requests.
@@ -306,8 +306,8 @@ async fn forward_or_lie(shared: &Shared, request: Request<Incoming>) -> Result<A
     {
         return Ok(answer);
     }
-    match shared.lies.strike(&method, &subject, LieKind::spoils) {
-        Some(lie) => lie.spoiled(answer).await,
+    match shared.lies.take(&method, &subject, LieKind::corrupts_answer) {
+        Some(lie) => lie.corrupt(answer).await,
         None => Ok(answer),
     }
 }

@@ -106,7 +106,7 @@ impl Fault<Kind> {
 
 impl Kind {
     /// Returns true if the lie corrupts the bytes of an honest answer, false if it replaces the answer.
-    pub(crate) fn spoils(&self) -> bool {
+    pub(crate) fn corrupts_answer(&self) -> bool {
         !matches!(self, Self::Endless(..) | Self::Replace(..))
     }
 
@@ -149,7 +149,7 @@ impl Kind {
     }
 
     /// Returns the honest answer, corrupted.
-    pub(crate) async fn spoiled(self, answer: Answer) -> Result<Answer, Dropped> {
+    pub(crate) async fn corrupt(self, answer: Answer) -> Result<Answer, Dropped> {
         let (mut head, body) = answer.into_parts();
         let mut bytes = body.collect().await.map_err(|_| Dropped)?.to_bytes().to_vec();
         let other = |bytes: usize| b"OTHER BYTES ".iter().copied().cycle().take(bytes).collect::<Vec<u8>>();

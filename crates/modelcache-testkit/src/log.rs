@@ -26,7 +26,7 @@ pub enum Place {
 
 /// One request and the status of its answer.
 #[derive(Clone, Debug)]
-pub struct Seen {
+pub struct LoggedRequest {
     /// The listener that received it.
     pub place: Place,
     /// Method as on the wire.
@@ -47,7 +47,7 @@ pub struct Seen {
     pub status: u16,
 }
 
-impl Seen {
+impl LoggedRequest {
     /// Returns true if the request had an `Authorization` header.
     pub fn authorized(&self) -> bool {
         self.authorization.is_some()
@@ -75,14 +75,14 @@ fn text(headers: &HeaderMap, name: &HeaderName) -> Option<String> {
 
 /// All requests to one stand-in.
 #[derive(Debug, Default)]
-pub(crate) struct Log(Mutex<Vec<Seen>>);
+pub(crate) struct Log(Mutex<Vec<LoggedRequest>>);
 
 impl Log {
-    pub(crate) fn push(&self, seen: Seen) {
+    pub(crate) fn push(&self, seen: LoggedRequest) {
         lock(&self.0).push(seen);
     }
 
-    pub(crate) fn all(&self) -> Vec<Seen> {
+    pub(crate) fn all(&self) -> Vec<LoggedRequest> {
         lock(&self.0).clone()
     }
 

@@ -1,6 +1,6 @@
 //! Simulates a power cut: removes changes that were not synced from a folder.
 //!
-//! The [`ledger`](crate::Strike::with_ledger) of the programs that changed the folder records the files written since
+//! The [`ledger`](crate::ShimRun::with_ledger) of the programs that changed the folder records the files written since
 //! their last sync and the names created since the last sync of their folder. Each such file may lose bytes at random:
 //! a tail or a page becomes zeros while size and time stay, or the file is truncated. Each such name may disappear.
 //! Synced files and names stay.

@@ -199,7 +199,7 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
         let Ok((client, _)) = listener.accept().await else { continue };
         shared.connections.fetch_add(1, Ordering::SeqCst);
         // The fault is fixed here, for the lifetime of the connection.
-        let fault = shared.faults.strike("", "", |_| true);
+        let fault = shared.faults.take("", "", |_| true);
         let shared = shared.clone();
         // Subscribe before the connection runs, so that it does not miss a call of `sever`.
         connections.spawn(async move {

@@ -1,10 +1,10 @@
 //! LD_PRELOAD library that kills a program, or fails one of its calls, at the n-th call that changes a folder.
 //!
 //! The source, `shim/shim.c`, documents which calls it sees. It is compiled on first use, which needs a C compiler. A
-//! [`Strike`] configures one run through the environment and reads afterwards which calls the program made.
+//! [`ShimRun`] configures one run through the environment and reads afterwards which calls the program made.
 //!
 //! Call numbers are valid for one run only: threads interleave differently, so the n-th call of the next run may be
-//! another one. [`Strike::calls`] returns the calls of the actual run, including the one that failed.
+//! another one. [`ShimRun::calls`] returns the calls of the actual run, including the one that failed.
 
 use crate::dice::Dice;
 use anyhow::{Context as _, ensure};
@@ -24,9 +24,9 @@ pub struct Shim {
     runs: AtomicU64,
 }
 
-/// The faults to inject into one run, as environment variables.
+/// One run of a program under the shim: the environment variables that inject faults, and the log of its calls.
 #[derive(Debug, Clone)]
-pub struct Strike {
+pub struct ShimRun {
     library: PathBuf,
     log: PathBuf,
     settings: Vec<(&'static str, String)>,
@@ -87,25 +87,25 @@ impl Shim {
     }
 
     /// Only counts the calls that change the folder `root`, an absolute path without symbolic links.
-    pub fn count(&self, root: &Path) -> Strike {
+    pub fn count(&self, root: &Path) -> ShimRun {
         let run = self.runs.fetch_add(1, Ordering::Relaxed);
         let log = self.folder.path().join(format!("{run}.log"));
         let settings = vec![("SHIM_ROOT", root.display().to_string()), ("SHIM_LOG", log.display().to_string())];
-        Strike { library: library(self.folder.path()), log, settings }
+        ShimRun { library: library(self.folder.path()), log, settings }
     }
 
     /// Kills the program before its `n`-th counted call.
-    pub fn kill_at(&self, root: &Path, n: u64) -> Strike {
+    pub fn kill_at(&self, root: &Path, n: u64) -> ShimRun {
         self.count(root).with("SHIM_KILL_AT", n)
     }
 
     /// Makes the `n`-th counted call fail.
-    pub fn fail_at(&self, root: &Path, n: u64, errno: Errno) -> Strike {
+    pub fn fail_at(&self, root: &Path, n: u64, errno: Errno) -> ShimRun {
         self.count(root).with("SHIM_FAIL_AT", n).with("SHIM_ERRNO", errno as i32)
     }
 
     /// Changes the behaviour of `flock` on every path.
-    pub fn flock(&self, root: &Path, how: Flock) -> Strike {
+    pub fn flock(&self, root: &Path, how: Flock) -> ShimRun {
         let how = match how {
             Flock::Lies => "lies",
             Flock::Refuses => "refuses",
@@ -114,7 +114,7 @@ impl Shim {
     }
 }
 
-impl Strike {
+impl ShimRun {
     /// Makes every later call fail, too.
     #[must_use]
     pub fn from_then_on(self) -> Self {
@@ -231,13 +231,13 @@ mod tests {
     use std::os::unix::process::ExitStatusExt as _;
 
     /// Runs a shell script in an empty folder.
-    fn run(arm: impl Fn(&Shim, &Path) -> Strike, script: &str) -> (std::process::Output, Vec<String>, TempDir) {
+    fn run(arm: impl Fn(&Shim, &Path) -> ShimRun, script: &str) -> (std::process::Output, Vec<String>, TempDir) {
         let (shim, folder) = (Shim::build().unwrap(), tempfile::tempdir().unwrap());
         let root = folder.path().canonicalize().unwrap();
-        let strike = arm(&shim, &root);
+        let shim_run = arm(&shim, &root);
         let output =
-            Command::new("/bin/sh").args(["-c", script]).current_dir(&root).envs(strike.envs()).output().unwrap();
-        let names = strike.calls().into_iter().map(|call| call.name).collect();
+            Command::new("/bin/sh").args(["-c", script]).current_dir(&root).envs(shim_run.envs()).output().unwrap();
+        let names = shim_run.calls().into_iter().map(|call| call.name).collect();
         (output, names, folder)
     }
 

@@ -52,18 +52,18 @@ impl Authority {
 
 /// A listener that stops, with its connections, when it is dropped.
 #[derive(Debug)]
-struct Listening {
+struct ListenerGuard {
     addr: SocketAddr,
     task: AbortHandle,
 }
 
-impl Drop for Listening {
+impl Drop for ListenerGuard {
     fn drop(&mut self) {
         self.task.abort();
     }
 }
 
-fn listen<F>(host: &str, connection: impl Fn(TcpStream) -> F + Send + 'static) -> anyhow::Result<Listening>
+fn listen<F>(host: &str, connection: impl Fn(TcpStream) -> F + Send + 'static) -> anyhow::Result<ListenerGuard>
 where
     F: Future<Output = ()> + Send + 'static,
 {
@@ -80,12 +80,12 @@ where
     let task = runtime().spawn(async move {
         let () = accept.await;
     });
-    Ok(Listening { addr, task: task.abort_handle() })
+    Ok(ListenerGuard { addr, task: task.abort_handle() })
 }
 
 /// A TLS front for a plain HTTP server.
 #[derive(Debug)]
-pub struct TlsFront(Listening);
+pub struct TlsFront(ListenerGuard);
 
 impl TlsFront {
     /// Starts a front on a free port of `host` that forwards to `to`, with a certificate of `authority` for `names`.
@@ -112,7 +112,7 @@ impl TlsFront {
 /// A proxy for `CONNECT` tunnels and SOCKS 5.
 #[derive(Debug)]
 pub struct ConnectProxy {
-    listening: Listening,
+    listening: ListenerGuard,
     asked: Arc<Mutex<Vec<String>>>,
 }
 

@@ -19,8 +19,8 @@ use hyper::header::{
 use hyper::{Method, Request, Response, StatusCode};
 
 use crate::content::{CHUNK, Content};
-use crate::log::{Log, Place, Seen};
-use crate::range::{Wanted, wanted};
+use crate::log::{Log, LoggedRequest, Place};
+use crate::range::{RequestedRange, parse_range};
 use crate::serve::{Answer, Body, BoxError, Server, answer, bind, full, lock, serve};
 
 /// How a server handles a `Range` header.
@@ -175,7 +175,7 @@ impl Web {
     }
 
     /// Returns all requests so far.
-    pub fn requests(&self) -> Vec<Seen> {
+    pub fn requests(&self) -> Vec<LoggedRequest> {
         self.shared.log.all()
     }
 
@@ -192,7 +192,7 @@ impl Web {
 
 impl Shared {
     fn answer(self: &Arc<Self>, request: &Request<Incoming>) -> Answer {
-        let mut seen = Seen::of(Place::Web, request);
+        let mut seen = LoggedRequest::of(Place::Web, request);
         let page = self.page(request.uri().path());
         let answer = match page {
             Some(page) => self.serve(&page, request.method(), request.headers()),
@@ -243,17 +243,17 @@ impl Shared {
         }
         let len = page.content.len();
         let asked = match (range, page.ranges) {
-            (None, _) | (_, Ranges::Ignored) => Wanted::Whole,
-            (Some(_), Ranges::Refused) => Wanted::Unsatisfiable,
-            (range, Ranges::Served) => wanted(range, len),
+            (None, _) | (_, Ranges::Ignored) => RequestedRange::Whole,
+            (Some(_), Ranges::Refused) => RequestedRange::Unsatisfiable,
+            (range, Ranges::Served) => parse_range(range, len),
         };
         let (status, range) = match asked {
-            Wanted::Whole => (StatusCode::OK, 0..len),
-            Wanted::Part(range) if page.broken_from.is_some_and(|from| range.start >= from) => {
+            RequestedRange::Whole => (StatusCode::OK, 0..len),
+            RequestedRange::Part(range) if page.broken_from.is_some_and(|from| range.start >= from) => {
                 return answer(StatusCode::SERVICE_UNAVAILABLE, "text/plain", "broken");
             }
-            Wanted::Part(range) => (StatusCode::PARTIAL_CONTENT, range),
-            Wanted::Unsatisfiable => {
+            RequestedRange::Part(range) => (StatusCode::PARTIAL_CONTENT, range),
+            RequestedRange::Unsatisfiable => {
                 let mut answer = answer(StatusCode::RANGE_NOT_SATISFIABLE, "text/plain", "");
                 answer.headers_mut().insert(CONTENT_RANGE, value(&format!("bytes */{len}")));
                 return answer;

@@ -10,7 +10,7 @@ use modelcache::cache::GetOptions;
 use modelcache::config::{ByteBound, Config};
 use modelcache::digest::{Digest, Provenance};
 use modelcache::key::{ArtifactKey, FilePath, escape};
-use modelcache::manifest::{FileDetails, FileEntry, FileIdentity, Held, Manifest, Shape};
+use modelcache::manifest::{FileDetails, FileEntry, FileIdentity, HeldIdentity, Manifest, Shape};
 use modelcache::progress::Progress;
 use modelcache::{Cache, Reference};
 use std::fs;
@@ -146,7 +146,7 @@ fn publish(dir: &Path, number: usize) {
         fs::hard_link(&blob, folder.join("files").join(name)).unwrap();
         let metadata = fs::metadata(&blob).unwrap();
         let mtime_ns = metadata.mtime() * 1_000_000_000 + metadata.mtime_nsec();
-        let held = Held::Disk(FileIdentity { inode: metadata.ino(), bytes: metadata.len(), mtime_ns });
+        let held = HeldIdentity::Disk(FileIdentity { inode: metadata.ino(), bytes: metadata.len(), mtime_ns });
         let entry = FileEntry::with(
             metadata.len(),
             FileDetails {

@@ -6,7 +6,7 @@ use futures::StreamExt as _;
 use modelcache::config::ByteBound;
 use modelcache::key::FilePath;
 use modelcache::manifest::{FileEntry, Manifest, Shape};
-use modelcache::origin::{Origin, Resolved};
+use modelcache::origin::{Origin, ResolvedSource};
 use modelcache::reference::Scheme;
 use modelcache::source::{Body, Source};
 use modelcache::{ArtifactKey, Cache, Error, Reference, Result, Tier};
@@ -33,7 +33,7 @@ impl Origin for Shelf {
     }
 
     /// Every revision means the last edition.
-    async fn resolve(&self, reference: &Reference) -> Result<Option<Resolved>> {
+    async fn resolve(&self, reference: &Reference) -> Result<Option<ResolvedSource>> {
         let Some(place) = reference.place() else { return Ok(None) };
         let Some(last) = self.books.get(place.path()).and_then(|editions| editions.keys().last()) else {
             return Err(Error::not_found(format!("there is no book {}", place.path())).hint("look at the catalogue"));
@@ -42,7 +42,7 @@ impl Origin for Shelf {
             Some(key) => key,
             None => place.key_at(&last.to_string())?,
         };
-        Ok(self.source(reference, &key).map(|source| Resolved { key, source }))
+        Ok(self.source(reference, &key).map(|source| ResolvedSource { key, source }))
     }
 
     /// Opens no book: a source for an edition that does not exist has no manifest.

@@ -117,8 +117,8 @@ impl Finding {
 
 /// Result of the verification of one artifact in one tier.
 #[derive(Debug, Clone, Serialize)]
-#[serde(into = "VerifiedForm")]
-pub struct Verified {
+#[serde(into = "VerifyReportJson")]
+pub struct VerifyReport {
     /// The key of the artifact; `None` for files that belong to no known artifact.
     pub key: Option<ArtifactKey>,
     /// The reference of the artifact, or the path of files that belong to no known artifact.
@@ -133,7 +133,7 @@ pub struct Verified {
     pub findings: Vec<Finding>,
 }
 
-impl Verified {
+impl VerifyReport {
     /// Returns a result with no files checked yet.
     pub fn new(key: Option<ArtifactKey>, reference: String, tier: Tier) -> Self {
         Self { key, reference, tier, files: 0, bytes: 0, findings: Vec::new() }
@@ -145,9 +145,9 @@ impl Verified {
     }
 }
 
-/// The serialized form of [`Verified`].
+/// The serialized form of [`VerifyReport`].
 #[derive(Serialize)]
-struct VerifiedForm {
+struct VerifyReportJson {
     /// The name of the artifact; `None` if the data belongs to no known artifact.
     name: Option<ArtifactName>,
     /// The version of the artifact; `None` if the data belongs to no known artifact.
@@ -166,11 +166,11 @@ struct VerifiedForm {
     findings: Vec<Finding>,
 }
 
-impl From<Verified> for VerifiedForm {
-    fn from(verified: Verified) -> Self {
+impl From<VerifyReport> for VerifyReportJson {
+    fn from(verified: VerifyReport) -> Self {
         let ok = verified.is_right();
         let (name, version) = verified.key.map(|key| (key.name, key.version)).unzip();
-        let Verified { reference, tier, files, bytes, findings, .. } = verified;
+        let VerifyReport { reference, tier, files, bytes, findings, .. } = verified;
         Self { name, version, reference, tier, ok, files, bytes, findings }
     }
 }

@@ -85,7 +85,7 @@ pub struct FileDetails {
     pub format: Option<String>,
     /// The identity of the bytes on the tier that stores this manifest; `None` if the tier does not hold them.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub held: Option<Held>,
+    pub held: Option<HeldIdentity>,
     /// True if the remote has a checksum file `<path>.sha256`, which is not a file of the artifact.
     #[serde(skip_serializing_if = "is_false")]
     pub sidecar: bool,
@@ -97,7 +97,7 @@ pub struct FileDetails {
 /// The identity by which a tier recognises the bytes that it holds without reading them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
-pub enum Held {
+pub enum HeldIdentity {
     /// A verified and published file on disk that may not be on stable storage yet.
     Unsynced(UnsyncedFile),
     /// A file on disk: its identity when its bytes were last hashed.
@@ -365,7 +365,7 @@ impl FileEntry {
     /// considered unchanged.
     pub fn on_disk(&self) -> Option<FileIdentity> {
         match self.held {
-            Some(Held::Disk(identity)) => Some(identity),
+            Some(HeldIdentity::Disk(identity)) => Some(identity),
             _ => None,
         }
     }
@@ -373,7 +373,7 @@ impl FileEntry {
     /// Returns the record of a file on disk that may not be on stable storage yet.
     pub fn unsynced(&self) -> Option<&UnsyncedFile> {
         match &self.held {
-            Some(Held::Unsynced(file)) => Some(file),
+            Some(HeldIdentity::Unsynced(file)) => Some(file),
             _ => None,
         }
     }
@@ -387,7 +387,7 @@ impl FileEntry {
     /// Returns the identity of an object on the remote.
     pub fn on_remote(&self) -> Option<&ObjectIdentity> {
         match &self.held {
-            Some(Held::Remote(identity)) => Some(identity),
+            Some(HeldIdentity::Remote(identity)) => Some(identity),
             _ => None,
         }
     }
@@ -431,9 +431,9 @@ impl FileDetails {
     /// Returns the memory that these details use, in bytes.
     fn memory_bytes(&self) -> usize {
         let held = match &self.held {
-            Some(Held::Unsynced(file)) => file.mount.len(),
-            Some(Held::Remote(object)) => object.etag.as_ref().map_or(0, String::len),
-            Some(Held::Disk(_)) | None => 0,
+            Some(HeldIdentity::Unsynced(file)) => file.mount.len(),
+            Some(HeldIdentity::Remote(object)) => object.etag.as_ref().map_or(0, String::len),
+            Some(HeldIdentity::Disk(_)) | None => 0,
         };
         let ladder = self.ladder.as_ref().map_or(0, Ladder::heap_bytes);
         size_of::<Self>() + held + ladder + self.format.as_ref().map_or(0, String::len)
@@ -480,7 +480,7 @@ mod tests {
                 sha256: Some(digest),
                 provenance: Some(Provenance::Put),
                 ladder: Some(ladder),
-                held: Some(Held::Disk(FileIdentity { inode: 7, bytes: content.len() as u64, mtime_ns: -5 })),
+                held: Some(HeldIdentity::Disk(FileIdentity { inode: 7, bytes: content.len() as u64, mtime_ns: -5 })),
                 ..FileDetails::default()
             };
             manifest.files.insert(FilePath::new(path).expect("path"), FileEntry::with(content.len() as u64, details));
@@ -493,7 +493,7 @@ mod tests {
         let (mut before, path) = (manifest(&[("a", b"x")]), FilePath::new("a").expect("path"));
         let entry = before.files.get_mut(&path).expect("entry");
         let identity = entry.on_disk().expect("held");
-        entry.held = Some(Held::Unsynced(UnsyncedFile { identity, mount: "m".into(), boottime_s: 5 }));
+        entry.held = Some(HeldIdentity::Unsynced(UnsyncedFile { identity, mount: "m".into(), boottime_s: 5 }));
         let bytes = before.to_bytes().expect("writes");
         let after = Manifest::from_bytes(&bytes).expect("reads");
         assert_eq!(after, before);

@@ -1434,7 +1434,7 @@ mod tests {
 
     #[test]
     fn a_table_of_credentials_that_cannot_be_used_is_refused_without_its_secret() {
-        for (server, keys, says) in [
+        for (server, keys, hint_part) in [
             ("https://r", "bearr = 'canary'", "did you mean \"bearer\"?"),
             ("https://r", "bearer = ['canary']", "accepted: "),
             ("https://r", "bearer = 'canary'\nbearer_env = 'X'", "accepted: tables such as"),
@@ -1444,7 +1444,7 @@ mod tests {
             ("https://r/path", "bearer = 'canary'", "accepted: tables such as"),
         ] {
             let (message, hint) = inputs().file("/f", &format!("[credentials.{server:?}]\n{keys}")).refused();
-            assert!(message.starts_with("/f: ") && hint.contains(says), "{message} {hint}");
+            assert!(message.starts_with("/f: ") && hint.contains(hint_part), "{message} {hint}");
             assert!(!message.contains("canary") && !hint.contains("canary"), "{message} {hint}");
         }
         let (message, _) = inputs().variable("MODEL_CACHE_ORIGIN", "https://u:canary@r/{name}").refused();

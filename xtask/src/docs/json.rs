@@ -43,9 +43,9 @@ alphabetical order. Progress and messages stay on standard error.
 - A value that is unknown or does not apply is `null`, unless the table says that the field is absent.
 - A later release may add fields, but does not rename or remove them.
 
-The Python package builds its data classes from the same objects. Their attributes differ in three cases: `before` and
-`after` of a tag are `from` and `to` here, `origin` of a resolved reference is `from`, and times are numbers of seconds
-since the Unix epoch. `inspect`, `prune` and `doctor` of the package return the objects themselves, `doctor` without
+The Python package builds its data classes from the same objects. Three things differ: `from` and `to` of a tag are
+called `before` and `after` in Python, `from` of a resolved reference is called `origin`, and times are numbers of
+seconds since the Unix epoch. `inspect`, `prune` and `doctor` of the package return the objects themselves, `doctor` without
 `exit`.
 ";
 
@@ -87,9 +87,9 @@ fn table(rows: &[Row]) -> String {
     rows.iter().map(row).fold("| field | type | meaning |\n|---|---|---|\n".to_owned(), |table, row| table + &row)
 }
 
-/// Returns the heading of a nested object: the name of its type without the suffix `Form`.
+/// Returns the heading of a nested object: the name of its type without the suffix `Json`.
 fn title(name: &str) -> &str {
-    name.strip_suffix("Form").unwrap_or(name)
+    name.strip_suffix("Json").unwrap_or(name)
 }
 
 /// A field or variant, as it was read from the sources.
@@ -157,7 +157,7 @@ impl Types {
                 Some("json::optional_path" | "tag_name") => ("string or null".into(), None),
                 Some("json::seconds") => ("number".into(), None),
                 Some("phases") => ("object: a number for each phase".into(), None),
-                Some("pin") => self.json_type("Option<PinForm>", false)?,
+                Some("pin") => self.json_type("Option<PinJson>", false)?,
                 Some(other) => {
                     bail!("{name}.{field}: xtask/src/docs/json.rs does not know the type that {other} serializes to")
                 }

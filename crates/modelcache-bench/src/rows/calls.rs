@@ -1,12 +1,12 @@
 //! Figures of a call that a script repeats in one process, because a hit takes only microseconds.
 
 use crate::comparison::median;
-use crate::usage::{Figures, Run};
+use crate::usage::{Figures, Usage};
 use anyhow::Result;
 use std::process::Command;
 
 /// Figures that a script reports for its calls.
-pub(super) struct Calls {
+pub(super) struct CallTimes {
     pub(super) p10_us: f64,
     pub(super) p50_us: f64,
     pub(super) p90_us: f64,
@@ -14,25 +14,25 @@ pub(super) struct Calls {
     /// Core-microseconds per call, of all threads.
     pub(super) core_us: f64,
     /// Usage of the whole process, including its start.
-    pub(super) process: Run,
+    pub(super) process: Usage,
 }
 
-impl Calls {
+impl CallTimes {
     /// Runs a script that makes the calls.
-    pub(super) fn of(command: &mut Command) -> Result<Self> {
-        let (process, figures) = Figures::of(command)?;
+    pub(super) fn run(command: &mut Command) -> Result<Self> {
+        let (process, figures) = Figures::run(command)?;
         Ok(Self {
-            p10_us: figures.figure("p10_us")?,
-            p50_us: figures.figure("p50_us")?,
-            p90_us: figures.figure("p90_us")?,
-            p99_us: figures.figure("p99_us")?,
-            core_us: figures.figure("core_us")?,
+            p10_us: figures.get("p10_us")?,
+            p50_us: figures.get("p50_us")?,
+            p90_us: figures.get("p90_us")?,
+            p99_us: figures.get("p99_us")?,
+            core_us: figures.get("core_us")?,
             process,
         })
     }
 }
 
 /// Returns the median of one figure over several processes.
-pub(super) fn median_of(calls: &[Calls], figure: fn(&Calls) -> f64) -> Option<f64> {
+pub(super) fn median_of(calls: &[CallTimes], figure: fn(&CallTimes) -> f64) -> Option<f64> {
     median(calls.iter().map(figure).collect())
 }

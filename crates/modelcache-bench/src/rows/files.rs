@@ -1,11 +1,11 @@
 //! Rows with many files: sixteen large ones, and two thousand small ones.
 
-use super::pull::make_room;
+use super::large_file::make_room;
 use super::{DEFAULTS, DURABLE, durable, progress, size};
 use crate::comparison::{Entry, Line, best_peer, compare_to_disk, ours, table};
 use crate::copiers::{COPIERS, Operation};
 use crate::page::{Section, Target};
-use crate::server_process::{Kind, ServerProcess};
+use crate::server_process::{ServerKind, ServerProcess};
 use crate::setup::{Setup, check_size, sync};
 use crate::usage::measure;
 use anyhow::Result;
@@ -20,7 +20,7 @@ pub(crate) fn small(setup: &Setup) -> Result<Section> {
     section(setup, "files-small", setup.sizes.small_files, 2.0)
 }
 
-fn section(setup: &Setup, row: &'static str, (count, each): (usize, u64), least: f64) -> Result<Section> {
+fn section(setup: &Setup, row: &'static str, (count, each): (usize, u64), required: f64) -> Result<Section> {
     progress(setup, row);
     make_room(setup)?;
     let files = setup.scratch.memory.join(row);
@@ -28,9 +28,9 @@ fn section(setup: &Setup, row: &'static str, (count, each): (usize, u64), least:
         setup.scratch.data(&format!("{row}/model-{number:05}.bin"), 100 + number as u64, each)?;
     }
     std::fs::create_dir_all(setup.served_folder())?;
-    let server = ServerProcess::start(&setup.served_folder(), Kind::Plain)?;
+    let server = ServerProcess::start(&setup.served_folder(), ServerKind::Plain)?;
     setup.publish(&server, row, &files)?;
-    setup.expose(&format!("raw-{row}"), &files)?;
+    setup.link_for_peers(&format!("raw-{row}"), &files)?;
     let bytes = count as u64 * each;
     let reference = format!("{row}@1");
     let prefix = format!("raw-{row}");
@@ -79,7 +79,7 @@ fn section(setup: &Setup, row: &'static str, (count, each): (usize, u64), least:
             &format!("`{DEFAULTS}`: speed, relative to the fastest peer"),
             ratio,
             " x",
-            least,
+            required,
             None,
         )],
         notes: Vec::new(),

@@ -1,12 +1,12 @@
 //! Row for 50 processes that get the same artifact at once, into one directory that does not have it.
 
-use super::pull::{REFERENCE, ServedFile};
+use super::large_file::{REFERENCE, ServedFile};
 use super::{progress, size};
 use crate::comparison::median;
 use crate::page::{Section, Target};
-use crate::server_process::Kind;
+use crate::server_process::ServerKind;
 use crate::setup::Setup;
-use crate::usage::{Run, Running};
+use crate::usage::{Running, Usage};
 use anyhow::{Result, ensure};
 use xtask::table::markdown;
 
@@ -14,7 +14,7 @@ const PROCESSES: usize = 50;
 
 pub(crate) fn section(setup: &Setup) -> Result<Section> {
     progress(setup, "herd");
-    let served = ServedFile::start(setup, Kind::Plain)?;
+    let served = ServedFile::start(setup, ServerKind::Plain)?;
     let (mut alone, mut slowest, mut ratios, mut spent) =
         (Vec::new(), Vec::new(), Vec::new(), [Vec::new(), Vec::new()]);
     for round in 1..=setup.rounds {
@@ -62,8 +62,8 @@ fn ratio_shown(ratio: Option<f64>) -> String {
 }
 
 /// Runs `count` processes at once. Returns the usage of each, and the bytes that the server sent.
-fn herd(served: &ServedFile<'_>, count: usize) -> Result<(Vec<Run>, u64)> {
-    let folder = served.setup.scratch.fresh("run")?;
+fn herd(served: &ServedFile<'_>, count: usize) -> Result<(Vec<Usage>, u64)> {
+    let folder = served.setup.scratch.empty_folder("run")?;
     served.server.reset_counts()?;
     let start = |_| {
         let mut command = served.setup.with_remote(&folder.join("cache"), &served.server);

@@ -1,11 +1,11 @@
 //! Row for the first download of a model from the Hub to disk, through the redirect to its CDN.
 
-use super::calls::Calls;
-use super::pull::large_file;
+use super::calls::CallTimes;
+use super::large_file::large_file;
 use super::{DEFAULTS, durable, progress, size};
 use crate::comparison::{Entry, Line, best_peer, compare_to_disk, ours, table};
 use crate::page::{Section, Target};
-use crate::server_process::{Kind, ServerProcess};
+use crate::server_process::{ServerKind, ServerProcess};
 use crate::setup::{Setup, check_size, sync};
 use crate::usage::measure;
 use anyhow::{Context, Result};
@@ -30,13 +30,13 @@ impl<'a> ServedRepo<'a> {
     pub(super) fn start(setup: &'a Setup, bytes: u64) -> Result<Self> {
         let folder = setup.scratch.memory.join(FOLDER);
         std::fs::create_dir_all(folder.join("cdn"))?;
-        let whole = bytes == setup.sizes.file;
-        let file = if whole { large_file(setup)? } else { setup.scratch.data("hub/model", 1, bytes)? };
+        let is_large_file = bytes == setup.sizes.file;
+        let file = if is_large_file { large_file(setup)? } else { setup.scratch.data("hub/model", 1, bytes)? };
         let content = Content::on_disk(&file)?;
         // The Hub redirects to `cdn/<sha256>` on the server.
         std::fs::hard_link(&file, folder.join("cdn").join(content.sha256()?))?;
-        let (hub, cdn) = (Hub::start_on(0)?, ServerProcess::start(&folder, Kind::Plain)?);
-        hub.cdn_elsewhere(&format!("{}/cdn", cdn.url()));
+        let (hub, cdn) = (Hub::start_on(0)?, ServerProcess::start(&folder, ServerKind::Plain)?);
+        hub.use_external_cdn(&format!("{}/cdn", cdn.url()));
         let commit = hub.repo(REPO).commit().file(FILE, content).publish()?;
         Ok(Self { setup, hub, _cdn: cdn, commit, bytes })
     }
@@ -81,12 +81,12 @@ impl<'a> ServedRepo<'a> {
 
     /// Measures `hf_hub_download` of the file cached in `folder`, in offline mode. The mode is set by `HF_HUB_OFFLINE`
     /// if `by_variable`, otherwise by the argument `local_files_only`.
-    pub(super) fn measure_peer_calls(&self, folder: &Path, runs: usize, by_variable: bool) -> Result<Calls> {
+    pub(super) fn measure_peer_calls(&self, folder: &Path, runs: usize, by_variable: bool) -> Result<CallTimes> {
         let mut command = self.peer_script(folder, runs)?;
         if by_variable {
             command.env("HF_HUB_OFFLINE", "1");
         }
-        Calls::of(&mut command)
+        CallTimes::run(&mut command)
     }
 
     fn peer_script(&self, folder: &Path, runs: usize) -> Result<Command> {

@@ -2,15 +2,15 @@
 //!
 //! The put of the sparse file runs to its end. Its get is stopped when the server has sent [`STOP_BYTES`]: by then
 //! every list that grows with the size of the object exists, and the amount of data in flight has reached its limit. An
-//! LD_PRELOAD library (`room.c`) replaces the missing disk space: it reports more free space than the disk has, and
-//! makes preallocation only set the length of the file.
+//! LD_PRELOAD library (`free_space.c`) reports more free space than the disk has, and makes preallocation only set the
+//! length of the file.
 
-use super::pull::{REFERENCE, ServedFile};
+use super::large_file::{REFERENCE, ServedFile};
 use super::{DEFAULTS, DURABLE, durable, size};
 use crate::page::{Section, Target};
-use crate::server_process::{Kind, ServerProcess};
+use crate::server_process::{ServerKind, ServerProcess};
 use crate::setup::{BUCKET, Setup, files_of};
-use crate::usage::{Run, Running, measure};
+use crate::usage::{Running, Usage, measure};
 use anyhow::{Context, Result, ensure};
 use std::fs::File;
 use std::io::Write as _;
@@ -24,7 +24,7 @@ const STOP_BYTES: u64 = 6 << 30;
 /// The get of the sparse file is stopped after this time at the latest.
 const STOP_AFTER: Duration = Duration::from_secs(60);
 /// Source of the LD_PRELOAD library.
-const ROOM: &str = include_str!("../room.c");
+const FREE_SPACE_SOURCE: &str = include_str!("../free_space.c");
 
 pub(crate) fn section(setup: &Setup) -> Result<Section> {
     eprintln!("memory");
@@ -81,24 +81,24 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
 
 /// Returns the highest peak of at most three gets of the file, for each setting.
 fn large_file_gets(setup: &Setup) -> Result<[u64; 2]> {
-    let served = ServedFile::start(setup, Kind::Plain)?;
-    let mut most = [0, 0];
+    let served = ServedFile::start(setup, ServerKind::Plain)?;
+    let mut peaks = [0, 0];
     for _ in 0..setup.rounds.min(3) {
         let settings: [fn(&mut Command) -> &mut Command; 2] = [|command| command, durable];
-        for (change, most) in settings.into_iter().zip(&mut most) {
-            let folder = setup.scratch.fresh("run")?;
+        for (change, peak) in settings.into_iter().zip(&mut peaks) {
+            let folder = setup.scratch.empty_folder("run")?;
             let mut command = setup.with_remote(&folder.join("cache"), &served.server);
-            *most = setup.get(change(&mut command), REFERENCE)?.0.rss_bytes.max(*most);
+            *peak = setup.get(change(&mut command), REFERENCE)?.0.rss_bytes.max(*peak);
         }
     }
     crate::scratch::remove(&setup.scratch.disk.join("run"))?;
-    Ok(most)
+    Ok(peaks)
 }
 
 /// The put and the get of the sparse file.
 struct SparseRuns {
-    put: Run,
-    get: Run,
+    put: Usage,
+    get: Usage,
     /// Bytes that the server had sent when the get was stopped.
     sent_bytes: u64,
 }
@@ -108,7 +108,7 @@ fn sparse_file_runs(setup: &Setup) -> Result<SparseRuns> {
     std::fs::create_dir_all(folder.join("s3"))?;
     let file = folder.join("holes.bin");
     File::create(&file)?.set_len(setup.sizes.sparse)?;
-    let server = ServerProcess::start(&folder.join("s3"), Kind::Plain)?;
+    let server = ServerProcess::start(&folder.join("s3"), ServerKind::Plain)?;
     let measured = put_and_get(setup, &server, &folder, &file);
     drop(server);
     crate::scratch::remove(&folder)?;
@@ -117,14 +117,14 @@ fn sparse_file_runs(setup: &Setup) -> Result<SparseRuns> {
 }
 
 fn put_and_get(setup: &Setup, server: &ServerProcess, folder: &Path, file: &Path) -> Result<SparseRuns> {
-    let run = setup.scratch.fresh("run")?;
-    let room = build_room(&run)?;
-    let with_room = |server: &ServerProcess| {
+    let run = setup.scratch.empty_folder("run")?;
+    let library = build_free_space_library(&run)?;
+    let with_free_space = |server: &ServerProcess| {
         let mut command = setup.with_remote(&run.join("cache"), server);
-        command.env("LD_PRELOAD", &room).env("MODEL_CACHE_MAX_BYTES", "1TB");
+        command.env("LD_PRELOAD", &library).env("MODEL_CACHE_MAX_BYTES", "1TB");
         command
     };
-    let put = measure(with_room(server).args(["put", "sparse@1", "--tier", "remote", "--quiet"]).arg(file))?;
+    let put = measure(with_free_space(server).args(["put", "sparse@1", "--tier", "remote", "--quiet"]).arg(file))?;
     // The server discarded the content, so let it serve the original file.
     let objects = folder.join("s3").join(BUCKET).join("bench/sparse/1");
     let target = objects.join("holes.bin");
@@ -133,7 +133,7 @@ fn put_and_get(setup: &Setup, server: &ServerProcess, folder: &Path, file: &Path
     ensure!(files_of(&objects)?.len() == 1, "the server kept an upload that it should have discarded");
     server.reset_counts()?;
     let stop = STOP_BYTES.min(setup.sizes.sparse / 4);
-    let getting = Running::start(durable(&mut with_room(server)).args(["get", "sparse@1", "--quiet"]))?;
+    let getting = Running::start(durable(&mut with_free_space(server)).args(["get", "sparse@1", "--quiet"]))?;
     let started = Instant::now();
     // Stop at the byte limit, at the time limit, or when the program exits.
     while server.counts()?.bytes_sent < stop && started.elapsed() < STOP_AFTER && getting.is_running() {
@@ -151,13 +151,13 @@ fn put_and_get(setup: &Setup, server: &ServerProcess, folder: &Path, file: &Path
 }
 
 /// Compiles the library that reports more free space.
-fn build_room(folder: &Path) -> Result<PathBuf> {
-    let library = folder.join("room.so");
+fn build_free_space_library(folder: &Path) -> Result<PathBuf> {
+    let library = folder.join("free_space.so");
     let mut compiler = Command::new("cc");
     compiler.args(["-shared", "-fPIC", "-O1", "-x", "c", "-", "-o"]).arg(&library).stdin(Stdio::piped());
     let mut compiling =
         compiler.spawn().context("cannot run the C compiler cc; on Debian and Ubuntu: apt-get install gcc")?;
-    compiling.stdin.take().context("the C compiler has no standard input")?.write_all(ROOM.as_bytes())?;
-    ensure!(compiling.wait()?.success(), "room.c does not compile");
+    compiling.stdin.take().context("the C compiler has no standard input")?.write_all(FREE_SPACE_SOURCE.as_bytes())?;
+    ensure!(compiling.wait()?.success(), "free_space.c does not compile");
     Ok(library)
 }

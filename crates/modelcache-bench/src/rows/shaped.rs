@@ -1,19 +1,19 @@
 //! Row for a server with traffic shaping: it limits each connection, so a program has to find out by itself how many
 //! connections to use.
 
-use super::pull::ServedFile;
+use super::large_file::ServedFile;
 use super::{DEFAULTS, DURABLE, durable, progress, size};
 use crate::comparison::{Entry, best_peer, compare_to_disk, median, ours, table};
 use crate::copiers::COPIERS;
 use crate::page::{Section, Target};
-use crate::server_process::{Kind, SHAPED_BYTES_PER_S, SHAPED_FIRST_BYTE_MS, ServerCounts};
+use crate::server_process::{SHAPED_BYTES_PER_S, SHAPED_FIRST_BYTE_MS, ServerCounts, ServerKind};
 use crate::setup::Setup;
 use anyhow::Result;
 use std::cell::RefCell;
 use xtask::table::markdown;
 
 /// Connections of one run, from the counts of the server.
-struct Observed {
+struct ConnectionUse {
     program: String,
     connections: f64,
     /// Seconds that the shaping alone requires if this number of connections is busy all the time.
@@ -22,7 +22,7 @@ struct Observed {
 
 pub(crate) fn section(setup: &Setup) -> Result<Section> {
     progress(setup, "shaped");
-    let (served, free) = (ServedFile::start(setup, Kind::Shaped)?, ServedFile::start(setup, Kind::Plain)?);
+    let (served, free) = (ServedFile::start(setup, ServerKind::Shaped)?, ServedFile::start(setup, ServerKind::Plain)?);
     let observed = RefCell::new(Vec::new());
     let fast = COPIERS
         .into_iter()
@@ -76,15 +76,15 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
 }
 
 /// Wraps an entry so that the connections of each run are recorded.
-fn recorded<'a>(served: &'a ServedFile<'_>, observed: &'a RefCell<Vec<Observed>>, entry: Entry<'a>) -> Entry<'a> {
+fn recorded<'a>(served: &'a ServedFile<'_>, observed: &'a RefCell<Vec<ConnectionUse>>, entry: Entry<'a>) -> Entry<'a> {
     let Entry { program, setting, verified, steps, run } = entry;
     let name = format!("{program} {setting}");
     let recorded = move |folder: &std::path::Path| {
         served.server.reset_counts()?;
         let runs = run(folder)?;
         let counts = served.server.counts()?;
-        let (connections, bound_s) = (counts.busy_max as f64, bound_s(&counts));
-        observed.borrow_mut().push(Observed { program: name.clone(), connections, bound_s });
+        let (connections, bound_s) = (counts.busy_connections_max as f64, bound_s(&counts));
+        observed.borrow_mut().push(ConnectionUse { program: name.clone(), connections, bound_s });
         Ok(runs)
     };
     Entry { program, setting, verified, steps, run: Box::new(recorded) }
@@ -95,17 +95,17 @@ fn recorded<'a>(served: &'a ServedFile<'_>, observed: &'a RefCell<Vec<Observed>>
 fn bound_s(counts: &ServerCounts) -> f64 {
     let first_bytes_s = counts.transfers as f64 * SHAPED_FIRST_BYTE_MS as f64 / 1e3;
     let bytes_s = counts.bytes_sent as f64 / SHAPED_BYTES_PER_S as f64;
-    (first_bytes_s + bytes_s) / counts.busy_max.max(1) as f64
+    (first_bytes_s + bytes_s) / counts.busy_connections_max.max(1) as f64
 }
 
-fn medians(observed: &[Observed], program: &str) -> Option<(f64, f64)> {
-    let of = |value: fn(&Observed) -> f64| {
+fn medians(observed: &[ConnectionUse], program: &str) -> Option<(f64, f64)> {
+    let of = |value: fn(&ConnectionUse) -> f64| {
         median(observed.iter().filter(|observed| observed.program == program).map(value).collect())
     };
     Some((of(|observed| observed.connections)?, of(|observed| observed.bound_s)?))
 }
 
-fn connections(observed: &[Observed]) -> String {
+fn connections(observed: &[ConnectionUse]) -> String {
     let mut names: Vec<&str> = Vec::new();
     observed.iter().for_each(|observed| {
         if !names.contains(&observed.program.as_str()) {
@@ -126,8 +126,13 @@ mod tests {
 
     #[test]
     fn the_bound_counts_first_bytes_and_bytes_on_all_connections() {
-        let counts =
-            ServerCounts { transfers: 100, bytes_sent: 900_000_000, bytes_taken: 0, busy_max: 10, core_seconds: 0.0 };
+        let counts = ServerCounts {
+            transfers: 100,
+            bytes_sent: 900_000_000,
+            bytes_received: 0,
+            busy_connections_max: 10,
+            core_seconds: 0.0,
+        };
         assert!((bound_s(&counts) - 1.3).abs() < 1e-9);
     }
 }

@@ -1,11 +1,11 @@
 //! Row for the upload of one large file to S3. The server counts the bytes and discards them.
 
-use super::pull::large_file;
+use super::large_file::large_file;
 use super::{DEFAULTS, progress, size};
 use crate::comparison::{Entry, Line, best_peer, compare, ours, table};
 use crate::copiers::{COPIERS, Operation, url};
 use crate::page::{Section, Target};
-use crate::server_process::{Kind, ServerProcess};
+use crate::server_process::{ServerKind, ServerProcess};
 use crate::setup::Setup;
 use crate::usage::measure;
 use anyhow::{Result, ensure};
@@ -17,7 +17,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
     let file = large_file(setup)?;
     let folder = setup.scratch.memory.join("sink");
     std::fs::create_dir_all(&folder)?;
-    let server = ServerProcess::start(&folder, Kind::Plain)?;
+    let server = ServerProcess::start(&folder, ServerKind::Plain)?;
     let bytes = setup.sizes.file;
     let number = Cell::new(0);
     // A new name for each upload, because modelcache does not upload content again that the remote has.
@@ -28,8 +28,8 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
     let measure_upload = |command: &mut Command| {
         server.reset_counts()?;
         let used = measure(command)?;
-        let taken = server.counts()?.bytes_taken;
-        ensure!(taken >= bytes, "the program sent {taken} bytes, not {bytes}");
+        let received = server.counts()?.bytes_received;
+        ensure!(received >= bytes, "the program sent {received} bytes, not {bytes}");
         Ok(vec![used])
     };
     let (measure_upload, next_name, file, server) = (&measure_upload, &next_name, &file, &server);

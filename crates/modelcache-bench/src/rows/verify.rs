@@ -1,13 +1,13 @@
 //! Row for the verification of a cached file, compared with reading the disk and with hashing alone.
 
-use super::pull::{REFERENCE, ServedFile};
+use super::large_file::{REFERENCE, ServedFile};
 use super::{durable, progress, size};
 use crate::comparison::{Entry, Line, OURS, compare, ours, table};
 use crate::page::{Section, Target};
-use crate::scratch::drop_cached;
-use crate::server_process::Kind;
+use crate::scratch::drop_from_page_cache;
+use crate::server_process::ServerKind;
 use crate::setup::{Setup, read};
-use crate::usage::{Run, measure, run};
+use crate::usage::{Usage, measure, run};
 use anyhow::{Context, Result};
 use std::path::Path;
 use std::process::Command;
@@ -17,12 +17,12 @@ const READ: &str = "O_DIRECT read";
 
 pub(crate) fn section(setup: &Setup) -> Result<Section> {
     progress(setup, "verify");
-    let served = ServedFile::start(setup, Kind::Plain)?;
-    let cache = setup.scratch.fresh("verify")?;
+    let served = ServedFile::start(setup, ServerKind::Plain)?;
+    let cache = setup.scratch.empty_folder("verify")?;
     let (_, file) = setup.get(durable(&mut setup.with_remote(&cache, &served.server)), REFERENCE)?;
     let (file, cache) = (file.as_path(), cache.as_path());
     let verify = move |_: &Path| {
-        drop_cached(file)?;
+        drop_from_page_cache(file)?;
         Ok(vec![measure(setup.modelcache(cache).args(["verify", REFERENCE, "--quiet"]))?])
     };
     let hash = |program: &'static str, arguments: &'static [&'static str]| {
@@ -36,6 +36,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
         program,
         setting: setting.to_owned(),
         verified,
+        // One step. It adds nothing to the setting, and the column `durable` is empty.
         steps: vec![("", "")],
         run,
     };
@@ -70,13 +71,13 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
     })
 }
 
-/// Runs fio. Returns a run with the read time that fio reports.
-fn fio(file: &Path, bytes: u64) -> Result<Run> {
+/// Runs fio. Returns its usage, with the read time that fio reports instead of the run time.
+fn fio(file: &Path, bytes: u64) -> Result<Usage> {
     let mut command = Command::new("fio");
     command.args(["--name=read", "--readonly", "--rw=read", "--bs=4M", "--direct=1", "--ioengine=libaio"]);
     command.args(["--iodepth=8", "--output-format=json"]).arg(format!("--filename={}", file.display()));
     let (used, printed) = run(&mut command)?;
     let report: serde_json::Value = serde_json::from_str(&printed).context("fio printed no JSON")?;
     let rate = report["jobs"][0]["read"]["bw_bytes"].as_f64().context("fio reports no read rate")?;
-    Ok(Run { seconds: bytes as f64 / rate, ..used })
+    Ok(Usage { seconds: bytes as f64 / rate, ..used })
 }

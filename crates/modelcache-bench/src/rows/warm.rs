@@ -1,6 +1,6 @@
 //! Row for hits: the time to get the path of an artifact that is on disk.
 
-use super::calls::Calls;
+use super::calls::CallTimes;
 use super::hub::ServedRepo;
 use crate::comparison::median;
 use crate::page::{Section, Target};
@@ -22,16 +22,16 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
     let in_process = in_process(setup.quick)?;
     rows.extend(in_process.clone());
     rows.push(match hub_calls(setup, if setup.quick { 100 } else { 2000 }) {
-        Ok(Calls { p10_us, p50_us, p90_us, .. }) => {
+        Ok(CallTimes { p10_us, p50_us, p90_us, .. }) => {
             vec![HUB_CALL.into(), format!("{p50_us:.1} us"), format!("p10 {p10_us:.1} us, p90 {p90_us:.1} us")]
         }
         Err(error) => vec![HUB_CALL.into(), format!("{error:#}")],
     });
     let hits = hits(&in_process);
     let target_name = |count: u64| format!("warm get in process, {count} artifacts: median");
-    let [least, most] = [hits.iter().min_by_key(|(count, _)| *count), hits.iter().max_by_key(|(count, _)| *count)];
+    let [fewest, most] = [hits.iter().min_by_key(|(count, _)| *count), hits.iter().max_by_key(|(count, _)| *count)];
     // The target is for 100 artifacts. Without that measurement, the smallest directory takes its place.
-    let few = hits.iter().find(|(count, _)| *count == 100).or(least);
+    let few = hits.iter().find(|(count, _)| *count == 100).or(fewest);
     let growth = few.zip(most).filter(|(few, most)| few.0 < most.0).map(|(few, most)| most.1 / few.1);
     let [few_count, most_count] = [few, most].map(|hit| hit.map_or(0, |(count, _)| *count));
     Ok(Section {
@@ -53,7 +53,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
 /// Measures the whole command, from exec to exit.
 fn command(setup: &Setup, runs: usize) -> Result<Vec<String>> {
     let file = setup.scratch.data("warm.bin", 7, FILE_BYTES)?;
-    let dir = setup.scratch.fresh("warm")?;
+    let dir = setup.scratch.empty_folder("warm")?;
     measure(setup.modelcache(&dir).args(["put", "bench/warm@1"]).arg(&file))?;
     let once = |_| Ok(measure(setup.modelcache(&dir).args(["get", "bench/warm@1"]))?.seconds * 1e3);
     let mut times = (0..runs).map(once).collect::<Result<Vec<f64>>>()?;
@@ -66,8 +66,8 @@ fn command(setup: &Setup, runs: usize) -> Result<Vec<String>> {
 }
 
 /// Measures `hf_hub_download` of a cached file.
-fn hub_calls(setup: &Setup, runs: usize) -> Result<Calls> {
-    let (served, folder) = (ServedRepo::start(setup, FILE_BYTES)?, setup.scratch.fresh("hub-warm")?);
+fn hub_calls(setup: &Setup, runs: usize) -> Result<CallTimes> {
+    let (served, folder) = (ServedRepo::start(setup, FILE_BYTES)?, setup.scratch.empty_folder("hub-warm")?);
     served.fill_peer_cache(&folder)?;
     let calls = served.measure_peer_calls(&folder, runs, false)?;
     crate::scratch::remove(&folder)?;

@@ -2,7 +2,8 @@
 //!
 //! Serves a folder with S3 and with plain range requests on one address: `sendfile(2)` from tmpfs or the page cache,
 //! one thread per connection, no signature checks. Bodies of uploads are counted and discarded, except small ones,
-//! which become files. The ETags of an object stay the same, so that a version can be published through the server.
+//! which become files. After an upload was discarded, the bench puts the file at the path of the object, and the object
+//! keeps its ETag. A version can therefore be published through the server.
 //! Traffic can be shaped (time to the first byte, and rate of each connection), and TLS can be used.
 //!
 //! The server reads commands from standard input, one word per line (`stats`, `reset`). It exits when standard input is
@@ -39,9 +40,9 @@ pub(crate) struct ServerArguments {
     /// The folder; a bucket is a folder in it
     #[arg(long)]
     folder: PathBuf,
-    /// Use TLS, and write the certificate of the authority to this file
+    /// Use TLS, and write the certificate of its certificate authority to this file
     #[arg(long)]
-    tls_authority: Option<PathBuf>,
+    tls_ca_file: Option<PathBuf>,
     /// Time to the first byte of a response, in milliseconds
     #[arg(long, default_value_t = 0)]
     first_byte_ms: u64,
@@ -70,16 +71,15 @@ struct Counts {
     requests: AtomicU64,
     transfers: AtomicU64,
     bytes_sent: AtomicU64,
-    bytes_taken: AtomicU64,
-    /// Transfers in progress.
-    busy: AtomicU64,
-    /// Highest value of `busy`.
-    busy_max: AtomicU64,
+    bytes_received: AtomicU64,
+    active_transfers: AtomicU64,
+    /// Highest value of `active_transfers`; each connection carries at most one.
+    busy_connections_max: AtomicU64,
 }
 
 impl ServerArguments {
     pub(crate) fn run(&self) -> Result<()> {
-        let tls = match &self.tls_authority {
+        let tls = match &self.tls_ca_file {
             None => None,
             Some(path) => {
                 let authority = Authority::new()?;
@@ -132,15 +132,17 @@ impl Counts {
             "requests": number(&self.requests),
             "transfers": number(&self.transfers),
             "bytes_sent": number(&self.bytes_sent),
-            "bytes_taken": number(&self.bytes_taken),
-            "busy_max": number(&self.busy_max),
+            "bytes_received": number(&self.bytes_received),
+            "busy_connections_max": number(&self.busy_connections_max),
             "core_seconds": own_core_seconds(),
         })
         .to_string()
     }
 
     fn reset(&self) {
-        for count in [&self.requests, &self.transfers, &self.bytes_sent, &self.bytes_taken, &self.busy_max] {
+        for count in
+            [&self.requests, &self.transfers, &self.bytes_sent, &self.bytes_received, &self.busy_connections_max]
+        {
             count.store(0, Ordering::SeqCst);
         }
     }
@@ -179,12 +181,12 @@ impl Shared {
         let transfer = size >= TRANSFER_BYTES;
         if transfer {
             self.counts.transfers.fetch_add(1, Ordering::SeqCst);
-            let busy = self.counts.busy.fetch_add(1, Ordering::SeqCst) + 1;
-            self.counts.busy_max.fetch_max(busy, Ordering::SeqCst);
+            let active = self.counts.active_transfers.fetch_add(1, Ordering::SeqCst) + 1;
+            self.counts.busy_connections_max.fetch_max(active, Ordering::SeqCst);
         }
         let sent = self.send_body(wire.get_mut(), head, file, at, size);
         if transfer {
-            self.counts.busy.fetch_sub(1, Ordering::SeqCst);
+            self.counts.active_transfers.fetch_sub(1, Ordering::SeqCst);
         }
         sent
     }

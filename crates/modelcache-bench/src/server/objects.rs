@@ -1,8 +1,8 @@
 //! The objects of the server: files below a folder, and the sizes of discarded uploads.
 //!
 //! Small bodies become files. The ETag of a small object is a hash of its content. Of a large upload only the name and
-//! the size are kept, so the ETag of a large object is a hash of these. A file that is later linked at its path has the
-//! same ETag, and its content is served.
+//! the size are kept, so the ETag of a large object is a hash of these. The bench can then put a file of the same size
+//! at the path of the object, by a hard link: the object gets the content of this file and keeps its ETag.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
@@ -61,12 +61,13 @@ impl Objects {
             Some(file) => {
                 let metadata = file.metadata().ok().filter(std::fs::Metadata::is_file)?;
                 let (size, modified) = (metadata.len(), metadata.modified().ok()?);
-                let etag = if size <= SMALL_BYTES_MAX { content_etag(&file)? } else { named_etag(path, size) };
+                let etag =
+                    if size <= SMALL_BYTES_MAX { content_etag(&file)? } else { etag_of_name_and_size(path, size) };
                 Some(Object { size, etag, modified, file: Some(file) })
             }
             None => {
                 let (size, modified) = *state.discarded.get(path)?;
-                Some(Object { size, etag: named_etag(path, size), modified, file: None })
+                Some(Object { size, etag: etag_of_name_and_size(path, size), modified, file: None })
             }
         }
     }
@@ -91,7 +92,7 @@ impl Objects {
     /// Records the size of a discarded object and returns its ETag.
     pub(super) fn record_discarded(&self, state: &mut State, path: &str, size: u64) -> String {
         state.discarded.insert(path.to_owned(), (size, SystemTime::now()));
-        named_etag(path, size)
+        etag_of_name_and_size(path, size)
     }
 
     pub(super) fn remove(&self, state: &mut State, path: &str) {
@@ -158,6 +159,6 @@ pub(super) fn etag(content: &[u8]) -> String {
     format!("\"{:016x}{:016x}\"", half(0), half(1))
 }
 
-fn named_etag(path: &str, size: u64) -> String {
+fn etag_of_name_and_size(path: &str, size: u64) -> String {
     etag(format!("{path} {size}").as_bytes())
 }

@@ -212,7 +212,7 @@ impl Shared {
         } else {
             discard(wire, on_wire)?;
         }
-        self.counts.bytes_taken.fetch_add(size, Ordering::SeqCst);
+        self.counts.bytes_received.fetch_add(size, Ordering::SeqCst);
         let mut state = self.objects.lock();
         if let Some((number, id)) = part {
             let Some(upload) = state.uploads.get_mut(id) else {

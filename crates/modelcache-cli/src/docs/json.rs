@@ -2,16 +2,16 @@
 //!
 //! `cargo xtask docs` writes docs/json.md from this table and from the comments at the fields of the types.
 
-use crate::output::{ErrorForm, Failure, WithReference};
-use crate::verbs::{backfill::Outcome, doctor, pin::Unpinned};
+use crate::output::{ErrorJson, Failure, WithReference};
+use crate::verbs::{backfill::Outcome, doctor, pin::UnpinReport};
 use modelcache::cache::{
-    BytesByTier, EvictReport, GetAnswer, GetPlan, GetReport, Holder, InTheWay, InspectedFile, Inspection, KeptArtifact,
-    Leftovers, Link, Listed, Materialized, PendingBackfill, Pin, PinReport, Pinned, PlannedFile, PruneReport,
-    PrunedArtifact, PutReport, Stats, TagReport,
+    BytesByTier, EvictReport, GetAnswer, GetPlan, GetReport, Holder, InspectedFile, Inspection, KeepReason,
+    KeptArtifact, Leftovers, Link, ListedArtifact, Materialized, PendingBackfill, Pin, PinReport, PlannedFile,
+    PruneReport, PrunedArtifact, PutReport, ResolvedReference, Stats, TagReport,
 };
 use modelcache::digest::{Digest, Provenance};
 use modelcache::doctor::{Area, Check};
-use modelcache::finding::{BadPart, Finding, Problem, Verified};
+use modelcache::finding::{BadPart, Finding, Problem, VerifyReport};
 use modelcache::key::FilePath;
 use modelcache::manifest::Shape;
 use modelcache::progress::Phase;
@@ -93,7 +93,7 @@ pub fn reports() -> Result<Vec<Report>> {
         took,
         tag: Some(tagged.clone()),
     };
-    let resolved = Pinned {
+    let resolved = ResolvedReference {
         reference: Reference::parse("team/model@3")?,
         key: key.clone(),
         revision: Some("prod".into()),
@@ -116,7 +116,7 @@ pub fn reports() -> Result<Vec<Report>> {
         remote_bytes: Some(4_000_008),
         remote: Some("s3://models/prod".into()),
         only_copy: false,
-        origin_can_give_back: false,
+        can_be_fetched_again: false,
         tags: vec!["prod".into()],
     };
     let pruned = PruneReport {
@@ -128,10 +128,10 @@ pub fn reports() -> Result<Vec<Report>> {
         reached: true,
         leftovers: Leftovers { fills: 1, fill_bytes: 100_000, ..Leftovers::default() },
         evicted: vec![PrunedArtifact { reference: key.to_string(), last_used, freed_bytes: 4_000_008 }],
-        kept: vec![KeptArtifact { reference: "team/other@1".into(), why: InTheWay::Leased(Vec::new()) }],
+        kept: vec![KeptArtifact { reference: "team/other@1".into(), why: KeepReason::Leased(Vec::new()) }],
         set_aside: Vec::new(),
     };
-    let listed = Listed {
+    let listed = ListedArtifact {
         key: key.clone(),
         reference: key.to_string(),
         shape: Shape::Tree,
@@ -190,7 +190,7 @@ pub fn reports() -> Result<Vec<Report>> {
         pending_backfill_bytes: 4_000_008,
         remote: Some("s3://models/prod".into()),
     };
-    let mut verified = Verified::new(Some(key.clone()), key.to_string(), Tier::Disk);
+    let mut verified = VerifyReport::new(Some(key.clone()), key.to_string(), Tier::Disk);
     (verified.files, verified.bytes) = (2, 4_000_008);
     verified.findings.push(Finding {
         expected: Some(sha256),
@@ -209,7 +209,7 @@ pub fn reports() -> Result<Vec<Report>> {
         .artifact(&key)
         .tier(Tier::Remote)
         .hint("`modelcache ls` lists what is there");
-    let failure = Failure { reference: Some(reference.to_owned()), error: ErrorForm::of(&error) };
+    let failure = Failure { reference: Some(reference.to_owned()), error: ErrorJson::of(&error) };
 
     Ok(vec![
         report(
@@ -230,7 +230,7 @@ pub fn reports() -> Result<Vec<Report>> {
         report(
             "resolve REF",
             "One object.",
-            &["WithReference", "PinnedForm"],
+            &["WithReference", "ResolvedReferenceJson"],
             &WithReference { reference, report: resolved },
         )?,
         report(
@@ -242,12 +242,12 @@ pub fn reports() -> Result<Vec<Report>> {
         report("backfill --dry-run", "One object for each pending upload.", &["PendingBackfill"], &pending)?,
         report("evict REF", "One object. `evict --dry-run` prints the same.", &["EvictReport"], &evicted)?,
         report("pin REF", "One object.", &["PinReport"], &pinned)?,
-        report("unpin REF", "One object.", &["Unpinned"], &Unpinned { report: &pinned, was_pinned: true })?,
+        report("unpin REF", "One object.", &["UnpinReport"], &UnpinReport { report: &pinned, was_pinned: true })?,
         report("prune", "One object. `prune --dry-run` prints the same.", &["PruneReport"], &pruned)?,
-        report("ls", "One object for each artifact. `ls --remote` prints the same.", &["Listed"], &listed)?,
+        report("ls", "One object for each artifact. `ls --remote` prints the same.", &["ListedArtifact"], &listed)?,
         report("inspect REF", "One object.", &["Inspection"], &inspection)?,
         report("stats", "One object.", &["Stats"], &stats)?,
-        report("verify [REF…]", "One object for each artifact and tier.", &["VerifiedForm"], &verified)?,
+        report("verify [REF…]", "One object for each artifact and tier.", &["VerifyReportJson"], &verified)?,
         report("doctor", "One object.", &["Report"], &examined)?,
         report(
             "Errors",
@@ -300,7 +300,7 @@ mod tests {
             "remote": "s3://models/prod",
             "size": 4000008, "version": "3"},
         "evict REF": {"disk_bytes": 4000008, "dry_run": false, "name": "team/model", "only_copy": false,
-            "origin_can_give_back": false, "remote": "s3://models/prod", "remote_bytes": 4000008, "shared_bytes": 0, "tags": ["prod"], "version": "3"},
+            "can_be_fetched_again": false, "remote": "s3://models/prod", "remote_bytes": 4000008, "shared_bytes": 0, "tags": ["prod"], "version": "3"},
         "pin REF": {"name": "team/model", "pin": {"by": "ops@host", "reason": "canary",
             "since": "2026-01-02T03:04:05Z",
             "until": "2026-01-03T03:04:05Z"}, "version": "3"},
@@ -336,8 +336,8 @@ mod tests {
             "found": "41f0c27c00e8018f7715b5f50f67b5b54c229c1b843a014152785d9005f58fde", "path": "weights.bin",
             "problem": "wrong-bytes", "remedy": null, "repaired_from": "remote", "withdrawn": true}],
             "name": "team/model", "ok": true, "reference": "team/model@3", "tier": "disk", "version": "3"},
-        "doctor": {"checks": [{"area": "directory", "fix": null, "gravity": "ok", "says": "/cache can be written"},
-            {"area": "clock", "fix": "synchronize it", "gravity": "warning", "says": "the clock is 90 s ahead"}],
+        "doctor": {"checks": [{"area": "directory", "fix": null, "severity": "ok", "message": "/cache can be written"},
+            {"area": "clock", "fix": "synchronize it", "severity": "warning", "message": "the clock is 90 s ahead"}],
             "exit": 0, "problems": 0, "warnings": 1},
         "Errors": {"error": {"artifact": "team/model@3", "code": "not_found",
             "hint": "`modelcache ls` lists what is there",

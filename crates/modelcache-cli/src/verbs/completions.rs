@@ -20,6 +20,6 @@ impl Completions {
     pub(crate) fn run(&self, output: &Output) -> Result<()> {
         let mut script = Vec::new();
         clap_complete::generate(self.shell, &mut Arguments::command(), "modelcache", &mut script);
-        output.print_trusted(&String::from_utf8_lossy(&script))
+        output.print_unescaped(&String::from_utf8_lossy(&script))
     }
 }

@@ -4,12 +4,12 @@
 //! variable.
 
 use crate::arguments::Global;
-use crate::environment::{self, SettingsSurvey};
+use crate::environment::{self, DoctorSettings};
 use crate::output::{Lines, Output};
 use crate::{exit, human, logs, signals, small_memory};
 use clap::{Args, ValueEnum};
 use modelcache::config::Environment;
-use modelcache::doctor::{self, Area, Check, DoctorOptions, Gravity};
+use modelcache::doctor::{self, Area, Check, DoctorOptions, Severity};
 use modelcache::remote::{Policy, Role};
 use modelcache::settings::Settings;
 use modelcache::{Config, Error, ErrorKind, Result};
@@ -22,7 +22,7 @@ use serde::Serialize;
 /// it.
 #[derive(Debug, Args)]
 pub(crate) struct Doctor {
-    /// Only print an IAM policy with the least permissions on the configured bucket
+    /// Only print an IAM policy with the minimal permissions on the configured bucket
     #[arg(long, value_enum, value_name = "ROLE")]
     pub(crate) iam_policy: Option<RoleArgument>,
     /// Write nothing to the remote, not even a temporary object
@@ -51,25 +51,29 @@ impl From<RoleArgument> for Role {
 impl Doctor {
     /// Runs the whole command. The doctor gathers its own settings.
     pub(crate) fn run(&self, global: &Global, output: &Output) -> Result<u8> {
-        let survey = environment::survey(global);
+        let gathered = environment::gather_for_doctor(global);
         if let Some(role) = self.iam_policy {
-            return print_policy(&survey.settings?.config, role.into(), output).map(|()| exit::DONE);
+            return print_policy(&gathered.settings?.config, role.into(), output).map(|()| exit::DONE);
         }
-        let mut checks = configuration_checks(&survey);
-        let settings = survey.settings.or(survey.without_invalid)?;
+        let mut checks = configuration_checks(&gathered);
+        let settings = gathered.settings.or(gathered.valid_settings)?;
         if let Err(error) = logs::start(&settings.log, output) {
             checks.push(Check::problem(Area::Configuration, &error));
         }
         let options = DoctorOptions { read_only: self.read_only };
         let runtime = modelcache::runtime::start(!small_memory::has_one_arena())?;
-        match runtime.block_on(signals::or_signal(doctor::examine(&settings.config, &survey.environment, options))) {
+        match runtime.block_on(signals::run_until_signal(doctor::examine(
+            &settings.config,
+            &gathered.environment,
+            options,
+        ))) {
             Ok(examined) => {
                 runtime.shutdown_background();
                 checks.extend(examined);
                 print_report(&checks, output)
             }
             Err(signal) => {
-                output.interrupted(signal);
+                output.report_signal(signal);
                 runtime.shutdown_timeout(crate::SHUTDOWN_WAIT);
                 Ok(signal.exit_code())
             }
@@ -78,20 +82,20 @@ impl Doctor {
 }
 
 /// Checks configuration files, variables and flags.
-fn configuration_checks(survey: &SettingsSurvey) -> Vec<Check> {
+fn configuration_checks(gathered: &DoctorSettings) -> Vec<Check> {
     let mut checks = Vec::new();
-    let files: Vec<String> = survey.files.iter().map(|path| path.display().to_string()).collect();
+    let files: Vec<String> = gathered.files.iter().map(|path| path.display().to_string()).collect();
     checks.push(match files.is_empty() {
         true => Check::ok(Area::Configuration, "no configuration file; using the defaults"),
         false => Check::ok(Area::Configuration, format!("read {}", files.join(", then "))),
     });
     let mut names: Vec<&str> =
-        survey.environment.0.keys().map(String::as_str).filter(|name| is_listed_variable(name)).collect();
+        gathered.environment.0.keys().map(String::as_str).filter(|name| is_listed_variable(name)).collect();
     names.sort_unstable();
     if !names.is_empty() {
-        checks.push(Check::ok(Area::Configuration, format!("set: {}", names.join(", "))));
+        checks.push(Check::ok(Area::Configuration, format!("variables that are set: {}", names.join(", "))));
     }
-    match &survey.settings {
+    match &gathered.settings {
         Err(error) => {
             checks.push(Check::problem(Area::Configuration, error));
             checks.push(Check::warning(
@@ -100,7 +104,7 @@ fn configuration_checks(survey: &SettingsSurvey) -> Vec<Check> {
                 "fix the setting, then run `modelcache doctor` again",
             ));
         }
-        Ok(settings) => checks.extend(settings_checks(settings, &survey.environment)),
+        Ok(settings) => checks.extend(settings_checks(settings, &gathered.environment)),
     }
     checks
 }
@@ -135,9 +139,9 @@ fn print_policy(config: &Config, role: Role, output: &Output) -> Result<()> {
         return Err(Error::invalid("no remote is configured, so there is no bucket to grant rights on")
             .hint("set MODEL_CACHE_REMOTE=s3://BUCKET/PREFIX, or add --remote s3://BUCKET/PREFIX"));
     };
-    let policy = Policy::least(remote, role)?;
+    let policy = Policy::minimal(remote, role)?;
     let encode = |cause| Error::new(ErrorKind::Other, "cannot write the policy").cause(cause);
-    output.print_trusted(&serde_json::to_string_pretty(&policy.document).map_err(encode)?)?;
+    output.print_unescaped(&serde_json::to_string_pretty(&policy.document).map_err(encode)?)?;
     policy.notes.iter().for_each(|note| output.message(note));
     Ok(())
 }
@@ -157,9 +161,9 @@ pub(crate) struct Report<'a> {
 
 /// Prints the checks. Returns the exit code of the first problem.
 fn print_report(checks: &[Check], output: &Output) -> Result<u8> {
-    let count = |gravity| checks.iter().filter(|check| check.gravity == gravity).count();
-    let (problems, warnings) = (count(Gravity::Problem), count(Gravity::Warning));
-    let first_problem = checks.iter().find_map(|check| check.kind.filter(|_| check.gravity == Gravity::Problem));
+    let count = |severity| checks.iter().filter(|check| check.severity == severity).count();
+    let (problems, warnings) = (count(Severity::Problem), count(Severity::Warning));
+    let first_problem = checks.iter().find_map(|check| check.kind.filter(|_| check.severity == Severity::Problem));
     let code = first_problem.map_or(exit::DONE, exit::code);
     if output.is_json() {
         output.print_json(&Report { checks, problems, warnings, exit: code })?;
@@ -179,17 +183,17 @@ fn counted(number: usize, noun: &str) -> String {
 fn text(checks: &[Check], only_bad: bool) -> Lines {
     let mut text = Lines::default();
     let mut area = None;
-    for check in checks.iter().filter(|check| !only_bad || check.gravity != Gravity::Ok) {
+    for check in checks.iter().filter(|check| !only_bad || check.severity != Severity::Ok) {
         if area != Some(check.area) {
             text.push(&check.area.to_string());
             area = Some(check.area);
         }
-        let word = match check.gravity {
-            Gravity::Ok => "ok",
-            Gravity::Warning => "warning",
-            Gravity::Problem => "PROBLEM",
+        let word = match check.severity {
+            Severity::Ok => "ok",
+            Severity::Warning => "warning",
+            Severity::Problem => "PROBLEM",
         };
-        text.push(&format!("  {word:<8} {}", check.says));
+        text.push(&format!("  {word:<8} {}", check.message));
         check.fix.iter().for_each(|fix| text.push(&format!("           fix: {fix}")));
     }
     text

@@ -54,7 +54,7 @@ impl From<EvictTierArgument> for EvictTier {
 }
 
 /// An argument: a reference, or a pattern for references.
-enum Wanted<'a> {
+enum EvictTarget<'a> {
     Reference(Reference),
     Pattern(&'a str, ReferencePattern),
 }
@@ -63,10 +63,10 @@ impl Evict {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
         let output = session.output;
         // Parse every argument before anything is removed.
-        let wanted: Vec<_> = self.references.iter().map(|text| parse(text)).collect::<Result<_>>()?;
+        let targets: Vec<_> = self.references.iter().map(|text| parse(text)).collect::<Result<_>>()?;
         let cache = session.existing_cache()?;
         let tier = self.tier.map_or(EvictTier::All, Into::into);
-        let references = self.expand(session, &cache, wanted).await?;
+        let references = self.expand(session, &cache, targets).await?;
         // A dry run finds the copies and the tags.
         let (mut found, mut code) = (Vec::new(), exit::DONE);
         for reference in references {
@@ -95,7 +95,7 @@ impl Evict {
             if !(io::stdin().is_terminal() && io::stderr().is_terminal()) {
                 let alternative = match to_confirm.iter().any(|report| report.disk_bytes.is_some() && !report.only_copy)
                 {
-                    true => "; --tier disk frees only this machine",
+                    true => "; --tier disk removes it from this machine only",
                     false => "",
                 };
                 return Err(Error::invalid(lines).hint(format!("--yes removes it{alternative}")));
@@ -124,9 +124,14 @@ impl Evict {
     }
 
     /// Replaces each pattern by the references that it matches on the selected tiers.
-    async fn expand(&self, session: &Session<'_>, cache: &Cache, wanted: Vec<Wanted<'_>>) -> Result<Vec<Reference>> {
+    async fn expand(
+        &self,
+        session: &Session<'_>,
+        cache: &Cache,
+        targets: Vec<EvictTarget<'_>>,
+    ) -> Result<Vec<Reference>> {
         let mut listed = BTreeSet::new();
-        if wanted.iter().any(|wanted| matches!(wanted, Wanted::Pattern(..))) {
+        if targets.iter().any(|target| matches!(target, EvictTarget::Pattern(..))) {
             if self.tier != Some(EvictTierArgument::Remote) {
                 listed.extend(cache.list().await?.into_iter().map(|listed| listed.reference));
             }
@@ -135,10 +140,10 @@ impl Evict {
             }
         }
         let mut references = Vec::new();
-        for wanted in wanted {
-            match wanted {
-                Wanted::Reference(reference) => references.push(reference),
-                Wanted::Pattern(text, pattern) => {
+        for target in targets {
+            match target {
+                EvictTarget::Reference(reference) => references.push(reference),
+                EvictTarget::Pattern(text, pattern) => {
                     let matching: Vec<_> = listed.iter().filter(|listed| pattern.matches(listed)).collect();
                     if matching.is_empty() {
                         return Err(Error::not_found(format!("no artifact matches {text:?}"))
@@ -158,19 +163,19 @@ impl Evict {
         match self.tier {
             None if report.remote.is_some() => true,
             Some(EvictTierArgument::Disk) => report.only_copy,
-            _ => !report.tags.is_empty() || !report.origin_can_give_back,
+            _ => !report.tags.is_empty() || !report.can_be_fetched_again,
         }
     }
 }
 
 /// Parses an argument. Wildcards make it a pattern; in the address of a web server, a question mark or a bracket does
 /// not.
-fn parse(text: &str) -> Result<Wanted<'_>> {
+fn parse(text: &str) -> Result<EvictTarget<'_>> {
     let is_pattern = text.contains('*') || (text.contains(['?', '[']) && !text.starts_with("http"));
     Ok(if is_pattern {
-        Wanted::Pattern(text, ReferencePattern::new(text)?)
+        EvictTarget::Pattern(text, ReferencePattern::new(text)?)
     } else {
-        Wanted::Reference(Reference::parse(text)?)
+        EvictTarget::Reference(Reference::parse(text)?)
     })
 }
 
@@ -208,7 +213,7 @@ fn sizes_by_tier(report: &EvictReport) -> String {
 
 /// Returns the consequences that the user has to confirm.
 fn consequences(report: &EvictReport) -> String {
-    let copies = match report.origin_can_give_back && !report.only_copy {
+    let copies = match report.can_be_fetched_again && !report.only_copy {
         true => sizes_by_tier(report),
         false => format!("the only copies ({})", sizes_by_tier(report)),
     };
@@ -235,7 +240,7 @@ mod tests {
         Evict { references: vec!["a@1".into()], tier, dry_run: false, yes: false }.needs_confirmation(report)
     }
 
-    fn report(disk_bytes: Option<u64>, remote_bytes: Option<u64>, origin_can_give_back: bool) -> EvictReport {
+    fn report(disk_bytes: Option<u64>, remote_bytes: Option<u64>, can_be_fetched_again: bool) -> EvictReport {
         let key = ArtifactKey::bare("a@1").expect("key");
         EvictReport {
             key,
@@ -245,7 +250,7 @@ mod tests {
             remote_bytes,
             remote: remote_bytes.map(|_| "s3://b/p".to_owned()),
             only_copy: false,
-            origin_can_give_back,
+            can_be_fetched_again,
             tags: Vec::new(),
         }
     }
@@ -291,7 +296,7 @@ mod tests {
     #[test]
     fn wildcards_make_a_pattern_unless_they_belong_to_a_web_address() {
         for (text, expected) in [("m@*", true), ("m@[12]", true), ("m@1", false), ("https://h/x?v=1", false)] {
-            assert_eq!(matches!(parse(text), Ok(Wanted::Pattern(..))), expected, "{text}");
+            assert_eq!(matches!(parse(text), Ok(EvictTarget::Pattern(..))), expected, "{text}");
         }
     }
 }

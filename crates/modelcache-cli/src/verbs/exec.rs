@@ -41,8 +41,8 @@ impl Exec {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
         self.reject_unknown_placeholders()?;
         let Some(references) = self.arguments.references(session, &self.references) else { return Ok(exit::USAGE) };
-        let cache = open_cache(session.config_to_read())?;
-        let artifacts = self.arguments.in_time(self.get_all(session, &cache, &references)).await?;
+        let cache = open_cache(session.config_without_background_sync())?;
+        let artifacts = self.arguments.with_timeout(self.get_all(session, &cache, &references)).await?;
         let paths: Vec<PathBuf> = artifacts.iter().map(|artifact| artifact.path.clone()).collect();
         let words: Vec<OsString> = self.command.iter().map(|word| substitute_paths(word, &paths)).collect();
         let [program, arguments @ ..] = &words[..] else {

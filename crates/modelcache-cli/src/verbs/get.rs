@@ -39,9 +39,9 @@ pub(crate) struct Get {
 impl Get {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
         let Some(references) = self.arguments.references(session, &self.references) else { return Ok(exit::USAGE) };
-        let cache = Cache::open(session.config_to_read())?;
+        let cache = Cache::open(session.config_without_background_sync())?;
         // The leases are released when the process ends.
-        let (code, _leases) = self.arguments.in_time(self.get_all(session, &cache, &references)).await?;
+        let (code, _leases) = self.arguments.with_timeout(self.get_all(session, &cache, &references)).await?;
         if !self.dry_run {
             finish(session, &cache).await;
         }

@@ -31,7 +31,7 @@ impl Help {
                 }
             },
         };
-        output.print_trusted(&text.to_string())
+        output.print_unescaped(&text.to_string())
     }
 }
 

@@ -4,7 +4,7 @@ use super::Session;
 use crate::human;
 use crate::output::{Lines, table};
 use clap::{Args, ValueEnum};
-use modelcache::cache::{Listed, RemoteSurvey};
+use modelcache::cache::{ListedArtifact, RemoteSurvey};
 use modelcache::{ReferencePattern, Result};
 use std::cmp::Reverse;
 use std::time::SystemTime;
@@ -95,8 +95,8 @@ fn notes(survey: &RemoteSurvey, url: &str) -> Vec<String> {
 }
 
 /// Formats the table and, below it, the total.
-fn listing(listed: &[Listed], of_remote: bool, now: SystemTime) -> Lines {
-    let row = |listed: &Listed| {
+fn listing(listed: &[ListedArtifact], of_remote: bool, now: SystemTime) -> Lines {
+    let row = |listed: &ListedArtifact| {
         let size = if listed.held_bytes == listed.bytes {
             human::bytes(listed.bytes)
         } else {
@@ -122,7 +122,7 @@ fn listing(listed: &[Listed], of_remote: bool, now: SystemTime) -> Lines {
     lines.and(&format!("{}, {}", human::counted(listed.len(), "artifact"), human::bytes(total)))
 }
 
-fn formats(listed: &Listed) -> String {
+fn formats(listed: &ListedArtifact) -> String {
     let formats: Vec<_> = listed.formats.iter().map(String::as_str).collect();
     if formats.is_empty() { "-".into() } else { formats.join(", ") }
 }
@@ -134,8 +134,8 @@ mod tests {
     use modelcache::manifest::Shape;
     use std::time::Duration;
 
-    fn listed(name: &str, held_bytes: u64, leased: bool) -> Listed {
-        Listed {
+    fn listed(name: &str, held_bytes: u64, leased: bool) -> ListedArtifact {
+        ListedArtifact {
             key: ArtifactKey::bare(name).expect("key"),
             reference: name.into(),
             shape: Shape::Tree,

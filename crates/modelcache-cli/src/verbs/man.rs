@@ -25,7 +25,8 @@ impl Man {
             None => top_page(),
             Some(verb) => verb_page(verb)?,
         };
-        output.print_trusted(&page.map_err(|cause| Error::new(ErrorKind::Other, "cannot write the page").cause(cause))?)
+        output
+            .print_unescaped(&page.map_err(|cause| Error::new(ErrorKind::Other, "cannot write the page").cause(cause))?)
     }
 }
 

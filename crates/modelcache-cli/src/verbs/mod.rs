@@ -119,9 +119,9 @@ impl Session<'_> {
         Cache::open(config)
     }
 
-    /// Returns the configuration of a command whose files are read next. It does not wait until they are on stable
-    /// storage, unless the user requires that. A background sync would delay the end of the process.
-    fn config_to_read(&self) -> Config {
+    /// Returns the configuration of a command that ends or starts another program after a get. Files are synced later
+    /// unless the user requires it at once, because a background sync would delay the end of the process.
+    fn config_without_background_sync(&self) -> Config {
         let mut config = self.config.clone();
         if config.durable == Durable::Background {
             config.durable = Durable::Later;

@@ -57,7 +57,7 @@ impl Unpin {
         let (output, reference) = (session.output, Reference::parse(&self.reference)?);
         let report = session.existing_cache()?.unpin(&reference).await?;
         if output.is_json() {
-            output.print_json(&Unpinned { report: &report, was_pinned: report.pin.is_some() })?;
+            output.print_json(&UnpinReport { report: &report, was_pinned: report.pin.is_some() })?;
         }
         output.message(&match report.pin {
             Some(pin) => format!("{}: unpinned; it was {pin}", report.key),
@@ -69,7 +69,7 @@ impl Unpin {
 
 /// A removed pin.
 #[derive(Debug, Serialize)]
-pub(crate) struct Unpinned<'a> {
+pub(crate) struct UnpinReport<'a> {
     #[serde(flatten)]
     pub(crate) report: &'a PinReport,
     /// True if there was a pin.

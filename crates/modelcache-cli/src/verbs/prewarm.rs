@@ -50,7 +50,7 @@ struct ListEntry {
 impl Prewarm {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
         let cache = session.cache()?;
-        let code = self.arguments.in_time(self.get_all(session, &cache)).await?;
+        let code = self.arguments.with_timeout(self.get_all(session, &cache)).await?;
         finish(session, &cache).await;
         Ok(code)
     }

@@ -5,7 +5,7 @@ use super::get_arguments::{lifetime, message_with_hint};
 use crate::output::{Lines, table};
 use crate::{exit, human};
 use clap::Args;
-use modelcache::cache::{InTheWay, Leftovers, PruneOptions, PruneReport};
+use modelcache::cache::{KeepReason, Leftovers, PruneOptions, PruneReport};
 use modelcache::config::ByteBound;
 use modelcache::{Error, ErrorKind, Result, Tier, settings};
 use std::time::{Duration, SystemTime};
@@ -69,7 +69,7 @@ impl Prune {
 fn not_reached(report: &PruneReport) -> Error {
     let (used, to) = (human::bytes(report.used_bytes), human::bytes(report.to_bytes.unwrap_or_default()));
     let reason = if report.kept.is_empty() { "; the rest is being downloaded" } else { "" };
-    let hint = match report.kept.iter().any(|kept| kept.why == InTheWay::OnlyCopy) {
+    let hint = match report.kept.iter().any(|kept| kept.why == KeepReason::OnlyCopy) {
         true => "upload the only copies with `modelcache backfill`, or add --only-copies to remove them",
         false => "unpin the kept artifacts, or prune again when the processes that use them have ended",
     };
@@ -134,7 +134,7 @@ mod tests {
                 last_used: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(60)),
                 freed_bytes: 1_200_000_000,
             }],
-            kept: vec![KeptArtifact { reference: "b@1".into(), why: InTheWay::Leased(Vec::new()) }],
+            kept: vec![KeptArtifact { reference: "b@1".into(), why: KeepReason::Leased(Vec::new()) }],
             ..PruneReport::default()
         };
         let expected = "\

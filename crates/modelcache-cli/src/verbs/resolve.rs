@@ -7,7 +7,7 @@ use super::{Session, reference_forms};
 use crate::human;
 use crate::output::WithReference;
 use clap::Args;
-use modelcache::cache::{GetOptions, Pinned};
+use modelcache::cache::{GetOptions, ResolvedReference};
 use modelcache::{Error, Reference, Result};
 use std::time::Duration;
 
@@ -40,7 +40,7 @@ impl Resolve {
         // Without an origin, there is no answer to record.
         let records = !(self.tiers.offline || self.tiers.local_files_only || session.config.offline);
         let cache = if records { session.cache()? } else { session.existing_cache()? };
-        let pinned = cache.pinned(&reference, &self.tiers.apply(GetOptions::default())).await?;
+        let pinned = cache.resolve_reference(&reference, &self.tiers.apply(GetOptions::default())).await?;
         if output.is_json() {
             output.print_json(&WithReference { reference: &self.reference, report: &pinned })?;
         } else if self.digest {
@@ -55,14 +55,14 @@ impl Resolve {
 }
 
 /// Returns the error for `--digest` if no tier has the digest of every file.
-fn unknown_digest(pinned: &Pinned) -> Error {
+fn unknown_digest(pinned: &ResolvedReference) -> Error {
     Error::not_found("the digest is not known: neither disk nor remote has the digest of every file")
         .artifact(&pinned.key)
         .hint(format!("`modelcache get {}` downloads the files and computes their digests", pinned.reference))
 }
 
 /// Formats the summary line: the resolved reference, its digest, and the tier that resolved it.
-fn summary(reference: &str, pinned: &Pinned) -> String {
+fn summary(reference: &str, pinned: &ResolvedReference) -> String {
     let digest = pinned.sha256.map_or_else(|| "sha256 not known yet".to_owned(), |sha256| format!("sha256 {sha256}"));
     let from = match (pinned.from, pinned.age) {
         (Some(tier), Some(age)) if age <= Duration::from_secs(1) => format!(", answered by {tier}"),
@@ -88,7 +88,7 @@ mod tests {
     #[test]
     fn the_summary_has_digest_tier_and_age() {
         let digest = Digest::of(b"x");
-        let mut pinned = Pinned {
+        let mut pinned = ResolvedReference {
             reference: Reference::parse("m@4").expect("reference"),
             key: ArtifactKey::bare("m@4").expect("key"),
             revision: Some("prod".into()),
@@ -103,7 +103,8 @@ mod tests {
             (&object["revision"], &object["from"], &object["age_seconds"]),
             (&json!("prod"), &json!("remote"), &json!(0))
         );
-        pinned = Pinned { sha256: None, age: Some(Duration::from_secs(7200)), from: Some(Tier::Disk), ..pinned };
+        pinned =
+            ResolvedReference { sha256: None, age: Some(Duration::from_secs(7200)), from: Some(Tier::Disk), ..pinned };
         assert_eq!(
             summary("m@prod", &pinned),
             "m@prod resolves to m@4 (sha256 not known yet, answered by disk 2 h 0 min ago)"

@@ -9,7 +9,7 @@ use crate::{exit, human, progress};
 use clap::{Args, ValueEnum};
 use modelcache::cache::{VerifyOptions, VerifyTarget, VerifyTier};
 use modelcache::config::ByteBound;
-use modelcache::finding::{BadPart, Finding, Verified};
+use modelcache::finding::{BadPart, Finding, VerifyReport};
 use modelcache::progress::Progress;
 use modelcache::{Error, Reference, Result, Tier, settings};
 use std::collections::BTreeSet;
@@ -141,7 +141,7 @@ impl Verify {
 
 impl Totals {
     /// Adds the outcome of one target.
-    fn add(&mut self, verified: &Verified) {
+    fn add(&mut self, verified: &VerifyReport) {
         let remaining = verified.findings.iter().filter(|finding| finding.remains()).count();
         self.artifacts += usize::from(verified.key.is_some());
         self.found.insert(verified.reference.clone());
@@ -174,14 +174,14 @@ fn not_found(target: &VerifyTarget, both: bool) -> Error {
 }
 
 /// Prints the outcome of one target.
-fn print_verified(output: &Output, verified: &Verified) -> Result<()> {
+fn print_verified(output: &Output, verified: &VerifyReport) -> Result<()> {
     if output.is_json() {
         return output.print_json(verified);
     }
     output.print(&text(verified))
 }
 
-fn text(verified: &Verified) -> Lines {
+fn text(verified: &VerifyReport) -> Lines {
     let word = match (verified.is_right(), verified.findings.is_empty()) {
         (true, true) => "ok",
         (true, false) => "repaired",
@@ -253,7 +253,7 @@ mod tests {
     #[test]
     fn a_finding_names_the_file_the_part_and_both_digests() {
         let key = ArtifactKey::bare("team/model@3").expect("key");
-        let mut verified = Verified::new(Some(key.clone()), key.to_string(), Tier::Disk);
+        let mut verified = VerifyReport::new(Some(key.clone()), key.to_string(), Tier::Disk);
         (verified.files, verified.bytes) = (2, 1_200_000_000);
         assert_eq!(text(&verified).to_string(), "ok        team/model@3  disk: 2 files, 1.2 GB read");
         verified.findings.push(Finding {

@@ -11,7 +11,7 @@ use std::process::Command;
 fn anything_missing_at_an_origin_ends_in_3_with_a_remedy() {
     let (house, _) = House::with_model();
     let unknown = "hf://org/model@0123456789abcdef0123456789abcdef01234567";
-    for (args, says) in [
+    for (args, message_parts) in [
         (&["hf://org/none"][..], &["hf://org/none", "origin", "no repository org/none", "HF_TOKEN"][..]),
         (&["hf://org/model@v9"], &["hf://org/model@v9", "origin", "no revision v9", "without @revision it is main"]),
         (&["hf://org/model", "--revision", "v9"], &["no revision v9", "check the branch, tag or commit"]),
@@ -22,7 +22,7 @@ fn anything_missing_at_an_origin_ends_in_3_with_a_remedy() {
         (&["hf://datasets/org/model"], &["hf://datasets/org/model", "no repository"]),
         (&["file:///no/such/folder"], &["file:///no/such/folder", "origin", "check the path"]),
     ] {
-        house.on("a").run([&["get"], args].concat()).failed(3, says);
+        house.on("a").run([&["get"], args].concat()).failed(3, message_parts);
         house.assert_no_artifact("a");
     }
     assert_eq!(house.published_keys(), [""; 0], "nothing was written to the remote");
@@ -51,9 +51,9 @@ fn a_gated_repository_names_the_page_where_its_conditions_are_accepted() {
     let (house, commit) = House::with_model();
     house.hub.repo("org/model").accept(TOKEN);
     let page = format!("{}/org/model", house.hub.url());
-    let says = [commit.as_str(), "origin", "org/model is gated", "accept its conditions", &page, "HF_TOKEN"];
-    house.on("a").run(["get", "hf://org/model"]).failed(4, &says);
-    house.on("a").env("HF_TOKEN", "hf_other").run(["get", "hf://org/model"]).failed(4, &says);
+    let message_parts = [commit.as_str(), "origin", "org/model is gated", "accept its conditions", &page, "HF_TOKEN"];
+    house.on("a").run(["get", "hf://org/model"]).failed(4, &message_parts);
+    house.on("a").env("HF_TOKEN", "hf_other").run(["get", "hf://org/model"]).failed(4, &message_parts);
     house.assert_no_artifact("a");
     assert_eq!(house.published_keys(), [""; 0]);
     assert_model(&house.on("a").env("HF_TOKEN", TOKEN).run(["get", "hf://org/model"]).path());
@@ -65,10 +65,10 @@ fn a_private_repository_accepts_its_token_from_every_source() {
     let (house, _) = House::with_model();
     house.hub.repo("org/model").private(TOKEN);
     let on = |dir: &str| house.on_local(dir);
-    let says = ["hf://org/model", "origin", "or it is private", "set HF_TOKEN"];
-    on("a").run(["get", "hf://org/model"]).failed(3, &says);
-    let says = ["hf://org/model", "origin", "the token may not read it", "an account with access"];
-    on("a").env("HF_TOKEN", "hf_canary-secret").run(["get", "hf://org/model"]).failed(3, &says);
+    let message_parts = ["hf://org/model", "origin", "or it is private", "set HF_TOKEN"];
+    on("a").run(["get", "hf://org/model"]).failed(3, &message_parts);
+    let message_parts = ["hf://org/model", "origin", "the token has no access to it", "an account with access"];
+    on("a").env("HF_TOKEN", "hf_canary-secret").run(["get", "hf://org/model"]).failed(3, &message_parts);
     on("a")
         .env("HF_TOKEN", "hf_canary-secret\nx")
         .run(["get", "hf://org/model"])
@@ -88,7 +88,7 @@ fn a_private_repository_accepts_its_token_from_every_source() {
 #[test]
 fn the_error_for_a_malformed_reference_shows_the_right_form() {
     let (house, _) = House::with_model();
-    for (reference, says) in [
+    for (reference, message_parts) in [
         ("s3://", &["s3://", "names no bucket", "write s3://bucket/prefix-or-object"][..]),
         ("s3://bucket/a//b", &["s3://bucket/a//b", "an empty segment"]),
         ("s3://bucket/../b", &["s3://bucket/../b", "\"..\""]),
@@ -115,7 +115,7 @@ fn the_error_for_a_malformed_reference_shows_the_right_form() {
         ("m@1#md5=d41d8cd98f00b204e9800998ecf8427e", &["#md5", "append #sha256=", "sha256=<64 hex digits>"]),
         ("m@1?a=b", &["\"1?a=b\"", "'?'", "write NAME@VERSION"]),
     ] {
-        house.on("a").run(["get", reference]).failed(2, &[&["error: "], says].concat());
+        house.on("a").run(["get", reference]).failed(2, &[&["error: "], message_parts].concat());
     }
     house.on("a").run(["get", "m@1", "--revision", "2"]).failed(2, &["--revision", "hf://"]);
     let both = ["get", "hf://org/model@main/config.json", "--include", "*.bin"];
@@ -133,11 +133,12 @@ fn the_error_for_a_malformed_reference_shows_the_right_form() {
 fn a_digest_mismatch_is_refused_before_any_download_if_the_digest_is_known() {
     let (house, _) = House::with_model();
     let other = content::sha256(b"other");
-    let says = |what: &str| vec![what.to_owned(), other.clone(), "is demanded".into(), "pins other content".into()];
+    let message_parts =
+        |what: &str| vec![what.to_owned(), other.clone(), "is demanded".into(), "pins other content".into()];
     let fails = |reference: &str, what: &str| {
-        let says = says(what);
-        let says: Vec<&str> = says.iter().map(String::as_str).collect();
-        house.on("a").run(["get", &format!("{reference}#sha256={other}")]).failed(5, &says);
+        let message_parts = message_parts(what);
+        let message_parts: Vec<&str> = message_parts.iter().map(String::as_str).collect();
+        house.on("a").run(["get", &format!("{reference}#sha256={other}")]).failed(5, &message_parts);
         house.assert_no_artifact("a");
     };
     // The Hub states the SHA-256 of a large file. For a small one it states only a SHA-1, so that file is downloaded
@@ -173,7 +174,7 @@ fn paths_that_cannot_be_an_artifact_are_not_put() {
     assert!(Command::new("mkfifo").arg(house.path("pipes/fifo")).status().unwrap().success());
     house.write("ours/.modelcache/manifest.json", "{}");
     house.write("w.bin", "weights");
-    for (code, key, path, says) in [
+    for (code, key, path, message_parts) in [
         (2, "m@1", "empty", &["m@1", "empty holds no files", "at least one file"][..]),
         (3, "m@1", "none", &["m@1", "there is no ", "/none", "check the path"]),
         (2, "m@1", "loop", &["m@1", "loop/x/up", "links back to a folder above it"]),
@@ -186,7 +187,7 @@ fn paths_that_cannot_be_an_artifact_are_not_put() {
         (2, "a/../b@1", "w.bin", &["\"a/../b\"", "segment \"..\""]),
         (2, "hf://org/model", "w.bin", &["hf://org/model"]),
     ] {
-        house.on("a").run(["put", key, path]).failed(code, says);
+        house.on("a").run(["put", key, path]).failed(code, message_parts);
         house.assert_no_artifact_or_staging("a");
     }
     assert_eq!(house.s3.keys(BUCKET), [""; 0]);
@@ -221,13 +222,13 @@ fn an_unreadable_file_is_named() {
 fn arguments_of_put_that_are_no_path_are_explained() {
     let house = House::new();
     house.write("tree/x", "x");
-    for (args, says) in [
+    for (args, message_parts) in [
         (["tree", "oddtree@2"], &["\"tree\" is a file or folder", "modelcache put oddtree@2 tree"][..]),
         (["x@1", "-"], &["standard input", "modelcache put x@1 FILE"]),
         (["x@1", "https://host/f"], &["not a URL", "modelcache get https://host/f"]),
         (["x@1", "s3://bucket/k"], &["not a URL", "modelcache get s3://bucket/k"]),
     ] {
-        house.on_local("a").run(["put", args[0], args[1]]).failed(2, says);
+        house.on_local("a").run(["put", args[0], args[1]]).failed(2, message_parts);
     }
 }
 

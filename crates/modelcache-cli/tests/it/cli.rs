@@ -60,9 +60,9 @@ impl From<Output> for Outcome {
 
 impl Outcome {
     #[track_caller]
-    fn refused(self, code: i32, says: &[&str]) -> Self {
+    fn refused(self, code: i32, message_parts: &[&str]) -> Self {
         assert_eq!(self.code, Some(code), "{}{}", self.stdout, self.stderr);
-        for part in says {
+        for part in message_parts {
             assert!(self.stderr.contains(part), "{part:?} is not in:\n{}", self.stderr);
         }
         self
@@ -91,7 +91,7 @@ fn without_arguments_help_is_shown_and_the_code_is_2() {
 #[test]
 fn a_wrong_command_line_ends_in_2_and_leaves_the_answer_empty() {
     let home = Home::new();
-    for (args, says) in [
+    for (args, message_part) in [
         (&["fetch"][..], "unrecognized subcommand 'fetch'"),
         (&["get"], "<REF>"),
         (&["get", "--inclde", "x", "a@1"], "--include"),
@@ -104,7 +104,7 @@ fn a_wrong_command_line_ends_in_2_and_leaves_the_answer_empty() {
         (&["evict", "a@1", "--tier", "cloud"], "[possible values: all, disk, remote]"),
         (&["completions", "cmd"], "possible values"),
     ] {
-        assert_eq!(home.run(args).refused(2, &["error: ", says]).stdout, "", "{args:?}");
+        assert_eq!(home.run(args).refused(2, &["error: ", message_part]).stdout, "", "{args:?}");
     }
 }
 
@@ -127,11 +127,11 @@ fn usage_errors_are_a_json_object_with_json() {
 #[test]
 fn the_error_for_a_bad_setting_names_its_source_and_the_accepted_values() {
     let home = Home::new();
-    let says = |source: &'static str| [source, "much", "hint: accepted: 14GB, 1.5TiB, 80%"];
-    home.run(["stats", "--max-bytes", "much"]).refused(2, &says("--max-bytes"));
-    home.run_with(&[("MODEL_CACHE_MAX_BYTES", "much")], &["stats"]).refused(2, &says("MODEL_CACHE_MAX_BYTES"));
+    let message_parts = |source: &'static str| [source, "much", "hint: accepted: 14GB, 1.5TiB, 80%"];
+    home.run(["stats", "--max-bytes", "much"]).refused(2, &message_parts("--max-bytes"));
+    home.run_with(&[("MODEL_CACHE_MAX_BYTES", "much")], &["stats"]).refused(2, &message_parts("MODEL_CACHE_MAX_BYTES"));
     home.file(".config/modelcache/modelcache.toml", "max_bytes = 'much'");
-    home.run(["stats"]).refused(2, &says("modelcache/modelcache.toml: max_bytes"));
+    home.run(["stats"]).refused(2, &message_parts("modelcache/modelcache.toml: max_bytes"));
 }
 
 #[test]
@@ -245,7 +245,7 @@ fn unwritable_standard_output_is_a_failure() {
 #[test]
 fn commands_and_options_of_other_tools_are_answered_with_the_right_ones() {
     let home = Home::new();
-    for (args, says) in [
+    for (args, message_part) in [
         (&["rm", "a@1"][..], "modelcache evict REF"),
         (&["cp", "a", "b"], "modelcache get REF --into DIR"),
         (&["download", "org/model"], "modelcache get REF"),
@@ -258,11 +258,11 @@ fn commands_and_options_of_other_tools_are_answered_with_the_right_ones() {
         (&["get", "--max-workers", "8", "a@1"], "prewarm --jobs"),
         (&["get", "--force-download", "a@1"], "--refresh"),
     ] {
-        let outcome = home.run(args).refused(2, &["error: ", "tip: ", says]);
+        let outcome = home.run(args).refused(2, &["error: ", "tip: ", message_part]);
         assert!(!outcome.stderr.contains("similar") && !outcome.stderr.contains("canary"), "{}", outcome.stderr);
         let json = home.run([args, &["--json"]].concat());
         let object: Value = serde_json::from_str(json.stdout.trim_end()).expect("an object");
-        assert!(object["error"]["hint"].as_str().expect("a hint").contains(says), "{object}");
+        assert!(object["error"]["hint"].as_str().expect("a hint").contains(message_part), "{object}");
     }
 }
 

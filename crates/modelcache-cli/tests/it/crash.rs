@@ -11,7 +11,7 @@ use crate::common::order::{State, spoil_record};
 use crate::common::{House, MIB, Outcome, Run, shim, wait_until};
 use modelcache_testkit::hub::HubFault;
 use modelcache_testkit::shim::sample;
-use modelcache_testkit::{Call, Content, Dice, Shim, Strike};
+use modelcache_testkit::{Call, Content, Dice, Shim, ShimRun};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -233,9 +233,9 @@ fn into(link: &'static str) {
     let Some(shim) = shim() else { return };
     let bench = CrashTest::new(shim);
     let mut dice = Dice::from_env("CRASH_SEED");
-    let get = |parent: &str, version: &'static str, strike: &Strike| {
+    let get = |parent: &str, version: &'static str, shim_run: &ShimRun| {
         let out = bench.house.path(parent).join("out");
-        let run = bench.run(&ROW, "cache").envs(strike.envs());
+        let run = bench.run(&ROW, "cache").envs(shim_run.envs());
         run.run(["get", version, "--into", out.to_str().unwrap(), "--link", link])
     };
     let only_count = |parent: &str| bench.shim.count(&bench.house.path(parent));
@@ -249,9 +249,9 @@ fn into(link: &'static str) {
     for n in &points {
         let parent = format!("into-{n}");
         get(&parent, V1, &only_count("elsewhere")).ok();
-        let strike = bench.shim.kill_at(&bench.house.path(&parent), *n);
-        let outcome = get(&parent, V2, &strike);
-        eprintln!("kill planned before call {n}: {:?}", strike.calls().into_iter().find(|call| call.number == *n));
+        let shim_run = bench.shim.kill_at(&bench.house.path(&parent), *n);
+        let outcome = get(&parent, V2, &shim_run);
+        eprintln!("kill planned before call {n}: {:?}", shim_run.calls().into_iter().find(|call| call.number == *n));
         assert!(matches!(outcome.code, None | Some(0)), "{outcome}");
         killed += u32::from(outcome.code.is_none());
         let out = bench.house.path(&parent).join("out");
@@ -427,9 +427,9 @@ impl CrashTest {
         let root = self.house.path(&dir);
         self.prepared(row, &dir);
         // Kill the command before its n-th call.
-        let strike = self.shim.kill_at(&root, n);
-        let outcome = self.run(row, &dir).envs(strike.envs()).run(row.act);
-        let last = strike.calls().into_iter().find(|call| call.number == n);
+        let shim_run = self.shim.kill_at(&root, n);
+        let outcome = self.run(row, &dir).envs(shim_run.envs()).run(row.act);
+        let last = shim_run.calls().into_iter().find(|call| call.number == n);
         // The test runner shows this only if the test fails.
         eprintln!("kill planned before call {n}: {last:?}");
         assert!(matches!(outcome.code, None | Some(0)), "{outcome}");

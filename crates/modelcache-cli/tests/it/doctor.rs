@@ -3,7 +3,7 @@
 
 use crate::common::*;
 use modelcache_testkit::s3::S3Fault;
-use modelcache_testkit::{Content, Seen};
+use modelcache_testkit::{Content, LoggedRequest};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fs::{self, Permissions};
@@ -25,18 +25,17 @@ impl Report {
         Self { code: outcome.code, checks: object["checks"].as_array().unwrap().clone(), shown }
     }
 
-    /// Returns the check of this area and gravity whose text contains `part`. Asserts that every check that is not ok
+    /// Returns the check of this area and severity whose text contains `part`. Asserts that every check that is not ok
     /// has a fix.
     #[track_caller]
-    fn says(&self, area: &str, gravity: &str, part: &str) -> &Value {
-        for check in self.checks.iter().filter(|check| check["gravity"] != "ok") {
+    fn check(&self, area: &str, severity: &str, part: &str) -> &Value {
+        for check in self.checks.iter().filter(|check| check["severity"] != "ok") {
             assert!(check["fix"].is_string(), "{check}");
         }
-        let found = self
-            .checks
-            .iter()
-            .find(|check| check["area"] == area && check["gravity"] == gravity && text(&check["says"]).contains(part));
-        found.unwrap_or_else(|| panic!("no {gravity} of {area} says {part:?}: {}", self.shown))
+        let found = self.checks.iter().find(|check| {
+            check["area"] == area && check["severity"] == severity && text(&check["message"]).contains(part)
+        });
+        found.unwrap_or_else(|| panic!("no {severity} of {area} contains {part:?}: {}", self.shown))
     }
 }
 
@@ -52,17 +51,17 @@ fn a_working_setup_passes_and_nothing_is_left_behind() {
     let before = files_below(&house.path("a"));
     let report = doctor(house.on("a"));
     assert_eq!(report.code, Some(0), "{}", report.shown);
-    report.says("directory", "ok", "file locks work");
-    report.says("directory", "ok", "hard links");
-    report.says("credentials", "ok", "AWS_ACCESS_KEY_ID; the access key id begins with TEST");
+    report.check("directory", "ok", "file locks work");
+    report.check("directory", "ok", "hard links");
+    report.check("credentials", "ok", "AWS_ACCESS_KEY_ID; the access key id begins with TEST");
     assert!(!report.shown.contains("TESTK"), "at most four characters are shown");
-    for part in ["may be listed", "may be written", "conditional writes are supported", "may be read", "may be removed"]
+    for part in ["can be listed", "can be written", "conditional writes are supported", "can be read", "can be removed"]
     {
-        report.says("remote", "ok", part);
+        report.check("remote", "ok", part);
     }
-    report.says("origin", "ok", "answers; no token");
-    report.says("clock", "ok", "agrees");
-    report.says("network", "ok", "no proxy");
+    report.check("origin", "ok", "answers; no token");
+    report.check("clock", "ok", "agrees");
+    report.check("network", "ok", "no proxy");
     assert_eq!(files_below(&house.path("a")), before);
     assert_eq!(house.s3.keys(BUCKET), [""; 0]);
     assert!(house.s3.requests().iter().all(|seen| seen.path.starts_with("/models/cache/.modelcache-doctor")
@@ -79,8 +78,8 @@ fn no_remote_and_no_directory_yet_are_fine_and_none_is_made() {
     let house = House::new();
     let report = doctor(house.on_local("not/yet"));
     assert_eq!(report.code, Some(0), "{}", report.shown);
-    report.says("directory", "ok", "does not exist yet");
-    report.says("remote", "ok", "none is configured");
+    report.check("directory", "ok", "does not exist yet");
+    report.check("remote", "ok", "none is configured");
     assert!(!house.path("not").exists());
 }
 
@@ -89,7 +88,7 @@ fn with_read_only_nothing_is_written() {
     let house = House::new();
     let report = Report::of(house.on("a").run(["doctor", "--json", "--read-only"]));
     assert_eq!(report.code, Some(0), "{}", report.shown);
-    report.says("remote", "ok", "was not tried");
+    report.check("remote", "ok", "was not tried");
     assert!(house.s3.requests().iter().all(|seen| seen.method == "GET"), "{:?}", house.s3.requests());
 }
 
@@ -99,22 +98,22 @@ fn a_bad_configuration_is_named_and_the_rest_examined() {
     let file = house.write("bad.toml", "max-bytes = 1\n");
     let report = doctor(house.on("a").env("MODEL_CACHE_CONFIG", &file));
     assert_eq!(report.code, Some(2), "{}", report.shown);
-    let problem = report.says("configuration", "problem", "unknown setting \"max-bytes\"");
+    let problem = report.check("configuration", "problem", "unknown setting \"max-bytes\"");
     assert_eq!(problem["fix"], "did you mean \"max_bytes\"?");
-    report.says("directory", "ok", &house.path("a").display().to_string());
-    report.says("remote", "ok", "conditional writes are supported");
+    report.check("directory", "ok", &house.path("a").display().to_string());
+    report.check("remote", "ok", "conditional writes are supported");
 
     for (name, value) in
         [("MODEL_CACHE_MIN_FREE_BYTES", "lots"), ("HF_ENDPOINT", "nonsense"), ("MODEL_CACHE_LOG", "a=b=c")]
     {
         let report = doctor(house.on("a").env(name, value));
         assert_eq!(report.code, Some(2), "{name}: {}", report.shown);
-        report.says("configuration", "problem", value);
-        report.says("directory", "ok", &house.path("a").display().to_string());
+        report.check("configuration", "problem", value);
+        report.check("directory", "ok", &house.path("a").display().to_string());
     }
     let report = doctor(house.on("a").env("MODEL_CACHE_MAX_BYTE", "1GB"));
     assert_eq!(report.code, Some(0), "{}", report.shown);
-    report.says("configuration", "warning", "did you mean MODEL_CACHE_MAX_BYTES?");
+    report.check("configuration", "warning", "did you mean MODEL_CACHE_MAX_BYTES?");
 }
 
 #[test]
@@ -122,11 +121,11 @@ fn a_dead_endpoint_and_a_missing_bucket_are_distinguished() {
     let house = House::new();
     let report = doctor(house.on("a").env("AWS_ENDPOINT_URL", "http://127.0.0.1:9"));
     assert_eq!(report.code, Some(7), "{}", report.shown);
-    report.says("remote", "problem", "cannot connect");
-    report.says("directory", "ok", "can be");
+    report.check("remote", "problem", "cannot connect");
+    report.check("directory", "ok", "can be");
     let report = doctor(house.on("a").env("MODEL_CACHE_REMOTE", "s3://nowhere/cache"));
     assert_eq!(report.code, Some(2), "{}", report.shown);
-    report.says("remote", "problem", "\"nowhere\" does not exist");
+    report.check("remote", "problem", "\"nowhere\" does not exist");
 }
 
 #[test]
@@ -134,11 +133,11 @@ fn credentials_that_are_missing_wrong_or_expired_end_with_4() {
     let house = House::new();
     let report = doctor(house.on("a").without("AWS_ACCESS_KEY_ID").without("AWS_SECRET_ACCESS_KEY"));
     assert_eq!(report.code, Some(4), "{}", report.shown);
-    report.says("credentials", "problem", "no AWS credentials found");
+    report.check("credentials", "problem", "no AWS credentials found");
     let report = doctor(house.on("a").env("AWS_SECRET_ACCESS_KEY", "canary-secret"));
     assert_eq!(report.code, Some(4), "{}", report.shown);
-    report.says("remote", "problem", "SignatureDoesNotMatch");
-    for (fault, says) in [
+    report.check("remote", "problem", "SignatureDoesNotMatch");
+    for (fault, message_part) in [
         (S3Fault::expired_token(), "expired"),
         (S3Fault::invalid_access_key(), "InvalidAccessKeyId"),
         (S3Fault::clock_skew(), "clock of this machine"),
@@ -147,8 +146,8 @@ fn credentials_that_are_missing_wrong_or_expired_end_with_4() {
         house.s3.faults().clear();
         house.s3.faults().add(fault);
         let report = doctor(house.on("a"));
-        assert_eq!(report.code, Some(4), "{says}: {}", report.shown);
-        report.says("remote", "problem", says);
+        assert_eq!(report.code, Some(4), "{message_part}: {}", report.shown);
+        report.check("remote", "problem", message_part);
     }
 }
 
@@ -162,7 +161,7 @@ fn a_profile_is_named_as_the_source_of_its_keys() {
     );
     house.write("home/.aws/credentials", keys.as_str());
     let run = house.on("a").without("AWS_ACCESS_KEY_ID").without("AWS_SECRET_ACCESS_KEY").env("AWS_PROFILE", "team");
-    doctor(run).says("credentials", "ok", "profile \"team\"");
+    doctor(run).check("credentials", "ok", "profile \"team\"");
 }
 
 #[test]
@@ -171,7 +170,7 @@ fn the_right_region_is_named() {
     house.s3.faults().add(S3Fault::wrong_region("eu-west-3"));
     let report = doctor(house.on("a"));
     assert_eq!(report.code, Some(2), "{}", report.shown);
-    assert!(text(&report.says("remote", "problem", "eu-west-3")["fix"]).contains("AWS_REGION=eu-west-3"));
+    assert!(text(&report.check("remote", "problem", "eu-west-3")["fix"]).contains("AWS_REGION=eu-west-3"));
 }
 
 #[test]
@@ -186,19 +185,19 @@ fn rights_that_are_lacking_are_named_one_by_one() {
     };
     let report = with(S3Fault::access_denied().method("PUT"));
     assert_eq!(report.code, Some(0), "read access is enough: {}", report.shown);
-    report.says("remote", "warning", "may not be written");
+    report.check("remote", "warning", "cannot be written");
     let report = with(S3Fault::no_list_permission());
     assert_eq!(report.code, Some(0), "{}", report.shown);
-    report.says("remote", "warning", "listing is not permitted");
-    report.says("remote", "ok", "may be read");
+    report.check("remote", "warning", "listing is not permitted");
+    report.check("remote", "ok", "can be read");
     let report = with(S3Fault::ignore_conditions());
     assert_eq!(report.code, Some(0), "{}", report.shown);
-    report.says("remote", "warning", "conditional writes are not supported");
+    report.check("remote", "warning", "conditional writes are not supported");
     assert_eq!(house.s3.keys(BUCKET), [""; 0]);
     let report = with(S3Fault::access_denied().method("DELETE"));
     assert_eq!(report.code, Some(4), "{}", report.shown);
     let [left] = &house.s3.keys(BUCKET)[..] else { panic!("{:?}", house.s3.keys(BUCKET)) };
-    report.says("remote", "problem", left);
+    report.check("remote", "problem", left);
     house.s3.remove(BUCKET, left).unwrap();
     let report = with(S3Fault::slow_down());
     assert_eq!(report.code, Some(7), "{}", report.shown);
@@ -213,11 +212,11 @@ fn clock_skew_against_the_server_is_reported() {
     house.s3.clock_ahead(-100);
     let report = doctor(house.on("a"));
     assert_eq!(report.code, Some(0), "{}", report.shown);
-    report.says("clock", "warning", "ahead of");
+    report.check("clock", "warning", "ahead of");
     house.s3.clock_ahead(1000);
     let report = doctor(house.on("a"));
     assert_eq!(report.code, Some(4), "{}", report.shown);
-    report.says("clock", "problem", "s behind that of");
+    report.check("clock", "problem", "s behind that of");
 }
 
 #[test]
@@ -226,20 +225,20 @@ fn a_hub_that_is_down_or_throttles_or_rejects_the_token_is_reported() {
     house.hub.user("ada", TOKEN);
     let report = doctor(house.on_local("a").env("HF_TOKEN", TOKEN));
     assert_eq!(report.code, Some(0), "{}", report.shown);
-    report.says("origin", "ok", "the token is that of \"ada\"");
+    report.check("origin", "ok", "the token is that of \"ada\"");
     let report = doctor(house.on_local("a").env("HF_TOKEN", "canary-session"));
     assert_eq!(report.code, Some(4), "{}", report.shown);
-    report.says("origin", "problem", "rejects the token");
+    report.check("origin", "problem", "rejects the token");
     house.hub.faults().add(modelcache_testkit::hub::HubFault::throttle(30));
-    doctor(house.on_local("a")).says("origin", "warning", "throttles the requests");
+    doctor(house.on_local("a")).check("origin", "warning", "throttles the requests");
     house.hub.down(true);
     let report = doctor(house.on_local("a"));
     assert_eq!(report.code, Some(7), "{}", report.shown);
-    report.says("origin", "problem", "127.0.0.1");
+    report.check("origin", "problem", "127.0.0.1");
     let report = doctor(house.on("a"));
     assert_eq!(report.code, Some(0), "the remote serves: {}", report.shown);
-    report.says("origin", "warning", "can still be downloaded");
-    doctor(house.on_local("a").env("MODEL_CACHE_OFFLINE", "1")).says("origin", "warning", "no origin is contacted");
+    report.check("origin", "warning", "can still be downloaded");
+    doctor(house.on_local("a").env("MODEL_CACHE_OFFLINE", "1")).check("origin", "warning", "no origin is contacted");
 }
 
 #[test]
@@ -250,18 +249,18 @@ fn a_directory_that_cannot_be_used_ends_with_8() {
     assert_eq!(report.code, Some(8), "{}", report.shown);
     let report = doctor(house.on_local("file/below"));
     assert_eq!(report.code, Some(8), "{}", report.shown);
-    report.says("directory", "problem", "not a folder");
+    report.check("directory", "problem", "not a folder");
 
     house.make_cache("newer");
     fs::write(house.path("newer/FORMAT"), "modelcache 9\n").unwrap();
-    doctor(house.on_local("newer")).says("directory", "problem", "has format 9");
+    doctor(house.on_local("newer")).check("directory", "problem", "has format 9");
 
     fs::create_dir(house.path("locked")).unwrap();
     fs::set_permissions(house.path("locked"), Permissions::from_mode(0o555)).unwrap();
     fs::set_permissions(house.path(""), Permissions::from_mode(0o755)).unwrap();
     let report = doctor(house.on_local("locked").unprivileged());
     assert_eq!(report.code, Some(8), "{}", report.shown);
-    report.says("directory", "problem", "cannot write to");
+    report.check("directory", "problem", "cannot write to");
 }
 
 #[test]
@@ -276,14 +275,14 @@ fn a_read_only_mount_and_a_full_one_are_reported() {
     let mount = format!("mount --bind {dir} {dir} && mount -o remount,ro,bind {dir}");
     let report = Report::of(house.on_local("a").run_after(&mount, &["doctor", "--json"]));
     assert_eq!(report.code, Some(8), "{}", report.shown);
-    report.says("directory", "problem", "its artifacts are still served");
+    report.check("directory", "problem", "its artifacts are still served");
 
     let full =
         format!("mount -t tmpfs -o size=64k none {dir} && (dd if=/dev/zero of={dir}/fill bs=4k 2>/dev/null || true)");
     let report = Report::of(house.on_local("a").run_after(&full, &["doctor", "--json"]));
     assert_eq!(report.code, Some(6), "{}", report.shown);
-    report.says("directory", "problem", "cannot write");
-    report.says("directory", "warning", "tmpfs");
+    report.check("directory", "problem", "cannot write");
+    report.check("directory", "warning", "tmpfs");
 }
 
 #[test]
@@ -294,11 +293,11 @@ fn locks_that_do_not_exclude_are_a_warning() {
     let lies = shim.flock(&house.path("a"), modelcache_testkit::Flock::Lies);
     let report = doctor(house.on_local("a").envs(lies.envs()));
     assert_eq!(report.code, Some(0), "{}", report.shown);
-    report.says("directory", "warning", "file locks have no effect");
+    report.check("directory", "warning", "file locks have no effect");
 }
 
 /// The IAM action that a request needs.
-fn action(seen: &Seen) -> &'static str {
+fn action(seen: &LoggedRequest) -> &'static str {
     match (seen.method.as_str(), seen.query.as_str()) {
         ("GET", query) if query.contains("list-type=2") => "s3:ListBucket",
         ("GET", query) if query.starts_with("uploads") => "s3:ListBucketMultipartUploads",
@@ -339,7 +338,7 @@ fn the_iam_policies_grant_exactly_the_actions_in_use() {
     house.on("b").run(["verify", "--tier", "remote"]).ok();
     doctor(house.on("b"));
     house.on("a").run(["evict", "m@1", "--yes"]).ok();
-    let clock = |seen: &&Seen| seen.path == "/";
+    let clock = |seen: &&LoggedRequest| seen.path == "/";
     house
         .s3
         .requests()
@@ -373,11 +372,11 @@ fn a_folder_as_remote_is_tried_and_left_as_it_was() {
     let house = House::new();
     let folder = house.path("remote");
     let run = || house.on_local("a").env("MODEL_CACHE_REMOTE", format!("file://{}", folder.display()));
-    doctor(run()).says("remote", "warning", "the first put creates it");
+    doctor(run()).check("remote", "warning", "the first put creates it");
     assert!(!folder.exists());
     fs::create_dir(&folder).unwrap();
     let report = doctor(run());
     assert_eq!(report.code, Some(0), "{}", report.shown);
-    report.says("remote", "ok", "conditional writes are supported");
+    report.check("remote", "ok", "conditional writes are supported");
     assert_eq!(fs::read_dir(&folder).unwrap().count(), 0);
 }

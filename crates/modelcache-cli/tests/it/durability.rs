@@ -7,7 +7,7 @@
 use crate::common::order::State;
 use crate::common::*;
 use modelcache_testkit::shim::Call;
-use modelcache_testkit::{Content, Errno, Shim, Strike};
+use modelcache_testkit::{Content, Errno, Shim, ShimRun};
 use std::fs::{self, FileTimes, OpenOptions, Permissions};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -64,7 +64,7 @@ impl Bench {
     }
 
     /// Settings for a run with every sync held back until `gate` opens.
-    fn behind(&self, gate: &Gate) -> Strike {
+    fn behind(&self, gate: &Gate) -> ShimRun {
         self.shim.count(&self.root()).gated(&gate.0)
     }
 
@@ -84,12 +84,12 @@ impl Bench {
     }
 
     /// Settings for a run that comes after write-back.
-    fn later(&self) -> Strike {
+    fn later(&self) -> ShimRun {
         self.shim.count(&self.root()).later(AFTER_WRITE_BACK)
     }
 
     /// Settings for a run after a reboot.
-    fn in_next_boot(&self) -> Strike {
+    fn in_next_boot(&self) -> ShimRun {
         self.shim.count(&self.root()).in_boot(&self.house.write("boot", "another boot\n"))
     }
 
@@ -103,7 +103,7 @@ impl Bench {
 }
 
 /// Changes a byte and keeps inode, size and time, as after a write that the medium has lost.
-fn spoil(path: &Path) {
+fn corrupt(path: &Path) {
     let metadata = fs::metadata(path).unwrap();
     fs::set_permissions(path, Permissions::from_mode(0o644)).unwrap();
     let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
@@ -115,8 +115,8 @@ fn spoil(path: &Path) {
 }
 
 /// Returns the number of calls with one of `names`.
-fn count(strike: &Strike, names: &[&str]) -> usize {
-    strike.calls().iter().filter(|call| names.contains(&&*call.name)).count()
+fn count(shim_run: &ShimRun, names: &[&str]) -> usize {
+    shim_run.calls().iter().filter(|call| names.contains(&&*call.name)).count()
 }
 
 fn is_right(path: &Path) -> bool {
@@ -148,7 +148,7 @@ fn a_get_does_not_sync_and_a_use_after_write_back_does() {
 fn unsynced_files_are_trusted_in_the_same_boot_and_hashed_in_another() {
     let Some(bench) = Bench::new() else { return };
     let weights = bench.get().join(WEIGHTS);
-    spoil(&weights);
+    corrupt(&weights);
     bench.get();
     assert!(!is_right(&weights), "in the boot of the mark, files are not hashed");
     let reboot = bench.in_next_boot();
@@ -165,7 +165,7 @@ fn the_end_of_a_container_leaves_its_files_trusted() {
     }
     let Some(bench) = Bench::new() else { return };
     let weights = bench.on().shell(&format!("exec unshare -mpf --mount-proc {BIN} get {MODEL}")).path().join(WEIGHTS);
-    spoil(&weights);
+    corrupt(&weights);
     bench.get();
     assert!(!is_right(&weights), "boot and mount are those of the container");
 }
@@ -201,7 +201,7 @@ fn a_get_that_shares_an_unsynced_file_marks_it_too() {
     assert_eq!((bench.marked(&next), bench.marked(&bench.commit)), (0, 4), "the marks of the first get stay");
 
     // Simulates a power cut after which a file has other bytes.
-    spoil(&path.join(WEIGHTS));
+    corrupt(&path.join(WEIGHTS));
     let reboot = bench.in_next_boot();
     let old = bench.on().envs(reboot.envs()).run(["get", &format!("{MODEL}@{}", bench.commit)]);
     let old = old.path_saying(&["was changed or damaged"]);
@@ -215,7 +215,7 @@ fn a_get_that_shares_an_unsynced_file_marks_it_too() {
 #[test]
 fn an_unsynced_file_of_another_boot_is_hashed_before_it_is_shared() {
     let Some(bench) = Bench::new() else { return };
-    spoil(&bench.get().join(WEIGHTS));
+    corrupt(&bench.get().join(WEIGHTS));
     let next = bench.house.hub.repo("org/model").commit().file("README.md", "new").publish().unwrap();
     let reboot = bench.in_next_boot();
     let path = bench.on().envs(reboot.envs()).run(["get", &format!("{MODEL}@{next}")]).path();
@@ -226,9 +226,9 @@ fn an_unsynced_file_of_another_boot_is_hashed_before_it_is_shared() {
 fn durable_waits_for_the_sync_also_on_a_hit_of_unsynced_files() {
     let Some(bench) = Bench::new() else { return };
     let gate = bench.gate("gate");
-    let strike = bench.behind(&gate);
-    let waiting = bench.on().envs(strike.envs()).start(["get", "--durable", MODEL]);
-    wait_until("a file is synced", || strike.calls().iter().any(|call| call.name == "fdatasync"));
+    let shim_run = bench.behind(&gate);
+    let waiting = bench.on().envs(shim_run.envs()).start(["get", "--durable", MODEL]);
+    wait_until("a file is synced", || shim_run.calls().iter().any(|call| call.name == "fdatasync"));
     assert_eq!(bench.marked(&bench.commit), 4);
     gate.open();
     waiting.wait().path();
@@ -282,9 +282,9 @@ fn exec_runs_its_command_at_once_without_a_child_and_as_the_only_lease_holder() 
 fn a_failed_write_back_is_found_by_a_later_use_which_fetches_the_file_again() {
     let Some(bench) = Bench::new() else { return };
     bench.get();
-    let strike = bench.shim.fail_at(&bench.root(), 1, Errno::EIO).of("fdatasync").later(AFTER_WRITE_BACK);
+    let shim_run = bench.shim.fail_at(&bench.root(), 1, Errno::EIO).of("fdatasync").later(AFTER_WRITE_BACK);
     bench.house.hub.clear_requests();
-    let outcome = bench.on().envs(strike.envs()).run(["get", MODEL]);
+    let outcome = bench.on().envs(shim_run.envs()).run(["get", MODEL]);
     assert_model(&outcome.path_saying(&["could not be synced to disk", "Input/output error", "from origin"]));
     assert!(bench.house.hub.body_bytes() > 0, "it was fetched again, not taken from the failed blob");
     assert_eq!(bench.marked(&bench.commit), 1, "the others are durable");
@@ -329,7 +329,7 @@ fn a_read_only_directory_leaves_the_report_of_a_failed_write_to_others() {
     let later = bench.later();
     bench.on().envs(later.envs()).shell(&script).path_saying(&["on disk"]);
     assert_eq!(count(&later, &SYNCS), 0, "the kernel reports a failed write once");
-    spoil(&weights);
+    corrupt(&weights);
     let outcome = bench.on().envs(bench.in_next_boot().envs()).shell(&script);
     assert_ne!(outcome.code, Some(0), "after a reboot the files are hashed: {outcome}");
 }
@@ -362,13 +362,13 @@ fn many_marks_are_cleared_in_one_write() {
     let commit = many(&bench.house);
     // After a reboot the files are hashed and synced at once. Later in the same boot each file is synced, because its
     // own descriptor reports a failed write.
-    for (strike, syncs) in [(bench.in_next_boot(), (1, 0)), (bench.later(), (0, MANY + 4))] {
+    for (shim_run, syncs) in [(bench.in_next_boot(), (1, 0)), (bench.later(), (0, MANY + 4))] {
         bench.get();
         assert_eq!(bench.marked(&commit), MANY + 4);
-        bench.on().envs(strike.envs()).run(["get", MODEL]).path_saying(&["on disk"]);
-        assert_eq!((count(&strike, &["syncfs"]), count(&strike, &["fdatasync"])), syncs);
+        bench.on().envs(shim_run.envs()).run(["get", MODEL]).path_saying(&["on disk"]);
+        assert_eq!((count(&shim_run, &["syncfs"]), count(&shim_run, &["fdatasync"])), syncs);
         let is_manifest = |call: &&Call| call.name.starts_with("rename") && call.path.ends_with("manifest.json");
-        assert_eq!((strike.calls().iter().filter(is_manifest).count(), bench.marked(&commit)), (1, 0));
+        assert_eq!((shim_run.calls().iter().filter(is_manifest).count(), bench.marked(&commit)), (1, 0));
         bench.house.on_local("a").run(["evict", MODEL, "--tier", "disk", "--yes"]).ok();
     }
 }

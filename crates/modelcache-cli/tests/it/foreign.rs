@@ -118,10 +118,10 @@ fn without_checksums_a_get_warns_once_and_a_requirement_refuses() {
     let warm = house.on("a").run(["get", "fraud@3"]).ok();
     assert!(!warm.stderr.contains("WARN"), "{warm}");
     let required = || ["MODEL_CACHE_REQUIRE_CHECKSUM", "1"];
-    let says = ["no checksum available for 1 of its files", "model.tar.gz", "sha256sum FILE > FILE.sha256"];
+    let message_parts = ["no checksum available for 1 of its files", "model.tar.gz", "sha256sum FILE > FILE.sha256"];
     for dir in ["b", "a"] {
         let [name, value] = required();
-        house.on(dir).env(name, value).run(["get", "fraud@3"]).failed(5, &says);
+        house.on(dir).env(name, value).run(["get", "fraud@3"]).failed(5, &message_parts);
     }
     house.assert_no_artifact_or_staging("b");
     let demanded = format!("fraud@3#sha256={}", sha256(&model_file()));
@@ -427,7 +427,7 @@ fn a_bucket_in_another_region_is_found_there() {
     let hits = house.s3.faults().add(S3Fault::wrong_region("eu-west-1").on("prefix=models/m@1").times(1));
     house.on("a").run(["get", "s3://other/models/m@1/"]).path();
     assert_eq!(hits.count(), 1);
-    let signed = |seen: &modelcache_testkit::Seen| seen.authorization.clone().unwrap_or_default();
+    let signed = |seen: &modelcache_testkit::LoggedRequest| seen.authorization.clone().unwrap_or_default();
     let reads = house.s3.object_gets("models/m@1");
     assert!(!reads.is_empty() && reads.iter().all(|seen| signed(seen).contains("/eu-west-1/s3/")), "{reads:?}");
 }

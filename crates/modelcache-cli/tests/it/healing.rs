@@ -11,7 +11,7 @@ fn shared() -> Content {
 }
 
 /// Changes one byte in place and restores the mode, as another program could. Returns the new bytes.
-fn spoil(file: &Path) -> Vec<u8> {
+fn corrupt(file: &Path) -> Vec<u8> {
     fs::set_permissions(file, Permissions::from_mode(0o644)).unwrap();
     let open = fs::File::options().write(true).open(file).unwrap();
     let wrong = [!fs::read(file).unwrap()[1_000_000]];
@@ -49,7 +49,7 @@ fn a_changed_file_is_withdrawn_from_every_artifact_that_shares_it_and_both_are_r
         let get = |at: usize| house.on_local("a").run(["get", &references[at]]);
         let [one, two] = [0, 1].map(|at| get(at).path().join("shared.bin"));
         assert_eq!(fs::metadata(&one).unwrap().ino(), fs::metadata(&two).unwrap().ino(), "they share the file");
-        let wrong = spoil(&one);
+        let wrong = corrupt(&one);
         house.hub.clear_requests();
 
         // The origin is down, so that the state between detection and refill can be inspected.
@@ -87,7 +87,7 @@ fn a_changed_file_without_another_source_is_an_error_until_the_artifact_is_put_a
         house.on_local("a").run(["put", &format!("{name}@1"), name]).ok();
     }
     let get = |reference: &str| house.on_local("a").run(["get", reference]);
-    let wrong = spoil(&get("one@1").path().join("shared.bin"));
+    let wrong = corrupt(&get("one@1").path().join("shared.bin"));
     for reference in ["one@1", "two@1"] {
         get(reference).failed(3, &[reference, "shared.bin", "put"]);
         assert_eq!(reported(&house, reference), (1, false), "{reference}");

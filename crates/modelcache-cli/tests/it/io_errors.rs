@@ -6,7 +6,7 @@
 
 use crate::common::{House, Outcome, assert_model, model, shim};
 use modelcache_testkit::shim::sample;
-use modelcache_testkit::{Call, Content, Dice, Errno, Shim, Strike};
+use modelcache_testkit::{Call, Content, Dice, Errno, Shim, ShimRun};
 use std::collections::BTreeSet;
 use std::path::Path;
 
@@ -192,7 +192,7 @@ impl Bench {
 
     /// Runs one command under a fault, and checks the result and the next clean run. Returns true if the run failed.
     #[allow(clippy::print_stderr)]
-    fn survives(&self, args: &[&str], dir: &str, fault: &Strike, errno: Errno, n: u64) -> bool {
+    fn survives(&self, args: &[&str], dir: &str, fault: &ShimRun, errno: Errno, n: u64) -> bool {
         let outcome = self.house.on_local(dir).envs(fault.envs()).run(args);
         // The test runner shows this only if the test fails.
         eprintln!("{args:?} under {errno:?} from call {n}: {:?}", fault.calls().iter().find(|call| call.number == n));

@@ -37,9 +37,9 @@ fn a_read_only_mount_serves_hits_and_a_miss_names_the_remedy() {
     house.on("a").run_after(&frozen, &["stats"]).ok();
 
     house.write("w.bin", "weights");
-    let says = ["disk", "cannot be written", "mount it writable", "MODEL_CACHE_DIR"];
+    let message_parts = ["disk", "cannot be written", "mount it writable", "MODEL_CACHE_DIR"];
     for args in [&["get", "hf://org/other"][..], &["put", "m@1", "w.bin"], &["evict", &reference, "--yes"]] {
-        house.on("a").run_after(&frozen, args).failed(8, &says);
+        house.on("a").run_after(&frozen, args).failed(8, &message_parts);
     }
     assert_eq!(house.listed("a"), std::slice::from_ref(&reference));
     assert!(!house.published_keys().iter().any(|key| key.contains("other") || key.contains("w.bin")));
@@ -62,9 +62,9 @@ fn a_directory_without_write_permission_serves_hits_and_a_miss_names_the_remedy(
     assert_model(&house.on("a").unprivileged().run(["get", "hf://org/model"]).path());
     assert_eq!(house.on("a").unprivileged().run(["ls", "--json"]).objects().len(), 1);
     house.write("w.bin", "weights");
-    let says = ["disk", "cannot be written", "MODEL_CACHE_DIR"];
+    let message_parts = ["disk", "cannot be written", "MODEL_CACHE_DIR"];
     for args in [&["get", "hf://org/other"][..], &["put", "m@1", "w.bin"], &["evict", &reference, "--yes"]] {
-        house.on("a").unprivileged().run(args).failed(8, &says);
+        house.on("a").unprivileged().run(args).failed(8, &message_parts);
     }
     set_mode_of_folders(&house.path("a"), 0o755);
     house.on("a").run(["get", "hf://org/other"]).path();
@@ -124,8 +124,8 @@ fn a_full_disk_ends_in_6_frees_the_staged_files_and_works_with_more_room() {
     }
     let (house, _) = House::with_model();
     house.hub.repo("org/small").commit().file("x", "x").publish().unwrap();
-    let says = ["hf://org/model@", "disk", "no room for 9.5 MB", "free", "larger one"];
-    get_without_room(&house, "size=8m", "size=64m").failed(6, &says);
+    let message_parts = ["hf://org/model@", "disk", "no room for 9.5 MB", "free", "larger one"];
+    get_without_room(&house, "size=8m", "size=64m").failed(6, &message_parts);
     assert!(house.hub.body_bytes() < model_bytes() + 100, "nothing is downloaded that does not fit");
 }
 
@@ -136,8 +136,9 @@ fn a_disk_without_inodes_ends_in_6_frees_the_staged_files_and_works_with_more_in
     }
     let (house, _) = House::with_model();
     house.hub.repo("org/small").commit().file("x", "x").publish().unwrap();
-    let says = ["hf://org/model@", "disk", "No space left on device", "free space or inodes", "MODEL_CACHE_DIR"];
-    get_without_room(&house, "size=64m,nr_inodes=32", "size=64m,nr_inodes=1000").failed(6, &says);
+    let message_parts =
+        ["hf://org/model@", "disk", "No space left on device", "free space or inodes", "MODEL_CACHE_DIR"];
+    get_without_room(&house, "size=64m,nr_inodes=32", "size=64m,nr_inodes=1000").failed(6, &message_parts);
 }
 
 #[test]
@@ -162,7 +163,7 @@ fn a_put_without_room_ends_in_6_and_frees_the_staged_files() {
 #[test]
 fn a_directory_with_a_newer_or_unknown_format_is_refused_and_left_alone() {
     let (house, _) = House::with_model();
-    for (text, says) in [
+    for (text, message_parts) in [
         ("modelcache 2\n", &["has format 2", "this release knows 1", "update modelcache", "nothing was touched"][..]),
         ("something else\n", &["is not a cache directory", "FORMAT", "MODEL_CACHE_DIR"]),
         ("\u{0}\u{1}binary", &["is not a cache directory", "FORMAT", "MODEL_CACHE_DIR"]),
@@ -170,7 +171,7 @@ fn a_directory_with_a_newer_or_unknown_format_is_refused_and_left_alone() {
         house.write("theirs/FORMAT", text);
         for args in [&["get", "hf://org/model"][..], &["put", "m@1", "theirs"], &["ls"], &["stats"], &["evict", "m@1"]]
         {
-            house.on("theirs").run(args).failed(8, &[says, &["theirs"]].concat());
+            house.on("theirs").run(args).failed(8, &[message_parts, &["theirs"]].concat());
         }
         assert_eq!(entries_of(&house.path("theirs")), ["FORMAT"], "nothing was created there");
         assert_same(&house.path("theirs/FORMAT"), &text.into());
@@ -197,9 +198,9 @@ fn an_artifact_larger_than_the_budget_is_refused_before_any_download() {
     let tight = || house.on_local("a").env("MODEL_CACHE_MAX_BYTES", "5MB");
     tight().run(["get", "hf://org/small"]).path();
     house.hub.clear_requests();
-    let says = ["disk", "needs 9.5 MB", "5.0 MB", "MODEL_CACHE_MAX_BYTES"];
-    tight().run(["get", "hf://org/model"]).failed(6, &[&says[..], &["hf://org/model@"]].concat());
-    tight().run(["put", "m@1", "mine"]).failed(6, &[&says[..], &["m@1"]].concat());
+    let message_parts = ["disk", "needs 9.5 MB", "5.0 MB", "MODEL_CACHE_MAX_BYTES"];
+    tight().run(["get", "hf://org/model"]).failed(6, &[&message_parts[..], &["hf://org/model@"]].concat());
+    tight().run(["put", "m@1", "mine"]).failed(6, &[&message_parts[..], &["m@1"]].concat());
     assert_eq!(house.hub.body_bytes(), 0, "nothing was downloaded");
     assert_eq!(house.listed("a").len(), 1, "nothing was evicted");
 

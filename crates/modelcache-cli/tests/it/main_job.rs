@@ -213,7 +213,7 @@ fn evict_removes_from_the_given_tier_and_needs_yes_for_the_last_copy() {
     }
     let would = house.on("a").run(["evict", "m@1", "--dry-run", "--json"]).object();
     assert_eq!((&would["disk_bytes"], &would["remote_bytes"]), (&json!(model_bytes()), &json!(model_bytes())));
-    assert_eq!((&would["dry_run"], &would["origin_can_give_back"]), (&json!(true), &json!(false)));
+    assert_eq!((&would["dry_run"], &would["can_be_fetched_again"]), (&json!(true), &json!(false)));
     assert_eq!(house.on("a").run(["ls", "--remote", "--json"]).objects().len(), 1, "nothing was removed so far");
 
     house.on("a").run(["evict", "m@1", "--tier", "remote", "--yes"]).ok();
@@ -382,8 +382,8 @@ fn a_flipped_byte_without_another_source_ends_in_5_and_is_repaired_by_putting_ag
     let mine = put_folder(&house);
     house.on("a").run(["put", "m@1", mine.to_str().unwrap()]).ok();
     house.s3.flip_byte(BUCKET, &house.s3_key("m/1", "model.safetensors"), 5).unwrap();
-    let says = ["m@1", "remote", "model.safetensors", "sha256"];
-    house.on("b").run(["get", "m@1"]).failed(5, &says);
+    let message_parts = ["m@1", "remote", "model.safetensors", "sha256"];
+    house.on("b").run(["get", "m@1"]).failed(5, &message_parts);
     house.assert_no_artifact("b");
     assert_model(&house.on("a").run(["get", "m@1"]).path_saying(&["on disk"]));
     // The intact files can still be fetched.

@@ -122,7 +122,7 @@ fn missing_models_are_reported_with_a_remedy(run: &dyn Fn(&str) -> Run, server: 
     sql("UPDATE model_versions SET status='PENDING_REGISTRATION' WHERE name='fraud' AND version=2");
     get("models:/fraud/2").failed(3, &["not ready", "PENDING_REGISTRATION"]);
     sql("UPDATE model_versions SET status='READY' WHERE name='fraud' AND version=2");
-    for (bad, code, says) in [
+    for (bad, code, message_part) in [
         ("mlflow-artifacts:/1/nothing/here", 3, "no files"),
         ("mlflow-artifacts:/1/../../etc", 5, "has an empty segment, `.` or `..`"),
         ("mlflow-artifacts://elsewhere.example/1/x", 1, "another MLflow server"),
@@ -131,7 +131,7 @@ fn missing_models_are_reported_with_a_remedy(run: &dyn Fn(&str) -> Run, server: 
         ("models:/fraud/3", 5, "does not lead to files"),
     ] {
         source(bad, 3);
-        get("models:/fraud/3").failed(code, &[says]);
+        get("models:/fraud/3").failed(code, &[message_part]);
     }
     // Paths on the machine of the server are read only below the folder in MODEL_CACHE_MLFLOW_LOCAL_ROOT.
     let root = server.folder().parent().unwrap().to_owned();

@@ -63,8 +63,8 @@ fn an_artifact_that_is_not_on_disk_is_not_found_and_the_error_names_offline_mode
         let local = flags == ["--local-files-only"];
         let reason = if local { "neither remote nor origin was asked" } else { "no origin was asked" };
         for reference in ["hf://org/model", &exact, "org/model@main"] {
-            let says = [reason, "--offline", "MODEL_CACHE_OFFLINE", "HF_HUB_OFFLINE"];
-            run().run([&["get", reference], flags].concat()).failed(3, &says);
+            let message_parts = [reason, "--offline", "MODEL_CACHE_OFFLINE", "HF_HUB_OFFLINE"];
+            run().run([&["get", reference], flags].concat()).failed(3, &message_parts);
         }
         assert_unasked(&house, local);
         clear(&house);

@@ -95,9 +95,9 @@ fn power(row: Row) {
     let counts: Vec<u64> = {
         row.before.iter().for_each(|args| drop(bench.on("whole", 0).run(*args).ok()));
         let count = |args: &&[&str]| {
-            let strike = bench.shim.count(&bench.house.path("whole"));
-            bench.on("whole", 0).envs(strike.envs()).run(*args).ok();
-            strike.calls().len() as u64
+            let shim_run = bench.shim.count(&bench.house.path("whole"));
+            bench.on("whole", 0).envs(shim_run.envs()).run(*args).ok();
+            shim_run.calls().len() as u64
         };
         row.act.iter().map(count).collect()
     };
@@ -115,9 +115,9 @@ fn power(row: Row) {
             // it may have unsynced writes, too.
             let from = if dice.percent(60) { count / 2 } else { 1 };
             let n = if at == struck { from + dice.below(count + 20 - from) } else { u64::MAX };
-            let strike = bench.shim.kill_at(&root, n).with_ledger(&ledger).in_boot(&bench.boots[0]);
-            let strike = strike.later(u32::try_from(at).unwrap() * AFTER_WRITE_BACK);
-            let run = bench.on(&dir, 0).envs(strike.envs());
+            let shim_run = bench.shim.kill_at(&root, n).with_ledger(&ledger).in_boot(&bench.boots[0]);
+            let shim_run = shim_run.later(u32::try_from(at).unwrap() * AFTER_WRITE_BACK);
+            let run = bench.on(&dir, 0).envs(shim_run.envs());
             let run = if waits { run } else { run.without("MODEL_CACHE_DURABLE") };
             let outcome = run.run(*args);
             assert!(matches!(outcome.code, None | Some(0)), "{outcome}");
@@ -156,8 +156,8 @@ impl Bench {
 
     /// A run before the cut (`boot` 0) or after it (1).
     fn on(&self, dir: &str, boot: usize) -> Run {
-        let strike = self.shim.count(&self.house.path("nowhere")).in_boot(&self.boots[boot]);
-        self.house.on_local(dir).envs(strike.envs()).env("MODEL_CACHE_READ_TIMEOUT", "30s")
+        let shim_run = self.shim.count(&self.house.path("nowhere")).in_boot(&self.boots[boot]);
+        self.house.on_local(dir).envs(shim_run.envs()).env("MODEL_CACHE_READ_TIMEOUT", "30s")
     }
 
     fn assert_recovers(&self, row: &Row, dir: &str, round: u64, cut: Cut) {

@@ -57,7 +57,7 @@ fn assert_copies(house: &House, run: impl Fn(&str) -> Run) {
 fn equal_files_of_another_version_are_copied_by_the_server() {
     let house = House::new();
     assert_copies(&house, |dir| house.on(dir));
-    let sent = |seen: &&modelcache_testkit::Seen| seen.method == "POST" && seen.query.starts_with("uploads");
+    let sent = |seen: &&modelcache_testkit::LoggedRequest| seen.method == "POST" && seen.query.starts_with("uploads");
     assert_eq!(house.s3.requests().iter().filter(sent).count(), 1, "the big file was uploaded once");
 }
 
@@ -222,8 +222,8 @@ fn a_file_of_another_format_than_expected_is_refused_and_its_format_named() {
     }
     put(house.on("a"), "m/tree@1", &house.path("right"), &["--expect", "safetensors"]);
 
-    let refused = |file: &Path, format: &str, says: &[&str]| {
-        house.on("b").run(["put", "no@1", file.to_str().unwrap(), "--expect", format]).failed(5, says);
+    let refused = |file: &Path, format: &str, message_parts: &[&str]| {
+        house.on("b").run(["put", "no@1", file.to_str().unwrap(), "--expect", format]).failed(5, message_parts);
     };
     refused(
         &files[0].1,

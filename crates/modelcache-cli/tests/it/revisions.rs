@@ -180,9 +180,9 @@ fn a_dangling_tag_is_reported_with_the_remedy() {
         let house = house_of(kind);
         kind.on(&house, "ops").run(["tag", "m@3", "prod"]).ok();
         fs::remove_dir_all(kind.object(&house, "m/3")).unwrap();
-        let says = ["the tag prod points to m@3", "not on this disk, nor on the remote", "tag m@VERSION prod"];
-        kind.on(&house, "a").run(["get", "m@prod"]).failed(3, &says);
-        kind.on(&house, "a").run(["resolve", "m@prod"]).failed(3, &says);
+        let message_parts = ["the tag prod points to m@3", "not on this disk, nor on the remote", "tag m@VERSION prod"];
+        kind.on(&house, "a").run(["get", "m@prod"]).failed(3, &message_parts);
+        kind.on(&house, "a").run(["resolve", "m@prod"]).failed(3, &message_parts);
     }
 }
 
@@ -196,8 +196,8 @@ fn a_tag_keeps_its_last_known_version_while_the_remote_does_not_answer() {
         house.s3.faults().add(fault);
         let run = || on(&house, "a").env("MODEL_CACHE_READ_TIMEOUT", "30s");
         let got = run().run(["get", "m@prod"]);
-        let says = ["WARN", "m@prod", "no answer", "last meant", "version=1", "age_s=", "remote"];
-        assert_eq!(content(&got.path_saying(&says)), "1");
+        let message_parts = ["WARN", "m@prod", "no answer", "last meant", "version=1", "age_s=", "remote"];
+        assert_eq!(content(&got.path_saying(&message_parts)), "1");
         let refuses = run().env("MODEL_CACHE_ON_REMOTE_DOWN", "fail").env("MODEL_CACHE_READ_TIMEOUT", "500ms");
         refuses.run(["get", "m@prod"]).failed(7, &["m@prod", "remote"]);
         let refresh = run().env("MODEL_CACHE_READ_TIMEOUT", "500ms").run(["get", "m@prod", "--refresh"]);
@@ -345,10 +345,10 @@ fn a_revision_keeps_its_last_known_commit_while_the_hub_does_not_answer() {
     ] {
         house.hub.faults().add(fault);
         let version = format!("version={commit}");
-        let says = ["WARN", "hf://org/model@main", "last meant", &version, "age_s=", why];
+        let message_parts = ["WARN", "hf://org/model@main", "last meant", &version, "age_s=", why];
         let got = run().run(["get", "hf://org/model"]);
         assert_eq!(got.stderr.matches("WARN").count(), 1, "{got}");
-        assert_model(&got.path_saying(&says));
+        assert_model(&got.path_saying(&message_parts));
         run()
             .env("MODEL_CACHE_READ_TIMEOUT", "500ms")
             .run(["get", "hf://org/model", "--refresh"])
@@ -446,8 +446,8 @@ fn a_version_that_changed_after_it_was_tagged_is_reported_as_an_error() {
     on(&house, "ops").run(["tag", "m@1", "prod"]).ok();
     let quiet = on(&house, "a").run(["get", "m@prod"]);
     assert!(!quiet.stderr.contains("ERROR"), "{quiet}");
-    let says = ["ERROR", &old, &new, "this disk has", "evict m@1 --tier disk"];
-    on(&house, "old").run(["get", "m@prod"]).failed(5, &says);
+    let message_parts = ["ERROR", &old, &new, "this disk has", "evict m@1 --tier disk"];
+    on(&house, "old").run(["get", "m@prod"]).failed(5, &message_parts);
     assert_eq!(content(&on(&house, "old").run(["get", "m@1"]).path()), "1", "a hit sends no request");
     on(&house, "old").run(["evict", "m@1", "--tier", "disk"]).ok();
     assert_eq!(content(&on(&house, "old").run(["get", "m@prod"]).path()), "other");
@@ -461,8 +461,8 @@ fn a_commit_that_changed_at_the_hub_is_an_error_and_old_files_are_not_mixed_with
     run().run(["get", &reference, "--include", "*.safetensors"]).path();
     house.hub.repo("org/model").tamper(&commit, "model.safetensors", content_of(2)).unwrap();
     let [old, new] = [big(), content_of(2)].map(|content| content.sha256().unwrap()[..12].to_owned());
-    let says = ["ERROR", &old, &new, "contradict", "evict", "--tier disk", "verify", &reference];
-    run().run(["get", &reference]).failed(5, &says);
+    let message_parts = ["ERROR", &old, &new, "contradict", "evict", "--tier disk", "verify", &reference];
+    run().run(["get", &reference]).failed(5, &message_parts);
     run().run(["get", &reference, "--include", "*.safetensors"]).path_saying(&["on disk"]);
     run().run(["evict", &reference, "--tier", "disk"]).ok();
     assert_same(&run().run(["get", &reference]).path().join("model.safetensors"), &content_of(2));
@@ -477,8 +477,8 @@ fn a_remote_that_contradicts_the_hub_is_reported_as_an_error_and_the_hub_wins() 
     let [old, new] = [big(), content_of(2)].map(|content| content.sha256().unwrap()[..12].to_owned());
     let got = house.on("b").run(["get", &reference]);
     assert_eq!(got.stderr.matches("ERROR").count(), 1, "{got}");
-    let says = ["ERROR", &old, &new, "the remote contradicts", "evict", "--tier remote", "from origin"];
-    assert_same(&got.path_saying(&says).join("model.safetensors"), &content_of(2));
+    let message_parts = ["ERROR", &old, &new, "the remote contradicts", "evict", "--tier remote", "from origin"];
+    assert_same(&got.path_saying(&message_parts).join("model.safetensors"), &content_of(2));
 }
 
 /// Content of the size of [`big`] with other bytes.

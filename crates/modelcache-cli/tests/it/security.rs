@@ -7,7 +7,7 @@
 use crate::common::{BUCKET, House, Run, TOKEN, assert_model, files_below};
 use modelcache::digest::Digest;
 use modelcache::key::FilePath;
-use modelcache::manifest::{Held, Manifest, ObjectIdentity};
+use modelcache::manifest::{HeldIdentity, Manifest, ObjectIdentity};
 use modelcache_testkit::Content;
 use modelcache_testkit::s3::S3Fault;
 use std::fs;
@@ -51,7 +51,7 @@ fn a_poisoned_object_with_a_matching_manifest_is_detected_when_the_hub_is_asked(
     rewrite_manifest(&house, &commit, |manifest| {
         let entry = manifest.files.get_mut(&FilePath::new("model.safetensors").unwrap()).unwrap();
         (entry.size, entry.sha256, entry.ladder) = (poison.len(), Some(Digest::of(POISON.as_bytes())), None);
-        entry.held = Some(Held::Remote(ObjectIdentity { etag: None, object_bytes: poison.len() }));
+        entry.held = Some(HeldIdentity::Remote(ObjectIdentity { etag: None, object_bytes: poison.len() }));
         // One file is not on the remote, so that the Hub is asked for its list of files.
         manifest.files.get_mut(&FilePath::new("config.json").unwrap()).unwrap().held = None;
     });

@@ -259,7 +259,7 @@ fn two_processes_each_through_its_own_bind_mount_share() {
     for folder in ["cache", "one", "two"] {
         fs::create_dir(house.path(folder)).unwrap();
     }
-    for (mount, says) in [("one", "from origin"), ("two", "on disk")] {
+    for (mount, message_part) in [("one", "from origin"), ("two", "on disk")] {
         let [from, to] = [house.path("cache"), house.path(mount)];
         let check = format!(
             "mount --bind {} {}\n{BIN} \"$@\" >out\ncmp \"$(cat out)/config.json\" want",
@@ -267,7 +267,7 @@ fn two_processes_each_through_its_own_bind_mount_share() {
             to.display()
         );
         house.write("want", "{\"a\": 1}");
-        house.on_local(mount).script(&check, &["get", REF]).ok().said(&[says]);
+        house.on_local(mount).script(&check, &["get", REF]).ok().said(&[message_part]);
     }
     assert_eq!(house.hub.body_bytes(), model_bytes(), "each byte was fetched once");
     assert_counted(&house, "cache");

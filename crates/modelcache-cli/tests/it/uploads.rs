@@ -35,7 +35,7 @@ fn claims(house: &House) -> usize {
 
 /// Returns the number of parts that the store accepted.
 fn parts(house: &House) -> usize {
-    let is_part = |seen: &&modelcache_testkit::Seen| seen.method == "PUT" && seen.query.contains("partNumber");
+    let is_part = |seen: &&modelcache_testkit::LoggedRequest| seen.method == "PUT" && seen.query.contains("partNumber");
     house.s3.requests().iter().filter(is_part).filter(|seen| seen.status == 200).count()
 }
 

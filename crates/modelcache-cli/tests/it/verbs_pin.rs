@@ -27,9 +27,12 @@ fn a_pinned_artifact_stays_and_the_refusal_names_end_user_and_reason() {
     let (house, path) = house();
     let pin = ["pin", "hf://org/model", "--for", "7d", "--reason", "release 4"];
     tight(&house).run(pin).ok().said(&["pinned until ", " by ops@", ": release 4"]);
-    let says = ["is pinned until 2", " by ops@", ": release 4"];
-    tight(&house).run(["get", "hf://org/other"]).failed(6, &says);
-    tight(&house).run(["evict", "--tier", "disk", "hf://org/model"]).failed(1, &says).said(&["modelcache unpin"]);
+    let message_parts = ["is pinned until 2", " by ops@", ": release 4"];
+    tight(&house).run(["get", "hf://org/other"]).failed(6, &message_parts);
+    tight(&house)
+        .run(["evict", "--tier", "disk", "hf://org/model"])
+        .failed(1, &message_parts)
+        .said(&["modelcache unpin"]);
     assert_model(&path);
 
     let row = tight(&house).run(["ls", "--json"]).object();

@@ -125,8 +125,8 @@ fn artifacts_in_use_or_pinned_stay_and_a_shortfall_is_a_failure() {
     let pinned = ["kept a@1: it is pinned by ops@", ": canary"];
     assert!(planned.stdout.contains(&in_use) && planned.stdout.contains(pinned[0]), "{planned}");
 
-    let says = [&in_use, pinned[0], pinned[1], "are still used, more than the requested 0 B"];
-    house.on_local("d").run(["prune", "--to", "0"]).failed(6, &says);
+    let message_parts = [&in_use, pinned[0], pinned[1], "are still used, more than the requested 0 B"];
+    house.on_local("d").run(["prune", "--to", "0"]).failed(6, &message_parts);
     assert_eq!(house.listed("d"), ["a@1", "b@1"]);
     running.signal("KILL");
     running.wait();

@@ -100,10 +100,10 @@ fn the_text_output_names_file_part_digests_and_remedy() {
     rot(&put(&house, "a").join("weights.bin"), 17 * MIB - 1);
     let found = house.on("a").run(["verify", "m@1"]);
     assert_eq!(found.code, Some(5), "{found}");
-    for says in
+    for message_part in
         ["bad ", "m@1", "weights.bin: wrong bytes in part 2 (bytes 16777216-17825791)", "expected sha256", "found "]
     {
-        assert!(found.stdout.contains(says), "{says:?}: {found}");
+        assert!(found.stdout.contains(message_part), "{message_part:?}: {found}");
     }
     found.said(&["error: 1 file wrong in 1 artifact", "hint: ", "--repair"]);
 }

@@ -51,11 +51,11 @@ struct S3Trouble {
     fault: Option<S3Fault>,
     change: fn(Run) -> Run,
     code: i32,
-    says: &'static [&'static str],
+    message_parts: &'static [&'static str],
 }
 
 fn s3_troubles() -> Vec<S3Trouble> {
-    let row = |name, code, says| S3Trouble { name, fault: None, change: |run| run, code, says };
+    let row = |name, code, message_parts| S3Trouble { name, fault: None, change: |run| run, code, message_parts };
     vec![
         S3Trouble {
             change: |run| run.without("AWS_ACCESS_KEY_ID").without("AWS_SECRET_ACCESS_KEY"),
@@ -87,25 +87,27 @@ fn s3_troubles() -> Vec<S3Trouble> {
 
 #[test]
 fn a_lasting_failure_of_s3_is_reported_and_the_origin_serves() {
-    each_in_its_own_environment(s3_troubles(), |S3Trouble { name, fault, change, code, says }| {
+    each_in_its_own_environment(s3_troubles(), |S3Trouble { name, fault, change, code, message_parts }| {
         let house = house();
         let keys = house.s3.keys(BUCKET);
         fault.map(|fault| house.s3.faults().add(fault));
         let run = || change(impatient(house.on("a")));
-        let says = [says, &["remote"]].concat();
-        run().run(["get", "m@1"]).failed(code, &[&says[..], &["m@1"]].concat());
-        run().run(["put", "p@1", "mine/config.json"]).failed(code, &[&says[..], &["p@1"]].concat());
+        let message_parts = [message_parts, &["remote"]].concat();
+        run().run(["get", "m@1"]).failed(code, &[&message_parts[..], &["m@1"]].concat());
+        run().run(["put", "p@1", "mine/config.json"]).failed(code, &[&message_parts[..], &["p@1"]].concat());
         house.assert_no_artifact("a");
-        run().run(["ls", "--remote"]).failed(code, &says);
+        run().run(["ls", "--remote"]).failed(code, &message_parts);
 
         // The Hub serves the artifact, with a warning that contains the remedy.
         let served = run().run(["get", "hf://org/model"]);
         assert_model(
-            &served.path_saying(&[&says[..], &["WARN", "the remote failed and is skipped", "from origin"]].concat()),
+            &served.path_saying(
+                &[&message_parts[..], &["WARN", "the remote failed and is skipped", "from origin"]].concat(),
+            ),
         );
         let refuses = run().env("MODEL_CACHE_ON_REMOTE_DOWN", "fail");
         fs::remove_dir_all(house.path("a")).unwrap();
-        refuses.run(["get", "hf://org/model"]).failed(code, &[&says[..], &["hf://org/model"]].concat());
+        refuses.run(["get", "hf://org/model"]).failed(code, &[&message_parts[..], &["hf://org/model"]].concat());
 
         house.s3.faults().clear();
         assert_eq!(house.s3.keys(BUCKET), keys, "{name}: nothing was written");
@@ -239,10 +241,10 @@ fn a_misconfigured_remote_ends_in_2_and_is_never_skipped() {
             &["is not in the region us-east-1", "set AWS_REGION"],
         ),
     ];
-    for (fault, change, says) in rows {
+    for (fault, change, message_parts) in rows {
         fault.map(|fault| house.s3.faults().add(fault));
         for args in [&["get", "m@1"][..], &["get", "hf://org/model"], &["put", "p@1", "mine"], &["ls", "--remote"]] {
-            change(house.on("a")).run(args).failed(2, &[says, &["remote"]].concat());
+            change(house.on("a")).run(args).failed(2, &[message_parts, &["remote"]].concat());
         }
         house.assert_no_artifact("a");
         house.s3.faults().clear();
@@ -337,7 +339,7 @@ fn a_lasting_failure_of_the_hub_is_reported() {
     let house = house();
     let body = "model.safetensors";
     let hub = house.hub.url();
-    for (fault, code, says) in [
+    for (fault, code, message_parts) in [
         (HubFault::status(503), 7, &[&hub[..], "503"][..]),
         (HubFault::status(500).on(body), 7, &["500"]),
         (HubFault::hang_up(), 7, &[&hub, "broke"]),
@@ -361,7 +363,7 @@ fn a_lasting_failure_of_the_hub_is_reported() {
         let hits = house.hub.faults().add(fault);
         impatient(house.on("a"))
             .run(["get", "hf://org/model"])
-            .failed(code, &[says, &["hf://org/model@", "origin"]].concat());
+            .failed(code, &[message_parts, &["hf://org/model@", "origin"]].concat());
         assert!(hits.count() > 0, "{shown} was not triggered");
         house.assert_no_artifact("a");
         house.hub.faults().clear();
@@ -375,7 +377,7 @@ fn a_lasting_failure_of_the_hub_is_reported() {
 #[test]
 fn an_unreachable_hub_is_reported_with_a_remedy() {
     let house = house();
-    for (endpoint, code, says) in [
+    for (endpoint, code, message_parts) in [
         (CLOSED_PORT, 7, &["cannot reach http://127.0.0.1:9", "check the network"][..]),
         ("http://no-such-host.invalid", 7, &["cannot reach http://no-such-host.invalid", "check the network"]),
         ("ftp://host", 2, &["HF_ENDPOINT"]),
@@ -383,7 +385,7 @@ fn an_unreachable_hub_is_reported_with_a_remedy() {
         (&house.s3.endpoint(), 4, &["403", "HF_ENDPOINT is the address"]),
     ] {
         let run = house.on_local("a").env("HF_ENDPOINT", endpoint).env("MODEL_CACHE_RETRY_DEADLINE", "300ms");
-        run.run(["get", "hf://org/model"]).failed(code, says);
+        run.run(["get", "hf://org/model"]).failed(code, message_parts);
         house.assert_no_artifact("a");
     }
     assert_model(&house.on("a").run(["get", "hf://org/model"]).path());

@@ -187,13 +187,13 @@ fn answers_other_than_the_file_are_refused() {
     get("b.bin").failed(5, &["text/html", "login page"]);
     get("c.bin").failed(3, &["404", "no credential was sent"]);
     house.assert_no_artifact_or_staging("c");
-    for (address, says) in [
+    for (address, message_part) in [
         ("http://ann:canary-secret@127.0.0.1:1/x", "netrc"),
         ("http://127.0.0.1:1/x?sig=canary-signature", "query"),
         ("http://127.0.0.1:1/x?sig=canary-signature#y", "sha256="),
         ("ftp://ann:canary-secret@h/x", "unknown scheme"),
     ] {
-        house.on_local("c").run(["get", address]).failed(2, &[says]);
+        house.on_local("c").run(["get", address]).failed(2, &[message_part]);
         house.on_local("c").env("MODEL_CACHE_ORIGIN", format!("{address}{{name}}")).run(["get", "a@1"]).failed(2, &[]);
     }
 }
@@ -212,7 +212,7 @@ fn credentials_are_sent_to_their_server_and_a_refusal_names_the_ones_that_were_s
     run("bearer_env = 'TOKEN'", "bearer").path();
     run(&format!("username = 'ann'\npassword_file = {:?}", house.path("password")), "basic").path();
 
-    let refused = |outcome: Outcome, says: &[&str]| outcome.failed(4, says);
+    let refused = |outcome: Outcome, message_parts: &[&str]| outcome.failed(4, message_parts);
     web.put("/more.bin", Page::status(401));
     refused(run("bearer = 'stale'", "more"), &["401", "configuration file was sent", "is valid"]);
     web.put("/no.bin", Page::status(403));

@@ -33,10 +33,10 @@ from ._reports import (
     PinRecord,
     Progress,
     PutReport,
-    Resolved,
+    ResolvedReference,
     Stats,
     TagReport,
-    Verified,
+    VerifyReport,
 )
 
 __all__ = [
@@ -57,11 +57,11 @@ __all__ = [
     "PinRecord",
     "Progress",
     "PutReport",
-    "Resolved",
+    "ResolvedReference",
     "Stats",
     "TagReport",
     "UnauthorizedError",
     "UnavailableError",
-    "Verified",
+    "VerifyReport",
     "__version__",
 ]

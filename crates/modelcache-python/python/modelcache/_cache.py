@@ -22,7 +22,7 @@ from ._calls import Pending, ProgressArgument
 from ._errors import InvalidError, ModelCacheError, from_native
 from ._file import CachedFile
 from ._metrics import Metrics
-from ._reports import CachedArtifact, EvictReport, PinRecord, PutReport, Resolved, Stats, TagReport, Verified
+from ._reports import CachedArtifact, EvictReport, PinRecord, PutReport, ResolvedReference, Stats, TagReport, VerifyReport
 
 _StrPath = str | os.PathLike[str]
 _Patterns = str | Sequence[str] | None
@@ -584,7 +584,7 @@ class ModelCache:
         revision: str | None = None,
         force_refresh: bool = False,
         local_files_only: bool = False,
-    ) -> Pending[Resolved]:
+    ) -> Pending[ResolvedReference]:
         """Resolve a reference to the version that it stands for now, without downloading files.
 
         Arguments and errors are those of :meth:`get`.
@@ -592,7 +592,7 @@ class ModelCache:
         :returns: the version, and a pinned reference that always resolves to it.
         """
         call = self._native.resolve(reference, version, revision, force_refresh, local_files_only)
-        return Pending(call, Resolved._parse)
+        return Pending(call, ResolvedReference._parse)
 
     aresolve = _calls.asynchronous(resolve)
 
@@ -662,7 +662,7 @@ class ModelCache:
         To test write access, this writes one small object below the remote's prefix and removes it.
 
         :param read_only: write nothing to the remote.
-        :returns: ``checks``, each with ``gravity``, ``says`` and ``fix``, and the number of ``problems`` and
+        :returns: ``checks``, each with ``severity``, ``message`` and ``fix``, and the number of ``problems`` and
             ``warnings``: the object that ``modelcache doctor --json`` prints, see docs/json.md, without its exit code
             and without the checks of the settings, which ``ModelCache()`` makes.
         """
@@ -679,7 +679,7 @@ class ModelCache:
         repair: bool = False,
         bytes_per_second: int | None = None,
         progress: ProgressArgument | None = None,
-    ) -> Pending[list[Verified]]:
+    ) -> Pending[list[VerifyReport]]:
         """Read stored files in full and compare them with their digests.
 
         A bad copy on disk is taken out of service. The next get downloads it again.
@@ -692,7 +692,7 @@ class ModelCache:
         :returns: one result for each artifact and tier.
         """
         call = self._native.verify(_references(references), tier, repair, bytes_per_second)
-        return Pending(call, Verified._parse_list, progress, "verify")
+        return Pending(call, VerifyReport._parse_list, progress, "verify")
 
     averify = _calls.asynchronous(verify)
 

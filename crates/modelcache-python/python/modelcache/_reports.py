@@ -211,7 +211,7 @@ class EvictReport(_Report):
     """The address of the remote from which it was removed; ``None`` if nothing was removed there."""
     only_copy: bool
     """True if the copy on disk was removed and no other tier was known to have the artifact."""
-    origin_can_give_back: bool
+    can_be_fetched_again: bool
     """True if a later get can download the artifact again, from an origin or from unmanaged objects that stay on the
     remote."""
     tags: list[str]
@@ -237,7 +237,7 @@ class TagReport(_Report):
 
 
 @dataclass(frozen=True)
-class Resolved(_Report):
+class ResolvedReference(_Report):
     """Result of :meth:`ModelCache.resolve`: the version that a reference stands for now."""
 
     name: str
@@ -258,7 +258,7 @@ class Resolved(_Report):
     outdated."""
 
     @classmethod
-    def _from(cls, values: dict[str, Any]) -> Resolved:
+    def _from(cls, values: dict[str, Any]) -> ResolvedReference:
         age = values["age_seconds"]
         return super()._from(
             {**values, "origin": values["from"], "age_seconds": None if age is None else float(age)}
@@ -291,7 +291,7 @@ class Finding(_Report):
 
 
 @dataclass(frozen=True)
-class Verified(_Report):
+class VerifyReport(_Report):
     """Result of verifying one artifact in one tier."""
 
     reference: str
@@ -307,5 +307,5 @@ class Verified(_Report):
     """The problems; empty if there are none."""
 
     @classmethod
-    def _from(cls, values: dict[str, Any]) -> Verified:
+    def _from(cls, values: dict[str, Any]) -> VerifyReport:
         return super()._from({**values, "findings": [Finding._from(each) for each in values["findings"]]})

@@ -16,7 +16,7 @@ use super::fault::Kind;
 use super::repo::{RepoData, RepoId, Repos, Tree};
 use super::route::{self, Route};
 use super::{Shared, api, refuse, resolve};
-use crate::log::{Place, Seen};
+use crate::log::{LoggedRequest, Place};
 use crate::serve::{Answer, Dropped, lock};
 
 type Answering = BoxFuture<'static, Result<Answer, Dropped>>;
@@ -32,14 +32,18 @@ pub(super) fn handler(shared: &Arc<Shared>, place: Place) -> impl Fn(Request<Inc
 
 /// Answers one request and logs it.
 async fn logged(shared: Arc<Shared>, place: Place, request: Request<Incoming>) -> Result<Answer, Dropped> {
-    let mut seen = Seen::of(place, &request);
+    let mut seen = LoggedRequest::of(place, &request);
     let answer = answered(&shared, &mut seen, request).await;
     seen.status = answer.as_ref().map_or(0, |answer| answer.status().as_u16());
     shared.log.push(seen);
     answer
 }
 
-async fn answered(shared: &Arc<Shared>, seen: &mut Seen, request: Request<Incoming>) -> Result<Answer, Dropped> {
+async fn answered(
+    shared: &Arc<Shared>,
+    seen: &mut LoggedRequest,
+    request: Request<Incoming>,
+) -> Result<Answer, Dropped> {
     // The CDN's paths name digests only. Resolve them first, because faults are aimed at the path in the repo.
     let object = match seen.place {
         Place::Cdn => Some(resolve::cdn_object(shared, &seen.path, &seen.query)),
@@ -53,7 +57,7 @@ async fn answered(shared: &Arc<Shared>, seen: &mut Seen, request: Request<Incomi
         }
     };
     // These faults apply before routing and authorization.
-    if let Some(kind) = shared.faults.strike(&seen.method, &subject, Kind::applies_before_routing)
+    if let Some(kind) = shared.faults.take(&seen.method, &subject, Kind::applies_before_routing)
         && let Some(answer) = struck(kind, seen).await?
     {
         return Ok(answer);
@@ -69,7 +73,7 @@ async fn answered(shared: &Arc<Shared>, seen: &mut Seen, request: Request<Incomi
 }
 
 /// Returns the answer that a fault puts in place of the regular one, or `None` if the fault only delays.
-async fn struck(kind: Kind, seen: &Seen) -> Result<Option<Answer>, Dropped> {
+async fn struck(kind: Kind, seen: &LoggedRequest) -> Result<Option<Answer>, Dropped> {
     Ok(match kind {
         Kind::Throttle(seconds) => Some(refuse::throttled(seconds, false)),
         Kind::RateLimit(seconds) => Some(refuse::throttled(seconds, true)),
@@ -87,7 +91,7 @@ async fn struck(kind: Kind, seen: &Seen) -> Result<Option<Answer>, Dropped> {
     })
 }
 
-async fn at_hub(shared: &Arc<Shared>, seen: &mut Seen, request: Request<Incoming>) -> Result<Answer, Dropped> {
+async fn at_hub(shared: &Arc<Shared>, seen: &mut LoggedRequest, request: Request<Incoming>) -> Result<Answer, Dropped> {
     let (parts, body) = request.into_parts();
     let body = match parts.method {
         Method::POST => body.collect().await.map_err(|_| Dropped)?.to_bytes(),
@@ -97,19 +101,19 @@ async fn at_hub(shared: &Arc<Shared>, seen: &mut Seen, request: Request<Incoming
     if let Route::Resolve { file, .. } = &route {
         seen.file = Some(file.clone());
     }
-    let asked = Asked { shared, seen, parts: &parts, body: &String::from_utf8_lossy(&body) };
+    let asked = HubRequest { shared, seen, parts: &parts, body: &String::from_utf8_lossy(&body) };
     Ok(asked.route(&route).unwrap_or_else(|refusal| *refusal))
 }
 
 /// One request to the Hub, with its body.
-struct Asked<'a> {
+struct HubRequest<'a> {
     shared: &'a Arc<Shared>,
-    seen: &'a Seen,
+    seen: &'a LoggedRequest,
     parts: &'a Parts,
     body: &'a str,
 }
 
-impl Asked<'_> {
+impl HubRequest<'_> {
     fn route(&self, route: &Route) -> Result<Answer, Box<Answer>> {
         let (shared, headers, method) = (self.shared, &self.parts.headers, &self.parts.method);
         let fits = match route {

@@ -17,14 +17,15 @@ use hyper::{Method, Response, StatusCode};
 use super::Shared;
 use super::fault::Kind;
 use crate::content::{CHUNK, Content};
-use crate::range::{Wanted, wanted};
+use crate::range::{RequestedRange, parse_range};
 use crate::serve::{Answer, Body, BoxError, Dropped, full};
 
 /// Pause before a body is cut short. Hyper may discard its write buffer when a body ends before `Content-Length`; the
 /// pause lets it send the buffered bytes first.
 const CUT_GRACE: Duration = Duration::from_millis(30);
 
-/// Serves `content`, or the range that the headers ask for. Body faults are matched against `subject`.
+/// Serves `content`, or the range that the headers ask for. Faults of the body apply if they match
+/// `subject`, the path and query of the request.
 pub(super) fn content(
     shared: &Arc<Shared>,
     subject: &str,
@@ -32,27 +33,27 @@ pub(super) fn content(
     method: &Method,
     headers: &HeaderMap,
 ) -> Answer {
-    let asked = headers.get(RANGE).and_then(|value| value.to_str().ok());
-    let strike = |wanted: fn(&Kind) -> bool| shared.faults.strike(method.as_str(), subject, wanted);
-    let ignore_range = asked.is_some() && strike(|kind| matches!(kind, Kind::IgnoreRange)).is_some();
+    let range_header = headers.get(RANGE).and_then(|value| value.to_str().ok());
+    let take_fault = |accepts: fn(&Kind) -> bool| shared.faults.take(method.as_str(), subject, accepts);
+    let ignore_range = range_header.is_some() && take_fault(|kind| matches!(kind, Kind::IgnoreRange)).is_some();
     let len = content.len();
-    let (status, mut range) = match wanted(asked.filter(|_| !ignore_range), len) {
-        Wanted::Whole => (StatusCode::OK, 0..len),
-        Wanted::Part(range) => (StatusCode::PARTIAL_CONTENT, range),
-        Wanted::Unsatisfiable => return unsatisfiable(len),
+    let (status, mut range) = match parse_range(range_header.filter(|_| !ignore_range), len) {
+        RequestedRange::Whole => (StatusCode::OK, 0..len),
+        RequestedRange::Part(range) => (StatusCode::PARTIAL_CONTENT, range),
+        RequestedRange::Unsatisfiable => return unsatisfiable(len),
     };
     let content_range = format!("bytes {}-{}/{len}", range.start, range.end.saturating_sub(1));
 
-    let mut plan = Plan::default();
+    let mut faults = BodyFaults::default();
     if method == Method::GET {
         // `Short` changes the range before `Content-Length` is computed, so the answer is consistent in itself.
-        if let Some(Kind::Short(by)) = strike(|kind| matches!(kind, Kind::Short(_))) {
+        if let Some(Kind::Short(by)) = take_fault(|kind| matches!(kind, Kind::Short(_))) {
             range.end = range.end.saturating_sub(by).max(range.start);
         }
-        plan = Plan::from_faults(shared, subject, &range);
+        faults = BodyFaults::from_faults(shared, subject, &range);
     }
     let length = range.end - range.start;
-    let body = if method == Method::HEAD { full(Bytes::new()) } else { stream_body(shared, content, range, plan) };
+    let body = if method == Method::HEAD { full(Bytes::new()) } else { stream_body(shared, content, range, faults) };
 
     let mut answer = Response::new(body);
     *answer.status_mut() = status;
@@ -78,32 +79,35 @@ fn unsatisfiable(len: u64) -> Answer {
 
 /// The faults of one body. Positions are offsets in the file.
 #[derive(Debug, Default)]
-struct Plan {
+struct BodyFaults {
     flip: Option<u64>,
     cut: Option<u64>,
     stall: Option<(u64, Duration)>,
 }
 
-impl Plan {
+impl BodyFaults {
     fn from_faults(shared: &Shared, subject: &str, range: &Range<u64>) -> Self {
-        let take = |wanted: &dyn Fn(&Kind) -> bool| shared.faults.strike("GET", subject, wanted);
-        let mut plan = Self::default();
-        if let Some(Kind::Flip(at)) = take(&|kind| matches!(kind, Kind::Flip(at) if range.contains(at))) {
-            plan.flip = Some(at);
+        let take_fault = |accepts: &dyn Fn(&Kind) -> bool| shared.faults.take("GET", subject, accepts);
+        let mut faults = Self::default();
+        if let Some(Kind::Flip(at)) = take_fault(&|kind| matches!(kind, Kind::Flip(at) if range.contains(at))) {
+            faults.flip = Some(at);
         }
         let size = range.end - range.start;
         // Faults that need more bytes than this body has stay armed for a later answer.
-        if let Some(Kind::Cut(bytes)) = take(&|kind| matches!(kind, Kind::Cut(bytes) if *bytes < size)) {
-            plan.cut = Some(range.start + bytes);
+        if let Some(Kind::Cut(bytes)) = take_fault(&|kind| matches!(kind, Kind::Cut(bytes) if *bytes < size)) {
+            faults.cut = Some(range.start + bytes);
         }
-        if let Some(Kind::Stall(bytes, time)) = take(&|kind| matches!(kind, Kind::Stall(bytes, _) if *bytes < size)) {
-            plan.stall = Some((range.start + bytes, time));
-        }
-        if let Some(Kind::StallAt(at, time)) = take(&|kind| matches!(kind, Kind::StallAt(at, _) if range.contains(at)))
+        if let Some(Kind::Stall(bytes, time)) =
+            take_fault(&|kind| matches!(kind, Kind::Stall(bytes, _) if *bytes < size))
         {
-            plan.stall = Some((at, time));
+            faults.stall = Some((range.start + bytes, time));
         }
-        plan
+        if let Some(Kind::StallAt(at, time)) =
+            take_fault(&|kind| matches!(kind, Kind::StallAt(at, _) if range.contains(at)))
+        {
+            faults.stall = Some((at, time));
+        }
+        faults
     }
 
     /// Returns the end of the next chunk, so that no chunk spans a cut or a stall.
@@ -120,34 +124,34 @@ struct BodyStream {
     content: Content,
     at: u64,
     end: u64,
-    plan: Plan,
+    faults: BodyFaults,
 }
 
 impl BodyStream {
     async fn next(mut self) -> Option<(Result<Frame<Bytes>, BoxError>, Self)> {
-        if let Some((mark, time)) = self.plan.stall
+        if let Some((mark, time)) = self.faults.stall
             && mark == self.at
         {
-            self.plan.stall = None;
+            self.faults.stall = None;
             tokio::time::sleep(time).await;
         }
         // Ending the stream with an error makes hyper close the connection early.
-        if self.plan.cut == Some(self.at) {
+        if self.faults.cut == Some(self.at) {
             tokio::time::sleep(CUT_GRACE).await;
             return Some((Err(Dropped.into()), self));
         }
         if self.at >= self.end {
             return None;
         }
-        let range = self.at..self.plan.chunk_end(self.at, self.end);
+        let range = self.at..self.faults.chunk_end(self.at, self.end);
         let mut bytes = match self.content.read(range.clone()) {
             Ok(bytes) => bytes,
             Err(error) => return Some((Err(error.into()), self)),
         };
-        if let Some(flip) = self.plan.flip.filter(|flip| range.contains(flip)) {
-            let mut spoiled = BytesMut::from(&bytes[..]);
-            spoiled[usize::try_from(flip - range.start).expect("a place inside a chunk")] ^= 1;
-            bytes = spoiled.freeze();
+        if let Some(flip) = self.faults.flip.filter(|flip| range.contains(flip)) {
+            let mut corrupted = BytesMut::from(&bytes[..]);
+            corrupted[usize::try_from(flip - range.start).expect("a place inside a chunk")] ^= 1;
+            bytes = corrupted.freeze();
         }
         self.at = range.end;
         self.shared.body_bytes.fetch_add(bytes.len() as u64, Ordering::SeqCst);
@@ -155,8 +159,8 @@ impl BodyStream {
     }
 }
 
-fn stream_body(shared: &Arc<Shared>, content: &Content, range: Range<u64>, plan: Plan) -> Body {
+fn stream_body(shared: &Arc<Shared>, content: &Content, range: Range<u64>, faults: BodyFaults) -> Body {
     let (shared, content) = (shared.clone(), content.clone());
-    let reading = BodyStream { shared, content, at: range.start, end: range.end, plan };
+    let reading = BodyStream { shared, content, at: range.start, end: range.end, faults };
     StreamBody::new(stream::unfold(reading, BodyStream::next)).boxed_unsync()
 }

@@ -32,7 +32,7 @@ use self::repo::{Entry, Repos};
 use self::resolve::CdnObject;
 use crate::content::Content;
 use crate::faults::Faults;
-use crate::log::{Log, Place, Seen};
+use crate::log::{Log, LoggedRequest, Place};
 use crate::serve::{Server, bind, lock, serve};
 
 /// A running Hub with its CDN. Both stop when it is dropped.
@@ -61,7 +61,7 @@ struct Settings {
     redirect_revisions: bool,
     signed_url_ttl: Duration,
     signing_epoch: u64,
-    cdn_elsewhere: Option<String>,
+    external_cdn_url: Option<String>,
     users: BTreeMap<String, String>,
 }
 
@@ -72,7 +72,7 @@ impl Default for Settings {
             redirect_revisions: false,
             signed_url_ttl: Duration::from_secs(3600),
             signing_epoch: 0,
-            cdn_elsewhere: None,
+            external_cdn_url: None,
             users: BTreeMap::new(),
         }
     }
@@ -160,8 +160,8 @@ impl Hub {
 
     /// Redirects LFS files to another server from now on: to `<url>/<sha256>`, with a signature as usual. This stand-in
     /// neither serves nor logs the requests to that server, and does not check their signatures.
-    pub fn cdn_elsewhere(&self, url: &str) {
-        lock(&self.shared.settings).cdn_elsewhere = Some(url.to_owned());
+    pub fn use_external_cdn(&self, url: &str) {
+        lock(&self.shared.settings).external_cdn_url = Some(url.to_owned());
     }
 
     /// Registers a token under this user name for `whoami-v2`.
@@ -170,7 +170,7 @@ impl Hub {
     }
 
     /// Returns all requests so far, on both listeners.
-    pub fn requests(&self) -> Vec<Seen> {
+    pub fn requests(&self) -> Vec<LoggedRequest> {
         self.shared.log.all()
     }
 
@@ -181,8 +181,9 @@ impl Hub {
     }
 
     /// Returns the GETs answered with file content, by the CDN or by the Hub itself.
-    pub fn body_gets(&self) -> Vec<Seen> {
-        let is_body = |seen: &Seen| seen.method == "GET" && seen.file.is_some() && matches!(seen.status, 200 | 206);
+    pub fn body_gets(&self) -> Vec<LoggedRequest> {
+        let is_body =
+            |seen: &LoggedRequest| seen.method == "GET" && seen.file.is_some() && matches!(seen.status, 200 | 206);
         self.requests().into_iter().filter(is_body).collect()
     }
 
@@ -210,7 +211,7 @@ impl Shared {
     /// Returns the size that metadata states for a file, altered if a fault is armed.
     fn metadata_size(&self, entry: &Entry) -> u64 {
         let size = entry.content.len();
-        match self.faults.strike("GET", &entry.path, |kind| matches!(kind, Kind::LieSize(_))) {
+        match self.faults.take("GET", &entry.path, |kind| matches!(kind, Kind::LieSize(_))) {
             Some(Kind::LieSize(by)) => size.saturating_add_signed(by),
             _ => size,
         }

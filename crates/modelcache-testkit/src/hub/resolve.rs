@@ -110,10 +110,10 @@ fn signed_url(shared: &Shared, subject: String, entry: &Arc<Entry>) -> String {
     let expires = (now_s() + ttl_s).to_string();
     let signature = signature(shared, &path, &expires);
     lock(&shared.cdn_objects).insert(path.clone(), CdnObject { subject, entry: entry.clone() });
-    let elsewhere = lock(&shared.settings).cdn_elsewhere.clone();
-    // `cdn_elsewhere`: another server stands in for the CDN.
+    let external = lock(&shared.settings).external_cdn_url.clone();
+    // With `external_cdn_url`, another server stands in for the CDN.
     let place =
-        elsewhere.map_or_else(|| format!("{}{path}", shared.cdn_url()), |url| format!("{url}/{}", entry.digest()));
+        external.map_or_else(|| format!("{}{path}", shared.cdn_url()), |url| format!("{url}/{}", entry.digest()));
     format!("{place}?Expires={expires}&Signature={signature}&Key-Pair-Id=TESTKIT")
 }
 

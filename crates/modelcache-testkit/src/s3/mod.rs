@@ -37,7 +37,7 @@ use self::fault::Kind;
 use self::store::{Store, Uploads};
 use crate::content::Content;
 use crate::faults::Faults;
-use crate::log::{Log, Place, Seen};
+use crate::log::{Log, LoggedRequest, Place};
 use crate::serve::{Answer, Dropped, Server, answer, bind, lock, serve};
 
 const ACCESS_KEY: &str = "TESTKITACCESSKEY";
@@ -143,7 +143,7 @@ impl S3 {
     }
 
     /// Returns all requests so far.
-    pub fn requests(&self) -> Vec<Seen> {
+    pub fn requests(&self) -> Vec<LoggedRequest> {
         self.shared.log.all()
     }
 
@@ -153,8 +153,8 @@ impl S3 {
     }
 
     /// Returns the GETs answered with the content of an object with `part` in its key.
-    pub fn object_gets(&self, part: &str) -> Vec<Seen> {
-        let is_object = |seen: &Seen| {
+    pub fn object_gets(&self, part: &str) -> Vec<LoggedRequest> {
+        let is_object = |seen: &LoggedRequest| {
             let has_key = seen.file.as_ref().is_some_and(|key| key.contains(part));
             seen.method == "GET" && has_key && matches!(seen.status, 200 | 206) && !seen.query.contains("uploadId")
         };
@@ -255,7 +255,7 @@ fn handler(
     move |request| {
         let shared = shared.clone();
         Box::pin(async move {
-            let mut seen = Seen::of(Place::S3, &request);
+            let mut seen = LoggedRequest::of(Place::S3, &request);
             let answer = answered(&shared, &mut seen, request).await;
             seen.status = answer.as_ref().map_or(0, |answer| answer.status().as_u16());
             shared.log.push(seen);
@@ -278,14 +278,14 @@ fn with_date(mut answer: Answer, ahead_s: i64) -> Answer {
     answer
 }
 
-async fn answered(shared: &Shared, seen: &mut Seen, request: Request<Incoming>) -> Result<Answer, Dropped> {
+async fn answered(shared: &Shared, seen: &mut LoggedRequest, request: Request<Incoming>) -> Result<Answer, Dropped> {
     let path = percent_decode_str(&seen.path).decode_utf8_lossy().into_owned();
     seen.file = path.trim_start_matches('/').split_once('/').map(|(_, key)| key.to_owned());
     let subject = format!("{path}?{}", percent_decode_str(&seen.query).decode_utf8_lossy());
     // The store itself applies the other two kinds, because they change how a request is processed.
     let struck = shared
         .faults
-        .strike(&seen.method, &subject, |kind| !matches!(kind, Kind::IgnoreConditions | Kind::NoListPermission));
+        .take(&seen.method, &subject, |kind| !matches!(kind, Kind::IgnoreConditions | Kind::NoListPermission));
     let mut lose_reply = false;
     match struck {
         Some(Kind::HangUp) => return Err(Dropped),

@@ -74,18 +74,18 @@ impl Store {
         self.root.join(bucket).join(key).is_file()
     }
 
-    fn strikes(&self, method: &str, bucket: &str, key: &str, wanted: fn(&Kind) -> bool) -> bool {
-        self.faults.strike(method, &format!("/{bucket}/{key}"), wanted).is_some()
+    fn takes_fault(&self, method: &str, bucket: &str, key: &str, wanted: fn(&Kind) -> bool) -> bool {
+        self.faults.take(method, &format!("/{bucket}/{key}"), wanted).is_some()
     }
 
     fn ignores_conditions(&self, method: &str, bucket: &str, key: &str) -> bool {
-        self.strikes(method, bucket, key, |kind| matches!(kind, Kind::IgnoreConditions))
+        self.takes_fault(method, bucket, key, |kind| matches!(kind, Kind::IgnoreConditions))
     }
 
     /// Returns the error for a key without an object: 403 if the caller may not list, since S3 hides then that the key
     /// is missing.
     fn missing(&self, method: &str, bucket: &str, key: &str) -> s3s::S3Error {
-        if self.strikes(method, bucket, key, |kind| matches!(kind, Kind::NoListPermission)) {
+        if self.takes_fault(method, bucket, key, |kind| matches!(kind, Kind::NoListPermission)) {
             s3_error!(AccessDenied, "Access Denied")
         } else {
             s3_error!(NoSuchKey, "The specified key does not exist.")
@@ -276,7 +276,7 @@ impl S3 for Store {
 
     async fn list_objects_v2(&self, req: S3Request<ListObjectsV2Input>) -> Answered<ListObjectsV2Output> {
         let (bucket, prefix) = (req.input.bucket.clone(), req.input.prefix.clone().unwrap_or_default());
-        if self.strikes("GET", &bucket, &prefix, |kind| matches!(kind, Kind::NoListPermission)) {
+        if self.takes_fault("GET", &bucket, &prefix, |kind| matches!(kind, Kind::NoListPermission)) {
             return Err(s3_error!(AccessDenied, "Access Denied"));
         }
         let mut answer = self.inner.list_objects_v2(req).await?;

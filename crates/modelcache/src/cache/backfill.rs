@@ -24,7 +24,7 @@ use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::Manifest;
 use crate::option_name::setting::REMOTE;
 use crate::progress::{Phase, Progress};
-use crate::remote::{PendingPublish, PublishOptions, Published, Remote, StreamingUpload, VerifiedFiles};
+use crate::remote::{PendingPublish, PublishOptions, PublishedBytes, Remote, StreamingUpload, VerifiedFiles};
 use crate::selection::Selection;
 use crate::transfer::DownloadFile;
 use std::collections::{BTreeMap, BTreeSet};
@@ -137,12 +137,12 @@ impl Cache {
         leased: &Arc<LeasedArtifact>,
         job: Option<BackfillJob>,
         progress: &Progress,
-    ) -> Published {
-        let Some(job) = job else { return Published::default() };
+    ) -> PublishedBytes {
+        let Some(job) = job else { return PublishedBytes::default() };
         if job.remote_down {
             let artifact = &leased.manifest.key;
             tracing::info!(%artifact, "the remote is unreachable; a later run uploads this artifact");
-            return Published::default();
+            return PublishedBytes::default();
         }
         match self.backfill_mode() {
             Backfill::Wait => self.upload(leased, job, progress).await,
@@ -154,15 +154,15 @@ impl Cache {
                     cache.metrics().record_background_upload(published.uploaded_bytes, published.copied_bytes);
                     cache.complete(&Progress::new()).await;
                 }));
-                Published::default()
+                PublishedBytes::default()
             }
-            Backfill::Later | Backfill::Never => Published::default(),
+            Backfill::Later | Backfill::Never => PublishedBytes::default(),
         }
     }
 
     /// Uploads the files that this process has just downloaded. Logs a failure.
-    async fn upload(&self, leased: &Arc<LeasedArtifact>, job: BackfillJob, progress: &Progress) -> Published {
-        let Some(remote) = &self.0.remote else { return Published::default() };
+    async fn upload(&self, leased: &Arc<LeasedArtifact>, job: BackfillJob, progress: &Progress) -> PublishedBytes {
+        let Some(remote) = &self.0.remote else { return PublishedBytes::default() };
         let (key, files) = (&leased.manifest.key, job.missing.files.clone());
         let uploaded = self.upload_under_lock(remote, leased, job, progress).await;
         self.metrics().record_health(Tier::Remote, &uploaded);
@@ -175,7 +175,7 @@ impl Cache {
                 self.set_remote_usable(false);
                 let dropped = self.drop_if_permanent(remote, key, &files, &error).await;
                 log_failure(remote, &error, dropped);
-                Published::default()
+                PublishedBytes::default()
             }
         }
     }
@@ -187,11 +187,11 @@ impl Cache {
         leased: &Arc<LeasedArtifact>,
         mut job: BackfillJob,
         progress: &Progress,
-    ) -> Result<Published> {
+    ) -> Result<PublishedBytes> {
         let key = &leased.manifest.key;
         if let Some(refusal) = remote.refusal() {
             log_failure(remote, &refusal, false);
-            return Ok(Published::default());
+            return Ok(PublishedBytes::default());
         }
         // Step 1: take the backfill lock.
         let started = Instant::now();
@@ -200,7 +200,7 @@ impl Cache {
                 Some(lock) => break lock,
                 None if started.elapsed() > WAIT_MAX => {
                     tracing::info!(artifact = %key, "another process is uploading this artifact to the remote");
-                    return Ok(Published::default());
+                    return Ok(PublishedBytes::default());
                 }
                 None => {
                     // Release the claim of the streaming upload: the process that holds the lock needs it.
@@ -211,7 +211,7 @@ impl Cache {
         };
         // Step 2: check the record. The process that held the lock before may have uploaded the files.
         if job.is_recorded && self.pending_upload(remote, key).await?.is_none() {
-            return Ok(Published::default());
+            return Ok(PublishedBytes::default());
         }
         // Step 3: complete the streaming upload, upload the other files and publish them.
         let pending = match job.streaming {
@@ -230,7 +230,7 @@ impl Cache {
         missing: &MissingFiles,
         pending: Option<PendingPublish>,
         progress: &Progress,
-    ) -> Result<Published> {
+    ) -> Result<PublishedBytes> {
         let key = &leased.manifest.key;
         let entries = missing.files.iter().filter_map(|path| leased.manifest.files.get(path));
         let _phase = progress.enter(Phase::Backfill, entries.map(|entry| entry.size).sum());
@@ -342,13 +342,13 @@ impl Cache {
             pending_uploads.into_iter().filter(|pending_upload| pending_upload.remote == remote.url())
         {
             match self.complete_one(remote, &key, progress).await {
-                Ok(Completed::Done(published)) => {
+                Ok(UploadOutcome::Done(published)) => {
                     report.uploaded_bytes += published.uploaded_bytes;
                     report.copied_bytes += published.copied_bytes;
                     report.done.push(key);
                 }
-                Ok(Completed::Busy) => report.busy.push(key),
-                Ok(Completed::Gone(why)) => report.dropped.push((key, why)),
+                Ok(UploadOutcome::Busy) => report.busy.push(key),
+                Ok(UploadOutcome::Gone(why)) => report.dropped.push((key, why)),
                 Err(error) => {
                     let dropped = self.drop_if_permanent(remote, &key, &missing.files, &error).await;
                     // These errors concern the remote or its configuration, so all further uploads would fail as well.
@@ -367,14 +367,14 @@ impl Cache {
     }
 
     /// Completes one pending upload.
-    async fn complete_one(&self, remote: &Remote, key: &ArtifactKey, progress: &Progress) -> Result<Completed> {
+    async fn complete_one(&self, remote: &Remote, key: &ArtifactKey, progress: &Progress) -> Result<UploadOutcome> {
         // Step 1: take the backfill lock, and read the record again under it.
-        let Some(_lock) = self.backfill_lock(key).await? else { return Ok(Completed::Busy) };
-        let Some(missing) = self.pending_upload(remote, key).await? else { return Ok(Completed::Busy) };
+        let Some(_lock) = self.backfill_lock(key).await? else { return Ok(UploadOutcome::Busy) };
+        let Some(missing) = self.pending_upload(remote, key).await? else { return Ok(UploadOutcome::Busy) };
         // Step 2: lease the files that are on disk.
         let Some((leased, held)) = self.acquire_held(key, &missing).await? else {
             let gone = self.drop_absent(remote, key, &missing).await?;
-            return Ok(gone.map_or(Completed::Busy, Completed::Gone));
+            return Ok(gone.map_or(UploadOutcome::Busy, UploadOutcome::Gone));
         };
         // Step 3: upload them.
         let rewrite = missing.rewrite.intersection(&held).cloned().collect();
@@ -387,7 +387,7 @@ impl Cache {
         {
             tracing::debug!(error = %why, "some files of the pending upload are no longer on this disk");
         }
-        Ok(Completed::Done(published))
+        Ok(UploadOutcome::Done(published))
     }
 
     /// Leases the missing files that are on disk with the recorded digests, and returns which they are; `None` if there
@@ -462,9 +462,9 @@ impl Cache {
 }
 
 /// Result of [`Cache::complete_one`].
-enum Completed {
+enum UploadOutcome {
     /// The files were uploaded.
-    Done(Published),
+    Done(PublishedBytes),
     /// Another process is uploading or filling the artifact, or has just uploaded it.
     Busy,
     /// The files are no longer on this disk, and the pending upload was removed.

@@ -68,7 +68,7 @@ impl Cache {
         if !dry_run && tier != EvictTier::Disk && !remote_stays {
             self.remove_refs(&key, &refs).await?;
         }
-        let origin_can_give_back = match origin {
+        let can_be_fetched_again = match origin {
             _ if remote_stays => true,
             // A commit or a digest can be fetched again. Objects in a bucket may have been replaced.
             Some(_) if key.name.has_origin_with_versions() => true,
@@ -90,7 +90,7 @@ impl Cache {
             remote_bytes,
             remote,
             only_copy,
-            origin_can_give_back,
+            can_be_fetched_again,
             tags,
         })
     }

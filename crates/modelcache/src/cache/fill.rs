@@ -119,7 +119,7 @@ impl FillOutcome {
 }
 
 /// Result of [`Cache::join_or_lead`].
-pub(super) enum Joined {
+pub(super) enum JoinOutcome {
     /// Another fill published the artifact.
     Filled(Box<LeasedArtifact>),
     /// The caller is the leader and has to fill the artifact.
@@ -225,8 +225,8 @@ impl Cache {
 
     /// Step 3 of the main path between processes: waits until another process has filled the artifact, or until this
     /// process is the leader.
-    pub(super) async fn join_or_lead(&self, request: &FetchRequest, progress: &Progress) -> Result<Joined> {
-        let mut waiting = Waiting::new(self, progress);
+    pub(super) async fn join_or_lead(&self, request: &FetchRequest, progress: &Progress) -> Result<JoinOutcome> {
+        let mut waiting = FillWait::new(self, progress);
         loop {
             let shared = self.leadership_to_share(request);
             let leadership = match shared {
@@ -235,14 +235,14 @@ impl Cache {
             };
             // Also after the lock was taken: the previous leader may have published just before.
             if let Some(leased) = self.try_acquire(request).await? {
-                return Ok(Joined::Filled(Box::new(leased)));
+                return Ok(JoinOutcome::Filled(Box::new(leased)));
             }
             if let Some(leader) = shared {
-                return Ok(Joined::Leading(leader));
+                return Ok(JoinOutcome::Leading(leader));
             }
             match leadership {
                 Some(Leadership::Ours(leader)) => {
-                    return Ok(Joined::Leading(Arc::new(LeaderGuard::start(leader, progress))));
+                    return Ok(JoinOutcome::Leading(Arc::new(LeaderGuard::start(leader, progress))));
                 }
                 Some(Leadership::Theirs(heartbeat)) => {
                     waiting.pause(heartbeat.done_bytes, heartbeat.total_bytes).await;
@@ -274,7 +274,7 @@ impl Cache {
     /// Waits until this process is the leader of the fill of `key`, even if another process has published the artifact
     /// meanwhile.
     pub(super) async fn wait_to_lead(&self, key: &ArtifactKey, progress: &Progress) -> Result<LeaderGuard> {
-        let mut waiting = Waiting::new(self, progress);
+        let mut waiting = FillWait::new(self, progress);
         loop {
             match self.try_lead(key, &mut waiting).await? {
                 Leadership::Ours(leader) => return Ok(LeaderGuard::start(leader, progress)),
@@ -284,7 +284,7 @@ impl Cache {
     }
 
     /// Tries once to become the leader of the fill of `key`.
-    async fn try_lead(&self, key: &ArtifactKey, waiting: &mut Waiting<'_>) -> Result<Leadership> {
+    async fn try_lead(&self, key: &ArtifactKey, waiting: &mut FillWait<'_>) -> Result<Leadership> {
         let (key, mut watch) = (key.clone(), std::mem::take(&mut waiting.watch));
         let (leadership, watch) = self.on_disk(move |disk| Ok((disk.try_lead(&key, &mut watch)?, watch))).await?;
         waiting.watch = watch;
@@ -307,8 +307,8 @@ impl FillPublisher {
     /// it is registered before the first request, so that the download starts with that file.
     pub(super) fn set_partial_files(&self, partial_files: PartialFiles) -> Option<PartialReader> {
         let first_read = self.first_read.as_ref();
-        let reader =
-            first_read.and_then(|first_read| Some(partial_files.get(&first_read.file)?.read(first_read.unchecked)));
+        let reader = first_read
+            .and_then(|first_read| Some(partial_files.get(&first_read.file)?.open_reader(first_read.unchecked)));
         self.partial_files.send_replace(Some(partial_files));
         reader
     }
@@ -433,7 +433,7 @@ pub(super) fn task_lost() -> Error {
 }
 
 /// A wait for the fill of another process.
-struct Waiting<'a> {
+struct FillWait<'a> {
     cache: &'a Cache,
     progress: &'a Progress,
     watch: HeartbeatWatch,
@@ -441,7 +441,7 @@ struct Waiting<'a> {
     phase: Option<(PhaseGuard, GaugeGuard)>,
 }
 
-impl<'a> Waiting<'a> {
+impl<'a> FillWait<'a> {
     fn new(cache: &'a Cache, progress: &'a Progress) -> Self {
         Self { cache, progress, watch: HeartbeatWatch::default(), pause: POLL_INTERVAL, phase: None }
     }

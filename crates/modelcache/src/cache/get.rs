@@ -6,7 +6,7 @@
 //! files are invisible until they are published, and the next fill resumes from them.
 
 use super::backfill::BackfillJob;
-use super::fill::{FillOutcome, FillPublisher, Joined};
+use super::fill::{FillOutcome, FillPublisher, JoinOutcome};
 use super::plan::FillPlan;
 use super::resolve::FetchRequest;
 use super::{Artifact, BytesByTier, Cache, GetOptions, GetReport};
@@ -121,8 +121,8 @@ impl Cache {
     ) -> Result<FillOutcome> {
         // Step 3 between processes: wait for the process that fills this artifact, or become the leader.
         let lead = match self.join_or_lead(request, progress).await? {
-            Joined::Filled(leased) => return Ok(FillOutcome::local(*leased)),
-            Joined::Leading(lead) => lead,
+            JoinOutcome::Filled(leased) => return Ok(FillOutcome::local(*leased)),
+            JoinOutcome::Leading(lead) => lead,
         };
         publisher.share_leadership(&lead);
         // Steps 4 and 5.

@@ -19,7 +19,6 @@ mod lower;
 mod materialize;
 mod open;
 mod pin;
-mod pinned;
 mod plan;
 mod pointer;
 mod prewarm;
@@ -30,6 +29,7 @@ mod replaced;
 mod report;
 mod request;
 mod resolve;
+mod resolve_reference;
 mod start_jitter;
 mod tag;
 mod tasks;
@@ -38,8 +38,8 @@ mod verify;
 
 pub use report::{
     Artifact, BackfillReport, BytesByTier, EvictReport, EvictTier, FillStatus, GetAnswer, GetOptions, GetPlan,
-    GetReport, InspectedFile, Inspection, Listed, PendingBackfill, PinReport, Pinned, PlannedFile, PlannedPrewarm,
-    PrewarmPlan, PutOptions, PutReport, PutTier, RemoteSurvey, Stats, TagReport,
+    GetReport, InspectedFile, Inspection, ListedArtifact, PendingBackfill, PinReport, PlannedFile, PlannedPrewarm,
+    PrewarmPlan, PutOptions, PutReport, PutTier, RemoteSurvey, ResolvedReference, Stats, TagReport,
 };
 
 pub use builder::CacheBuilder;
@@ -52,8 +52,8 @@ pub use uncached::UncachedFile;
 pub use verify::{Verification, VerifyOptions, VerifyTarget, VerifyTier};
 
 pub use crate::disk::{
-    Destination, Holder, InTheWay, KeptArtifact, Leftovers, Link, LinkMode, Materialized, Misplaced, Pin, PruneOptions,
-    PruneReport, PrunedArtifact, Purpose,
+    Destination, Holder, KeepReason, KeptArtifact, Leftovers, Link, LinkMode, Materialized, Misplaced, Pin,
+    PruneOptions, PruneReport, PrunedArtifact, Purpose,
 };
 
 use crate::config::{Config, RemoteMode, Secret};
@@ -199,7 +199,7 @@ mod tests {
         spawnable(cache.prune(&PruneOptions::default()));
         spawnable(cache.pin(reference, Pin::default()));
         spawnable(cache.unpin(reference));
-        spawnable(cache.pinned(reference, &GetOptions::default()));
+        spawnable(cache.resolve_reference(reference, &GetOptions::default()));
         spawnable(cache.tag(key, &key.version));
         spawnable(cache.untag(key));
         spawnable(cache.scrub(1, |_| ()));

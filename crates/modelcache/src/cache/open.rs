@@ -64,12 +64,12 @@ pub struct OpenFile {
     progress: Progress,
     shared: Arc<Shared>,
     /// The fill that downloads the file; `None` if the file was on disk.
-    filling: Option<Filling>,
+    filling: Option<AwaitedFill>,
 }
 
 /// The fill that an open file waits for.
 #[derive(Debug)]
-struct Filling {
+struct AwaitedFill {
     reader: PartialReader,
     /// Keeps the fill running.
     _fill: Arc<InFlightFill>,
@@ -175,7 +175,7 @@ impl Cache {
             size: partial_file.size(),
             progress: fill.progress().clone(),
             shared: Arc::default(),
-            filling: Some(Filling { reader: partial_file.read(unchecked), _fill: fill }),
+            filling: Some(AwaitedFill { reader: partial_file.open_reader(unchecked), _fill: fill }),
         };
         // The follower completes the open file when the fill has ended. It does not keep the fill running.
         let follower = Follower {
@@ -324,7 +324,7 @@ impl OpenFile {
         self.check_range(&range)?;
         let Some(bound) = self.shared.bound.get() else { return Ok(None) };
         match &self.filling {
-            Some(filling) if !self.is_whole() => match filling.reader.may_read(&range) {
+            Some(filling) if !self.is_whole() => match filling.reader.begin_read(&range) {
                 Some(generation) if bound.has_generation(generation) => Ok(Some(&bound.file)),
                 Some(_) => Err(replaced(&self.path).artifact(&self.key)),
                 None => Ok(None),
@@ -375,7 +375,7 @@ impl OpenFile {
     }
 }
 
-impl Filling {
+impl AwaitedFill {
     /// Waits until `range` can be read from the staged file, or until the fill ends.
     async fn wait<'a>(&self, shared: &'a Shared, path: &FilePath, range: &Range<u64>) -> Result<&'a Arc<File>> {
         let (mut ends, mut received) = (shared.end.subscribe(), self.reader.watch());
@@ -388,7 +388,7 @@ impl Filling {
             if let (Some(Ok(_)), Some(bound)) = (&end, bound) {
                 return Ok(&bound.file);
             }
-            match (self.reader.may_read(range), bound) {
+            match (self.reader.begin_read(range), bound) {
                 (Some(generation), Some(bound)) if bound.has_generation(generation) => return Ok(&bound.file),
                 // The first readable range: open the staged file, and bind this open file to its generation.
                 (Some(generation), None) => {

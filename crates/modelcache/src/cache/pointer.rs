@@ -177,7 +177,7 @@ impl Cache {
         };
         let request = remote.origin_answer(&pointer.name, &pointer.revision);
         match self.within_timeout(timeout, request).await {
-            Ok(Some(stored)) if reference.may_mean(&stored.version) => {
+            Ok(Some(stored)) if reference.can_resolve_to(&stored.version) => {
                 let age = stored.age(SystemTime::now());
                 Ok(SharedVersion::Known(stored, age))
             }

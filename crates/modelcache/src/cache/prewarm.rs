@@ -18,7 +18,7 @@ use std::collections::{BTreeMap, BTreeSet};
 const CONCURRENT_PLANS: usize = 8;
 
 /// One artifact of the list, with its selected files.
-struct Planned {
+struct PlannedArtifact {
     artifact: PlannedPrewarm,
     /// The selected files, each with its content name.
     files: Vec<(String, FileEntry)>,
@@ -32,7 +32,7 @@ impl Cache {
     /// `Full`, with both sizes, if the artifacts of the list do not fit on disk together.
     pub async fn plan_prewarm(&self, references: &[Reference], options: &GetOptions) -> Result<PrewarmPlan> {
         let plans: Vec<_> = references.iter().map(|reference| self.plan_one(reference, options)).collect();
-        let mut planned: Vec<Result<Planned>> = stream::iter(plans).buffered(CONCURRENT_PLANS).collect().await;
+        let mut planned: Vec<Result<PlannedArtifact>> = stream::iter(plans).buffered(CONCURRENT_PLANS).collect().await;
         mark_shared(&mut planned);
         let planned_ok = || planned.iter().flatten();
         let keys: BTreeSet<_> = planned_ok().map(|planned| planned.artifact.key.clone()).collect();
@@ -47,7 +47,7 @@ impl Cache {
     }
 
     /// Plans the fill of one reference. Returns its selected files, whether or not they are on disk.
-    async fn plan_one(&self, reference: &Reference, options: &GetOptions) -> Result<Planned> {
+    async fn plan_one(&self, reference: &Reference, options: &GetOptions) -> Result<PlannedArtifact> {
         let progress = Progress::new();
         let resolved = self.resolve(reference, options, &progress).await;
         let request = resolved.map_err(|error| error.artifact(reference))?;
@@ -56,14 +56,14 @@ impl Cache {
         let artifact = |is_local| PlannedPrewarm { key: request.key.clone(), is_local, shares: false };
         // Everything is on disk: use the local manifest, and contact no other tier.
         if let Some(manifest) = on_disk.filter(|manifest| manifest.holds(&request.selection)) {
-            return Ok(Planned {
+            return Ok(PlannedArtifact {
                 artifact: artifact(true),
                 files: by_content(&request.key, manifest.selected(&request.selection)),
             });
         }
         let plan = self.plan_fill(&request, &progress).await.map_err(|error| error.artifact(&request.key))?;
         let files = by_content(&request.key, plan.selected.iter().map(|(path, entry)| (path, entry)));
-        Ok(Planned { artifact: artifact(false), files })
+        Ok(PlannedArtifact { artifact: artifact(false), files })
     }
 }
 
@@ -85,7 +85,7 @@ impl PrewarmPlan {
 }
 
 /// Sets `shares` of each artifact that has a missing file in common with an earlier one.
-fn mark_shared(planned: &mut [Result<Planned>]) {
+fn mark_shared(planned: &mut [Result<PlannedArtifact>]) {
     let mut seen = BTreeSet::new();
     for planned in planned.iter_mut().flatten().filter(|planned| !planned.artifact.is_local) {
         planned.artifact.shares = planned.files.iter().any(|(name, _)| seen.contains(name));

@@ -20,7 +20,7 @@ use crate::manifest::{FileEntry, FileIdentity, Manifest, Shape};
 use crate::option_name::call;
 use crate::option_name::setting::REMOTE;
 use crate::progress::{Phase, Progress};
-use crate::remote::{Multipart, PendingPublish, PublishOptions, Published, Remote};
+use crate::remote::{Multipart, PendingPublish, PublishOptions, PublishedBytes, Remote};
 use crate::runtime::blocking;
 use crate::selection::Selection;
 use futures::{StreamExt, TryStreamExt, stream};
@@ -125,7 +125,7 @@ impl Cache {
         inputs: &[InputFile],
         options: &PutOptions,
         progress: &Progress,
-    ) -> Result<(Manifest, Published, Option<PathBuf>)> {
+    ) -> Result<(Manifest, PublishedBytes, Option<PathBuf>)> {
         // No fill of the same key may run at the same time.
         let leader = self.wait_to_lead(key, progress).await?;
         // Step 1: read the inputs. Copy them into staging, hash them, and upload the large ones.
@@ -164,7 +164,7 @@ impl Cache {
         inputs: Vec<InputFile>,
         options: &PutOptions,
         progress: &Progress,
-    ) -> Result<(Manifest, Published, Option<PathBuf>)> {
+    ) -> Result<(Manifest, PublishedBytes, Option<PathBuf>)> {
         // Step 1: read the inputs. Hash them, and upload the large ones.
         let mut pending = self.begin_put_upload(key, shape, &inputs, options).await;
         let hash = |input: InputFile| {
@@ -308,8 +308,8 @@ impl Cache {
         options: &PutOptions,
         pending: Option<PendingPublish>,
         progress: &Progress,
-    ) -> Result<Published> {
-        let Some(remote) = &self.0.remote else { return Ok(Published::default()) };
+    ) -> Result<PublishedBytes> {
+        let Some(remote) = &self.0.remote else { return Ok(PublishedBytes::default()) };
         let _phase = progress.enter(Phase::Backfill, manifest.bytes());
         // With `force`, files with equal content are uploaded as well: a damaged object can look sound.
         let rewrite = if options.force { files.keys().cloned().collect() } else { BTreeSet::new() };

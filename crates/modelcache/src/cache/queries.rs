@@ -2,7 +2,7 @@
 
 use super::backfill::pending;
 use super::plan::manifest_of;
-use super::{Cache, GetOptions, InspectedFile, Inspection, Listed, RemoteSurvey, Stats};
+use super::{Cache, GetOptions, InspectedFile, Inspection, ListedArtifact, RemoteSurvey, Stats};
 use crate::disk::{ArtifactDir, Lower, ScannedArtifact};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
@@ -18,14 +18,14 @@ use std::time::SystemTime;
 
 impl Cache {
     /// Lists the artifacts in the local directory, sorted by key.
-    pub async fn list(&self) -> Result<Vec<Listed>> {
+    pub async fn list(&self) -> Result<Vec<ListedArtifact>> {
         self.on_disk(move |disk| {
-            let row = |artifact: ScannedArtifact| -> Option<Result<Listed>> {
+            let row = |artifact: ScannedArtifact| -> Option<Result<ListedArtifact>> {
                 let (leased, pin) = (disk.is_leased(&artifact.dir), disk.pin_in(&artifact.dir));
                 let manifest = artifact.manifest?;
-                Some(pin.map(|pin| Listed { leased, pin, ..list_entry(&manifest, artifact.last_used) }))
+                Some(pin.map(|pin| ListedArtifact { leased, pin, ..list_entry(&manifest, artifact.last_used) }))
             };
-            let mut rows: Vec<Listed> = disk.scan()?.into_iter().filter_map(row).collect::<Result<_>>()?;
+            let mut rows: Vec<ListedArtifact> = disk.scan()?.into_iter().filter_map(row).collect::<Result<_>>()?;
             rows.sort_by(|a, b| a.key.cmp(&b.key));
             Ok(rows)
         })
@@ -36,7 +36,7 @@ impl Cache {
     ///
     /// # Errors
     /// `Invalid` if no remote is configured.
-    pub async fn list_remote(&self) -> Result<Vec<Listed>> {
+    pub async fn list_remote(&self) -> Result<Vec<ListedArtifact>> {
         Ok(self.survey_remote().await?.artifacts)
     }
 
@@ -54,8 +54,8 @@ impl Cache {
             let tags = tags.iter().filter(|(name, tag)| *name == key.name && tag.version == key.version);
             tags.map(|(_, tag)| tag.revision.clone()).collect()
         };
-        let row = |manifest: &Manifest| Listed { tags: tags_of(&manifest.key), ..list_entry(manifest, None) };
-        let mut artifacts: Vec<Listed> = manifests.iter().map(row).collect();
+        let row = |manifest: &Manifest| ListedArtifact { tags: tags_of(&manifest.key), ..list_entry(manifest, None) };
+        let mut artifacts: Vec<ListedArtifact> = manifests.iter().map(row).collect();
         artifacts.sort_by(|a, b| a.key.cmp(&b.key));
         Ok(RemoteSurvey { artifacts, longer_prefixes, unmanaged_folders })
     }
@@ -202,8 +202,8 @@ fn inspected_files(manifests: [Option<&Manifest>; 3]) -> Vec<InspectedFile> {
 }
 
 /// Returns the list entry of an artifact, without lease, pin and tags.
-fn list_entry(manifest: &Manifest, last_used: Option<SystemTime>) -> Listed {
-    Listed {
+fn list_entry(manifest: &Manifest, last_used: Option<SystemTime>) -> ListedArtifact {
+    ListedArtifact {
         key: manifest.key.clone(),
         reference: manifest.key.to_string(),
         shape: manifest.shape,

@@ -111,8 +111,8 @@ pub struct GetReport {
     /// Total size of the selected files in bytes.
     #[serde(rename = "size")]
     pub selected_bytes: u64,
-    /// How the files share disk space with the blobs of the cache; if files differ, the most expensive way. `None` for
-    /// a hit.
+    /// How the files share disk space with the blobs of the cache. If files differ, the way that takes the most space or
+    /// time: `copy`, else `symlink`, else `reflink`, else `hard`. `None` for a hit.
     pub link: Option<Link>,
     /// Time spent in each phase.
     #[serde(rename = "seconds", serialize_with = "phases")]
@@ -322,21 +322,21 @@ pub struct EvictReport {
     pub remote_bytes: Option<u64>,
     /// The address of the remote from which it was removed; `None` if nothing was removed there.
     pub remote: Option<String>,
-    /// True if the copy on disk is removed and no other tier is known to have the artifact: it was put without a
-    /// remote, or its upload is pending and its origin does not keep old versions.
+    /// True if the copy on disk is removed and no other tier is known to have the artifact. This is the case if it was put
+    /// without a remote, or if its upload is pending and its origin does not keep old versions.
     pub only_copy: bool,
     /// True if a later get can fetch the artifact again, from an origin or from unmanaged objects that stay on the
     /// remote.
-    pub origin_can_give_back: bool,
+    pub can_be_fetched_again: bool,
     /// The tags that point to the artifact and are removed with it. Empty if only the disk was selected.
     pub tags: Vec<String>,
 }
 
-/// Result of [`Cache::pinned`](super::Cache::pinned): a reference resolved to an immutable version.
+/// Result of [`Cache::resolve_reference`](super::Cache::resolve_reference): a reference resolved to an immutable version.
 #[derive(Debug, Clone, Serialize)]
-#[serde(into = "PinnedForm")]
-pub struct Pinned {
-    /// The reference to exactly this version. It does not change its meaning.
+#[serde(into = "ResolvedReferenceJson")]
+pub struct ResolvedReference {
+    /// A reference that always resolves to this version.
     pub reference: Reference,
     /// The key of the artifact.
     pub key: ArtifactKey,
@@ -350,22 +350,22 @@ pub struct Pinned {
     pub age: Option<Duration>,
 }
 
-impl Pinned {
+impl ResolvedReference {
     /// Returns the reference with its digest, if that is known.
     pub fn with_digest(&self) -> Option<Reference> {
         self.sha256.map(|sha256| Reference { digest: Some(sha256), ..self.reference.clone() })
     }
 }
 
-/// The serialized form of [`Pinned`].
+/// The serialized form of [`ResolvedReference`].
 #[derive(Serialize)]
-struct PinnedForm {
+struct ResolvedReferenceJson {
     /// The key of the artifact.
     #[serde(flatten)]
     artifact: ArtifactKey,
     /// `NAME@VERSION` of the artifact.
     key: String,
-    /// A reference to exactly this version. It does not change its meaning.
+    /// A reference that always resolves to this version.
     pinned: String,
     /// `pinned` with `#sha256=…` appended; `None` if the digest is unknown.
     pinned_with_digest: Option<String>,
@@ -380,8 +380,8 @@ struct PinnedForm {
     age_seconds: Option<u64>,
 }
 
-impl From<Pinned> for PinnedForm {
-    fn from(pinned: Pinned) -> Self {
+impl From<ResolvedReference> for ResolvedReferenceJson {
+    fn from(pinned: ResolvedReference) -> Self {
         Self {
             key: pinned.key.to_string(),
             pinned: pinned.reference.to_string(),
@@ -426,7 +426,7 @@ pub struct PinReport {
 #[derive(Debug, Clone, Default)]
 pub struct RemoteSurvey {
     /// The published artifacts, sorted by key.
-    pub artifacts: Vec<Listed>,
+    pub artifacts: Vec<ListedArtifact>,
     /// The number of artifacts that were published under a longer prefix, by the part that the remote's address lacks.
     pub longer_prefixes: BTreeMap<String, usize>,
     /// The folders, directly below the remote's prefix, in which other tools put objects.
@@ -435,7 +435,7 @@ pub struct RemoteSurvey {
 
 /// One artifact in a list of [`Cache::list`](super::Cache::list) or [`Cache::list_remote`](super::Cache::list_remote).
 #[derive(Debug, Clone, Serialize)]
-pub struct Listed {
+pub struct ListedArtifact {
     /// The key of the artifact.
     #[serde(flatten)]
     pub key: ArtifactKey,
@@ -599,7 +599,7 @@ pub struct Stats {
 
 /// The serialized form of a [`Pin`].
 #[derive(Serialize)]
-struct PinForm<'a> {
+struct PinJson<'a> {
     /// When the pin was set, if that was recorded.
     #[serde(serialize_with = "json::time")]
     since: Option<SystemTime>,
@@ -614,7 +614,7 @@ struct PinForm<'a> {
 
 /// Serializes a pin with its times as RFC 3339. The derived form of [`Pin`] is that of the pin file.
 fn pin<S: Serializer>(pin: &Option<Pin>, serializer: S) -> Result<S::Ok, S::Error> {
-    let form = pin.as_ref().map(|pin| PinForm {
+    let form = pin.as_ref().map(|pin| PinJson {
         since: pin.since(),
         until: pin.until(),
         by: pin.by.as_deref(),

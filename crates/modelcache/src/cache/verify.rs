@@ -8,7 +8,7 @@ use super::resolve::{FetchRequest, LookupPolicy, Resolution};
 use super::{Cache, GetOptions};
 use crate::disk::{LocalFile, Purpose, RootedPath, VerifyItem, VerifyRun};
 use crate::error::{Context, Error, Result, Tier};
-use crate::finding::{Finding, Problem, Verified};
+use crate::finding::{Finding, Problem, VerifyReport};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, Manifest};
 use crate::option_name::call::REPAIR;
@@ -99,7 +99,7 @@ impl Cache {
 
     /// Verifies everything on disk once, at most at `bytes_per_second`, and calls `report` with the result of each
     /// target. Files that fail verification are withdrawn, and not repaired.
-    pub async fn scrub(&self, bytes_per_second: u64, mut report: impl FnMut(Verified) + Send) -> Result<()> {
+    pub async fn scrub(&self, bytes_per_second: u64, mut report: impl FnMut(VerifyReport) + Send) -> Result<()> {
         let options = VerifyOptions { bytes_per_second: Some(bytes_per_second), ..VerifyOptions::default() };
         let verification = self.verification(options);
         for target in verification.targets(&[]).await? {
@@ -142,7 +142,7 @@ impl Cache {
         selection: &Selection,
         run: &Arc<VerifyRun>,
         progress: &Progress,
-    ) -> Result<Option<Verified>> {
+    ) -> Result<Option<VerifyReport>> {
         let (key, selection, run, progress) = (key.clone(), selection.clone(), run.clone(), progress.clone());
         self.on_disk(move |disk| {
             let _phase = progress.enter(Phase::Verify, disk.bytes_to_verify(&key, &selection)?);
@@ -222,7 +222,7 @@ impl Verification {
 
     /// Verifies one target, and repairs it if the options require it. Returns `None` if the target no longer exists, or
     /// if it has no files.
-    pub async fn verify(&self, target: &VerifyTarget, progress: &Progress) -> Result<Option<Verified>> {
+    pub async fn verify(&self, target: &VerifyTarget, progress: &Progress) -> Result<Option<VerifyReport>> {
         match &target.subject {
             Subject::Nameless(dir) => Ok(Some(self.cache.0.disk.verify_nameless(dir))),
             Subject::Blobs => {
@@ -256,7 +256,7 @@ impl Verification {
         key: &ArtifactKey,
         reference: Option<&Reference>,
         progress: &Progress,
-    ) -> Result<Option<Verified>> {
+    ) -> Result<Option<VerifyReport>> {
         let verified = self.cache.verify_disk(key, &Selection::all(), &self.run, progress).await?;
         let Some(mut verified) = verified else { return Ok(None) };
         if self.options.repair && !verified.is_right() {
@@ -278,7 +278,7 @@ impl Verification {
         key: &ArtifactKey,
         reference: Option<&Reference>,
         progress: &Progress,
-    ) -> Result<Option<Verified>> {
+    ) -> Result<Option<VerifyReport>> {
         let remote = self.remote()?;
         let found = remote.verify(key, &|_| true, self.run.rate_limiter(), progress, self.cache.metrics()).await?;
         let Some(mut verified) = found else { return Ok(None) };

@@ -36,13 +36,13 @@ impl Clock {
         let (server, ahead) = differences.iter().max_by_key(|(_, ahead)| ahead.unsigned_abs())?;
         let difference = Duration::from_secs(ahead.unsigned_abs());
         let direction = if *ahead < 0 { "behind" } else { "ahead of" };
-        let says = format!("this machine's clock is {} s {direction} that of {server}", difference.as_secs());
+        let message = format!("this machine's clock is {} s {direction} that of {server}", difference.as_secs());
         let fix = "set the clock (NTP); requests to S3 are signed with the time";
         Some(match difference {
             _ if difference > PROBLEM_ABOVE => {
-                Check::problem(Area::Clock, &Error::new(ErrorKind::Unauthorized, says).hint(fix))
+                Check::problem(Area::Clock, &Error::new(ErrorKind::Unauthorized, message).hint(fix))
             }
-            _ if difference > WARN_ABOVE => Check::warning(Area::Clock, says, fix),
+            _ if difference > WARN_ABOVE => Check::warning(Area::Clock, message, fix),
             _ => Check::ok(Area::Clock, format!("agrees with {server}")),
         })
     }
@@ -60,7 +60,7 @@ fn http_date(text: &str) -> Option<SystemTime> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::check::Gravity;
+    use crate::check::Severity;
 
     #[test]
     fn http_dates_are_parsed() {
@@ -74,14 +74,14 @@ mod tests {
 
     #[test]
     fn the_largest_difference_determines_the_gravity() {
-        let gravity = |rows: &[i64]| {
+        let severity = |rows: &[i64]| {
             let clock = Clock::default();
             rows.iter().for_each(|ahead| clock.0.lock().push(("s".into(), *ahead)));
-            clock.check().map(|check| check.gravity)
+            clock.check().map(|check| check.severity)
         };
-        assert_eq!(gravity(&[]), None);
-        assert_eq!(gravity(&[1, -2]), Some(Gravity::Ok));
-        assert_eq!(gravity(&[1, -40]), Some(Gravity::Warning));
-        assert_eq!(gravity(&[400, 0]), Some(Gravity::Problem));
+        assert_eq!(severity(&[]), None);
+        assert_eq!(severity(&[1, -2]), Some(Severity::Ok));
+        assert_eq!(severity(&[1, -40]), Some(Severity::Warning));
+        assert_eq!(severity(&[400, 0]), Some(Severity::Problem));
     }
 }

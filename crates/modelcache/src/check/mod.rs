@@ -53,7 +53,7 @@ impl fmt::Display for Area {
 /// The severity of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Gravity {
+pub enum Severity {
     /// The check passed.
     Ok,
     /// The cache works, but is badly configured or may fail soon.
@@ -68,9 +68,9 @@ pub struct Check {
     /// The subject.
     pub area: Area,
     /// The severity.
-    pub gravity: Gravity,
+    pub severity: Severity,
     /// The result in words, in one line.
-    pub says: String,
+    pub message: String,
     /// The fix, unless the check passed.
     pub fix: Option<String>,
     /// The kind of error that a problem causes; `None` unless this is a problem. It determines the exit code.
@@ -80,14 +80,20 @@ pub struct Check {
 
 impl Check {
     /// Creates a check that passed.
-    pub fn ok(area: Area, says: impl Into<String>) -> Self {
-        Self { area, gravity: Gravity::Ok, says: printable::line(&says.into()).into_owned(), fix: None, kind: None }
+    pub fn ok(area: Area, message: impl Into<String>) -> Self {
+        Self {
+            area,
+            severity: Severity::Ok,
+            message: printable::line(&message.into()).into_owned(),
+            fix: None,
+            kind: None,
+        }
     }
 
     /// Creates a warning.
-    pub fn warning(area: Area, says: impl Into<String>, fix: impl Into<String>) -> Self {
-        let [says, fix] = [says.into(), fix.into()].map(|text| printable::line(&text).into_owned());
-        Self { area, gravity: Gravity::Warning, says, fix: Some(fix), kind: None }
+    pub fn warning(area: Area, message: impl Into<String>, fix: impl Into<String>) -> Self {
+        let [message, fix] = [message.into(), fix.into()].map(|text| printable::line(&text).into_owned());
+        Self { area, severity: Severity::Warning, message, fix: Some(fix), kind: None }
     }
 
     /// Creates a problem from an error.
@@ -95,8 +101,8 @@ impl Check {
         let fix = error.hint_text().unwrap_or("see the rest of this report").to_owned();
         Self {
             area,
-            gravity: Gravity::Problem,
-            says: error.message_with_causes(),
+            severity: Severity::Problem,
+            message: error.message_with_causes(),
             fix: Some(fix),
             kind: Some(error.kind()),
         }
@@ -104,12 +110,12 @@ impl Check {
 
     /// Creates a warning from an error.
     pub(crate) fn warning_of(area: Area, error: &Error) -> Self {
-        Self { gravity: Gravity::Warning, kind: None, ..Self::problem(area, error) }
+        Self { severity: Severity::Warning, kind: None, ..Self::problem(area, error) }
     }
 
     /// Appends a detail in parentheses.
     pub(crate) fn with_detail(mut self, detail: &str) -> Self {
-        self.says.push_str(&format!(" ({})", printable::line(detail)));
+        self.message.push_str(&format!(" ({})", printable::line(detail)));
         self
     }
 }

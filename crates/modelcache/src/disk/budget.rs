@@ -15,7 +15,7 @@ use super::index::{Index, LastUseOrder, below_artifacts};
 use super::io_error::IoContext;
 use super::layout::ArtifactDir;
 use super::lock::{FileLock, LOCK_WAIT_MAX};
-use super::pin::InTheWay;
+use super::pin::KeepReason;
 use super::rooted::{Metadata, RootedPath};
 use super::staging::StagingUse;
 use super::{Disk, ScannedArtifact};
@@ -391,7 +391,7 @@ impl BudgetGuard<'_> {
                     return Ok(None);
                 }
                 // The artifact may have been leased or pinned since it was chosen. Then the outer loop chooses others.
-                if let Evicted::Kept(reason) = self.evict(victim)? {
+                if let EvictOutcome::Kept(reason) = self.evict(victim)? {
                     search.obstacles.add(format!("{} is {reason}", victim.name()), reason.is_transient());
                 }
             }
@@ -409,12 +409,12 @@ impl BudgetGuard<'_> {
             }
             let obstacle = match self.disk.lease_or_pin(&artifact.dir)? {
                 Some(reason) => Some(reason),
-                None if self.is_only_copy(&artifact)? => Some(InTheWay::OnlyCopy),
+                None if self.is_only_copy(&artifact)? => Some(KeepReason::OnlyCopy),
                 None => self.reason_to_spare(&artifact)?,
             };
             match obstacle {
                 Some(reason) => {
-                    search.obstacles.only_copies |= reason == InTheWay::OnlyCopy;
+                    search.obstacles.only_copies |= reason == KeepReason::OnlyCopy;
                     search.obstacles.add(format!("{} is {reason}", artifact.name()), reason.is_transient());
                 }
                 None => {
@@ -506,28 +506,28 @@ impl BudgetGuard<'_> {
     }
 
     /// Evicts one artifact, unless it is leased or pinned, or was used since it was scanned.
-    pub(crate) fn evict(&mut self, artifact: &ScannedArtifact) -> Result<Evicted> {
+    pub(crate) fn evict(&mut self, artifact: &ScannedArtifact) -> Result<EvictOutcome> {
         // Try once: a process that holds the budget lock does not wait.
         let Some(_lease) = FileLock::try_exclusive(&self.disk.layout().lease_lock(&artifact.dir))? else {
-            return Ok(Evicted::Kept(InTheWay::Leased(self.disk.lease_holders(&artifact.dir))));
+            return Ok(EvictOutcome::Kept(KeepReason::Leased(self.disk.lease_holders(&artifact.dir))));
         };
         // Check again under the exclusive lease: pins and the time of last use change only under the shared lease.
         if let Some(pin) = self.disk.pin_in(&artifact.dir)? {
-            return Ok(Evicted::Kept(InTheWay::Pinned(pin)));
+            return Ok(EvictOutcome::Kept(KeepReason::Pinned(pin)));
         }
         if self.disk.last_used(&artifact.dir)? != artifact.last_used {
-            return Ok(Evicted::Kept(InTheWay::JustUsed));
+            return Ok(EvictOutcome::Kept(KeepReason::JustUsed));
         }
         tracing::debug!(artifact = artifact.name(), "evicting");
         let removed = self.remove_artifact(&artifact.dir);
         let Some(freed) = files::unless_inaccessible(removed, artifact.dir.path())? else {
             // A part of the artifact may have been removed.
             self.mark_total_unknown()?;
-            return Ok(Evicted::Kept(InTheWay::NotRemovable));
+            return Ok(EvictOutcome::Kept(KeepReason::NotRemovable));
         };
         tracing::info!(artifact = artifact.name(), freed_bytes = freed, "evicted");
         self.disk.metrics().record_eviction(freed);
-        Ok(Evicted::Freed(freed))
+        Ok(EvictOutcome::Freed(freed))
     }
 
     /// Returns true if no other tier is known to have the artifact: an upload of it is pending, or it was put without a
@@ -544,10 +544,10 @@ impl BudgetGuard<'_> {
     ///
     /// There are two reasons. The artifact was changed lately and locks do not exclude other processes, so it may be in
     /// use. Or each of its files has a link outside the cache, so evicting it would free no bytes.
-    pub(super) fn reason_to_spare(&mut self, artifact: &ScannedArtifact) -> Result<Option<InTheWay>> {
+    pub(super) fn reason_to_spare(&mut self, artifact: &ScannedArtifact) -> Result<Option<KeepReason>> {
         let Some(manifest) = &artifact.manifest else { return Ok(None) };
         if !self.disk.is_idle(artifact.dir.path())? {
-            return Ok(Some(InTheWay::UsedLately));
+            return Ok(Some(KeepReason::UsedLately));
         }
         let mut held = false;
         for (path, entry) in manifest.files.iter().filter(|(_, entry)| entry.held.is_some()) {
@@ -558,7 +558,7 @@ impl BudgetGuard<'_> {
             }
             held = true;
         }
-        Ok(held.then_some(InTheWay::LinkedOutside))
+        Ok(held.then_some(KeepReason::LinkedOutside))
     }
 
     /// Returns the number of links to `inode` inside the cache: the blob of `digest`, staged and quarantined files, and
@@ -830,11 +830,11 @@ impl ScannedArtifact {
 
 /// Outcome of an eviction.
 #[derive(Debug)]
-pub(crate) enum Evicted {
+pub(crate) enum EvictOutcome {
     /// The artifact was removed. Carries the number of bytes freed.
     Freed(u64),
     /// The artifact was not removed. Carries the reason.
-    Kept(InTheWay),
+    Kept(KeepReason),
 }
 
 /// The artifacts and fills that prevent making room, for the error message.

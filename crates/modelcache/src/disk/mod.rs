@@ -52,7 +52,7 @@ mod write_mode;
 mod writer;
 
 pub(crate) use acquire::{AcquireOutcome, LeasedArtifact};
-pub(crate) use budget::{Evicted, Usage};
+pub(crate) use budget::{EvictOutcome, Usage};
 pub(crate) use capacity::content_name;
 pub(crate) use doctor::examine;
 pub(crate) use files::identity;
@@ -71,7 +71,7 @@ pub use open_file::LocalFile;
 pub(crate) use open_file::{open_staged, restore_readahead};
 pub(crate) use optional::sync_folder;
 pub(crate) use pending_upload::{MissingFiles, NO_REMOTE, PendingUpload};
-pub use pin::{Holder, InTheWay, Pin};
+pub use pin::{Holder, KeepReason, Pin};
 pub use prune::{KeptArtifact, Leftovers, PruneOptions, PruneReport, PrunedArtifact};
 pub(crate) use publish::StagedFile;
 pub(crate) use refs::RememberedRef;
@@ -81,7 +81,7 @@ pub(crate) use staging::Staging;
 pub(crate) use verify::{VerifyItem, VerifyRun};
 pub use write_mode::Purpose;
 pub(crate) use write_mode::goes_direct;
-pub(crate) use writer::{ALIGNMENT, Cursor, Hashed, StagedFileSpec, StagedWriter};
+pub(crate) use writer::{ALIGNMENT, Cursor, FileDigests, StagedFileSpec, StagedWriter};
 
 use crate::config::{ByteBound, Sharing};
 use crate::digest::{Digest, GitOid};
@@ -463,8 +463,8 @@ impl Disk {
         let evicted = guard.evict(&ScannedArtifact { dir, manifest, last_used })?;
         guard.release()?;
         match evicted {
-            Evicted::Freed(bytes) => Ok(Some(bytes)),
-            Evicted::Kept(reason) => Err(not_evicted(key, &reason)),
+            EvictOutcome::Freed(bytes) => Ok(Some(bytes)),
+            EvictOutcome::Kept(reason) => Err(not_evicted(key, &reason)),
         }
     }
 
@@ -560,9 +560,9 @@ fn check_format(layout: &Layout) -> Result<()> {
 }
 
 /// Returns the error for an artifact that was not evicted for `reason`.
-fn not_evicted(key: &ArtifactKey, reason: &InTheWay) -> Error {
+fn not_evicted(key: &ArtifactKey, reason: &KeepReason) -> Error {
     let remedy = match reason {
-        InTheWay::Pinned(_) => format!("remove the pin first: modelcache unpin '{key}'"),
+        KeepReason::Pinned(_) => format!("remove the pin first: modelcache unpin '{key}'"),
         _ => "try again when its readers have ended".to_owned(),
     };
     let refusal = Error::new(ErrorKind::Conflict, format!("not evicted: it is {reason}"));

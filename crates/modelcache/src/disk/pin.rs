@@ -159,7 +159,7 @@ impl fmt::Display for Holder {
 
 /// The reason why an artifact was not evicted.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum InTheWay {
+pub enum KeepReason {
     /// These processes hold a lease on it; empty if the kernel does not report them.
     Leased(Vec<Holder>),
     /// It is pinned.
@@ -176,7 +176,7 @@ pub enum InTheWay {
     NotRemovable,
 }
 
-impl InTheWay {
+impl KeepReason {
     /// Returns true if the obstacle may go away by itself.
     pub(crate) fn is_transient(&self) -> bool {
         matches!(self, Self::Leased(_) | Self::JustUsed)
@@ -197,7 +197,7 @@ impl InTheWay {
 }
 
 /// `in use by process 123 (python3)`, `pinned until … by …: reason`, `just used`, `linked outside the cache …`
-impl fmt::Display for InTheWay {
+impl fmt::Display for KeepReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Leased(holders) if holders.is_empty() => f.write_str("in use"),

@@ -5,9 +5,9 @@
 //! under its exclusive lease before it is removed. A dry run changes nothing: it applies the same rules to a table of
 //! link counts in memory. A file with a link outside the cache frees no bytes.
 
-use super::budget::{BudgetGuard, Evicted};
+use super::budget::{BudgetGuard, EvictOutcome};
 use super::files;
-use super::pin::InTheWay;
+use super::pin::KeepReason;
 use super::rooted::RootedPath;
 use super::{ArtifactDir, Disk, Misplaced, ScannedArtifact};
 use crate::config::ByteBound;
@@ -95,17 +95,17 @@ pub struct PrunedArtifact {
 
 /// An artifact that was to be removed and was kept.
 #[derive(Debug, Clone, Serialize)]
-#[serde(into = "KeptForm")]
+#[serde(into = "KeptArtifactJson")]
 pub struct KeptArtifact {
     /// The reference of the artifact.
     pub reference: String,
     /// The reason why it was kept.
-    pub why: InTheWay,
+    pub why: KeepReason,
 }
 
 /// The serialized form of a [`KeptArtifact`].
 #[derive(Serialize)]
-struct KeptForm {
+struct KeptArtifactJson {
     /// The reference of the artifact.
     reference: String,
     /// The kind of reason.
@@ -114,7 +114,7 @@ struct KeptForm {
     detail: String,
 }
 
-impl From<KeptArtifact> for KeptForm {
+impl From<KeptArtifact> for KeptArtifactJson {
     fn from(kept: KeptArtifact) -> Self {
         Self { why: kept.why.name(), detail: kept.why.to_string(), reference: kept.reference }
     }
@@ -130,7 +130,7 @@ trait PruneActions {
     fn sweep(&mut self) -> Result<Leftovers>;
     /// Evicts one artifact unless it is leased or pinned, or, without `only_copies`, the only copy. With `for_space`,
     /// also keeps it if no byte would become free.
-    fn evict(&mut self, artifact: &ScannedArtifact, for_space: bool, only_copies: bool) -> Result<Evicted>;
+    fn evict(&mut self, artifact: &ScannedArtifact, for_space: bool, only_copies: bool) -> Result<EvictOutcome>;
 }
 
 impl Disk {
@@ -164,10 +164,10 @@ impl Disk {
             let reference = artifact.name();
             // An old artifact is evicted even if that frees no bytes.
             match actions.evict(&artifact, !is_old, options.only_copies)? {
-                Evicted::Freed(freed_bytes) => {
+                EvictOutcome::Freed(freed_bytes) => {
                     report.evicted.push(PrunedArtifact { reference, last_used: artifact.last_used, freed_bytes });
                 }
-                Evicted::Kept(why) => report.kept.push(KeptArtifact { reference, why }),
+                EvictOutcome::Kept(why) => report.kept.push(KeptArtifact { reference, why }),
             }
         }
         // Step 5: count again, because other processes may have added or removed files in the meantime.
@@ -180,11 +180,11 @@ impl Disk {
 
     /// Returns the lease or the pin that protects the artifact from eviction at this moment; `None` if there is
     /// neither.
-    pub(super) fn lease_or_pin(&self, dir: &ArtifactDir) -> Result<Option<InTheWay>> {
+    pub(super) fn lease_or_pin(&self, dir: &ArtifactDir) -> Result<Option<KeepReason>> {
         if self.is_leased(dir) {
-            return Ok(Some(InTheWay::Leased(self.lease_holders(dir))));
+            return Ok(Some(KeepReason::Leased(self.lease_holders(dir))));
         }
-        Ok(self.pin_in(dir)?.map(InTheWay::Pinned))
+        Ok(self.pin_in(dir)?.map(KeepReason::Pinned))
     }
 
     /// Returns the bytes that sweeping and evicting everything would free at this moment, except the artifacts in
@@ -195,7 +195,7 @@ impl Disk {
         let mut bytes = dry_run.sweep()?.bytes();
         let others = |artifact: &&ScannedArtifact| artifact.manifest.as_ref().is_none_or(|m| !kept.contains(&m.key));
         for artifact in self.scan()?.iter().filter(others).filter(|artifact| !artifact.is_only_copy(&pending)) {
-            if let Evicted::Freed(freed) = dry_run.evict(artifact, false, true)? {
+            if let EvictOutcome::Freed(freed) = dry_run.evict(artifact, false, true)? {
                 bytes += freed;
             }
         }
@@ -210,9 +210,9 @@ impl BudgetGuard<'_> {
         artifact: &ScannedArtifact,
         for_space: bool,
         only_copies: bool,
-    ) -> Result<Option<InTheWay>> {
+    ) -> Result<Option<KeepReason>> {
         if !only_copies && self.is_only_copy(artifact)? {
-            return Ok(Some(InTheWay::OnlyCopy));
+            return Ok(Some(KeepReason::OnlyCopy));
         }
         // Evicting for space is useless if no byte would become free. An artifact that is evicted by age goes in any
         // case.
@@ -259,11 +259,11 @@ impl PruneActions for Apply<'_> {
         })
     }
 
-    fn evict(&mut self, artifact: &ScannedArtifact, for_space: bool, only_copies: bool) -> Result<Evicted> {
+    fn evict(&mut self, artifact: &ScannedArtifact, for_space: bool, only_copies: bool) -> Result<EvictOutcome> {
         let mut guard = self.0.lock_budget()?;
         let spared = guard.reason_not_to_prune(artifact, for_space, only_copies)?;
         let evicted = match spared {
-            Some(why) => Evicted::Kept(why),
+            Some(why) => EvictOutcome::Kept(why),
             None => guard.evict(artifact)?,
         };
         guard.release()?;
@@ -408,20 +408,20 @@ impl PruneActions for DryRun<'_> {
         Ok(leftovers)
     }
 
-    fn evict(&mut self, artifact: &ScannedArtifact, for_space: bool, only_copies: bool) -> Result<Evicted> {
+    fn evict(&mut self, artifact: &ScannedArtifact, for_space: bool, only_copies: bool) -> Result<EvictOutcome> {
         if let Some(why) = self.disk.lease_or_pin(&artifact.dir)? {
-            return Ok(Evicted::Kept(why));
+            return Ok(EvictOutcome::Kept(why));
         }
         if for_space || !only_copies {
             let mut guard = self.disk.lock_budget()?;
             let spared = guard.reason_not_to_prune(artifact, for_space, only_copies)?;
             guard.release()?;
             if let Some(why) = spared {
-                return Ok(Evicted::Kept(why));
+                return Ok(EvictOutcome::Kept(why));
             }
         }
         let freed = self.unlink_below(&artifact.dir.files())?;
         self.used = self.used.saturating_sub(freed);
-        Ok(Evicted::Freed(freed))
+        Ok(EvictOutcome::Freed(freed))
     }
 }

@@ -23,7 +23,7 @@ use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::ladder::part_size;
-use crate::manifest::{FileEntry, FileIdentity, Held, Manifest};
+use crate::manifest::{FileEntry, FileIdentity, HeldIdentity, Manifest};
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::io;
@@ -164,7 +164,7 @@ impl Disk {
                 // the manifest that the commit below renames, so no reader finds the file without it. A file shared
                 // with another artifact is marked, too: that artifact may be evicted before it is synced.
                 if entry.on_disk() != Some(identity) {
-                    entry.held = Some(Held::Unsynced(self.unsynced_now(identity)));
+                    entry.held = Some(HeldIdentity::Unsynced(self.unsynced_now(identity)));
                 }
             }
         }

@@ -16,7 +16,7 @@ use super::unsynced::MarkState::{self, Foreign, Old, Recent};
 use super::{Disk, fault};
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::{ArtifactKey, FilePath};
-use crate::manifest::{FileEntry, FileIdentity, Held};
+use crate::manifest::{FileEntry, FileIdentity, HeldIdentity};
 use crate::selection::Selection;
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -35,7 +35,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(20);
 const ROUNDS_MAX: usize = 1500;
 
 /// A file that failed to sync, with the descriptor that reported the error.
-type Refused = (FilePath, FileEntry, File, std::io::Error);
+type FailedSync = (FilePath, FileEntry, File, std::io::Error);
 
 /// A file, and the identity under which its bytes are right and are to be recorded as durable.
 pub(super) type SyncedFile = (FilePath, FileEntry, FileIdentity);
@@ -205,7 +205,7 @@ impl Disk {
                 let entry = manifest.files.get_mut(path).filter(|entry| entry.held.is_some());
                 if let Some(entry) = entry.filter(|entry| self.is_current(dir, path, entry, *identity)) {
                     is_changed |= entry.on_disk() != Some(*identity);
-                    entry.held = Some(Held::Disk(*identity));
+                    entry.held = Some(HeldIdentity::Disk(*identity));
                 }
             }
             is_changed
@@ -245,7 +245,7 @@ impl Disk {
 
     /// Syncs each file once. Returns the files that failed to sync, and the files with a changed identity, which stay
     /// unsynced.
-    fn sync_files(&self, dir: &ArtifactDir, found: &[SyncedFile]) -> Result<(Vec<Refused>, BTreeSet<FilePath>)> {
+    fn sync_files(&self, dir: &ArtifactDir, found: &[SyncedFile]) -> Result<(Vec<FailedSync>, BTreeSet<FilePath>)> {
         let (mut refused, mut changed, mut done) = (Vec::new(), BTreeSet::new(), BTreeSet::new());
         for (path, entry, known) in found {
             let view = dir.view(path);

@@ -17,7 +17,7 @@ use super::lock::FileLock;
 use super::rooted::{Metadata, RootedPath};
 use crate::digest::Digest;
 use crate::error::{Error, Result, Tier};
-use crate::finding::{BadPart, Finding, Problem, Verified};
+use crate::finding::{BadPart, Finding, Problem, VerifyReport};
 use crate::key::{ArtifactKey, FilePath, Version, unescape};
 use crate::ladder::{Ladder, PartHasher};
 use crate::manifest::{FileEntry, FileIdentity, Manifest};
@@ -155,12 +155,12 @@ impl Disk {
         selection: &Selection,
         run: &VerifyRun,
         progress: &Progress,
-    ) -> Result<Option<Verified>> {
+    ) -> Result<Option<VerifyReport>> {
         let dir = self.layout().artifact(key);
         if files::stat(&dir.manifest())?.is_none() {
             return Ok(None);
         }
-        let mut verified = Verified::new(Some(key.clone()), key.to_string(), Tier::Disk);
+        let mut verified = VerifyReport::new(Some(key.clone()), key.to_string(), Tier::Disk);
         let Some(manifest) = self.shared_manifest(&dir)? else {
             verified.findings.push(damaged_manifest(&dir));
             return Ok(Some(verified));
@@ -229,16 +229,16 @@ impl Disk {
     }
 
     /// Returns the report for a folder with a damaged manifest and an unknown key.
-    pub(crate) fn verify_nameless(&self, dir: &RootedPath) -> Verified {
-        let mut verified = Verified::new(None, dir.to_string(), Tier::Disk);
+    pub(crate) fn verify_nameless(&self, dir: &RootedPath) -> VerifyReport {
+        let mut verified = VerifyReport::new(None, dir.to_string(), Tier::Disk);
         verified.findings.push(damaged_manifest(&ArtifactDir(dir.clone())));
         verified
     }
 
     /// Verifies the blobs that were not read as a file of an artifact: leftovers, and blobs whose views are copies.
-    pub(crate) fn verify_blobs(&self, run: &VerifyRun, progress: &Progress) -> Result<Verified> {
+    pub(crate) fn verify_blobs(&self, run: &VerifyRun, progress: &Progress) -> Result<VerifyReport> {
         let folder = self.layout().blobs();
-        let mut verified = Verified::new(None, folder.to_string(), Tier::Disk);
+        let mut verified = VerifyReport::new(None, folder.to_string(), Tier::Disk);
         let mut blobs = Vec::new();
         files::walk(&folder, &mut |path, _| {
             blobs.push(path.clone());
@@ -259,7 +259,7 @@ impl Disk {
         path: &RootedPath,
         run: &VerifyRun,
         progress: &Progress,
-        verified: &mut Verified,
+        verified: &mut VerifyReport,
     ) -> Result<()> {
         let name = path.name();
         if name.starts_with(files::TEMPORARY_PREFIX) {
@@ -365,7 +365,7 @@ struct ArtifactWork<'a> {
     /// Notified when a thread has opened a file, or failed to.
     opened: Condvar,
     /// The findings and counts so far.
-    report: Mutex<Verified>,
+    report: Mutex<VerifyReport>,
 }
 
 /// The work that no thread has taken yet.
@@ -679,7 +679,7 @@ fn problem(open: &HashingFile, results: &PartResults) -> Problem {
 mod tests {
     use super::*;
     use crate::config::{ByteBound, Sharing};
-    use crate::manifest::{FileDetails, Held, Shape};
+    use crate::manifest::{FileDetails, HeldIdentity, Shape};
 
     const FILES: usize = 5000;
 
@@ -692,7 +692,7 @@ mod tests {
         std::fs::create_dir_all(blob.parent().expect("a folder").full()).expect("makes");
         std::fs::create_dir_all(dir.files().full()).expect("makes");
         std::fs::write(blob.full(), "content").expect("writes");
-        let held = Some(Held::Disk(blob.metadata().expect("examines").identity()));
+        let held = Some(HeldIdentity::Disk(blob.metadata().expect("examines").identity()));
         let mut manifest = Manifest::new(key.clone(), Shape::Tree);
         for number in 0..FILES {
             let path = FilePath::new(&format!("{number:05}.bin")).expect("path");

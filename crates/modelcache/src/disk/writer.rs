@@ -115,7 +115,7 @@ impl std::fmt::Debug for InOrder {
 
 /// The digests of a file that was hashed in order.
 #[derive(Debug, Clone)]
-pub(crate) struct Hashed {
+pub(crate) struct FileDigests {
     pub(crate) sha256: Digest,
     pub(crate) git_oid: Option<GitOid>,
     pub(crate) ladder: Ladder,
@@ -364,13 +364,13 @@ impl StagedWriter {
     }
 
     /// Returns the digests of a file that was hashed in order. All parts must be complete and hashed.
-    pub(crate) fn hashed(&self) -> Hashed {
+    pub(crate) fn hashed(&self) -> FileDigests {
         use sha1::Digest as _;
         let mut order = self.order.lock();
         let hasher = std::mem::replace(&mut order.hasher, LadderHasher::new(self.part_size));
         let git_oid = order.git.take().map(|git| GitOid::from_bytes(git.finalize().into()));
         let (sha256, ladder) = hasher.finish();
-        Hashed { sha256, git_oid, ladder }
+        FileDigests { sha256, git_oid, ladder }
     }
 
     /// Makes the file read-only, closes it, and returns its identity. The file is synced later, after it is published.

@@ -12,7 +12,7 @@
 
 mod network;
 
-pub use crate::check::{Area, Check, Clock, DoctorOptions, Gravity};
+pub use crate::check::{Area, Check, Clock, DoctorOptions, Severity};
 
 use crate::config::{Config, Environment, RemoteMode};
 use crate::runtime::blocking;

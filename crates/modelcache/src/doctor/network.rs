@@ -64,7 +64,7 @@ fn certificates(name: &str, path: &Path) -> Check {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::Gravity;
+    use crate::doctor::Severity;
     use std::collections::HashMap;
 
     #[test]
@@ -74,17 +74,17 @@ mod tests {
         let environment = Environment(variables.map(|(name, value)| (name.into(), value.into())).into());
         let checks = examine(&environment);
         assert!(!format!("{checks:?}").contains("canary"), "{checks:?}");
-        assert_eq!(checks[0].says, "HTTPS_PROXY: http://proxy:3128, with a user name");
-        assert_eq!((checks.len(), checks[2].says.as_str()), (3, "NO_PROXY: a,b"));
-        assert_eq!(examine(&Environment(HashMap::new()))[0].says, "no proxy");
+        assert_eq!(checks[0].message, "HTTPS_PROXY: http://proxy:3128, with a user name");
+        assert_eq!((checks.len(), checks[2].message.as_str()), (3, "NO_PROXY: a,b"));
+        assert_eq!(examine(&Environment(HashMap::new()))[0].message, "no proxy");
     }
 
     #[test]
     fn a_file_without_certificates_is_a_problem() {
         let folder = tempfile::tempdir().expect("folder");
         let path = folder.path().join("ca.pem");
-        assert_eq!(certificates("X", &path).gravity, Gravity::Problem);
+        assert_eq!(certificates("X", &path).severity, Severity::Problem);
         std::fs::write(&path, "nothing").expect("writes");
-        assert_eq!(certificates("X", &path).gravity, Gravity::Problem);
+        assert_eq!(certificates("X", &path).severity, Severity::Problem);
     }
 }

@@ -11,7 +11,8 @@
 //! - Files are counted before their list is allocated. A manifest is refused if its entries exceed the memory limit.
 
 use super::{
-    FileDetails, FileEntry, FileIdentity, Files, Held, Manifest, ObjectIdentity, Shape, UnknownFields, UnsyncedFile,
+    FileDetails, FileEntry, FileIdentity, Files, HeldIdentity, Manifest, ObjectIdentity, Shape, UnknownFields,
+    UnsyncedFile,
 };
 use crate::error::{Error, Result};
 use crate::key::{ArtifactKey, ArtifactName, FilePath, Version};
@@ -195,15 +196,15 @@ fn parse_ladder(value: &RawValue) -> Result<Option<Ladder>> {
 
 /// Parses the value of `held`. The variants differ in their fields. An unknown variant that has the fields of a known
 /// one is read as the known one.
-fn parse_held(value: &RawValue) -> Result<Option<Held>> {
+fn parse_held(value: &RawValue) -> Result<Option<HeldIdentity>> {
     check_length("held", value, HELD_BYTES_MAX)?;
     let text = value.get();
     if text == "null" {
         return Ok(None);
     }
-    let held = serde_json::from_str::<UnsyncedFile>(text).map(Held::Unsynced);
-    let held = held.or_else(|_| serde_json::from_str::<FileIdentity>(text).map(Held::Disk));
-    let held = held.or_else(|_| serde_json::from_str::<ObjectIdentity>(text).map(Held::Remote));
+    let held = serde_json::from_str::<UnsyncedFile>(text).map(HeldIdentity::Unsynced);
+    let held = held.or_else(|_| serde_json::from_str::<FileIdentity>(text).map(HeldIdentity::Disk));
+    let held = held.or_else(|_| serde_json::from_str::<ObjectIdentity>(text).map(HeldIdentity::Remote));
     held.map(Some).map_err(|_| Error::corrupt("held is neither a file nor an object"))
 }
 

@@ -11,7 +11,7 @@ use std::fmt::Display;
 /// # Errors
 /// `Invalid` if the token has characters that a header cannot carry. `name` names the token in the message.
 pub(super) fn bearer(token: &str, name: impl Display) -> Result<HeaderValue> {
-    secret(&format!("Bearer {token}"), name)
+    sensitive_value(&format!("Bearer {token}"), name)
 }
 
 /// Returns the header value for a user and a password (RFC 7617).
@@ -19,11 +19,11 @@ pub(super) fn basic(user: &str, password: &str, name: impl Display) -> Result<He
     let pair = base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}"));
     // The encoded form must not appear in logs either.
     redact::register(&pair);
-    secret(&format!("Basic {pair}"), name)
+    sensitive_value(&format!("Basic {pair}"), name)
 }
 
 /// Returns `text` as a header value that is never printed. `name` names the secret in the error message.
-fn secret(text: &str, name: impl Display) -> Result<HeaderValue> {
+fn sensitive_value(text: &str, name: impl Display) -> Result<HeaderValue> {
     let mut value = HeaderValue::from_str(text).map_err(|_| {
         Error::invalid(format!("{name} has characters that a header cannot carry")).hint("check it for line breaks")
     })?;

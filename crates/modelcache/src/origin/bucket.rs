@@ -7,7 +7,7 @@
 //! A source is valid only for the version that it was created for. If the objects at the location change, the source
 //! fails with `Conflict`.
 
-use super::{Origin, Resolved};
+use super::{Origin, ResolvedSource};
 use crate::config::{BucketConfig, RemoteConfig};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath, Version};
@@ -95,7 +95,7 @@ impl Origin for Arc<Buckets> {
         &bucket::SCHEME
     }
 
-    async fn resolve(&self, reference: &Reference) -> Result<Option<Resolved>> {
+    async fn resolve(&self, reference: &Reference) -> Result<Option<ResolvedSource>> {
         let Target::Bucket(place) = &reference.target else { return Ok(None) };
         let Some((remote, found)) = self.find(place).await.map_err(as_origin_error)? else {
             return Err(Error::not_found("there is no such object, and no object below this prefix")
@@ -107,7 +107,7 @@ impl Origin for Arc<Buckets> {
         let source = BucketSource::new(self, place, &key);
         let source = Arc::new(BucketSource { found: OnceCell::new_with(Some(Some((remote, found)))), ..source });
         *self.last_resolved.lock() = Some(source.clone());
-        Ok(Some(Resolved { key, source }))
+        Ok(Some(ResolvedSource { key, source }))
     }
 
     fn source(&self, reference: &Reference, key: &ArtifactKey) -> Option<Arc<dyn Source>> {

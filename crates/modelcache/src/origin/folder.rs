@@ -7,7 +7,7 @@
 //! Symbolic links are followed wherever they lead, because the cache of the Hub consists of them. Only a folder that
 //! contains itself is rejected.
 
-use super::{Origin, Resolved, no_files};
+use super::{Origin, ResolvedSource, no_files};
 use crate::digest::Digest;
 use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath, Version};
@@ -40,7 +40,7 @@ impl Origin for Folders {
         &folder::SCHEME
     }
 
-    async fn resolve(&self, reference: &Reference) -> Result<Option<Resolved>> {
+    async fn resolve(&self, reference: &Reference) -> Result<Option<ResolvedSource>> {
         let Target::Folder(path) = &reference.target else { return Ok(None) };
         resolve(path.as_str()).await
     }
@@ -52,10 +52,10 @@ impl Origin for Folders {
 }
 
 /// Lists the file or folder at `path` and returns its key with a source bound to it; `None` if it does not exist.
-pub(super) async fn resolve(path: &str) -> Result<Option<Resolved>> {
+pub(super) async fn resolve(path: &str) -> Result<Option<ResolvedSource>> {
     let path = path.to_owned();
     let Some(source) = blocking(move || FolderSource::list(&path)).await? else { return Ok(None) };
-    Ok(Some(Resolved { key: source.manifest.key.clone(), source: Arc::new(source) }))
+    Ok(Some(ResolvedSource { key: source.manifest.key.clone(), source: Arc::new(source) }))
 }
 
 /// The source for a file or folder as it was when listed.
@@ -310,7 +310,7 @@ mod tests {
         folder
     }
 
-    async fn resolved(path: &Path) -> Result<Option<Resolved>> {
+    async fn resolved(path: &Path) -> Result<Option<ResolvedSource>> {
         resolve(path.to_str().expect("UTF-8")).await
     }
 

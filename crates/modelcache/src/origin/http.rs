@@ -67,7 +67,7 @@ impl Http {
 
     /// Sends a GET for `url` and follows redirects. The credential is sent only to the scheme, host and port of
     /// [`Request::credential_url`].
-    pub(super) async fn follow(&self, mut url: Url, request: Request<'_>) -> Result<Fetched> {
+    pub(super) async fn follow(&self, mut url: Url, request: Request<'_>) -> Result<FinalResponse> {
         let mut same_origin_headers = HeaderMap::new();
         for _ in 0..=limits::REDIRECTS_MAX {
             let is_same_origin = same_origin(&url, request.credential_url) || is_upgrade(request.credential_url, &url);
@@ -87,7 +87,7 @@ impl Http {
                 });
             }
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
-                return Ok(Fetched { response, url, is_same_origin, same_origin_headers });
+                return Ok(FinalResponse { response, url, is_same_origin, same_origin_headers });
             }
             url = redirect_target(&url, response.headers().get(LOCATION))?;
             // Read the rest of the response, so that its connection can be reused.
@@ -137,7 +137,7 @@ pub(super) struct Request<'a> {
 
 /// The final response of a GET, after all redirects.
 #[derive(Debug)]
-pub(super) struct Fetched {
+pub(super) struct FinalResponse {
     pub(super) response: Response,
     /// The URL that it came from.
     pub(super) url: Url,
@@ -198,11 +198,12 @@ pub(super) fn same_origin(a: &Url, b: &Url) -> bool {
     a.scheme() == b.scheme() && a.host() == b.host() && a.port_or_known_default() == b.port_or_known_default()
 }
 
-/// Returns true if `url` is on the host of `home`, with TLS where `home` has none. The credential is safer there.
-fn is_upgrade(home: &Url, url: &Url) -> bool {
-    (home.scheme(), url.scheme()) == ("http", "https")
-        && home.host() == url.host()
-        && (url.port() == home.port() || url.port().is_none())
+/// Returns true if `url` is on the host of `credential_url` and uses TLS, and `credential_url` does not. Sending the
+/// credential there is safer than where it was configured for.
+fn is_upgrade(credential_url: &Url, url: &Url) -> bool {
+    (credential_url.scheme(), url.scheme()) == ("http", "https")
+        && credential_url.host() == url.host()
+        && (url.port() == credential_url.port() || url.port().is_none())
 }
 
 /// Returns the target of a redirect: `location`, resolved against `from`.
@@ -225,7 +226,7 @@ pub(super) fn redirect_target(from: &Url, location: Option<&HeaderValue>) -> Res
 }
 
 /// Percent-encodes each segment of `path`, keeping the slashes.
-pub(super) fn segments(path: &str) -> String {
+pub(super) fn encode_path(path: &str) -> String {
     path.split('/').map(encode_segment).collect::<Vec<_>>().join("/")
 }
 
@@ -329,7 +330,7 @@ pub(super) fn body_start(
     size: Option<u64>,
 ) -> Result<u64> {
     let (first, last) = (range.start, range.end.saturating_sub(1));
-    let (start, stated) = match status {
+    let (start, reported_size) = match status {
         StatusCode::OK => (0, content_length(headers)),
         StatusCode::PARTIAL_CONTENT => match header(headers, "content-range").and_then(content_range) {
             // A shorter range is allowed: the reader requests the rest.
@@ -344,23 +345,23 @@ pub(super) fn body_start(
         },
         StatusCode::RANGE_NOT_SATISFIABLE => {
             // A range inside the listed size was refused, so the file has changed or the list is wrong.
-            let stated = header(headers, "content-range").and_then(|text| text.strip_prefix("bytes */"));
+            let reported_size = header(headers, "content-range").and_then(|text| text.strip_prefix("bytes */"));
             let size = size.map_or("no size".into(), |size| format!("{size} bytes"));
             return Err(Error::corrupt(format!(
                 "the server refused bytes {first}-{last}: the file list states {size}, the server states {}",
-                stated.unwrap_or("no size"),
+                reported_size.unwrap_or("no size"),
             )));
         }
         status => return Err(Error::unavailable(format!("unexpected status {status} for a file")).transient(false)),
     };
     check_headers(status, headers)?;
-    match (stated, size) {
-        (Some(stated), Some(size)) if stated != size => {
-            Err(Error::corrupt(format!("the file list states {size} bytes, but the server states {stated} bytes")))
+    match (reported_size, size) {
+        (Some(reported), Some(size)) if reported != size => {
+            Err(Error::corrupt(format!("the file list states {size} bytes, but the server states {reported} bytes")))
         }
         // Without a listed size, the range must at least fit into the file.
-        (Some(stated), None) if stated < range.end => {
-            Err(Error::corrupt(format!("requested bytes {first}-{last} of a file of {stated} bytes")))
+        (Some(reported), None) if reported < range.end => {
+            Err(Error::corrupt(format!("requested bytes {first}-{last} of a file of {reported} bytes")))
         }
         _ => Ok(start),
     }
@@ -421,7 +422,7 @@ fn rate_limit_reset(text: &str) -> Option<u64> {
 
 /// An error response with the explanation of the server.
 #[derive(Debug)]
-pub(super) struct ErrorResponse {
+pub(super) struct HttpErrorResponse {
     /// The status code.
     pub(super) status: StatusCode,
     /// The header `X-Error-Code` of the Hub, if present.
@@ -435,7 +436,7 @@ pub(super) struct ErrorResponse {
     pub(super) body: Vec<u8>,
 }
 
-impl ErrorResponse {
+impl HttpErrorResponse {
     /// Reads status, headers and body. Keeps the message and the body only if `quote` is true, because texts from a
     /// redirect target must not appear in messages. A body that is too long or too slow is cut.
     pub(super) async fn read(http: &Http, response: Response, quote: bool) -> Self {
@@ -544,9 +545,9 @@ mod tests {
     #[test]
     fn path_segments_are_encoded_unambiguously() {
         assert_eq!(encode_segment("refs/pr/1"), "refs%2Fpr%2F1");
-        assert_eq!(segments("sub dir/fé+%.txt"), "sub%20dir/f%C3%A9%2B%25.txt");
-        assert_eq!(segments("a?b#c;d=e&f:@"), "a%3Fb%23c%3Bd%3De%26f%3A%40");
-        let full = url(&format!("http://h/{}", segments("…/%2e%2e/x")));
+        assert_eq!(encode_path("sub dir/fé+%.txt"), "sub%20dir/f%C3%A9%2B%25.txt");
+        assert_eq!(encode_path("a?b#c;d=e&f:@"), "a%3Fb%23c%3Bd%3De%26f%3A%40");
+        let full = url(&format!("http://h/{}", encode_path("…/%2e%2e/x")));
         assert_eq!(full.path(), "/%E2%80%A6/%252e%252e/x");
     }
 
@@ -618,7 +619,8 @@ mod tests {
         let error = |status: u16, wait: Option<u64>| {
             let wait = wait.map(Duration::from_secs);
             let status = StatusCode::from_u16(status).expect("status");
-            ErrorResponse { status, code: None, message: None, wait, body: Vec::new() }.error(&url("http://h/x?secret"))
+            HttpErrorResponse { status, code: None, message: None, wait, body: Vec::new() }
+                .error(&url("http://h/x?secret"))
         };
         assert_eq!(error(429, Some(5)).wait(), Some(Duration::from_secs(5)));
         assert!(error(429, None).is_transient() && error(503, None).is_transient() && error(500, None).is_transient());

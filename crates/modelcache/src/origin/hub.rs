@@ -6,8 +6,8 @@
 //! The Hub reports a private repository as missing to clients without access, so the messages mention both causes.
 
 use super::authorization::bearer;
-use super::http::{self, ErrorResponse, Fetched, Http, Request, Server};
-use super::{HubAnswer, Origin, Resolved, no_files};
+use super::http::{self, FinalResponse, Http, HttpErrorResponse, Request, Server};
+use super::{HubAnswer, Origin, ResolvedSource, no_files};
 use crate::check::{Area, Check, Clock};
 use crate::config::{Config, HubConfig, Secret};
 use crate::digest::{GitOid, Provenance};
@@ -65,7 +65,7 @@ impl Origin for Arc<Hub> {
         &hub::SCHEME
     }
 
-    async fn resolve(&self, reference: &Reference) -> Result<Option<Resolved>> {
+    async fn resolve(&self, reference: &Reference) -> Result<Option<ResolvedSource>> {
         let Target::Hub(repo) = &reference.target else { return Ok(None) };
         let commit = match repo.is_commit() {
             // A full commit id needs no request.
@@ -74,7 +74,7 @@ impl Origin for Arc<Hub> {
         };
         let key = repo.key_at(&commit)?;
         let repo = HubRepo { revision: commit, ..repo.clone() };
-        Ok(Some(Resolved { source: Arc::new(HubSource::new(self, repo, key.clone())), key }))
+        Ok(Some(ResolvedSource { source: Arc::new(HubSource::new(self, repo, key.clone())), key }))
     }
 
     fn source(&self, reference: &Reference, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
@@ -111,7 +111,7 @@ impl Hub {
         if let Some(left) = self.pause() {
             return Err(Error::unavailable(format!("{server} has asked for a pause")).retry_after(left));
         }
-        let Fetched { response, url, .. } = self.follow_as(token, url, HeaderMap::new(), true).await?;
+        let FinalResponse { response, url, .. } = self.follow_as(token, url, HeaderMap::new(), true).await?;
         let (status, headers) = (response.status().as_u16(), response.headers().clone());
         let retry_after = http::requested_wait(&headers).filter(|_| matches!(status, 429 | 503));
         if let Some(wait) = retry_after {
@@ -249,7 +249,7 @@ impl Hub {
     }
 
     /// Sends a GET for `url` and follows redirects. The token is sent to the endpoint only.
-    async fn follow(&self, url: Url, headers: HeaderMap, same_origin_only: bool) -> Result<Fetched> {
+    async fn follow(&self, url: Url, headers: HeaderMap, same_origin_only: bool) -> Result<FinalResponse> {
         self.follow_as(self.token(), url, headers, same_origin_only).await
     }
 
@@ -260,7 +260,7 @@ impl Hub {
         url: Url,
         mut headers: HeaderMap,
         same_origin_only: bool,
-    ) -> Result<Fetched> {
+    ) -> Result<FinalResponse> {
         let endpoint = self.endpoint()?;
         if let Some(via) = self.config.via.as_deref().and_then(|via| HeaderValue::from_str(via).ok()) {
             headers.insert(VIA, via);
@@ -273,9 +273,9 @@ impl Hub {
 
     /// Converts an error response to a request for a repository into an error. `account_check` maps the statuses of
     /// `whoami` itself, and `api` handles missing revisions and unknown calls.
-    async fn error_of(&self, fetched: Fetched, repo: &HubRepo, path: Option<&FilePath>) -> Error {
-        let Fetched { response, url, is_same_origin, .. } = fetched;
-        let response = ErrorResponse::read(&self.http, response, is_same_origin).await;
+    async fn error_of(&self, fetched: FinalResponse, repo: &HubRepo, path: Option<&FilePath>) -> Error {
+        let FinalResponse { response, url, is_same_origin, .. } = fetched;
+        let response = HttpErrorResponse::read(&self.http, response, is_same_origin).await;
         if !is_same_origin {
             // The CDN, not the Hub, refused the request.
             return redirect_target_error(&response, &url);
@@ -308,7 +308,7 @@ impl Hub {
 /// Returns the error for a repository that does not exist or cannot be seen.
 fn no_repo(id: &str, has_token: bool) -> Error {
     if has_token {
-        return Error::not_found(format!("there is no repository {id}, or the token may not read it"))
+        return Error::not_found(format!("there is no repository {id}, or the token has no access to it"))
             .hint("check the name, and that HF_TOKEN belongs to an account with access");
     }
     Error::not_found(format!("there is no repository {id}, or it is private"))
@@ -330,7 +330,7 @@ fn no_entry(repo: &HubRepo, path: Option<&FilePath>) -> Error {
 
 /// Converts an error response of a redirect target. A signed URL needs no credentials, so 401 and 403 mean that it
 /// expired, never that the user lacks access.
-fn redirect_target_error(response: &ErrorResponse, url: &Url) -> Error {
+fn redirect_target_error(response: &HttpErrorResponse, url: &Url) -> Error {
     let message = || format!("{} refused a URL that the Hub has just signed ({})", Server(url), response.status);
     match response.status.as_u16() {
         401 | 403 => Error::unavailable(message())
@@ -433,9 +433,9 @@ impl HubSource {
     async fn list(&self) -> Result<Option<Manifest>> {
         let mut files = FileList::new(self.key.clone());
         let is_found = match self.list_tree(&mut files).await? {
-            Listed::All => true,
-            Listed::NoRevision => false,
-            Listed::UnknownCall(error) => self.list_siblings(&mut files, error).await?,
+            TreeListing::All => true,
+            TreeListing::NoRevision => false,
+            TreeListing::UnknownCall(error) => self.list_siblings(&mut files, error).await?,
         };
         if !is_found {
             return Ok(None);
@@ -452,7 +452,7 @@ impl HubSource {
     }
 
     /// Lists the whole tree, page by page.
-    async fn list_tree(&self, files: &mut FileList) -> Result<Listed> {
+    async fn list_tree(&self, files: &mut FileList) -> Result<TreeListing> {
         let endpoint = self.hub.endpoint()?;
         let HubRepo { kind, id, revision } = &self.repo;
         let path = format!("api/{}/{id}/tree/{revision}?recursive=true&expand=false", kind.api_segment());
@@ -461,8 +461,8 @@ impl HubSource {
         while let Some(url) = next {
             let (page, headers) = match self.hub.retry.run(|| self.hub.api(url.clone(), &self.repo)).await? {
                 ApiAnswer::Found { body, headers } => (body, headers),
-                ApiAnswer::NoRevision => return Ok(Listed::NoRevision),
-                ApiAnswer::UnknownCall(error) if entries == 0 => return Ok(Listed::UnknownCall(error)),
+                ApiAnswer::NoRevision => return Ok(TreeListing::NoRevision),
+                ApiAnswer::UnknownCall(error) if entries == 0 => return Ok(TreeListing::UnknownCall(error)),
                 ApiAnswer::UnknownCall(error) => return Err(error),
             };
             let page: Vec<TreeEntry> = parse(&page, "a tree that is no list of entries")?;
@@ -476,7 +476,7 @@ impl HubSource {
             }
             page.into_iter().try_for_each(|entry| files.add_entry(entry))?;
         }
-        Ok(Listed::All)
+        Ok(TreeListing::All)
     }
 
     /// Lists the files with the older call that every mirror and proxy knows: the names in the description of the
@@ -546,7 +546,7 @@ impl HubSource {
     /// Returns the URL of a file at the endpoint.
     fn file_url(&self, path: &str) -> Result<Url> {
         let HubRepo { kind, id, revision } = &self.repo;
-        self.hub.url_for(&format!("{}{id}/resolve/{revision}/{}", kind.prefix(), http::segments(path)))
+        self.hub.url_for(&format!("{}{id}/resolve/{revision}/{}", kind.prefix(), http::encode_path(path)))
     }
 
     /// Makes one attempt to read `range`: from the last known location, else through the endpoint.
@@ -572,7 +572,7 @@ impl HubSource {
     }
 
     /// Requests `range` from `url`. With `etag`, the server refuses the request if the file has changed (`If-Match`).
-    async fn request_range(&self, url: Url, range: &Range<u64>, etag: Option<HeaderValue>) -> Result<Fetched> {
+    async fn request_range(&self, url: Url, range: &Range<u64>, etag: Option<HeaderValue>) -> Result<FinalResponse> {
         let mut headers = HeaderMap::new();
         headers.insert(RANGE, http::range_header(range)?);
         if let Some(etag) = etag {
@@ -582,13 +582,19 @@ impl HubSource {
     }
 
     /// Checks a response against the commit and the size of the file, remembers its location and returns the bytes.
-    async fn body(&self, path: &FilePath, range: &Range<u64>, size: Option<u64>, fetched: Fetched) -> Result<Body> {
+    async fn body(
+        &self,
+        path: &FilePath,
+        range: &Range<u64>,
+        size: Option<u64>,
+        fetched: FinalResponse,
+    ) -> Result<Body> {
         let status = fetched.response.status();
         // A 416 is left to `body_start`, whose message is more specific.
         if !status.is_success() && status != StatusCode::RANGE_NOT_SATISFIABLE {
             return Err(self.hub.error_of(fetched, &self.repo, Some(path)).await);
         }
-        let Fetched { response, url, same_origin_headers, .. } = fetched;
+        let FinalResponse { response, url, same_origin_headers, .. } = fetched;
         // The header is on the response of the endpoint, which may be the redirect.
         let commit = http::header(&same_origin_headers, "x-repo-commit");
         if let Some(commit) = commit.filter(|commit| !commit.eq_ignore_ascii_case(&self.repo.revision)) {
@@ -639,7 +645,7 @@ fn next_page(endpoint: &Url, page: &Url, link: &str) -> Result<Url> {
 }
 
 /// The result of listing a tree.
-enum Listed {
+enum TreeListing {
     All,
     NoRevision,
     UnknownCall(Error),

@@ -22,13 +22,13 @@
 
 mod authorization;
 mod bucket;
+#[cfg(any(test, not(all(feature = "mlflow", feature = "oci"))))]
+mod disabled;
 mod doctor;
 mod folder;
 mod http;
 mod hub;
 mod hub_api;
-#[cfg(any(test, not(all(feature = "mlflow", feature = "oci"))))]
-mod left_out;
 mod link_local;
 #[cfg(feature = "mlflow")]
 mod mlflow;
@@ -60,11 +60,11 @@ fn built_in(config: &Config, retry: &Retry) -> [Arc<dyn Origin>; 6] {
         #[cfg(feature = "mlflow")]
         Arc::new(Arc::new(mlflow::Mlflow::new(config, retry.clone()))),
         #[cfg(not(feature = "mlflow"))]
-        Arc::new(left_out::LeftOut { scheme: &crate::reference::mlflow::SCHEME, feature: "mlflow" }),
+        Arc::new(disabled::DisabledOrigin { scheme: &crate::reference::mlflow::SCHEME, feature: "mlflow" }),
         #[cfg(feature = "oci")]
         Arc::new(Arc::new(oci::Registries::new(config, retry.clone()))),
         #[cfg(not(feature = "oci"))]
-        Arc::new(left_out::LeftOut { scheme: &crate::reference::oci::SCHEME, feature: "oci" }),
+        Arc::new(disabled::DisabledOrigin { scheme: &crate::reference::oci::SCHEME, feature: "oci" }),
         Arc::new(Arc::new(web::Web::new(config, retry.clone()))),
         Arc::new(folder::Folders),
     ]
@@ -81,7 +81,7 @@ pub trait Origin: fmt::Debug + Send + Sync {
     ///
     /// # Errors
     /// As for [`Origins::resolve`].
-    async fn resolve(&self, reference: &Reference) -> Result<Option<Resolved>>;
+    async fn resolve(&self, reference: &Reference) -> Result<Option<ResolvedSource>>;
 
     /// Returns a source for `reference`, which resolved to `key` before. Sends no request. Returns `None` if the
     /// reference must be resolved again to find out whether the origin still has that version.
@@ -116,7 +116,7 @@ fn no_files(message: impl Into<String>) -> Error {
 
 /// The result of resolving a reference.
 #[derive(Debug, Clone)]
-pub struct Resolved {
+pub struct ResolvedSource {
     /// The key of the artifact at the origin.
     pub key: ArtifactKey,
     /// The source to read the artifact from.
@@ -172,7 +172,7 @@ impl Origins {
     /// `NotFound` for a missing repository, revision or object, `Unauthorized` for credentials that are missing or
     /// refused and for gated repositories, `Unavailable` after retries, `Invalid` for a folder that cannot be an
     /// artifact, `Corrupt` for a response that contradicts itself.
-    pub async fn resolve(&self, reference: &Reference) -> Result<Option<Resolved>> {
+    pub async fn resolve(&self, reference: &Reference) -> Result<Option<ResolvedSource>> {
         match self.of(reference) {
             Some(origin) => origin.resolve(reference).await.context(reference, Tier::Origin),
             None => Ok(None),

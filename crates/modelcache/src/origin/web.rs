@@ -9,8 +9,8 @@
 //! beside the file. Credentials are sent only to the scheme, host and port of the reference's URL.
 
 use super::authorization;
-use super::http::{self, ErrorResponse, Fetched, Http, Request, Server};
-use super::{Origin, Resolved};
+use super::http::{self, FinalResponse, Http, HttpErrorResponse, Request, Server};
+use super::{Origin, ResolvedSource};
 use crate::config::Config;
 use crate::credentials::{Choice, Credential, Credentials};
 use crate::digest::{Digest, Provenance};
@@ -81,21 +81,21 @@ impl Origin for Arc<Web> {
         &web::SCHEME
     }
 
-    async fn resolve(&self, reference: &Reference) -> Result<Option<Resolved>> {
+    async fn resolve(&self, reference: &Reference) -> Result<Option<ResolvedSource>> {
         let Target::Web(file) = &reference.target else { return Ok(None) };
         let has_expected_digest = reference.digest.is_some();
         // A version in the reference is trusted without a request.
         if let Some(version) = &file.version {
             let key = file.key_at(version.clone())?;
             let source = Arc::new(WebSource::new(self, file, key.clone(), has_expected_digest)?);
-            return Ok(Some(Resolved { source, key }));
+            return Ok(Some(ResolvedSource { source, key }));
         }
         let info = self.retry.run(|| self.probe(&file.url, true, has_expected_digest)).await?;
         let key = file.key_at(info.version()?)?;
         let source = WebSource::new(self, file, key.clone(), has_expected_digest)?;
         let source = Arc::new(WebSource { info: OnceCell::new_with(Some(info)), ..source });
         self.keep_recent(&source);
-        Ok(Some(Resolved { source, key }))
+        Ok(Some(ResolvedSource { source, key }))
     }
 
     fn source(&self, reference: &Reference, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
@@ -133,7 +133,7 @@ impl Web {
     }
 
     /// Sends a GET for `url` and follows redirects. The credential for `file_url` is sent only to `file_url`.
-    async fn get(&self, url: Url, file_url: &Url, headers: HeaderMap) -> Result<Fetched> {
+    async fn get(&self, url: Url, file_url: &Url, headers: HeaderMap) -> Result<FinalResponse> {
         let authorization = self.authorization(file_url)?;
         self.http
             .follow(
@@ -206,7 +206,7 @@ impl Web {
     }
 
     /// Reads the whole file to determine its size and digest. Uses the response `fetched` if it is the whole file.
-    async fn hash_whole_file(&self, info: &mut FileInfo, mut fetched: Fetched, url: &Url) -> Result<()> {
+    async fn hash_whole_file(&self, info: &mut FileInfo, mut fetched: FinalResponse, url: &Url) -> Result<()> {
         tracing::info!(server = %Server(url), "no size or no validator; reading the whole file once to hash it");
         if fetched.response.status() != StatusCode::OK {
             http::drain(fetched.response).await;
@@ -263,7 +263,7 @@ impl Web {
         let fetched = self.get(url, &file.url, HeaderMap::new()).await?;
         let status = fetched.response.status();
         if !status.is_success() {
-            let error = ErrorResponse::read(&self.http, fetched.response, false).await.error(&fetched.url);
+            let error = HttpErrorResponse::read(&self.http, fetched.response, false).await.error(&fetched.url);
             // A missing checksum file is normal. A transient error is returned, so that the request is retried.
             return if error.is_transient() { Err(error) } else { Ok(None) };
         }
@@ -279,9 +279,9 @@ impl Web {
     }
 
     /// Converts an error response into an error with a remedy. All statuses of web servers are mapped here.
-    async fn error_of(&self, fetched: Fetched, file_url: &Url) -> Error {
-        let Fetched { response, url, is_same_origin, .. } = fetched;
-        let response = ErrorResponse::read(&self.http, response, false).await;
+    async fn error_of(&self, fetched: FinalResponse, file_url: &Url) -> Error {
+        let FinalResponse { response, url, is_same_origin, .. } = fetched;
+        let response = HttpErrorResponse::read(&self.http, response, false).await;
         let error = response.error(&url);
         let (server, status) = (Server(file_url), response.status.as_u16());
         match status {
@@ -337,7 +337,7 @@ impl Web {
 }
 
 /// Returns the size of the whole file, as stated by the headers of a response.
-fn stated_size(fetched: &Fetched) -> Option<u64> {
+fn stated_size(fetched: &FinalResponse) -> Option<u64> {
     let headers = fetched.response.headers();
     let range = http::header(headers, "content-range");
     match fetched.response.status() {
@@ -418,7 +418,7 @@ impl FileInfo {
     }
 
     /// Returns true if a response has the same content, as far as its headers show.
-    fn is_same_content(&self, fetched: &Fetched) -> bool {
+    fn is_same_content(&self, fetched: &FinalResponse) -> bool {
         let headers = fetched.response.headers();
         let differs = |ours: &Option<HeaderValue>, name: &str| match (ours, headers.get(name)) {
             (Some(ours), Some(theirs)) => ours != theirs,
@@ -591,7 +591,7 @@ impl WebSource {
 
     /// Requests `range` from `url`, or the whole file if the server refuses ranges. With a strong entity tag, only if
     /// the file is unchanged.
-    async fn request_range(&self, url: Url, info: &FileInfo, range: &Range<u64>) -> Result<Fetched> {
+    async fn request_range(&self, url: Url, info: &FileInfo, range: &Range<u64>) -> Result<FinalResponse> {
         let mut headers = HeaderMap::new();
         headers.extend(info.strong_etag().map(|etag| (IF_MATCH, etag.clone())));
         // `If-Match` also makes a resumed download fail if the file was replaced.
@@ -611,7 +611,7 @@ impl WebSource {
     }
 
     /// Checks a response against the known properties of the file, remembers its URL and returns the bytes.
-    async fn body(&self, info: &FileInfo, range: &Range<u64>, fetched: Fetched) -> Result<Body> {
+    async fn body(&self, info: &FileInfo, range: &Range<u64>, fetched: FinalResponse) -> Result<Body> {
         let status = fetched.response.status();
         // `If-Match` failed: the file has another entity tag.
         if status == StatusCode::PRECONDITION_FAILED {

@@ -87,7 +87,7 @@ impl Location for BucketPlace {
         Some(Pointer { name: self.name().ok()?, revision: self.revision().to_owned() })
     }
 
-    fn may_mean(&self, version: &Version) -> bool {
+    fn can_resolve_to(&self, version: &Version) -> bool {
         version.as_str().parse::<Digest>().is_ok_and(|hash| hash.to_string() == version.as_str())
     }
 }

@@ -100,7 +100,7 @@ impl Location for HubRepo {
         Target::Hub(Self { revision: key.version.as_str().to_owned(), ..self.clone() })
     }
 
-    fn may_mean(&self, version: &Version) -> bool {
+    fn can_resolve_to(&self, version: &Version) -> bool {
         self.key_at(version.as_str()).is_ok()
     }
 }

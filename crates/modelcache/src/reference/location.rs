@@ -34,7 +34,7 @@ pub(super) trait Location: fmt::Display {
     }
 
     /// Returns true if the location can resolve to `version`.
-    fn may_mean(&self, _version: &Version) -> bool {
+    fn can_resolve_to(&self, _version: &Version) -> bool {
         true
     }
 }

@@ -96,7 +96,7 @@ impl Location for MlflowModel {
         }
     }
 
-    fn may_mean(&self, version: &Version) -> bool {
+    fn can_resolve_to(&self, version: &Version) -> bool {
         version.as_str().parse::<u64>().is_ok_and(|number| number.to_string() == version.as_str())
     }
 }

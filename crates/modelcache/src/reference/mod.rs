@@ -198,8 +198,8 @@ impl Reference {
 
     /// Returns true if this reference can resolve to `version`. Recorded resolutions are checked with this before use,
     /// because other users can write to the record.
-    pub fn may_mean(&self, version: &Version) -> bool {
-        self.target.location().may_mean(version)
+    pub fn can_resolve_to(&self, version: &Version) -> bool {
+        self.target.location().can_resolve_to(version)
     }
 
     /// Returns true if the reference points into the local filesystem, so that resolving it needs no network.

@@ -88,7 +88,7 @@ impl Location for OciRepo {
         }
     }
 
-    fn may_mean(&self, version: &Version) -> bool {
+    fn can_resolve_to(&self, version: &Version) -> bool {
         matches!(parse_at(version.as_str()), Ok(OciAt::Digest(_)))
     }
 }

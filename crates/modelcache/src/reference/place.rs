@@ -111,7 +111,7 @@ impl Location for Place {
         Target::Own(Self { revision: key.version.as_str().to_owned(), ..self.clone() })
     }
 
-    fn may_mean(&self, version: &Version) -> bool {
+    fn can_resolve_to(&self, version: &Version) -> bool {
         self.is_version(version.as_str())
     }
 }
@@ -166,11 +166,11 @@ mod tests {
         let exact = shelf("shelf://novels/a%2Fb@2").expect("parses");
         let key = exact.exact_key().expect("exact");
         assert_eq!(key.to_string(), "origin+shelf/novels/a%252Fb@2");
-        assert!(exact.pointer().is_none() && exact.may_mean(&key.version));
+        assert!(exact.pointer().is_none() && exact.can_resolve_to(&key.version));
         let movable = shelf("shelf://novels/a%2Fb").expect("parses");
         let pointer = movable.pointer().expect("movable");
         assert_eq!((pointer.name, pointer.revision.as_str()), (key.name.clone(), "current"));
-        assert!(movable.exact_key().is_none() && !movable.may_mean(&Version::new("draft").expect("version")));
+        assert!(movable.exact_key().is_none() && !movable.can_resolve_to(&Version::new("draft").expect("version")));
         assert_eq!(movable.pinned(&key), exact);
         assert_eq!(movable.at_revision("2").expect("revisions"), exact);
         assert_eq!(Place::of_key(&SHELF, &key).as_ref(), exact.place());

@@ -94,7 +94,7 @@ impl Location for WebFile {
         Some(Target::Web(Self { version: Some(version.clone()), ..self.clone() }))
     }
 
-    fn may_mean(&self, version: &Version) -> bool {
+    fn can_resolve_to(&self, version: &Version) -> bool {
         is_derived(version)
     }
 }

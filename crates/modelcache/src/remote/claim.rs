@@ -2,7 +2,7 @@
 //!
 //! A claim is created with `If-None-Match: *`, contains an expiry time and is renewed while its writer works. It lists
 //! every object and multipart upload that the writer may leave behind. A writer that takes over an expired claim
-//! inherits this list and removes the leftovers.
+//! adds this list to its own and removes the leftovers.
 //!
 //! Each writer compares the expiry time with its own clock. A writer whose clock is a minute fast takes a claim over
 //! too early. That costs an upload or a conflict; readers never accept wrong bytes, because they check digests.
@@ -110,7 +110,7 @@ fn now_s() -> u64 {
 
 /// Reads the claim of a version folder. Returns the claim with its ETag, or `None` if no claim exists.
 pub(super) async fn read(store: &Store, folder: &Folder) -> Result<Option<(ClaimRecord, Option<String>)>> {
-    read_at(store, &folder.own(store, CLAIM)?).await
+    read_at(store, &folder.record_key(store, CLAIM)?).await
 }
 
 /// Reads the claim stored at `key`, as [`read`] does.
@@ -125,8 +125,8 @@ pub(super) async fn read_at(
 /// The right to write a version folder, renewed until it is released or dropped.
 pub(super) struct Claim {
     held: Arc<HeldClaim>,
-    /// Objects that the writer of a taken-over claim may have left.
-    pub(super) inherited: ListedFiles,
+    /// Files that the writer of an expired claim listed, and may have left, if its claim was taken over.
+    pub(super) taken_over_files: ListedFiles,
     /// Multipart uploads that the writer of a taken-over claim may have left; `None` if no claim was taken over.
     pub(super) abandoned_uploads: Option<Uploads>,
     renewal: tokio::task::JoinHandle<()>,
@@ -231,10 +231,10 @@ impl Claim {
         loop {
             // Step 1: create the claim if none exists.
             let present = match create(remote, store, folder, record).await? {
-                Created::Ours(etag) => {
+                CreateOutcome::Ours(etag) => {
                     return Ok(Self::start(remote, store, folder, record.clone(), etag, None));
                 }
-                Created::Taken(present) => present,
+                CreateOutcome::Taken(present) => present,
             };
             if let Some((theirs, etag)) = present {
                 if theirs.has_expired() {
@@ -271,15 +271,22 @@ impl Claim {
         etag: Option<String>,
         replaced: Option<ClaimRecord>,
     ) -> Self {
-        let (inherited, abandoned_uploads) = match replaced {
+        let (taken_over_files, abandoned_uploads) = match replaced {
             Some(ClaimRecord { files, uploads, .. }) => (files, Some(uploads)),
             None => (ListedFiles::new(), None),
         };
         let held = Arc::new(HeldClaim::new(remote, store, folder, record, etag));
         let renewal = tokio::spawn(renew(held.clone()));
-        // The inherited objects still exist, even if this writer writes nothing.
-        let has_leftovers = !inherited.is_empty();
-        Self { held, inherited, abandoned_uploads, renewal, has_leftovers: has_leftovers.into(), released: false }
+        // These objects may still exist, even if this writer writes nothing.
+        let has_leftovers = !taken_over_files.is_empty();
+        Self {
+            held,
+            taken_over_files,
+            abandoned_uploads,
+            renewal,
+            has_leftovers: has_leftovers.into(),
+            released: false,
+        }
     }
 
     /// Returns a handle that records multipart uploads in this claim.
@@ -287,13 +294,15 @@ impl Claim {
         UploadRegistry(self.held.clone())
     }
 
-    /// Notes that objects may exist that only the claim lists. Releasing the claim then keeps its record.
-    pub(super) fn set_leftovers(&self) {
+    /// Makes [`release`](Self::release) keep the claim object, marked as expired, because objects may exist that only it
+    /// lists.
+    pub(super) fn keep_record_on_release(&self) {
         self.has_leftovers.store(true, Ordering::Relaxed);
     }
 
-    /// Notes that every object listed in the claim is in a manifest or removed.
-    pub(super) fn clear_leftovers(&self) {
+    /// Makes [`release`](Self::release) remove the claim object, because every object that it lists is in a manifest or
+    /// removed.
+    pub(super) fn remove_record_on_release(&self) {
         self.has_leftovers.store(false, Ordering::Relaxed);
     }
 
@@ -353,7 +362,7 @@ fn held_by(theirs: &ClaimRecord) -> Error {
 }
 
 /// Result of an attempt to create a claim.
-enum Created {
+enum CreateOutcome {
     /// The claim is ours, with this ETag.
     Ours(Option<String>),
     /// Another writer holds the claim; `None` if the claim was removed before it could be read.
@@ -361,29 +370,29 @@ enum Created {
 }
 
 /// Writes the claim if none exists. The first call tests whether the store supports conditional writes.
-async fn create(remote: &Remote, store: &Store, folder: &Folder, record: &ClaimRecord) -> Result<Created> {
+async fn create(remote: &Remote, store: &Store, folder: &Folder, record: &ClaimRecord) -> Result<CreateOutcome> {
     // Read first unless the store is known to support the condition. A store that ignores it would overwrite a valid
     // claim.
     if remote.conditional_writes() != ConditionalWrites::Supported
         && let Some(present) = read(store, folder).await?
     {
-        return Ok(Created::Taken(Some(present)));
+        return Ok(CreateOutcome::Taken(Some(present)));
     }
-    let key = folder.own(store, CLAIM)?;
+    let key = folder.record_key(store, CLAIM)?;
     let bytes = record.renewed().to_bytes()?;
     if remote.conditional_writes() == ConditionalWrites::Unsupported {
         return create_unconditionally(store, folder, record, bytes).await;
     }
     match store.put(&key, bytes.clone(), Condition::Absent).await? {
         PutOutcome::Done(identity) if remote.conditional_writes() == ConditionalWrites::Supported => {
-            Ok(Created::Ours(identity.etag))
+            Ok(CreateOutcome::Ours(identity.etag))
         }
         // Probe: repeat the create-only write. A store that supports `If-None-Match` must refuse it, because the object
         // exists now.
         PutOutcome::Done(identity) => match store.put(&key, bytes, Condition::Absent).await? {
             PutOutcome::ConditionFailed => {
                 remote.set_conditional_writes(ConditionalWrites::Supported);
-                Ok(Created::Ours(identity.etag))
+                Ok(CreateOutcome::Ours(identity.etag))
             }
             PutOutcome::Done(_) | PutOutcome::ConditionUnsupported => {
                 // Another writer may have overwritten our claim, or our probe may have overwritten theirs: read it
@@ -404,17 +413,22 @@ async fn create(remote: &Remote, store: &Store, folder: &Folder, record: &ClaimR
 
 /// Creates the claim on a store without conditional writes, as far as that is possible: writes, waits for a concurrent
 /// write to be visible, and reads the claim back. The last writer wins.
-async fn create_unconditionally(store: &Store, folder: &Folder, record: &ClaimRecord, bytes: Bytes) -> Result<Created> {
-    store.put(&folder.own(store, CLAIM)?, bytes, Condition::Always).await?;
+async fn create_unconditionally(
+    store: &Store,
+    folder: &Folder,
+    record: &ClaimRecord,
+    bytes: Bytes,
+) -> Result<CreateOutcome> {
+    store.put(&folder.record_key(store, CLAIM)?, bytes, Condition::Always).await?;
     tokio::time::sleep(PAUSE_MIN).await;
     confirm(store, folder, record).await
 }
 
 /// Reads the claim back and compares its owner with `record`.
-async fn confirm(store: &Store, folder: &Folder, record: &ClaimRecord) -> Result<Created> {
+async fn confirm(store: &Store, folder: &Folder, record: &ClaimRecord) -> Result<CreateOutcome> {
     Ok(match read(store, folder).await? {
-        Some((present, etag)) if present.owner == record.owner => Created::Ours(etag),
-        present => Created::Taken(present),
+        Some((present, etag)) if present.owner == record.owner => CreateOutcome::Ours(etag),
+        present => CreateOutcome::Taken(present),
     })
 }
 
@@ -426,7 +440,7 @@ async fn take_over(
     record: &ClaimRecord,
     etag: Option<String>,
 ) -> Result<Option<Option<String>>> {
-    let key = folder.own(store, CLAIM)?;
+    let key = folder.record_key(store, CLAIM)?;
     let bytes = record.renewed().to_bytes()?;
     // The condition admits one of several writers that found the expired claim at the same time.
     let condition = match etag.as_deref() {
@@ -440,8 +454,8 @@ async fn take_over(
     }
     // Needed after a failed condition, too: the failed request may be a retry of our own successful write.
     match confirm(store, folder, record).await? {
-        Created::Ours(etag) => Ok(Some(etag)),
-        Created::Taken(_) => Ok(None),
+        CreateOutcome::Ours(etag) => Ok(Some(etag)),
+        CreateOutcome::Taken(_) => Ok(None),
     }
 }
 
@@ -464,7 +478,7 @@ async fn renew(held: Arc<HeldClaim>) {
 
 /// Replaces our claim object with the record that `change` returns. Returns false if the claim is no longer ours.
 async fn rewrite(held: &HeldClaim, change: fn(&ClaimRecord) -> ClaimRecord) -> Result<bool> {
-    let key = held.folder.own(&held.store, CLAIM)?;
+    let key = held.folder.record_key(&held.store, CLAIM)?;
     let mut etag = held.etag.lock().await;
     // Read the record under the lock, so that the latest list of uploads is written.
     let record = change(&held.record());
@@ -528,7 +542,9 @@ async fn try_release(held: &HeldClaim, has_leftovers: bool) -> Result<()> {
     }
     // The delete is unconditional, so check the owner first.
     match read(&held.store, &held.folder).await? {
-        Some((present, _)) if held.is_owner(&present) => held.store.delete(&held.folder.own(&held.store, CLAIM)?).await,
+        Some((present, _)) if held.is_owner(&present) => {
+            held.store.delete(&held.folder.record_key(&held.store, CLAIM)?).await
+        }
         _ => Ok(()),
     }
 }

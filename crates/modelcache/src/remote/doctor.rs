@@ -21,7 +21,7 @@ const PROBE_FOLDER: &str = ".modelcache-doctor";
 /// Retry policy of the checks. Its limits are short, because a user waits for the report.
 pub(super) const RETRY: RetryConfig =
     RetryConfig { deadline: Duration::from_secs(3), read_timeout: Duration::from_secs(5) };
-/// Most bytes read back from the probe object. More bytes than this are not its content.
+/// Maximum number of bytes to read from the probe object, which is shorter.
 const PROBE_READ_BYTES_MAX: u64 = 4096;
 /// Content of the probe object.
 const PROBE_CONTENT: &[u8] = b"written by `modelcache doctor` to test permissions; safe to remove\n";
@@ -46,6 +46,7 @@ async fn run_checks(
 ) -> Result<()> {
     let remote = Remote::open(config, Retry::new(RETRY))?;
     let store = remote.store().await?;
+    // If the backend found a problem that makes all further checks fail, stop here.
     if !store.backend().examine(config, clock, checks).await? {
         return Ok(());
     }
@@ -69,7 +70,7 @@ async fn run_checks(
 async fn check_listing(store: &Store, checks: &mut Vec<Check>) -> Result<bool> {
     let listed = with_timeout(store.list(Some(&store.key(PROBE_FOLDER)?))).await?;
     match &listed {
-        Some(_) => checks.push(Check::ok(Area::Remote, "the remote responds, and may be listed")),
+        Some(_) => checks.push(Check::ok(Area::Remote, "the remote responds, and objects can be listed")),
         None => checks.push(Check::warning(
             Area::Remote,
             "listing is not permitted: missing and forbidden objects look the same, and `ls --remote` fails",
@@ -99,23 +100,23 @@ async fn check_writing(store: &Arc<Store>, checks: &mut Vec<Check>) -> bool {
     };
     let is_written = match first {
         Ok(_) => {
-            checks.push(Check::ok(Area::Remote, "objects may be written"));
+            checks.push(Check::ok(Area::Remote, "objects can be written"));
             // The object exists now, so a second create-only write must be refused.
-            checks.push(conditional_writes(with_timeout(put()).await));
-            checks.push(read_back(
+            checks.push(conditional_write_check(with_timeout(put()).await));
+            checks.push(read_back_check(
                 with_timeout(store.get(&key, PROBE_READ_BYTES_MAX)).await.map(|found| found.map(|(bytes, _)| bytes)),
             ));
             true
         }
         Err(error) => {
-            checks.push(not_writable(&error));
+            checks.push(write_failure_check(&error));
             false
         }
     };
     // Remove the object even if the write failed, because the request may have arrived. Report only the removal of an
     // object that is known to exist.
     match (probe.remove().await, is_written) {
-        (Ok(()), true) => checks.push(Check::ok(Area::Remote, "objects may be removed")),
+        (Ok(()), true) => checks.push(Check::ok(Area::Remote, "objects can be removed")),
         (Err(error), true) => checks.push(
             Check::problem(Area::Remote, &error)
                 .with_detail(&format!("`evict` will fail, too; remove the object {key} from the remote")),
@@ -126,9 +127,9 @@ async fn check_writing(store: &Arc<Store>, checks: &mut Vec<Check>) -> bool {
 }
 
 /// Returns a warning for a missing permission, which is normal for a reader, and a problem for any other error.
-fn not_writable(error: &Error) -> Check {
+fn write_failure_check(error: &Error) -> Check {
     if error.kind() == ErrorKind::Unauthorized {
-        let message = "objects may not be written: artifacts from origins are cached on this disk only, and put fails";
+        let message = "objects cannot be written: artifacts from origins are cached on this disk only, and put fails";
         let fix = format!(
             "grant s3:PutObject (`modelcache doctor --iam-policy writer` prints the policy), or set {} if the remote \
              is meant to be read-only",
@@ -140,7 +141,7 @@ fn not_writable(error: &Error) -> Check {
 }
 
 /// Reports support for conditional writes from the result of a second create-only write of the same object.
-fn conditional_writes(second: Result<PutOutcome>) -> Check {
+fn conditional_write_check(second: Result<PutOutcome>) -> Check {
     match second {
         Ok(PutOutcome::ConditionFailed) => Check::ok(Area::Remote, "conditional writes are supported"),
         Ok(PutOutcome::Done(_) | PutOutcome::ConditionUnsupported) => Check::warning(
@@ -153,9 +154,9 @@ fn conditional_writes(second: Result<PutOutcome>) -> Check {
 }
 
 /// Compares the bytes read from the probe object with the bytes written.
-fn read_back(read: Result<Option<Bytes>>) -> Check {
+fn read_back_check(read: Result<Option<Bytes>>) -> Check {
     match read {
-        Ok(Some(bytes)) if bytes == PROBE_CONTENT => Check::ok(Area::Remote, "objects may be read"),
+        Ok(Some(bytes)) if bytes == PROBE_CONTENT => Check::ok(Area::Remote, "objects can be read"),
         Ok(Some(_)) => Check::problem(
             Area::Remote,
             &Error::corrupt("an object that was just written was read with other bytes")

@@ -14,7 +14,7 @@ use futures::{StreamExt, TryStreamExt};
 use std::sync::Arc;
 
 /// Returns the files of `manifest` that are on the remote, and the checksum files beside them.
-pub(super) fn held(manifest: &Manifest) -> ListedFiles {
+pub(super) fn objects_of(manifest: &Manifest) -> ListedFiles {
     let held = manifest.files.iter().filter(|(_, entry)| entry.on_remote().is_some());
     let mut listed: ListedFiles = held.map(|(path, entry)| (path.clone(), entry.sha256)).collect();
     let with_sidecar = manifest.files.iter().filter(|(_, entry)| entry.sidecar);
@@ -23,7 +23,7 @@ pub(super) fn held(manifest: &Manifest) -> ListedFiles {
 }
 
 /// Returns the size of all objects of `manifest`, in bytes.
-fn held_bytes(manifest: &Manifest) -> u64 {
+fn object_bytes_of(manifest: &Manifest) -> u64 {
     manifest.files.values().filter_map(|entry| entry.on_remote()).map(|identity| identity.object_bytes).sum()
 }
 
@@ -49,7 +49,7 @@ pub(super) async fn evict(remote: &Remote, key: &ArtifactKey, dry_run: bool) -> 
         remote.refuse_unmanaged(key).await?;
     }
     if dry_run {
-        return Ok(manifest.as_ref().map(held_bytes));
+        return Ok(manifest.as_ref().map(object_bytes_of));
     }
     let Some(manifest) = manifest else {
         // No manifest, but an expired claim: an earlier publish or evict was killed. Remove its leftovers.
@@ -59,7 +59,7 @@ pub(super) async fn evict(remote: &Remote, key: &ArtifactKey, dry_run: bool) -> 
         }
         return Ok(None);
     };
-    evict_under_claim(remote, store, &folder, held(&manifest)).await
+    evict_under_claim(remote, store, &folder, objects_of(&manifest)).await
 }
 
 /// Acquires the claim and removes the artifact. Returns the number of bytes removed, or `None` without a manifest.
@@ -82,8 +82,8 @@ async fn evict_under_claim(
         tracing::warn!(artifact = %folder.key, %error, "evicted, but the claim could not be removed; it expires by itself");
     }
     // Step 5: in a remote that is a folder, remove folders that are empty now.
-    if let Ok(version) = store.key(&folder.base) {
-        store.backend().remove_empty_folders(&version, usize::MAX).await;
+    if let Ok(version_folder) = store.key(&folder.base) {
+        store.backend().remove_empty_folders(&version_folder, usize::MAX).await;
     }
     Ok(removed)
 }
@@ -92,12 +92,12 @@ async fn evict_under_claim(
 async fn remove_all(store: &Arc<Store>, folder: &Folder, claim: &mut Claim) -> Result<Option<u64>> {
     // Read the manifest again: another writer may have published before the claim was acquired.
     let manifest = manifest_to_evict(store, folder).await?;
-    let mut listed = claim.inherited.clone();
-    listed.extend(manifest.iter().flat_map(held));
-    claim.set_leftovers();
+    let mut listed = claim.taken_over_files.clone();
+    listed.extend(manifest.iter().flat_map(objects_of));
+    claim.keep_record_on_release();
     remove(store, folder, listed).await?;
-    claim.clear_leftovers();
-    Ok(manifest.as_ref().map(held_bytes))
+    claim.remove_record_on_release();
+    Ok(manifest.as_ref().map(object_bytes_of))
 }
 
 /// Removes the manifest, then the `listed` objects and the temporary files of killed writers.
@@ -105,7 +105,7 @@ pub(super) async fn remove(store: &Arc<Store>, folder: &Folder, listed: ListedFi
     // The manifest is the commit point: without it readers see no artifact, however many objects are left.
     store.delete(&folder.manifest(store)?).await?;
     remove_objects(store, folder, &listed).await?;
-    store.backend().sweep_unfinished(&folder.own(store, "")?).await;
+    store.backend().sweep_unfinished(&folder.record_key(store, "")?).await;
     Ok(())
 }
 

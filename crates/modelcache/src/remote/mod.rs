@@ -49,7 +49,7 @@ pub(crate) use {
 
 use crate::config::RemoteConfig;
 use crate::error::{Error, Result, Tier};
-use crate::finding::Verified;
+use crate::finding::VerifyReport;
 use crate::key::{ArtifactKey, ArtifactName, FilePath, OWN_FOLDER, Version};
 use crate::limits;
 use crate::manifest::{Manifest, ObjectIdentity};
@@ -120,7 +120,7 @@ pub struct PublishOptions {
 
 /// Number of bytes that a publish transferred.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Published {
+pub struct PublishedBytes {
     /// Bytes uploaded; 0 if the remote held every file.
     pub uploaded_bytes: u64,
     /// Bytes that the server copied from other versions of the name.
@@ -242,7 +242,7 @@ impl Remote {
         files: &BTreeMap<FilePath, LocalFile>,
         options: PublishOptions,
         progress: &Progress,
-    ) -> Result<Published> {
+    ) -> Result<PublishedBytes> {
         self.publish_pending(manifest, files, options, None, progress).await
     }
 
@@ -255,7 +255,7 @@ impl Remote {
         options: PublishOptions,
         pending: Option<PendingPublish>,
         progress: &Progress,
-    ) -> Result<Published> {
+    ) -> Result<PublishedBytes> {
         let with_key = |error: Error| error.artifact(&manifest.key).tier(Tier::Remote);
         self.ensure_read_write(|| format!("leave the remote out: {}", call::REMOTE.set_to("none")))
             .map_err(with_key)?;
@@ -349,7 +349,7 @@ impl Remote {
         rate_limiter: &RateLimiter,
         progress: &Progress,
         metrics: &Metrics,
-    ) -> Result<Option<Verified>> {
+    ) -> Result<Option<VerifyReport>> {
         verify::verify(self, key, is_selected, rate_limiter, progress, metrics)
             .await
             .map_err(|error| error.artifact(key).tier(Tier::Remote))
@@ -424,13 +424,13 @@ impl Folder {
         store.key(&format!("{}/{path}", self.base))
     }
 
-    /// Returns the key of the record `file` of modelcache.
-    fn own(&self, store: &Store, file: &str) -> Result<Path> {
+    /// Returns the key of a record of modelcache (manifest, claim) in this folder; with an empty `file`, the prefix of all.
+    fn record_key(&self, store: &Store, file: &str) -> Result<Path> {
         store.key(&format!("{}/{OWN_FOLDER}/{file}", self.base))
     }
 
     fn manifest(&self, store: &Store) -> Result<Path> {
-        self.own(store, MANIFEST)
+        self.record_key(store, MANIFEST)
     }
 
     /// Returns the published manifest and the identity of its object, or `None`.

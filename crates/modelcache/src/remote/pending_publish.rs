@@ -195,7 +195,7 @@ impl PendingPublish {
         };
         // If this future is cancelled before the uploads are recorded, their ids are lost. The claim must then stay, so
         // that the next writer takes it over and lists the uploads of the folder.
-        claim.set_leftovers();
+        claim.keep_record_on_release();
         let begins: Vec<_> = files.into_iter().map(begin).collect();
         let mut begins = futures::stream::iter(begins).buffer_unordered(SMALL_REQUESTS_IN_FLIGHT);
         while let Some(multipart) = begins.next().await {
@@ -206,8 +206,8 @@ impl PendingPublish {
         let ids = uploads.iter().map(|(path, multipart)| (multipart.id().to_owned(), path.clone()));
         claim.upload_registry().register(ids.collect::<Vec<_>>()).await;
         // Recorded uploads do not count as leftovers, because they are aborted by id before the claim is released.
-        if claim.inherited.is_empty() {
-            claim.clear_leftovers();
+        if claim.taken_over_files.is_empty() {
+            claim.remove_record_on_release();
         }
         Ok(())
     }
@@ -273,7 +273,7 @@ impl PendingInner {
     /// Aborts the incomplete uploads. If one cannot be aborted, the claim stays, and the next writer aborts it.
     async fn abort_uploads(&mut self) {
         if !abort_all(std::mem::take(&mut self.uploads).into_values()).await {
-            self.claim.set_leftovers();
+            self.claim.keep_record_on_release();
         }
     }
 }

@@ -14,12 +14,12 @@ use super::pending_publish::{ClaimedPublish, PendingPublish, abort_all};
 use super::refs;
 use super::store::{Condition, PutOutcome, Store};
 use super::upload::{FILES_IN_FLIGHT, Upload, Uploader};
-use super::{ConditionalWrites, Folder, MANIFEST, PublishOptions, Published, Remote};
+use super::{ConditionalWrites, Folder, MANIFEST, PublishOptions, PublishedBytes, Remote};
 use crate::digest::Digest;
 use crate::disk::LocalFile;
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::{FilePath, OWN_FOLDER};
-use crate::manifest::{Held, Manifest, ObjectIdentity};
+use crate::manifest::{HeldIdentity, Manifest, ObjectIdentity};
 use crate::option_name::call::SIDECAR;
 use crate::progress::Progress;
 use bytes::Bytes;
@@ -67,7 +67,7 @@ pub(super) async fn publish(
     options: PublishOptions,
     pending: Option<PendingPublish>,
     progress: &Progress,
-) -> Result<Published> {
+) -> Result<PublishedBytes> {
     let store = remote.store().await?;
     let folder = Folder::new(&manifest.key);
     let PublishOptions { force, rewrite, sidecars } = options;
@@ -80,7 +80,7 @@ pub(super) async fn publish(
         Some(pending) => pending.into_claimed().await,
         None => job.acquire_claim(&uploads).await?,
     };
-    let Some(ClaimedPublish { mut claim, no_unmanaged, sent }) = claimed else { return Ok(Published::default()) };
+    let Some(ClaimedPublish { mut claim, no_unmanaged, sent }) = claimed else { return Ok(PublishedBytes::default()) };
     // Steps 4 to 6 are in `publish_under_claim`.
     let result = job.publish_under_claim(&mut claim, uploads, no_unmanaged, sent).await;
     // Release the claim in every case. After a failure, abort the uploads that it lists first.
@@ -179,7 +179,7 @@ impl PublishJob<'_> {
             listed.extend(self.files.keys().filter_map(|path| Some((sidecar_of(path).ok()?, None))));
         }
         if let RemoteManifest::Other(old, _) = current {
-            listed.extend(evict::held(old));
+            listed.extend(evict::objects_of(old));
         }
         listed
     }
@@ -319,7 +319,7 @@ impl PublishJob<'_> {
                     self.folder_of_manifest(&path)
                 ),
             )
-            .hint("choose another name or version: an artifact may not lie within another")),
+            .hint("choose another name or version: an artifact cannot lie within another")),
             Some(path) => Err(Error::new(
                 ErrorKind::Conflict,
                 format!(
@@ -369,9 +369,9 @@ impl PublishJob<'_> {
         uploads: BTreeMap<FilePath, Upload>,
         no_unmanaged: bool,
         uploaded: BTreeMap<FilePath, (Multipart, Digest)>,
-    ) -> Result<Published> {
+    ) -> Result<PublishedBytes> {
         // Remove the temporary objects of killed writers.
-        let staging = self.folder.own(self.store, "")?;
+        let staging = self.folder.record_key(self.store, "")?;
         self.store.backend().sweep_unfinished(&staging).await;
         // Read the manifest again: the previous holder of the claim may have published.
         let base = match self.read_manifest().await? {
@@ -379,15 +379,15 @@ impl PublishJob<'_> {
             RemoteManifest::Other(old, difference) => {
                 tracing::info!(artifact = %self.folder.key, reason = difference.message(), "replacing other content on the remote");
                 // Remove the old version before the new one is written, so that readers never see a mixture of both.
-                claim.set_leftovers();
-                evict::remove(self.store, &self.folder, evict::held(&old)).await?;
+                claim.keep_record_on_release();
+                evict::remove(self.store, &self.folder, evict::objects_of(&old)).await?;
                 None
             }
             RemoteManifest::Damaged => None,
             RemoteManifest::Nothing => {
                 // Step 2 was skipped or found another writer, so the folder is not checked yet.
                 if !no_unmanaged {
-                    self.refuse_unmanaged(&claim.inherited).await?;
+                    self.refuse_unmanaged(&claim.taken_over_files).await?;
                 }
                 None
             }
@@ -405,7 +405,7 @@ impl PublishJob<'_> {
         let bytes = |is_copy| {
             sent.values().filter(|sent| sent.is_copy == is_copy).map(|sent| sent.identity.object_bytes).sum::<u64>()
         };
-        let published_bytes = Published { uploaded_bytes: bytes(false), copied_bytes: bytes(true) };
+        let published_bytes = PublishedBytes { uploaded_bytes: bytes(false), copied_bytes: bytes(true) };
         // Step 5: the commit point.
         let manifest = self.write_manifest(sent, &sidecars).await?;
         // Step 6: remove the leftovers of an earlier writer that the manifest does not list.
@@ -450,12 +450,12 @@ impl PublishJob<'_> {
             claim.ensure_held()?;
             // A pending publish has uploaded the parts: only the completion is left. The object may exist from then on.
             if let Some((multipart, _)) = uploaded {
-                let identity = multipart.complete(|| claim.set_leftovers()).await?;
+                let identity = multipart.complete(|| claim.keep_record_on_release()).await?;
                 self.progress.done(upload.size);
                 return Ok((path, SentObject { identity, is_copy: false }));
             }
             // The copy or the upload below creates an object that no manifest lists yet.
-            claim.set_leftovers();
+            claim.keep_record_on_release();
             // A file in `rewrite` is not copied, because the objects of other versions may be wrong, too.
             let dedup_source = dedup_sources.get(&upload.sha256).filter(|_| !self.rewrite.contains(&path));
             if let Some(dedup_source) = dedup_source
@@ -491,7 +491,7 @@ impl PublishJob<'_> {
     async fn write_sidecars(&self, claim: &mut Claim, base: Option<&Manifest>) -> Result<BTreeSet<FilePath>> {
         let missing = self.missing_sidecars(base);
         if !missing.is_empty() {
-            claim.set_leftovers();
+            claim.keep_record_on_release();
         }
         let writes = missing.into_iter().map(|(path, digest)| async move {
             let key = self.folder.object(self.store, &sidecar_of(&path)?)?;
@@ -525,7 +525,7 @@ impl PublishJob<'_> {
             merged.learn(self.manifest)?;
             for (path, sent) in &sent {
                 if let Some(entry) = merged.files.get_mut(path) {
-                    entry.held = Some(Held::Remote(sent.identity.clone()));
+                    entry.held = Some(HeldIdentity::Remote(sent.identity.clone()));
                 }
             }
             for path in sidecars {
@@ -577,16 +577,16 @@ impl PublishJob<'_> {
     /// Removes the leftovers of an earlier writer that the manifest does not list. After an error, the publish still
     /// succeeds, and the claim stays and lists the leftovers.
     async fn sweep(&self, claim: &mut Claim, published: &Manifest) {
-        let published = evict::held(published);
+        let published = evict::objects_of(published);
         let is_listed = |path: &FilePath| published.contains_key(path);
         let leftovers: ListedFiles = claim
-            .inherited
+            .taken_over_files
             .iter()
             .filter(|(path, _)| !is_listed(path))
             .map(|(path, digest)| (path.clone(), *digest))
             .collect();
         match evict::remove_objects(self.store, &self.folder, &leftovers).await {
-            Ok(()) => claim.clear_leftovers(),
+            Ok(()) => claim.remove_record_on_release(),
             Err(error) => {
                 tracing::warn!(artifact = %self.folder.key, %error, "cannot remove the leftovers of an earlier writer on the remote")
             }

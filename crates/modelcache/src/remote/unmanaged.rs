@@ -17,7 +17,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::human::first_few;
 use crate::key::{ArtifactKey, FilePath};
 use crate::limits;
-use crate::manifest::{FileDetails, FileEntry, Held, Manifest, ObjectIdentity};
+use crate::manifest::{FileDetails, FileEntry, HeldIdentity, Manifest, ObjectIdentity};
 use crate::option_name::call::TIER;
 use crate::sidecar;
 use crate::source::Body;
@@ -89,7 +89,7 @@ impl UnmanagedObjects {
         let mut stated_by = BTreeMap::new();
         for path in &files {
             let Some(identity) = listing.objects.get(path) else { continue };
-            let held = Some(Held::Remote(identity.clone()));
+            let held = Some(HeldIdentity::Remote(identity.clone()));
             let mut entry = FileEntry::with(identity.object_bytes, FileDetails { held, ..FileDetails::default() });
             if let Some((digest, by)) = digests.remove(path) {
                 (entry.sha256, entry.provenance) = (Some(digest), Some(Provenance::Sidecar));

@@ -7,7 +7,7 @@
 use super::store::{ReadBody, Store};
 use super::{Folder, REPAIR_HINT, Remote};
 use crate::error::{Error, ErrorKind, Result, Tier};
-use crate::finding::{BadPart, Finding, Problem, Verified};
+use crate::finding::{BadPart, Finding, Problem, VerifyReport};
 use crate::key::{ArtifactKey, FilePath};
 use crate::ladder::{LadderHasher, part_size};
 use crate::manifest::{FileEntry, ObjectIdentity};
@@ -38,10 +38,10 @@ pub(super) async fn verify(
     rate_limiter: &RateLimiter,
     progress: &Progress,
     metrics: &Metrics,
-) -> Result<Option<Verified>> {
+) -> Result<Option<VerifyReport>> {
     let store = remote.store().await?;
     let folder = Folder::new(key);
-    let mut verified = Verified::new(Some(key.clone()), key.to_string(), Tier::Remote);
+    let mut verified = VerifyReport::new(Some(key.clone()), key.to_string(), Tier::Remote);
     let manifest = match folder.read_manifest(store).await {
         Ok(None) => return Ok(None),
         Ok(Some((manifest, _))) => manifest,

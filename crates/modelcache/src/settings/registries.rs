@@ -184,7 +184,7 @@ mod tests {
 
     #[test]
     fn an_unreadable_docker_file_is_recorded_without_quoting_it() {
-        for (docker, says) in [
+        for (docker, message_part) in [
             (Ok(Some("{\"auths\": {\"r\": \"canary\"}}".to_owned())), "line 1"),
             (Ok(Some("canary".to_owned())), "line 1"),
             (Err(std::io::ErrorKind::PermissionDenied), "permission denied"),
@@ -192,7 +192,7 @@ mod tests {
             let settings = gather(&[("DOCKER_CONFIG", "~/d"), ("HOME", "/home/a")], docker);
             assert_eq!(settings.warnings, [""; 0], "most commands need no registry");
             let trouble = settings.config.oci.trouble.expect("a reason");
-            assert!(trouble.contains("/home/a/d/config.json") && trouble.contains(says), "{trouble}");
+            assert!(trouble.contains("/home/a/d/config.json") && trouble.contains(message_part), "{trouble}");
             assert!(!trouble.contains("canary"), "{trouble}");
         }
     }

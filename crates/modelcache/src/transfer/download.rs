@@ -14,7 +14,7 @@ use super::partial_file::{NEXT_DEMAND_WAIT, NextPart, PartialFile};
 use super::retry::{Retry, recording_retries};
 use crate::config::WriteMode;
 use crate::digest::Provenance;
-use crate::disk::{FileLock, Hashed, Purpose, RootedPath, StagedFileSpec, StagedWriter, goes_direct};
+use crate::disk::{FileDigests, FileLock, Purpose, RootedPath, StagedFileSpec, StagedWriter, goes_direct};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::FilePath;
 use crate::ladder::{Ladder, part_size};
@@ -390,7 +390,7 @@ impl Attempt {
 ///
 /// # Errors
 /// `Corrupt` if the digests differ.
-fn verify_whole_file(file: &DownloadFile, hashed: Hashed) -> Result<FileEntry> {
+fn verify_whole_file(file: &DownloadFile, hashed: FileDigests) -> Result<FileEntry> {
     let mut entry = file.entry.clone();
     let is_expected_by_caller = entry.provenance == Some(Provenance::Caller);
     let mismatch = |what: &str, expected: String, got: String| {
@@ -493,7 +493,7 @@ async fn download_parts(task: &PartTask, order: Order) -> Result<(), PartFailure
 
 /// Returns the part to request now, or `None` and the time after which to try again.
 fn next_part(task: &PartTask, queue: &mut PartQueue, request_bytes: u64, is_idle: bool) -> (Option<u64>, Duration) {
-    let next = task.file.partial_file.next(queue, request_bytes);
+    let next = task.file.partial_file.next_part(queue, request_bytes);
     let in_order = queue.peek();
     // True if the in-order hash is so far behind that `part` should not be requested yet.
     let hash_lags = |part: u64| {

@@ -50,14 +50,14 @@ pub(crate) struct PartialFile {
     staged: RootedPath,
     size: u64,
     read_gate: ReadGate,
-    received: watch::Sender<Received>,
+    received: watch::Sender<ReceivedBytes>,
     demands: Mutex<BTreeMap<u64, Demand>>,
     demand_changed: Notify,
 }
 
 /// The bytes received so far.
 #[derive(Debug, Clone, Default)]
-struct Received {
+struct ReceivedBytes {
     /// Number of times the download was started from an empty file. Leftovers of an earlier fill have generation 0.
     generation: u64,
     /// True if the staged file exists, complete or not.
@@ -129,13 +129,13 @@ impl PartialFile {
     /// Must be called before the old file is removed and the new one created. A reader that opens the staged file and
     /// then finds its generation still current has therefore opened the file of that generation.
     pub(super) fn begin_generation(&self, has_ladder: bool) -> u64 {
-        self.replace(1, Received { exists: true, has_ladder, ..Received::default() })
+        self.replace(1, ReceivedBytes { exists: true, has_ladder, ..ReceivedBytes::default() })
     }
 
     /// Continues the generation of the existing file and returns its number. Its received ranges are recorded again as
     /// they are verified.
     pub(super) fn resume_generation(&self, has_ladder: bool) -> u64 {
-        self.replace(0, Received { exists: true, has_ladder, ..Received::default() })
+        self.replace(0, ReceivedBytes { exists: true, has_ladder, ..ReceivedBytes::default() })
     }
 
     /// Returns true if `generation` is the one of the staged file.
@@ -164,7 +164,7 @@ impl PartialFile {
 
     /// Records that the whole staged file is verified.
     pub(crate) fn mark_verified(&self) {
-        self.replace(0, Received { exists: true, is_verified: true, ..Received::default() });
+        self.replace(0, ReceivedBytes { exists: true, is_verified: true, ..ReceivedBytes::default() });
     }
 
     /// Returns true if the whole file is verified and belongs to `generation`.
@@ -175,18 +175,18 @@ impl PartialFile {
 
     /// Records that the download failed. No bytes may be read any more.
     pub(crate) fn mark_failed(&self) {
-        self.replace(0, Received::default());
+        self.replace(0, ReceivedBytes::default());
     }
 
     /// Replaces the received bytes. Adds `increment` to the generation and returns the result.
-    fn replace(&self, increment: u64, received: Received) -> u64 {
+    fn replace(&self, increment: u64, received: ReceivedBytes) -> u64 {
         let generation = self.received.borrow().generation + increment;
-        self.received.send_replace(Received { generation, ..received });
+        self.received.send_replace(ReceivedBytes { generation, ..received });
         generation
     }
 
     /// Registers a reader that starts at the beginning of the file. `unchecked`: it accepts unverified bytes.
-    pub(crate) fn read(self: &Arc<Self>, unchecked: bool) -> PartialReader {
+    pub(crate) fn open_reader(self: &Arc<Self>, unchecked: bool) -> PartialReader {
         // Demand the first byte at once, so that the first part is requested before the reader asks for it.
         let first = Some(0..self.size.min(1)).filter(|first| !first.is_empty());
         let demand = Demand { unchecked, range: first, read: 0..0, wait_changed_at: Instant::now() };
@@ -199,7 +199,7 @@ impl PartialFile {
     }
 
     /// Returns which of the queued parts to request next.
-    pub(super) fn next(&self, queue: &PartQueue, part_size: u64) -> NextPart {
+    pub(super) fn next_part(&self, queue: &PartQueue, part_size: u64) -> NextPart {
         let by_part = self.is_readable_by_part();
         let demands = self.demands.lock();
         // A reader that must wait for the whole file does not change the order of requests, which follows the hash.
@@ -228,7 +228,7 @@ impl PartialFile {
     }
 }
 
-impl Received {
+impl ReceivedBytes {
     /// Returns the generation of the staged file, if it exists.
     fn current(&self) -> Option<u64> {
         self.exists.then_some(self.generation)
@@ -293,8 +293,9 @@ impl PartialReader {
         ReceivedWatch(self.partial_file.received.subscribe())
     }
 
-    /// Returns the generation of the staged file if `range` may be read now, and records that it is being read.
-    pub(crate) fn may_read(&self, range: &Range<u64>) -> Option<u64> {
+    /// Records that `range` is read now and returns the generation of the staged file. Returns `None` if `range` cannot
+    /// be read yet.
+    pub(crate) fn begin_read(&self, range: &Range<u64>) -> Option<u64> {
         let generation = {
             let (received, read_gate) = (self.partial_file.received.borrow(), self.partial_file.read_gate);
             let is_readable = match read_gate {
@@ -335,7 +336,7 @@ impl Drop for PartialReader {
 
 /// Watches the received bytes of a file.
 #[derive(Debug)]
-pub(crate) struct ReceivedWatch(watch::Receiver<Received>);
+pub(crate) struct ReceivedWatch(watch::Receiver<ReceivedBytes>);
 
 impl ReceivedWatch {
     /// Marks the present state as seen, so that [`changed`](Self::changed) waits for a later one.
@@ -365,12 +366,12 @@ mod tests {
         partial_file
     }
 
-    fn part(partial_file: &PartialFile, part: u64) {
+    fn receive_part(partial_file: &PartialFile, part: u64) {
         partial_file.part_received(1, &(part * PART..(part + 1) * PART));
     }
 
     fn request_next(partial_file: &PartialFile, queue: &mut PartQueue) -> Option<u64> {
-        match partial_file.next(queue, PART) {
+        match partial_file.next_part(queue, PART) {
             NextPart::Demanded(part) => {
                 queue.mark_requested(part);
                 Some(part)
@@ -381,7 +382,7 @@ mod tests {
     }
 
     fn all_demanded(partial_file: &PartialFile, queue: &mut PartQueue) -> Vec<u64> {
-        std::iter::from_fn(|| match partial_file.next(queue, PART) {
+        std::iter::from_fn(|| match partial_file.next_part(queue, PART) {
             NextPart::Demanded(part) => {
                 request_next(partial_file, queue).inspect(|requested| assert_eq!(*requested, part))
             }
@@ -392,7 +393,7 @@ mod tests {
 
     #[test]
     fn received_ranges_merge_in_any_order() {
-        let mut received = Received::default();
+        let mut received = ReceivedBytes::default();
         for range in [4..6, 0..2, 8..9, 2..4, 5..8] {
             received.add(&range);
         }
@@ -404,30 +405,30 @@ mod tests {
     fn demanded_parts_are_requested_first_then_the_read_ahead_and_no_other_parts() {
         let partial_file = partial_file(ReadGate::ByPart);
         let mut queue = PartQueue::new(100, Order::Any);
-        let reading = partial_file.read(false);
+        let reading = partial_file.open_reader(false);
         assert_eq!(all_demanded(&partial_file, &mut queue), [0, 1, 2, 3], "a reader begins at the beginning");
         assert_eq!(request_next(&partial_file, &mut queue), None);
         reading.demand(&(50 * PART + 1..52 * PART));
         assert_eq!(all_demanded(&partial_file, &mut queue), (50..58).collect::<Vec<_>>());
         assert_eq!(request_next(&partial_file, &mut queue), None, "the others wait");
-        part(&partial_file, 50);
-        part(&partial_file, 51);
+        receive_part(&partial_file, 50);
+        receive_part(&partial_file, 51);
         assert_eq!(request_next(&partial_file, &mut queue), None, "the reader's next demand is expected");
         partial_file.demands.lock().values_mut().for_each(|demand| demand.wait_changed_at -= 2 * NEXT_DEMAND_WAIT);
-        assert_eq!(partial_file.next(&queue, PART), NextPart::Any);
+        assert_eq!(partial_file.next_part(&queue, PART), NextPart::Any);
         drop(reading);
-        assert_eq!(partial_file.next(&queue, PART), NextPart::Any);
+        assert_eq!(partial_file.next_part(&queue, PART), NextPart::Any);
     }
 
     #[test]
     fn read_ahead_grows_with_the_length_of_a_sequential_read() {
         let partial_file = partial_file(ReadGate::ByPart);
         let mut queue = PartQueue::new(100, Order::Any);
-        let reading = partial_file.read(false);
+        let reading = partial_file.open_reader(false);
         all_demanded(&partial_file, &mut queue);
-        (0..4).for_each(|at| part(&partial_file, at));
-        assert_eq!(reading.may_read(&(0..2 * PART)), Some(1));
-        assert_eq!(reading.may_read(&(2 * PART..4 * PART)), Some(1));
+        (0..4).for_each(|at| receive_part(&partial_file, at));
+        assert_eq!(reading.begin_read(&(0..2 * PART)), Some(1));
+        assert_eq!(reading.begin_read(&(2 * PART..4 * PART)), Some(1));
         assert_eq!(all_demanded(&partial_file, &mut queue), (4..12).collect::<Vec<_>>());
         reading.demand(&(90 * PART..91 * PART));
         assert_eq!(
@@ -439,44 +440,44 @@ mod tests {
 
     #[test]
     fn single_parts_are_readable_only_if_a_trusted_ladder_verifies_them() {
-        let (trusted, doubted) = (partial_file(ReadGate::ByPart), partial_file(ReadGate::Verified));
+        let (trusted, untrusted) = (partial_file(ReadGate::ByPart), partial_file(ReadGate::Verified));
         for (partial_file, unchecked, expected) in
-            [(&trusted, false, true), (&doubted, false, false), (&doubted, true, true), (&trusted, true, true)]
+            [(&trusted, false, true), (&untrusted, false, false), (&untrusted, true, true), (&trusted, true, true)]
         {
-            let reading = partial_file.read(unchecked);
-            part(partial_file, 7);
-            assert_eq!(reading.may_read(&(7 * PART..8 * PART)).is_some(), expected, "{partial_file:?} {unchecked}");
-            assert_eq!(reading.may_read(&(7 * PART..8 * PART + 1)), None);
+            let reading = partial_file.open_reader(unchecked);
+            receive_part(partial_file, 7);
+            assert_eq!(reading.begin_read(&(7 * PART..8 * PART)).is_some(), expected, "{partial_file:?} {unchecked}");
+            assert_eq!(reading.begin_read(&(7 * PART..8 * PART + 1)), None);
         }
-        let reading = trusted.read(false);
+        let reading = trusted.open_reader(false);
         assert_eq!(trusted.begin_generation(false), 2);
         assert!(trusted.is_current(2) && !trusted.is_current(1));
         trusted.part_received(1, &(0..PART));
         trusted.part_received(2, &(PART..2 * PART));
-        assert_eq!(reading.may_read(&(0..PART)), None, "it belongs to an earlier generation");
-        assert_eq!(reading.may_read(&(PART..2 * PART)), None, "no ladder checked it");
+        assert_eq!(reading.begin_read(&(0..PART)), None, "it belongs to an earlier generation");
+        assert_eq!(reading.begin_read(&(PART..2 * PART)), None, "no ladder checked it");
         trusted.mark_verified();
-        assert_eq!(reading.may_read(&(0..100 * PART)), Some(2));
+        assert_eq!(reading.begin_read(&(0..100 * PART)), Some(2));
         assert!(trusted.is_verified(2) && !trusted.is_verified(1));
     }
 
     #[test]
     fn with_the_gate_published_a_verified_file_is_not_readable_yet() {
         let partial_file = partial_file(ReadGate::Published);
-        let (reading, unchecked_reader) = (partial_file.read(false), partial_file.read(true));
-        part(&partial_file, 0);
+        let (reading, unchecked_reader) = (partial_file.open_reader(false), partial_file.open_reader(true));
+        receive_part(&partial_file, 0);
         partial_file.mark_verified();
-        assert_eq!(reading.may_read(&(0..PART)), None);
-        assert_eq!(unchecked_reader.may_read(&(0..PART)), Some(1));
+        assert_eq!(reading.begin_read(&(0..PART)), None);
+        assert_eq!(unchecked_reader.begin_read(&(0..PART)), Some(1));
     }
 
     #[test]
     fn demands_do_not_change_the_order_of_a_file_that_is_hashed_in_order() {
         let partial_file = partial_file(ReadGate::Verified);
-        let reading = partial_file.read(false);
+        let reading = partial_file.open_reader(false);
         reading.demand(&(50 * PART..51 * PART));
-        assert_eq!(partial_file.next(&PartQueue::new(100, Order::Sequential), PART), NextPart::Any);
-        let _unchecked_reader = partial_file.read(true);
-        assert_eq!(partial_file.next(&PartQueue::new(100, Order::Sequential), PART), NextPart::Demanded(0));
+        assert_eq!(partial_file.next_part(&PartQueue::new(100, Order::Sequential), PART), NextPart::Any);
+        let _unchecked_reader = partial_file.open_reader(true);
+        assert_eq!(partial_file.next_part(&PartQueue::new(100, Order::Sequential), PART), NextPart::Demanded(0));
     }
 }

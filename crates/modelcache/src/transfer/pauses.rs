@@ -1,4 +1,4 @@
-//! Hosts that asked to be left alone for a while, for instance with `Retry-After`.
+//! Pauses of all requests to a host that asked for one, for instance with `Retry-After`.
 //!
 //! A rate limit applies to a client, not to one request. Without a common pause, every request in flight would meet the
 //! limit by itself, and spend the retry budget of the others.
@@ -49,7 +49,7 @@ impl Pauses {
     /// Waits until requests to `host` are not paused.
     pub(crate) async fn wait(&self, host: &str) {
         while let Some(end) = self.end(host) {
-            tracing::debug!(host = %printable::line(host), "requests to this host are paused, as it asked");
+            tracing::debug!(host = %printable::line(host), "requests to this host are paused, because it asked for a wait");
             tokio::time::sleep_until(end + RESTART_WITHIN.mul_f64(rand::random_range(0.0..=1.0))).await;
         }
     }

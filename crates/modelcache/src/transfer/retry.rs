@@ -26,9 +26,9 @@ const REQUEST_EARNS: i64 = 1;
 const RETRY_COST: i64 = 10;
 /// Initial and maximum number of tokens: an idle process may spend them at once (32 retries).
 const TOKENS_MAX: i64 = 320;
-/// The time in which waits that a server states are waited out, in deadlines. The Hub limits requests in windows of
-/// five minutes, and the usual deadline is one minute.
-const STATED_WAITS_DEADLINES: u32 = 6;
+/// Factor by which the deadline is longer if the server requests a wait (`Retry-After`). The Hub limits requests in
+/// windows of five minutes, and the default deadline is one minute.
+const REQUESTED_WAIT_DEADLINE_FACTOR: u32 = 6;
 /// Time since the first failure after which a wait is reported at log level info.
 const REPORT_AFTER: Duration = Duration::from_secs(2);
 /// Minimum time between two such reports.
@@ -37,7 +37,7 @@ const REPORT_INTERVAL: Duration = Duration::from_secs(5);
 tokio::task_local! {
     /// Time from which [`within`] allows no further retry.
     static RETRY_DEADLINE: Instant;
-    /// The call that [`recording_retries`] runs.
+    /// The progress in which retries are recorded while [`recording_retries`] runs.
     static PROGRESS: Progress;
 }
 
@@ -182,7 +182,7 @@ impl Attempts {
         }
         let usual = self.retry.config.deadline;
         let limit = match (error.wait(), error.retry_limit()) {
-            (Some(_), _) => usual.saturating_mul(STATED_WAITS_DEADLINES),
+            (Some(_), _) => usual.saturating_mul(REQUESTED_WAIT_DEADLINE_FACTOR),
             (None, limit) => limit.map_or(usual, |limit| limit.min(usual)),
         };
         let deadline = *self.first_failure.get_or_insert(now) + limit;
@@ -198,7 +198,7 @@ impl Attempts {
             return None;
         }
         self.failures += 1;
-        // A wait that the host has stated to another request, too, is paid once.
+        // If several requests to a host are told to wait, only the first one pays for a retry.
         let is_new =
             error.throttled_by().zip(error.wait()).is_none_or(|(host, wait)| self.retry.pauses.begin(host, wait));
         (!is_new || self.retry.spend_retry_cost()).then_some(wait)

@@ -7,7 +7,7 @@ use futures::StreamExt as _;
 use modelcache::config::{Config, HubConfig, RetryConfig, Secret};
 use modelcache::digest::Provenance;
 use modelcache::key::FilePath;
-use modelcache::origin::{Origins, Resolved};
+use modelcache::origin::{Origins, ResolvedSource};
 use modelcache::source::{Body, Source};
 use modelcache::transfer::Retry;
 use modelcache::{Error, ErrorKind, Reference, Result, Tier};
@@ -29,7 +29,7 @@ fn origins(endpoint: &str, token: Option<&str>) -> Origins {
     Origins::new(&config, Retry::new(retry)).unwrap()
 }
 
-async fn resolve(hub: &Hub, reference: &str) -> Result<Resolved> {
+async fn resolve(hub: &Hub, reference: &str) -> Result<ResolvedSource> {
     let resolved = origins(&hub.url(), Some(TOKEN)).resolve(&Reference::parse(reference).unwrap()).await?;
     Ok(resolved.expect("a missing repository is an error"))
 }

@@ -9,7 +9,7 @@ use modelcache::digest::{Digest, Provenance};
 use modelcache::key::FilePath;
 use modelcache::ladder::{INITIAL, Ladder, part_size};
 use modelcache::limits;
-use modelcache::manifest::{FileDetails, FileEntry, FileIdentity, Held, Manifest, Shape};
+use modelcache::manifest::{FileDetails, FileEntry, FileIdentity, HeldIdentity, Manifest, Shape};
 use std::collections::BTreeSet;
 
 #[global_allocator]
@@ -129,9 +129,9 @@ fn no_document_takes_four_times_its_bytes_to_read() {
 
 #[test]
 fn a_refusal_names_the_part_that_is_too_large() {
-    let refused = |document: &str, says: &str| {
-        let error = read(says, document).unwrap_err();
-        assert!(error.contains(says), "{error}");
+    let refused = |document: &str, message_part: &str| {
+        let error = read(message_part, document).unwrap_err();
+        assert!(error.contains(message_part), "{error}");
         assert!(error.len() < 1000, "{error}");
     };
     refused(&list("", &format!(",\"z\":[{}]", many(|_| "[]".into()))), "unknown fields (\"z\" is the last)");
@@ -162,7 +162,8 @@ fn large_manifests_of_ours_are_read_within_the_same_bounds() {
     );
     let entry = |number: u64| {
         let digest = Digest::of(&number.to_le_bytes());
-        let held = Held::Disk(FileIdentity { inode: number, bytes: number, mtime_ns: 1_700_000_000_000_000_000 });
+        let held =
+            HeldIdentity::Disk(FileIdentity { inode: number, bytes: number, mtime_ns: 1_700_000_000_000_000_000 });
         let details = FileDetails {
             sha256: Some(digest),
             provenance: Some(Provenance::Put),

@@ -4,9 +4,9 @@
 use crate::comparison::{Entry, best_peer, compare_to_disk, ours, table};
 use crate::copiers::COPIERS;
 use crate::page::{Section, Target};
-use crate::rows::pull::{REFERENCE, ServedFile};
+use crate::rows::large_file::{REFERENCE, ServedFile};
 use crate::rows::{DEFAULTS, DURABLE, durable, progress, size};
-use crate::server_process::Kind;
+use crate::server_process::ServerKind;
 use crate::setup::{Setup, check_size};
 use crate::usage::run;
 use anyhow::{Context, Result};
@@ -18,7 +18,7 @@ type Change = fn(&mut Command) -> &mut Command;
 
 pub(crate) fn section(setup: &Setup) -> Result<Section> {
     progress(setup, "python-cold");
-    let served = ServedFile::start(setup, Kind::Plain)?;
+    let served = ServedFile::start(setup, ServerKind::Plain)?;
     let settings: [(&str, &[_; 1], Change); 2] =
         [(DURABLE, &[("", "yes")], durable), (DEFAULTS, &[("", "after")], |command| command)];
     let mut entries = Vec::new();

@@ -4,11 +4,11 @@
 use crate::comparison::{OURS, failure_cell, median, spread};
 use crate::copiers::url;
 use crate::page::{Section, Target};
-use crate::rows::{progress, pull, size};
+use crate::rows::{large_file, progress, size};
 use crate::scratch::remove;
-use crate::server_process::{Kind, SHAPED_BYTES_PER_S, SHAPED_FIRST_BYTE_MS, ServerProcess};
+use crate::server_process::{SHAPED_BYTES_PER_S, SHAPED_FIRST_BYTE_MS, ServerKind, ServerProcess};
 use crate::setup::Setup;
-use crate::tensors::{FILE, NAME, REFERENCE, TENSORS, write_for};
+use crate::tensors::{FILE, NAME, REFERENCE, TENSORS, write_tensor_file};
 use crate::usage::Figures;
 use anyhow::{Result, ensure};
 use xtask::table::markdown;
@@ -16,7 +16,7 @@ use xtask::table::markdown;
 /// Prefix of the objects for the peers.
 const RAW: &str = "raw-tensors";
 const SCRIPT: &str = "first_tensor.py";
-/// The programs that read the file: the word for the script, the program, and its setting.
+/// The programs that read the file: the argument of the script that selects it, the program, and its setting.
 const READERS: [(&str, &str, &str); 3] = [
     ("open", OURS, "open, read while it downloads"),
     ("get", OURS, "get, then safe_open"),
@@ -26,8 +26,8 @@ const READERS: [(&str, &str, &str); 3] = [
 /// One run of a reader.
 struct Read {
     first_s: f64,
-    /// Percent of the file that the server had sent when the first tensor could be read.
-    first_percent: f64,
+    /// Percentage of the file that the server had sent when the first tensor was in memory.
+    sent_percent: f64,
     whole_s: f64,
     core_seconds: f64,
     rss_bytes: u64,
@@ -35,23 +35,23 @@ struct Read {
 
 pub(crate) fn section(setup: &Setup) -> Result<Section> {
     progress(setup, "python-open");
-    pull::make_room(setup)?;
-    let (source, bytes) = write_for(setup)?;
+    large_file::make_room(setup)?;
+    let (source, bytes) = write_tensor_file(setup)?;
     std::fs::create_dir_all(setup.served_folder())?;
-    setup.publish(&ServerProcess::start(&setup.served_folder(), Kind::Plain)?, NAME, &source)?;
-    setup.expose(RAW, &source)?;
-    let server = ServerProcess::start(&setup.served_folder(), Kind::Shaped)?;
+    setup.publish(&ServerProcess::start(&setup.served_folder(), ServerKind::Plain)?, NAME, &source)?;
+    setup.link_for_peers(RAW, &source)?;
+    let server = ServerProcess::start(&setup.served_folder(), ServerKind::Shaped)?;
     let mut reads: [Result<Vec<Read>>; READERS.len()] = std::array::from_fn(|_| Ok(Vec::new()));
     for round in 1..=setup.rounds {
-        for ((how, program, setting), reads) in READERS.iter().zip(&mut reads) {
-            let Ok(present) = reads else { continue };
-            match once(setup, &server, how, bytes) {
+        for ((reader, program, setting), reads) in READERS.iter().zip(&mut reads) {
+            let Ok(previous) = reads else { continue };
+            match measure(setup, &server, reader, bytes) {
                 Ok(read) => {
                     eprintln!(
                         "  {round}  {program:<16} {setting:<24} {:.2} s, {:.1} %",
-                        read.first_s, read.first_percent
+                        read.first_s, read.sent_percent
                     );
-                    present.push(read);
+                    previous.push(read);
                 }
                 Err(error) => {
                     eprintln!("  {round}  {program:<16} {setting:<24} {error:#}");
@@ -67,42 +67,42 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
     Ok(report(setup, &reads))
 }
 
-fn once(setup: &Setup, server: &ServerProcess, how: &str, bytes: u64) -> Result<Read> {
-    let folder = setup.scratch.fresh("run")?;
+fn measure(setup: &Setup, server: &ServerProcess, reader: &str, bytes: u64) -> Result<Read> {
+    let folder = setup.scratch.empty_folder("run")?;
     // The script reads the bytes sent until its first tensor.
     server.reset_counts()?;
     let size = setup.sizes.tensors.to_string();
-    let mut command = if how == "runai" {
+    let mut command = if reader == "runai" {
         setup.peers.require("runai-model-streamer")?;
         setup.peers.require("runai-model-streamer-s3")?;
         let mut command = setup.peers.script(SCRIPT);
         command.envs(server.env()).env("HOME", &setup.scratch.disk);
-        command.args([&size, how, &url(&format!("{RAW}/{FILE}"))]);
+        command.args([&size, reader, &url(&format!("{RAW}/{FILE}"))]);
         command
     } else {
         setup.peers.require("safetensors")?;
         let mut command = setup.python_with_remote(SCRIPT, &folder.join("cache"), server);
-        command.args([&size, how, REFERENCE, FILE]);
+        command.args([&size, reader, REFERENCE, FILE]);
         command
     };
     setup.peers.require("numpy")?;
-    let (process, figures) = Figures::of(&mut command)?;
-    let read = figures.figure("bytes")?;
+    let (process, figures) = Figures::run(&mut command)?;
+    let read = figures.get("bytes")?;
     ensure!(read == setup.sizes.tensors as f64, "read {read} bytes of tensors, not {}", setup.sizes.tensors);
-    let first_percent = 100.0 * figures.figure("first_sent")? / bytes as f64;
-    let (first_s, whole_s) = (figures.figure("first_s")?, figures.figure("whole_s")?);
-    let core_seconds = figures.figure("core_seconds")?;
-    Ok(Read { first_s, first_percent, whole_s, core_seconds, rss_bytes: process.rss_bytes })
+    let sent_percent = 100.0 * figures.get("first_sent")? / bytes as f64;
+    let (first_s, whole_s) = (figures.get("first_s")?, figures.get("whole_s")?);
+    let core_seconds = figures.get("core_seconds")?;
+    Ok(Read { first_s, sent_percent, whole_s, core_seconds, rss_bytes: process.rss_bytes })
 }
 
 fn report(setup: &Setup, reads: &[Result<Vec<Read>>]) -> Section {
-    let of = |reads: &[Read], figure: fn(&Read) -> f64| median(reads.iter().map(figure).collect());
+    let median_of = |reads: &[Read], figure: fn(&Read) -> f64| median(reads.iter().map(figure).collect());
     let gb = setup.sizes.tensors as f64 / 1e9;
     let best_peer_s = READERS
         .iter()
         .zip(reads)
         .filter(|((_, program, _), _)| *program != OURS)
-        .find_map(|(_, reads)| of(reads.as_ref().ok()?, |read| read.first_s));
+        .find_map(|(_, reads)| median_of(reads.as_ref().ok()?, |read| read.first_s));
     let cells = |((_, program, setting), reads): (&(&str, &str, &str), &Result<Vec<Read>>)| {
         let mut cells = vec![(*program).to_owned(), (*setting).to_owned()];
         let reads = match reads {
@@ -113,16 +113,16 @@ fn report(setup: &Setup, reads: &[Result<Vec<Read>>]) -> Section {
             }
         };
         let shown =
-            |figure: fn(&Read) -> f64| of(reads, figure).map_or_else(String::new, |found| format!("{found:.2}"));
-        let best = best_peer_s.zip(of(reads, |read| read.first_s));
+            |figure: fn(&Read) -> f64| median_of(reads, figure).map_or_else(String::new, |found| format!("{found:.2}"));
+        let best = best_peer_s.zip(median_of(reads, |read| read.first_s));
         let rss_bytes = reads.iter().map(|read| read.rss_bytes).max().unwrap_or_default();
         cells.extend([
             shown(|read| read.first_s),
             spread(reads.iter().map(|read| read.first_s), 2),
-            shown(|read| read.first_percent),
+            shown(|read| read.sent_percent),
             shown(|read| read.whole_s),
             reads.len().to_string(),
-            of(reads, |read| read.core_seconds).map_or_else(String::new, |spent| format!("{:.2}", spent / gb)),
+            median_of(reads, |read| read.core_seconds).map_or_else(String::new, |spent| format!("{:.2}", spent / gb)),
             (rss_bytes >> 20).to_string(),
             best.map_or_else(String::new, |(best, first)| format!("{:.2}", best / first)),
         ]);
@@ -154,7 +154,7 @@ fn report(setup: &Setup, reads: &[Result<Vec<Read>>]) -> Section {
         tables: vec![markdown(&header, &READERS.iter().zip(reads).map(cells).collect::<Vec<_>>())],
         targets: vec![Target::at_most(
             "`open`: share of the file sent by the first tensor",
-            opened.and_then(|reads| of(reads, |read| read.first_percent)),
+            opened.and_then(|reads| median_of(reads, |read| read.sent_percent)),
             " %",
             50.0,
             None,

@@ -2,11 +2,11 @@
 
 use crate::comparison::{Entry, OURS, best_peer, compare, table};
 use crate::page::Section;
-use crate::rows::{progress, pull, size};
+use crate::rows::{large_file, progress, size};
 use crate::scratch::remove;
 use crate::setup::{Setup, read};
-use crate::tensors::{FILE, REFERENCE, TENSORS, write_for};
-use crate::usage::{Figures, Run, measure};
+use crate::tensors::{FILE, REFERENCE, TENSORS, write_tensor_file};
+use crate::usage::{Figures, Usage, measure};
 use anyhow::Result;
 use std::path::Path;
 use std::process::Command;
@@ -44,9 +44,9 @@ const LOADERS: [Loader; 4] = [
 
 pub(crate) fn section(setup: &Setup) -> Result<Section> {
     progress(setup, "python-tensors");
-    pull::make_room(setup)?;
-    let (source, bytes) = write_for(setup)?;
-    let cache = setup.scratch.fresh("python-tensors")?;
+    large_file::make_room(setup)?;
+    let (source, bytes) = write_tensor_file(setup)?;
+    let cache = setup.scratch.empty_folder("python-tensors")?;
     measure(setup.modelcache(&cache).args(["put", REFERENCE, "--quiet"]).arg(&source))?;
     // The cache has its own copy.
     remove(&source)?;
@@ -115,7 +115,7 @@ fn entry<'a>(
 }
 
 /// Runs the script and returns the figures that it reports.
-fn measure_load(command: &mut Command) -> Result<Run> {
-    let (process, figures) = Figures::of(command)?;
-    Ok(Run { seconds: figures.figure("seconds")?, core_seconds: figures.figure("core_seconds")?, ..process })
+fn measure_load(command: &mut Command) -> Result<Usage> {
+    let (process, figures) = Figures::run(command)?;
+    Ok(Usage { seconds: figures.get("seconds")?, core_seconds: figures.get("core_seconds")?, ..process })
 }

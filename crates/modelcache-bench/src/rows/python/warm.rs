@@ -2,7 +2,7 @@
 
 use crate::comparison::{OURS, failure_cell, spread};
 use crate::page::{Section, Target};
-use crate::rows::calls::{Calls, median_of};
+use crate::rows::calls::{CallTimes, median_of};
 use crate::rows::hub::ServedRepo;
 use crate::rows::progress;
 use crate::scratch::remove;
@@ -20,13 +20,13 @@ const BY_NAME: &str = "get(name, version)";
 struct Caller<'a> {
     program: &'static str,
     setting: &'static str,
-    run_calls: Box<dyn Fn() -> Result<Calls> + 'a>,
-    results: Vec<Calls>,
+    run_calls: Box<dyn Fn() -> Result<CallTimes> + 'a>,
+    results: Vec<CallTimes>,
     failure: Option<String>,
 }
 
 impl<'a> Caller<'a> {
-    fn new(program: &'static str, setting: &'static str, run_calls: impl Fn() -> Result<Calls> + 'a) -> Self {
+    fn new(program: &'static str, setting: &'static str, run_calls: impl Fn() -> Result<CallTimes> + 'a) -> Self {
         Self { program, setting, run_calls: Box::new(run_calls), results: Vec::new(), failure: None }
     }
 
@@ -56,7 +56,7 @@ impl<'a> Caller<'a> {
             cells.push(failure_cell(self.failure.as_deref().unwrap_or("not run")));
             return cells;
         };
-        let figure = |figure: fn(&Calls) -> f64| median_of(&self.results, figure).unwrap_or_default();
+        let figure = |figure: fn(&CallTimes) -> f64| median_of(&self.results, figure).unwrap_or_default();
         let rss_bytes = self.results.iter().map(|calls| calls.process.rss_bytes).max().unwrap_or_default();
         cells.extend([
             format!("{p50_us:.1}"),
@@ -74,7 +74,7 @@ impl<'a> Caller<'a> {
 pub(crate) fn section(setup: &Setup) -> Result<Section> {
     progress(setup, "python-warm");
     let hub = ServedRepo::start(setup, FILE_BYTES)?;
-    let folder = setup.scratch.fresh("python-warm")?;
+    let folder = setup.scratch.empty_folder("python-warm")?;
     let (dir, peer_dir) = (folder.join("ours"), folder.join("theirs"));
     let file = setup.scratch.data("warm.bin", 7, FILE_BYTES)?;
     measure(setup.modelcache(&dir).args(["put", &format!("{NAME}@1"), "--quiet"]).arg(file))?;
@@ -86,7 +86,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
         let dir = &dir;
         move || {
             let mut command = setup.python("modelcache_warm.py", dir);
-            Calls::of(command.env("HF_HUB_OFFLINE", "1").arg(runs.to_string()).args(&arguments))
+            CallTimes::run(command.env("HF_HUB_OFFLINE", "1").arg(runs.to_string()).args(&arguments))
         }
     };
     let hub_call = |by_variable: bool| {
@@ -136,7 +136,7 @@ fn best_peer_us(callers: &[Caller<'_>]) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::usage::Run;
+    use crate::usage::Usage;
     use std::cell::Cell;
 
     /// Reports one of these medians per run, and fails when there are no more.
@@ -144,8 +144,8 @@ mod tests {
         let next = Cell::new(0);
         Caller::new(program, "", move || {
             let p50_us = *p50s_us.get(next.replace(next.get() + 1)).ok_or_else(|| anyhow::anyhow!("why"))?;
-            let process = Run { rss_bytes: 32 << 20, ..Run::default() };
-            Ok(Calls { p10_us: 1.0, p50_us, p90_us: 80.0, p99_us: 90.0, core_us: 21.0, process })
+            let process = Usage { rss_bytes: 32 << 20, ..Usage::default() };
+            Ok(CallTimes { p10_us: 1.0, p50_us, p90_us: 80.0, p99_us: 90.0, core_us: 21.0, process })
         })
     }
 

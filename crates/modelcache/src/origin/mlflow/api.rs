@@ -8,7 +8,7 @@ use crate::manifest::{FileEntry, Manifest, Shape};
 use crate::option_name::OptionName;
 use crate::option_name::setting::{MLFLOW_REGISTRY_URI, MLFLOW_TRACKING_URI};
 use crate::origin::authorization;
-use crate::origin::http::{self, ErrorResponse, Fetched, Http, Request, Server};
+use crate::origin::http::{self, FinalResponse, Http, HttpErrorResponse, Request, Server};
 use crate::printable;
 use crate::reference::{MlflowModel, MlflowVersion};
 use crate::transfer::Retry;
@@ -142,15 +142,15 @@ impl Mlflow {
     }
 
     /// Converts an error response into an error with a remedy. All statuses and error codes of MLflow are mapped here.
-    pub(super) async fn error_of(&self, fetched: Fetched) -> Error {
+    pub(super) async fn error_of(&self, fetched: FinalResponse) -> Error {
         #[derive(Deserialize)]
         struct ErrorBody {
             error_code: String,
             message: Option<String>,
         }
-        let Fetched { response, url, is_same_origin, .. } = fetched;
+        let FinalResponse { response, url, is_same_origin, .. } = fetched;
         // The texts of a redirect target are not quoted.
-        let mut response = ErrorResponse::read(&self.http, response, is_same_origin).await;
+        let mut response = HttpErrorResponse::read(&self.http, response, is_same_origin).await;
         let error_body: Option<ErrorBody> = serde_json::from_slice(&response.body).ok();
         let code = error_body.as_ref().map(|error_body| error_body.error_code.as_str());
         // Artifacts may be redirected to a signed URL of a bucket.

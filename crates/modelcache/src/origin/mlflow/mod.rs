@@ -10,7 +10,7 @@
 mod api;
 
 use super::http::{self, Request};
-use super::{Origin, Resolved, folder, no_files};
+use super::{Origin, ResolvedSource, folder, no_files};
 use crate::config::RemoteConfig;
 use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
@@ -40,7 +40,7 @@ impl Origin for Arc<Mlflow> {
         &mlflow::SCHEME
     }
 
-    async fn resolve(&self, reference: &Reference) -> Result<Option<Resolved>> {
+    async fn resolve(&self, reference: &Reference) -> Result<Option<ResolvedSource>> {
         let Target::Mlflow(model) = &reference.target else { return Ok(None) };
         let registry = self.registry()?;
         let number = match model.version {
@@ -50,7 +50,7 @@ impl Origin for Arc<Mlflow> {
         };
         let model = MlflowModel { server: Some(authority(&registry.url)), ..model.clone() };
         let key = model.key_at(number).unwrap_or_else(|| Err(Error::invalid("the server has no name")))?;
-        Ok(Some(Resolved { source: MlflowSource::for_key(self, &model.name, &key), key }))
+        Ok(Some(ResolvedSource { source: MlflowSource::for_key(self, &model.name, &key), key }))
     }
 
     fn source(&self, reference: &Reference, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
@@ -253,7 +253,7 @@ impl MlflowSource {
             FileLocation::Elsewhere(source) => return source.read(path, range).await,
             FileLocation::Server(server, root) => (server, root),
         };
-        let url = server.url_for(&format!("api/2.0/{ARTIFACTS}/{}", http::segments(&format!("{root}/{path}"))));
+        let url = server.url_for(&format!("api/2.0/{ARTIFACTS}/{}", http::encode_path(&format!("{root}/{path}"))));
         let request = FileRequest {
             mlflow: self.mlflow.clone(),
             server: server.clone(),

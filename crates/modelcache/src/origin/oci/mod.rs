@@ -10,8 +10,8 @@ mod registry;
 use crate::mutex::Mutex;
 pub(super) use registry::Registries;
 
-use super::http::{self, Fetched, Request};
-use super::{Origin, Resolved};
+use super::http::{self, FinalResponse, Request};
+use super::{Origin, ResolvedSource};
 use crate::digest::Digest;
 use crate::error::{Context as _, Error, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
@@ -35,7 +35,7 @@ impl Origin for Arc<Registries> {
         &oci::SCHEME
     }
 
-    async fn resolve(&self, reference: &Reference) -> Result<Option<Resolved>> {
+    async fn resolve(&self, reference: &Reference) -> Result<Option<ResolvedSource>> {
         let Target::Oci(repo) = &reference.target else { return Ok(None) };
         let (digest, bytes) = match &repo.at {
             // A digest needs no request.
@@ -53,7 +53,7 @@ impl Origin for Arc<Registries> {
             layers.require_files(&digest)?;
         }
         let repo = OciRepo { at: OciAt::Digest(digest), ..repo.clone() };
-        Ok(Some(Resolved { source: Arc::new(OciSource::new(self, repo, key.clone(), digest, bytes)), key }))
+        Ok(Some(ResolvedSource { source: Arc::new(OciSource::new(self, repo, key.clone(), digest, bytes)), key }))
     }
 
     fn source(&self, reference: &Reference, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
@@ -191,7 +191,7 @@ impl OciSource {
     }
 
     /// Checks a response against the size of the layer and returns the bytes.
-    async fn body(&self, path: &FilePath, range: &Range<u64>, size: u64, fetched: Fetched) -> Result<Body> {
+    async fn body(&self, path: &FilePath, range: &Range<u64>, size: u64, fetched: FinalResponse) -> Result<Body> {
         let status = fetched.response.status();
         if !status.is_success() && status != StatusCode::RANGE_NOT_SATISFIABLE {
             return Err(self.registries.error_of(fetched, &self.repo, &format!("blob for {path}")).await);

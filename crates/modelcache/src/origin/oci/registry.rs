@@ -8,7 +8,7 @@ use crate::config::{Config, OciConfig, OciLogin};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::origin::authorization;
-use crate::origin::http::{self, ErrorResponse, Fetched, Http, Request, Server};
+use crate::origin::http::{self, FinalResponse, Http, HttpErrorResponse, Request, Server};
 use crate::printable;
 use crate::reference::{OciAt, OciRepo};
 use crate::transfer::Retry;
@@ -108,7 +108,7 @@ impl Registries {
         url: Url,
         headers: HeaderMap,
         same_origin_only: bool,
-    ) -> Result<Fetched> {
+    ) -> Result<FinalResponse> {
         let base_url = self.base_url(repo)?;
         let repo_id = (repo.registry.clone(), repo.repository.clone());
         let sent = self.authorizations.lock().await.get(&repo_id).cloned();
@@ -216,8 +216,8 @@ impl Registries {
 
     /// Converts an error response into an error with a remedy. All statuses of registries are mapped here. `what` is
     /// the object that was requested.
-    pub(super) async fn error_of(&self, fetched: Fetched, repo: &OciRepo, what: &str) -> Error {
-        let Fetched { response, url, is_same_origin, .. } = fetched;
+    pub(super) async fn error_of(&self, fetched: FinalResponse, repo: &OciRepo, what: &str) -> Error {
+        let FinalResponse { response, url, is_same_origin, .. } = fetched;
         let response = read_error_response(&self.http, response, is_same_origin).await;
         if !is_same_origin {
             return redirect_target_error(&response, &url);
@@ -303,7 +303,7 @@ fn checked_realm(base_url: &Url, realm: &str) -> Result<Url> {
 
 /// Converts an error response of a redirect target. Such a URL needs no credentials, so 401 and 403 mean that it
 /// expired, never that the user lacks access.
-fn redirect_target_error(response: &ErrorResponse, url: &Url) -> Error {
+fn redirect_target_error(response: &HttpErrorResponse, url: &Url) -> Error {
     let what = format!("{} refused a URL that the registry has just issued ({})", Server(url), response.status);
     match response.status.as_u16() {
         401 | 403 => Error::unavailable(what).hint("check the clock of this machine"),
@@ -366,7 +366,7 @@ pub(super) fn fuzz(text: &str) {
 }
 
 /// Reads an error response, including the error code and message in the registry's format.
-async fn read_error_response(http: &Http, response: reqwest::Response, is_same_origin: bool) -> ErrorResponse {
+async fn read_error_response(http: &Http, response: reqwest::Response, is_same_origin: bool) -> HttpErrorResponse {
     #[derive(Deserialize)]
     struct Errors {
         errors: Vec<ErrorItem>,
@@ -376,7 +376,7 @@ async fn read_error_response(http: &Http, response: reqwest::Response, is_same_o
         code: Option<String>,
         message: Option<String>,
     }
-    let mut response = ErrorResponse::read(http, response, is_same_origin).await;
+    let mut response = HttpErrorResponse::read(http, response, is_same_origin).await;
     let errors: Option<Errors> = serde_json::from_slice(&response.body).ok();
     if let Some(item) = errors.and_then(|errors| errors.errors.into_iter().next()) {
         response.code = item.code.as_deref().map(printable::quote);

@@ -9,7 +9,7 @@ use modelcache::digest::{Digest, Provenance};
 use modelcache::key::{ArtifactKey, ArtifactName, FilePath, Version};
 use modelcache::manifest::{FileDetails, FileEntry, Manifest, Shape};
 use modelcache::progress::Progress;
-use modelcache::remote::{LocalFile, PublishOptions, Published, Remote, RemoteSource};
+use modelcache::remote::{LocalFile, PublishOptions, PublishedBytes, Remote, RemoteSource};
 use modelcache::source::{Body, Source};
 use modelcache::transfer::Retry;
 use modelcache_testkit::s3::S3Fault;
@@ -236,11 +236,11 @@ impl Place {
         }
     }
 
-    pub async fn publish(&self, tree: &Tree) -> Result<Published> {
+    pub async fn publish(&self, tree: &Tree) -> Result<PublishedBytes> {
         self.remote.publish(&tree.manifest, &tree.local_files(), PublishOptions::default(), &Progress::new()).await
     }
 
-    pub async fn publish_forced(&self, tree: &Tree) -> Result<Published> {
+    pub async fn publish_forced(&self, tree: &Tree) -> Result<PublishedBytes> {
         self.remote
             .publish(
                 &tree.manifest,
@@ -251,7 +251,7 @@ impl Place {
             .await
     }
 
-    pub async fn publish_only(&self, tree: &Tree, names: &[&str]) -> Result<Published> {
+    pub async fn publish_only(&self, tree: &Tree, names: &[&str]) -> Result<PublishedBytes> {
         let files = names.iter().map(|name| (path(name), tree.files[&path(name)].clone().into())).collect();
         self.remote.publish(&tree.manifest, &files, PublishOptions::default(), &Progress::new()).await
     }

@@ -225,7 +225,8 @@ mod tests {
         let copier = backend.copier().expect("copies");
         copy_in_parts(&store, copier, &*backend, &copy, 5 * MIB).await.expect_err("refused");
         assert_eq!(s3.keys("models"), ["p q/a"]);
-        let aborted = |seen: &modelcache_testkit::log::Seen| seen.method == "DELETE" && seen.query.contains("uploadId");
+        let aborted =
+            |seen: &modelcache_testkit::log::LoggedRequest| seen.method == "DELETE" && seen.query.contains("uploadId");
         assert!(s3.requests().iter().any(aborted), "the upload is aborted");
     }
 

@@ -220,7 +220,7 @@ const CODES: &[(&[&str], Meaning)] = &[
             }),
         ),
     ),
-    // Not codes of S3: `ErrorResponse::demand` derives them from the message.
+    // Not codes of S3: `ErrorResponse::derived_code` derives them from the message.
     (
         &[CHECKSUM_REQUIRED],
         meaning(
@@ -331,7 +331,7 @@ const REFUSED: Meaning = meaning(
 const OVERLOADED: Meaning = meaning(ErrorKind::Unavailable, true, DEFAULT_MESSAGE, None);
 const OTHER: Meaning = meaning(ErrorKind::Unavailable, false, DEFAULT_MESSAGE, None);
 
-/// Returns true if the server blames a permission on an encryption key. It names it in its message only.
+/// Returns true if the message of an error response names a missing permission on a KMS key. No error code shows this.
 pub(super) fn names_kms_permission(message: &str) -> bool {
     message.contains("kms:")
 }
@@ -372,8 +372,9 @@ impl ErrorResponse {
         self.code.as_deref().unwrap_or_default()
     }
 
-    /// Returns the derived code if the message states what a write or read lacks. S3 has no code of its own for it.
-    fn demand(&self) -> Option<&'static str> {
+    /// Returns the code for a request without a required checksum or encryption key. S3 has no codes for these errors, so
+    /// they are recognized by words of the message.
+    fn derived_code(&self) -> Option<&'static str> {
         let message = self.message.as_deref()?.to_ascii_lowercase();
         let is = |words: &[&str]| words.iter().any(|word| message.contains(word));
         if is(&["checksum", "content-md5"]) {
@@ -396,7 +397,7 @@ impl ErrorResponse {
     pub(in crate::remote::backend) fn explain(&self, what_failed: &str, server: &EndpointContext) -> Error {
         let code = match self.code() {
             "" if REDIRECT_STATUSES.contains(&self.status) => REDIRECT,
-            code @ ("InvalidRequest" | "MissingContentMD5" | "InvalidArgument") => self.demand().unwrap_or(code),
+            code @ ("InvalidRequest" | "MissingContentMD5" | "InvalidArgument") => self.derived_code().unwrap_or(code),
             code => code,
         };
         let by_code = CODES.iter().find(|(codes, _)| codes.contains(&code)).map(|(_, meaning)| meaning);

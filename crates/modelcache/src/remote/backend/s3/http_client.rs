@@ -1,7 +1,7 @@
 //! The HTTP client below `object_store`'s S3 client: timeouts, no redirects, and errors with the server's details.
 //!
 //! `object_store` drops the headers and error bodies that contain a bucket's region, the time to wait before a retry,
-//! or the server's clock. This client first converts an error response into a [`ErrorResponse`]. Each request has its
+//! or the server's clock. This client first converts an error response into an [`ErrorResponse`]. Each request has its
 //! own timeout, because the body of an object may take an hour and a metadata request may not.
 //!
 //! Listings are edited: one key with an empty segment (`a//b`) makes `object_store` fail for the whole page. modelcache
@@ -44,7 +44,7 @@ struct ObjectStoreHttp {
     client: reqwest::Client,
     read_timeout: Duration,
     pauses: Pauses,
-    /// The host of [`Pauses`].
+    /// The host that is paused in [`Pauses`] if the server asks for it.
     endpoint: String,
 }
 
@@ -86,12 +86,12 @@ impl Connector {
     }
 
     /// Returns the HTTP client without the request timeouts and errors of this module.
-    pub(super) fn client(&self) -> &reqwest::Client {
+    pub(super) fn plain_client(&self) -> &reqwest::Client {
         &self.0.client
     }
 
     /// Returns a client with the timeouts and errors of this module, as `object_store` uses it.
-    pub(super) fn http(&self) -> HttpClient {
+    pub(super) fn object_store_client(&self) -> HttpClient {
         HttpClient::new(self.0.clone())
     }
 }
@@ -114,14 +114,14 @@ fn timed_out(_: tokio::time::error::Elapsed) -> HttpError {
 #[async_trait]
 impl HttpService for ObjectStoreHttp {
     async fn call(&self, request: HttpRequest) -> std::result::Result<HttpResponse, HttpError> {
-        let listing = request.uri().query().is_some_and(|query| query.contains("list-type=2"));
+        let is_listing = request.uri().query().is_some_and(|query| query.contains("list-type=2"));
         // Only the body of an object is streamed: the request for it is the only GET without a query. Every other body
         // is read into memory.
-        let streams = request.method() == reqwest::Method::GET && request.uri().query().is_none();
-        let completes = request.method() == reqwest::Method::POST
+        let is_object_read = request.method() == reqwest::Method::GET && request.uri().query().is_none();
+        let is_completion = request.method() == reqwest::Method::POST
             && request.uri().query().is_some_and(|query| query.contains("uploadId="));
-        let stated = request.extensions().get::<ExtraTimeout>().map(|ExtraTimeout(time)| *time);
-        let extra = stated.unwrap_or(if completes { COMPLETION_TIMEOUT } else { Duration::ZERO });
+        let requested = request.extensions().get::<ExtraTimeout>().map(|ExtraTimeout(time)| *time);
+        let extra = requested.unwrap_or(if is_completion { COMPLETION_TIMEOUT } else { Duration::ZERO });
         // The timeout for the response headers includes the time to send the request body.
         let upload = Duration::from_secs(request.body().content_length() as u64 / UPLOAD_BYTES_PER_S_MIN);
         self.pauses.wait(&self.endpoint).await;
@@ -129,7 +129,7 @@ impl HttpService for ObjectStoreHttp {
         let response = tokio::time::timeout(timeout, self.client.call(request)).await.map_err(timed_out)??;
         let (mut parts, body) = response.into_parts();
         let is_error = !parts.status.is_success();
-        if streams && !is_error {
+        if is_object_read && !is_error {
             // Compressed or otherwise transformed bodies are refused, because their bytes are not those of the object.
             check_headers(parts.status, &parts.headers).map_err(wrapped)?;
             return Ok(HttpResponse::from_parts(parts, body));
@@ -137,7 +137,7 @@ impl HttpService for ObjectStoreHttp {
         let timeout = self.read_timeout + extra;
         let limits = match is_error {
             true => BodyLimits::error_response(timeout),
-            false if listing => BodyLimits::metadata(limits::RESPONSE_BYTES_MAX, self.read_timeout),
+            false if is_listing => BodyLimits::metadata(limits::RESPONSE_BYTES_MAX, self.read_timeout),
             // No stall detection: S3 sends single blanks as keep-alive while it completes an upload or a copy.
             false => BodyLimits::within(limits::RESPONSE_BYTES_MAX, timeout),
         };
@@ -158,7 +158,7 @@ impl HttpService for ObjectStoreHttp {
                 error_response_of(parts.status.as_u16(), &parts.headers, &body),
             ));
         }
-        let body = if listing {
+        let body = if is_listing {
             let page = String::from_utf8_lossy(&body);
             check_listing(&page).map_err(wrapped)?;
             let (kept, skipped) = without_unusable_keys(&page);

@@ -78,7 +78,7 @@ impl S3Backend {
         let profiles = Profiles::load(&config.environment);
         let settings = S3Settings::gather(options, &config.environment, &profiles)?;
         let connector = Connector::new(&settings, options, retry)?;
-        let plain_client = connector.client().clone();
+        let plain_client = connector.plain_client().clone();
         let credentials =
             Arc::new(Credentials::new(&config.environment, options, profiles, &settings.region, plain_client.clone()));
         let raw_client = Arc::new(RawClient::new(bucket, &settings, options, &connector, &credentials));

@@ -12,7 +12,7 @@ use crate::option_name::setting::REMOTE;
 use crate::remote::backend::RemoteLocation;
 use serde_json::{Value, json};
 
-/// Use of the remote by a machine.
+/// How a machine uses the remote.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
     /// Reads and lists artifacts.
@@ -45,7 +45,7 @@ impl Policy {
     ///
     /// # Errors
     /// [`Invalid`](crate::ErrorKind::Invalid) if the remote is not a bucket.
-    pub fn least(config: &RemoteConfig, role: Role) -> Result<Self> {
+    pub fn minimal(config: &RemoteConfig, role: Role) -> Result<Self> {
         let RemoteLocation::Bucket { bucket, prefix } = RemoteLocation::parse(&config.url)? else {
             return Err(Error::invalid("the remote is a folder, which has no IAM policy")
                 .tier(Tier::Remote)
@@ -57,7 +57,7 @@ impl Policy {
         let mut list = json!({
             "Sid": "ListModels", "Effect": "Allow", "Action": ["s3:ListBucket"], "Resource": [arn],
         });
-        let below = match prefix.as_str() {
+        let object_pattern = match prefix.as_str() {
             "" => "*".to_owned(),
             prefix => {
                 list["Condition"] = json!({"StringLike": {"s3:prefix": [format!("{prefix}/*")]}});
@@ -66,7 +66,7 @@ impl Policy {
         };
         let objects = json!({
             "Sid": match role { Role::Reader => "ReadModels", Role::Writer => "ReadAndWriteModels" },
-            "Effect": "Allow", "Action": role.object_actions(), "Resource": [format!("{arn}/{below}")],
+            "Effect": "Allow", "Action": role.object_actions(), "Resource": [format!("{arn}/{object_pattern}")],
         });
         // IAM has no condition on the prefix for this action.
         let uploads = json!({
@@ -111,7 +111,7 @@ mod tests {
     fn policy(url: &str, region: &str, role: Role) -> Result<Value> {
         let environment = Environment([("AWS_REGION".to_owned(), region.to_owned())].into());
         let config = RemoteConfig { url: url.into(), options: Default::default(), environment };
-        Policy::least(&config, role).map(|policy| policy.document)
+        Policy::minimal(&config, role).map(|policy| policy.document)
     }
 
     #[test]

@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Encodes everything but the unreserved characters of RFC 3986 and the slash, as SigV4 requires for a path.
-const PATH: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~').remove(b'/');
+const PATH_SET: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~').remove(b'/');
 /// Metadata header with the digest of the object, set by upload tools.
 const METADATA_HEADER: &str = "x-amz-meta-sha256";
 /// Header with the SHA-256 that S3 verified at upload.
@@ -43,8 +43,8 @@ pub(super) struct RawClient {
     request_payer: bool,
 }
 
-/// Returns false if an option changes how read requests are signed or encrypted. Objects then have no known checksum,
-/// and uploads cannot be listed.
+/// Returns false if an option changes how read requests are signed or encrypted, which [`RawClient`] does not support.
+/// The remote then reads no checksums of objects, and cannot list multipart uploads.
 pub(super) fn supports_reads(options: &Options) -> bool {
     use AmazonS3ConfigKey as Key;
     let needs_customer_key = options.passed_on.iter().any(|(key, _)| key.as_ref() == "aws_sse_customer_key_base64");
@@ -62,7 +62,7 @@ impl RawClient {
         credentials: &Arc<Credentials>,
     ) -> Self {
         Self {
-            client: connector.http(),
+            client: connector.object_store_client(),
             credentials: credentials.clone(),
             bucket: bucket.to_owned(),
             url: settings.endpoint.bucket_url(bucket, &settings.region),
@@ -79,7 +79,7 @@ impl RawClient {
 
     /// Returns a request for the object `key`, or for the bucket if `key` is `None`. `query` must be encoded.
     fn request(&self, method: Method, key: Option<&Path>, query: &str) -> Builder {
-        let path = key.map(|key| format!("/{}", utf8_percent_encode(key.as_ref(), PATH))).unwrap_or_default();
+        let path = key.map(|key| format!("/{}", utf8_percent_encode(key.as_ref(), PATH_SET))).unwrap_or_default();
         let separator = if query.is_empty() { "" } else { "?" };
         http::Request::builder().method(method).uri(format!("{}{path}{separator}{query}", self.url))
     }
@@ -133,7 +133,7 @@ impl RawClient {
         headers: &HeaderMap,
         extra: Duration,
     ) -> object_store::Result<String> {
-        let source = format!("{}/{}", self.bucket, utf8_percent_encode(from.as_ref(), PATH));
+        let source = format!("{}/{}", self.bucket, utf8_percent_encode(from.as_ref(), PATH_SET));
         let mut request = self.request(Method::PUT, Some(to), query).header("x-amz-copy-source", source);
         if let Some(request_headers) = request.headers_mut() {
             request_headers.extend(headers.clone());

@@ -1,10 +1,10 @@
-//! The stand-in for a built-in origin whose feature is off in this build.
+//! A built-in origin whose Cargo feature is disabled in this build.
 //!
 //! Its references are parsed and its names stay reserved, because other builds may have stored such artifacts in the
 //! same directory or on the same remote. From there they are served. Whatever needs the origin fails with the name of
 //! the feature.
 
-use super::{Origin, Resolved};
+use super::{Origin, ResolvedSource};
 use crate::error::{Error, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::Manifest;
@@ -16,12 +16,12 @@ use std::sync::Arc;
 
 /// The origin of `scheme`, whose client needs the feature `feature`.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct LeftOut {
+pub(super) struct DisabledOrigin {
     pub(super) scheme: &'static Scheme,
     pub(super) feature: &'static str,
 }
 
-impl LeftOut {
+impl DisabledOrigin {
     fn error(self) -> Error {
         Error::invalid(format!("this build has no client for {} references", self.scheme.form))
             .tier(Tier::Origin)
@@ -30,12 +30,12 @@ impl LeftOut {
 }
 
 #[async_trait]
-impl Origin for LeftOut {
+impl Origin for DisabledOrigin {
     fn scheme(&self) -> &'static Scheme {
         self.scheme
     }
 
-    async fn resolve(&self, _reference: &Reference) -> Result<Option<Resolved>> {
+    async fn resolve(&self, _reference: &Reference) -> Result<Option<ResolvedSource>> {
         Err(self.error())
     }
 
@@ -49,7 +49,7 @@ impl Origin for LeftOut {
 }
 
 #[async_trait]
-impl Source for LeftOut {
+impl Source for DisabledOrigin {
     fn tier(&self) -> Tier {
         Tier::Origin
     }
@@ -70,9 +70,9 @@ mod tests {
 
     #[tokio::test]
     async fn the_error_names_the_feature() {
-        let origin = LeftOut { scheme: &oci::SCHEME, feature: "oci" };
+        let origin = DisabledOrigin { scheme: &oci::SCHEME, feature: "oci" };
         let reference = Reference::parse("oci://registry.example/team/model:1").expect("parses");
-        let error = origin.resolve(&reference).await.expect_err("left out");
+        let error = origin.resolve(&reference).await.expect_err("disabled");
         assert_eq!(error.hint_text(), Some("build modelcache with the feature \"oci\", which is on by default"));
         let [ours, other] = ["oci://registry.example/team/model@sha256:", "mlflow/host/model@"];
         let ours = Reference::parse(&format!("{ours}{}", "0".repeat(64))).expect("parses").exact_key().expect("exact");

@@ -1,7 +1,7 @@
 //! Resolving a reference to an immutable one, which names a version instead of a revision or tag. Downloads no file.
 
 use super::resolve::{FetchRequest, Resolution};
-use super::{Cache, GetOptions, Pinned};
+use super::{Cache, GetOptions, ResolvedReference};
 use crate::error::{Result, Tier};
 use crate::manifest::Manifest;
 use crate::reference::{Reference, Target};
@@ -14,12 +14,12 @@ impl Cache {
     /// # Errors
     /// `NotFound` if the revision or tag does not exist, or if no tier has the artifact of a bare key; otherwise as for
     /// [`get`](Self::get). Does not check that a commit exists at its origin.
-    pub async fn pinned(&self, reference: &Reference, options: &GetOptions) -> Result<Pinned> {
-        self.pinned_inner(reference, options).await.map_err(|error| error.artifact(reference))
+    pub async fn resolve_reference(&self, reference: &Reference, options: &GetOptions) -> Result<ResolvedReference> {
+        self.resolve_reference_inner(reference, options).await.map_err(|error| error.artifact(reference))
     }
 
-    /// Does the work of [`pinned`](Self::pinned). Its errors do not name the artifact.
-    async fn pinned_inner(&self, reference: &Reference, options: &GetOptions) -> Result<Pinned> {
+    /// Does the work of [`resolve_reference`](Self::resolve_reference). Its errors do not name the artifact.
+    async fn resolve_reference_inner(&self, reference: &Reference, options: &GetOptions) -> Result<ResolvedReference> {
         let reference = &self.0.origins.placed(reference);
         let policy = self.policy(options);
         let resolution = self.resolution(reference, policy).await?;
@@ -55,7 +55,7 @@ impl Cache {
         let pinned = Reference { digest: None, ..reference.pinned(&request.key) };
         // A bare version is confirmed by the tier that has its manifest.
         let from = from.or(manifest_tier.filter(|_| is_bare));
-        Ok(Pinned { reference: pinned, key: request.key, revision, sha256, from, age })
+        Ok(ResolvedReference { reference: pinned, key: request.key, revision, sha256, from, age })
     }
 
     /// Returns the first manifest found on disk, in the lower directory or on the remote, with its tier.

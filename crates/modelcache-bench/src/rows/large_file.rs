@@ -4,9 +4,9 @@ use super::{DEFAULTS, DURABLE, durable, progress, size};
 use crate::comparison::{Entry, Line, best_peer, compare_to_disk, ours, table};
 use crate::copiers::{COPIERS, Copier, Operation, aria2, url};
 use crate::page::{Section, Target};
-use crate::server_process::{Kind, ServerProcess};
+use crate::server_process::{ServerKind, ServerProcess};
 use crate::setup::{Setup, check_size, read, sync};
-use crate::usage::{Run, measure};
+use crate::usage::{Usage, measure};
 use anyhow::Result;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -24,13 +24,13 @@ pub(super) struct ServedFile<'a> {
 
 impl<'a> ServedFile<'a> {
     /// Creates and publishes the file unless an earlier row did, and starts a server of this kind.
-    pub(super) fn start(setup: &'a Setup, kind: Kind) -> Result<Self> {
+    pub(super) fn start(setup: &'a Setup, kind: ServerKind) -> Result<Self> {
         let file = large_file(setup)?;
         // Several rows share the published file.
         if !setup.served_folder().exists() {
             std::fs::create_dir_all(setup.served_folder())?;
-            setup.publish(&ServerProcess::start(&setup.served_folder(), Kind::Plain)?, NAME, &file)?;
-            setup.expose("raw", &file)?;
+            setup.publish(&ServerProcess::start(&setup.served_folder(), ServerKind::Plain)?, NAME, &file)?;
+            setup.link_for_peers("raw", &file)?;
         }
         Ok(Self { setup, server: ServerProcess::start(&setup.served_folder(), kind)? })
     }
@@ -42,7 +42,7 @@ impl<'a> ServedFile<'a> {
         setting: &str,
         steps: &[(&'static str, &'static str)],
         change: fn(&mut Command) -> &mut Command,
-        then: Option<fn(&Path) -> Result<Run>>,
+        then: Option<fn(&Path) -> Result<Usage>>,
     ) -> Entry<'a> {
         let run = move |folder: &Path| {
             let mut command = self.setup.with_remote(&folder.join("cache"), &self.server);
@@ -86,7 +86,7 @@ impl<'a> ServedFile<'a> {
         }
     }
 
-    fn measured(&self, command: &mut Command, file: &Path, then: &[NextStep]) -> Result<Vec<Run>> {
+    fn measured(&self, command: &mut Command, file: &Path, then: &[NextStep]) -> Result<Vec<Usage>> {
         // The first run is the download alone. Each further run is the download followed by one step.
         let mut runs = vec![measure(command)?];
         check_size(file, self.setup.sizes.file)?;
@@ -134,13 +134,13 @@ pub(super) struct NextStep {
     suffix: &'static str,
     /// The cell in the column `durable`.
     durable: &'static str,
-    run: fn(&Path) -> Result<Run>,
+    run: fn(&Path) -> Result<Usage>,
 }
 
 const SYNCED: &[NextStep] = &[NextStep { suffix: " + sync", durable: "yes", run: sync }];
 const LOADED: &[NextStep] = &[NextStep { suffix: " + read", durable: "no", run: read_buffered }];
 
-fn read_buffered(path: &Path) -> Result<Run> {
+fn read_buffered(path: &Path) -> Result<Usage> {
     read(path, false)
 }
 
@@ -150,7 +150,7 @@ fn steps(then: &[NextStep]) -> Vec<(&'static str, &'static str)> {
 
 pub(crate) fn to_disk(setup: &Setup) -> Result<Section> {
     progress(setup, "durable");
-    let served = ServedFile::start(setup, Kind::Plain)?;
+    let served = ServedFile::start(setup, ServerKind::Plain)?;
     let mut entries = vec![
         served.ours(DURABLE, &[("", "yes")], durable, None),
         served.ours(DEFAULTS, &[("", "after")], |command| command, None),
@@ -163,7 +163,7 @@ pub(crate) fn to_disk(setup: &Setup) -> Result<Section> {
 
 pub(crate) fn over_tls(setup: &Setup) -> Result<Section> {
     progress(setup, "tls");
-    let served = ServedFile::start(setup, Kind::Tls)?;
+    let served = ServedFile::start(setup, ServerKind::Tls)?;
     let mut entries = vec![
         served.ours(DURABLE, &[("", "yes")], durable, None),
         served.ours(DEFAULTS, &[("", "after")], |command| command, None),
@@ -179,7 +179,7 @@ fn section(
     row: &'static str,
     how: &str,
     lines: &[Line],
-    (least, goal): (f64, f64),
+    (required, goal): (f64, f64),
 ) -> Result<Section> {
     let counts = served.server.counts()?;
     let server_core_s_per_gb = counts.core_seconds / (counts.bytes_sent.max(1) as f64 / 1e9);
@@ -189,7 +189,7 @@ fn section(
     let seconds = durable.and_then(Line::seconds);
     let ratio = |best: Option<f64>| best.zip(seconds).map(|(best, seconds)| best / seconds);
     let name = format!("`{DURABLE}`: speed, relative to the fastest peer");
-    let mut targets = vec![Target::at_least(&name, ratio(best), " x", least, Some(goal))];
+    let mut targets = vec![Target::at_least(&name, ratio(best), " x", required, Some(goal))];
     if row == "durable" {
         let spent = durable.filter(|line| line.seconds().is_some()).and_then(Line::core_seconds_per_gb);
         targets.push(Target::at_most(&format!("`{DURABLE}`: core-seconds per GB"), spent, "", 1.3, Some(1.0)));
@@ -217,7 +217,7 @@ fn section(
 
 pub(crate) fn loaded(setup: &Setup) -> Result<Section> {
     progress(setup, "loaded");
-    let served = ServedFile::start(setup, Kind::Plain)?;
+    let served = ServedFile::start(setup, ServerKind::Plain)?;
     let steps = [("", "after"), (" + read", "after")];
     let mut entries = vec![
         served.ours(DEFAULTS, &steps, |command| command, Some(read_buffered)),
