@@ -50,6 +50,8 @@ pub struct Page {
     broken_from: Option<u64>,
     /// After this many answers, the second page replaces this one.
     then: Option<(usize, Box<Page>)>,
+    /// The page that gives the next answer.
+    in_turn: Option<Box<Page>>,
 }
 
 impl Page {
@@ -65,6 +67,7 @@ impl Page {
             wants: None,
             broken_from: None,
             then: None,
+            in_turn: None,
         }
     }
 
@@ -112,6 +115,11 @@ impl Page {
     /// Answers 503 to ranges that begin at `byte` or later.
     pub fn broken_from(self, byte: u64) -> Self {
         Self { broken_from: Some(byte), ..self }
+    }
+
+    /// Gives the answers of this page and of `page` in turn, like two back ends of a load balancer.
+    pub fn in_turn_with(self, page: Self) -> Self {
+        Self { in_turn: Some(Box::new(page)), ..self }
     }
 
     /// Replaces this page by `page` after `answers` answers.
@@ -214,6 +222,9 @@ impl Shared {
         let found = page.clone();
         if let Some((left, _)) = &mut page.then {
             *left -= 1;
+        }
+        if let Some(next) = page.in_turn.take() {
+            *page = next.in_turn_with(Page { in_turn: None, ..found.clone() });
         }
         Some(found)
     }

@@ -219,9 +219,11 @@ impl Error {
         self
     }
 
-    /// Sets the time that the server asked to wait before a retry, and marks the error as transient.
+    /// Sets the time that the server asked to wait before a retry, appends it to the message, and marks the error as
+    /// transient.
     #[must_use]
     pub fn retry_after(mut self, wait: Duration) -> Self {
+        self.0.message.push_str(&format!("; it asks to wait {} s", wait.as_secs()));
         self.0.retry_after = Some(wait);
         self.0.transient = true;
         self

@@ -258,6 +258,8 @@ fn no_version_hint(text: &str) -> String {
     let with_at = |at: usize| format!("{}@{}", &text[..at], &text[at + 1..]);
     let is_path = text.starts_with(['/', '.', '~']);
     match (text.split_once(":/"), text.rfind(':'), text.split('/').count()) {
+        // A reference to an origin, where a key is wanted, for instance to publish.
+        _ if text.contains("://") => "write NAME@VERSION, the name and version to publish it under".to_owned(),
         (Some((scheme, rest)), ..) if scheme.chars().all(char::is_alphanumeric) => {
             format!("write {scheme}://{}", rest.trim_start_matches('/'))
         }

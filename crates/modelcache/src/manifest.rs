@@ -214,6 +214,20 @@ impl Manifest {
         )))
     }
 
+    /// Logs a warning if files of `self`, the published content, stay executable although they are not in `other`.
+    pub(crate) fn warn_kept_executable(&self, other: &Self) {
+        let is_plain = |path: &FilePath| other.files.get(path).is_some_and(|entry| !entry.executable);
+        let kept: Vec<_> = self.files.iter().filter(|(path, entry)| entry.executable && is_plain(path)).collect();
+        if let Some((first, _)) = kept.first() {
+            tracing::warn!(
+                artifact = %self.key,
+                files = kept.len(),
+                %first,
+                "files stay executable, as they were published; publish them under another version to change that"
+            );
+        }
+    }
+
     /// Returns the first difference because of which `self`, the published content, and `other`, the present content,
     /// cannot be the same artifact; `None` if files and sizes are equal and no digests contradict each other.
     pub fn difference(&self, other: &Self) -> Option<String> {

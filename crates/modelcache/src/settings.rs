@@ -874,9 +874,14 @@ impl Settings {
         let mut draft = Draft::new(environment.clone());
         for setting in SETTINGS {
             let Some(value) = setting.find(arguments, environment, &files) else { continue };
+            if is_quoted(&value.text) {
+                let error = Error::invalid("the quotes are part of the value");
+                return Err(setting.refuse(&value, &error.hint(QUOTES_HINT)));
+            }
             (setting.set)(&value, &mut draft).map_err(|error| setting.refuse(&value, &error))?;
         }
         let mut warnings = unknown_variables(environment);
+        warnings.extend(quoted_variables(environment));
         if draft.dir.is_none() && base_folder("XDG_CACHE_HOME", ".cache", environment).is_none() {
             let dir = default_dir(environment);
             warnings.push(format!(
@@ -1124,6 +1129,26 @@ fn unknown_variables(environment: &Environment) -> Vec<String> {
         None => format!("unknown environment variable {name} is ignored"),
     };
     unknown.into_iter().map(warn).collect()
+}
+
+/// Hint for a value in quotes.
+const QUOTES_HINT: &str = "leave the quotes out: no shell removes them in env files of Docker and in manifests";
+
+/// Returns true if `text` is in quotes.
+fn is_quoted(text: &str) -> bool {
+    ['"', '\''].iter().any(|quote| text.len() > 1 && text.starts_with(*quote) && text.ends_with(*quote))
+}
+
+/// Returns a warning for each variable of another program whose value is in quotes.
+fn quoted_variables(environment: &Environment) -> Vec<String> {
+    let is_read = |name: &str| {
+        let matches = |known: &str| known.strip_suffix('*').map_or(known == name, |prefix| name.starts_with(prefix));
+        FOREIGN_VARIABLES.iter().any(|(names, _)| names.split(", ").any(matches))
+    };
+    let quoted = environment.0.iter().filter(|(name, text)| is_read(name) && is_quoted(text.trim()));
+    let mut names: Vec<_> = quoted.map(|(name, _)| name).collect();
+    names.sort();
+    names.iter().map(|name| format!("the quotes in {name} are part of its value; {QUOTES_HINT}")).collect()
 }
 
 /// Returns the documentation of all settings as Markdown tables.
@@ -1470,6 +1495,20 @@ mod tests {
         let settings = Settings::gather(&BTreeMap::new(), &environment, &[], denied).expect("settings");
         assert!(settings.config.hub.token.is_none());
         assert!(settings.warnings[0].contains("/home/a/.cache/huggingface/token"), "{:?}", settings.warnings);
+    }
+
+    #[test]
+    fn quotes_around_a_value_are_refused_and_in_variables_of_other_programs_warned_about() {
+        for (name, value) in [("MODEL_CACHE_DIR", "\"/models\""), ("MODEL_CACHE_REMOTE", "'s3://bucket'")] {
+            let error = inputs().variable(name, value).gather().expect_err("quoted");
+            assert!(error.message().contains("the quotes are part of the value"), "{error}");
+            assert_eq!(error.hint_text(), Some(QUOTES_HINT));
+        }
+        let inputs = inputs().variable("HOME", "/h").variable("HF_TOKEN", "\"hf_x\"").variable("AWS_REGION", "'eu'");
+        let warnings = inputs.variable("MY_TOKEN", "\"x\"").gather().expect("settings").warnings;
+        assert_eq!(warnings.len(), 2, "{warnings:?}");
+        assert!(warnings[0].contains("AWS_REGION") && warnings[1].contains("HF_TOKEN"), "{warnings:?}");
+        assert!(!warnings[1].contains("hf_x"), "{warnings:?}");
     }
 
     #[test]

@@ -51,6 +51,12 @@ pub trait Source: fmt::Debug + Send + Sync {
         false
     }
 
+    /// Returns true if a response had other validators (ETag, modification date) than the list of files, and was used
+    /// because a digest decides. If the digest then does not match, the file may have been replaced.
+    fn saw_other_validators(&self) -> bool {
+        false
+    }
+
     /// Returns the bucket or folder that contains the files, as `s3://bucket` or `file:///folder`, if there is one and
     /// it is known. Files in the bucket or folder of the remote are not uploaded to the remote a second time.
     fn store(&self) -> Option<String> {

@@ -91,8 +91,18 @@ impl GetArguments {
     /// Parses every reference before anything is downloaded. Reports each one that cannot be parsed, and returns `None`
     /// if there is one.
     pub(crate) fn references(&self, session: &Session<'_>, texts: &[String]) -> Option<Vec<Reference>> {
-        let parse =
-            |text: &String| self.reference(text).map_err(|error| session.report_failure(&error, Some(text))).ok();
+        let first = texts.first().filter(|first| first.starts_with("hf://"));
+        let explained = |text: &String, error: Error| match first {
+            // `hf download` takes file names after the repository.
+            Some(first) if !text.contains(['@', ':']) => Error::invalid(error.message()).hint(format!(
+                "for a file of the repository write {first} --include {text}; another artifact is NAME@VERSION"
+            )),
+            _ => error,
+        };
+        let parse = |text: &String| {
+            let parsed = self.reference(text).map_err(|error| explained(text, error));
+            parsed.map_err(|error| session.report_failure(&error, Some(text))).ok()
+        };
         let parsed: Vec<_> = texts.iter().map(parse).collect();
         parsed.into_iter().collect()
     }

@@ -232,6 +232,71 @@ fn an_object_that_is_replaced_twice_is_an_error() {
     house.assert_no_artifact("a");
 }
 
+/// The references by which the objects of `m@1` in the bucket of the remote are read: as a key and as a place.
+fn both_ways() -> [String; 2] {
+    ["m@1".into(), format!("s3://{BUCKET}/cache/m/1")]
+}
+
+#[test]
+fn an_object_that_is_served_with_another_etag_than_it_is_listed_with_is_read() {
+    for reference in both_ways() {
+        for etag in ["\"served\"", "W/\"served\""] {
+            let house = by_hand(&[("m/1/model.bin", big()), ("m/1/config.json", "{}".into())]);
+            for method in ["GET", "HEAD"] {
+                house.s3.faults().add(S3Fault::other_etag(etag).on("model.bin").method(method));
+            }
+            let got = house.on("a").run(["get", &reference]);
+            assert!(!got.stderr.contains("starting over"), "{got}");
+            assert_same(&got.path_saying(&["lists another ETag than it serves"]).join("model.bin"), &big());
+        }
+    }
+}
+
+#[test]
+fn a_checksum_decides_where_no_two_etags_agree() {
+    for reference in both_ways() {
+        let house = by_hand(&[("m/1/model.bin", big()), ("m/1/model.bin.sha256", sha256(&big()).as_str().into())]);
+        house.s3.faults().add(S3Fault::new_etags().on("model.bin"));
+        let got = house.on("a").run(["get", &reference]);
+        assert!(!got.stderr.contains("WARN"), "{got}");
+        assert_same(&got.path(), &big());
+
+        let house = by_hand(&[("m/1/model.bin", big())]);
+        house.s3.faults().add(S3Fault::new_etags().on("model.bin"));
+        let got = house.on("a").run(["get", &reference]);
+        got.failed(7, &["disagree about the ETag of", "model.bin", "sha256sum"]);
+        house.assert_no_artifact("a");
+    }
+}
+
+#[test]
+fn published_files_are_read_and_verified_whatever_their_etags_are() {
+    let house = House::new();
+    let file = house.write("mine", big());
+    house.on("a").run(["put", "p@1", file.to_str().unwrap()]).ok();
+    house.s3.faults().add(S3Fault::new_etags().on("p/1/mine"));
+    assert_same(&house.on("b").run(["get", "p@1"]).path(), &big());
+    house.on("b").run(["verify", "--tier", "remote", "p@1"]).ok();
+}
+
+#[test]
+fn an_object_replaced_together_with_its_checksum_is_listed_again() {
+    let put = |house: &House, content: &Content| {
+        house.s3.put(BUCKET, "cache/m/1/model.bin", content.clone()).unwrap();
+        house.s3.put(BUCKET, "cache/m/1/model.bin.sha256", sha256(content).as_str()).unwrap();
+    };
+    for reference in both_ways() {
+        let (house, new) = (House::new(), Content::generated(9, 50_000));
+        put(&house, &Content::generated(8, 50_000));
+        let held = S3Fault::delay(Duration::from_millis(600)).method("GET").on("m/1/model.bin?").times(1);
+        let held = house.s3.faults().add(held);
+        let running = house.on("a").start(["get", &reference]);
+        wait_until("the read is held back", || held.count() == 1);
+        put(&house, &new);
+        assert_same(&running.wait().path_saying(&["starting over"]), &new);
+    }
+}
+
 #[test]
 fn objects_that_changed_under_a_version_are_an_error() {
     let house = by_hand(&[("m/1/a", "a".into()), ("m/1/b", "b".into())]);

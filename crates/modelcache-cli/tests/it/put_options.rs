@@ -397,3 +397,19 @@ fn executable_files_stay_executable_on_every_machine() {
     let changed = house.on("d").run(["get", &folder]).path();
     assert_eq!(fs::metadata(changed.join("plain")).unwrap().permissions().mode() & 0o777, 0o555, "another version");
 }
+
+#[test]
+fn a_put_that_only_takes_the_executable_bit_away_says_that_it_stays() {
+    let house = House::new();
+    let file = house.write("tree/run.sh", "#!/bin/sh\n");
+    let set_mode = |mode| fs::set_permissions(&file, fs::Permissions::from_mode(mode)).unwrap();
+    for has_remote in [true, false] {
+        let run = || if has_remote { house.on("a") } else { house.on_local("b") };
+        let put = || run().run(["put", "t@1", "tree"]).ok();
+        set_mode(0o755);
+        put();
+        assert!(!put().stderr.contains("stay executable"));
+        set_mode(0o644);
+        assert_eq!(put().stderr.matches("stay executable").count(), 1, "remote: {has_remote}");
+    }
+}

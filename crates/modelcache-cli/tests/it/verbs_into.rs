@@ -161,6 +161,16 @@ fn on_another_filesystem_files_are_copied_and_refusals_precede_the_download() {
 }
 
 #[test]
+fn a_link_to_nowhere_and_a_tilde_are_refused_before_the_download() {
+    let (house, _) = House::with_model();
+    std::os::unix::fs::symlink("nowhere", house.path("link")).unwrap();
+    let into = |folder: &str| house.on_local("a").run(["get", "hf://org/model", "--into", folder]);
+    into(house.path("link").to_str().unwrap()).failed(2, &["symbolic link to a folder that does not exist"]);
+    into("~/models").failed(2, &["the shell did not expand", "$HOME"]);
+    house.assert_no_artifact_or_staging("a");
+}
+
+#[test]
 fn a_mount_point_is_filled_and_updated_in_place() {
     if !can_mount() {
         return;

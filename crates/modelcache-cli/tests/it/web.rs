@@ -104,6 +104,85 @@ fn a_file_replaced_during_the_download_is_fetched_again_and_never_mixed() {
     }
 }
 
+/// A page for each of `count` answers, each with an ETag of its own.
+fn new_etags(page: impl Fn() -> Page, count: usize) -> Page {
+    let last = page().etag("\"last\"");
+    (0..count).fold(last, |next, number| page().etag(&format!("\"{number}\"")).then(1, next))
+}
+
+#[test]
+fn a_digest_decides_where_the_validators_of_back_ends_differ() {
+    let digest = sha256(&big());
+    let house = House::new();
+    type Digested = fn(Page, &str) -> Page;
+    let rows: [(&str, Digested, bool, String); 4] = [
+        ("demanded", |page, _| page, false, format!("#sha256={digest}")),
+        ("demanded-at", |page, _| page, false, format!("@1#sha256={digest}")),
+        ("header", |page, digest| page.header("x-checksum-sha256", digest), false, String::new()),
+        ("beside", |page, _| page, true, String::new()),
+    ];
+    for (name, page, has_sidecar, suffix) in rows {
+        let web = Web::start().unwrap();
+        web.put("/m.bin", new_etags(|| page(Page::of(big()), &digest), 40));
+        if has_sidecar {
+            web.put("/m.bin.sha256", Page::of(digest.as_str()));
+        }
+        let got = house.on_local(name).run(["get", &format!("{}/m.bin{suffix}", web.url())]);
+        assert!(!got.stderr.contains("WARN"), "{name}: {got}");
+        assert_same(&got.path(), &big());
+    }
+}
+
+#[test]
+fn without_a_digest_only_answers_with_the_first_validators_are_used() {
+    let pairs: [(&str, Validate, Validate); 4] = [
+        ("two ETags", |page, _, _| page.etag("\"a\""), |page, _, _| page.etag("\"b\"")),
+        (
+            "conditions ignored",
+            |page, _, _| page.etag("\"a\"").ignoring_conditions(),
+            |page, _, _| page.etag("\"b\"").ignoring_conditions(),
+        ),
+        (
+            "two dates",
+            |page, _, _| page.header("last-modified", DATE),
+            |page, _, _| page.header("last-modified", OTHER_DATE),
+        ),
+        (
+            "two weak ETags",
+            |page, _, _| page.etag("W/\"a\"").header("last-modified", DATE),
+            |page, _, _| page.etag("W/\"b\"").header("last-modified", DATE),
+        ),
+    ];
+    for (what, one, other) in pairs {
+        let (house, web) = (House::new(), Web::start().unwrap());
+        web.put("/m.bin", one(Page::of(big()), "", "").in_turn_with(other(Page::of(big()), "", "")));
+        let got = house.on_local("c").run(["get", &format!("{}/m.bin", web.url())]);
+        assert!(!got.stderr.contains("starting over"), "{what}: {got}");
+        assert_same(&got.path_saying(&["disagree about the validators"]), &big());
+    }
+    // A proxy marks the ETag as weak.
+    let (house, web) = (House::new(), Web::start().unwrap());
+    let page = || Page::of(big()).ignoring_conditions();
+    web.put("/m.bin", page().etag("\"a\"").in_turn_with(page().etag("W/\"a\"")));
+    let got = house.on_local("c").run(["get", &format!("{}/m.bin", web.url())]);
+    assert!(!got.stderr.contains("disagree"), "{got}");
+    assert_same(&got.path(), &big());
+    // No two answers agree.
+    web.put("/n.bin", new_etags(|| Page::of(big()), 60));
+    let got = house.on_local("c").run(["get", &format!("{}/n.bin", web.url())]);
+    got.failed(7, &["changed since it was resolved: its ETag was", "back ends", "#sha256="]);
+}
+
+#[test]
+fn a_file_replaced_together_with_its_digest_is_fetched_again() {
+    let (house, web) = (House::new(), Web::start().unwrap());
+    let digest = |content: &Content| Page::of(sha256(content).as_str());
+    web.put("/m.bin", Page::of(big()).etag("\"old\"").then(2, Page::of(other()).etag("\"new\"")));
+    web.put("/m.bin.sha256", digest(&big()).then(1, digest(&other())));
+    let got = house.on_local("c").run(["get", &format!("{}/m.bin", web.url())]);
+    assert_same(&got.path_saying(&["starting over"]), &other());
+}
+
 #[test]
 fn a_broken_download_is_resumed_only_if_a_digest_is_known() {
     let (house, web) = (House::new(), Web::start().unwrap());
@@ -242,6 +321,35 @@ fn retry_after_is_respected_within_the_deadline() {
     web.put("/n.bin", busy("3600"));
     house.on_local("c").run(["get", &format!("{}/n.bin", web.url())]).failed(7, &["asks to wait 3600 s"]);
     assert_eq!(web.requests().iter().filter(|seen| seen.path == "/n.bin").count(), 1);
+    // A date counts from the server's clock. A 503 states the wait, too.
+    let date = |page: Page, retry: &str| {
+        page.header("date", "Wed, 21 Oct 2015 07:28:00 GMT")
+            .header("retry-after", format!("Wed, 21 Oct 2015 {retry} GMT"))
+    };
+    web.put("/o.bin", date(Page::status(429), "07:28:01").then(1, Page::of(big()).etag("\"x\"")));
+    house.on_local("c").run(["get", &format!("{}/o.bin", web.url())]).path_saying(&["asks to wait 1 s"]);
+    web.put("/p.bin", date(Page::status(503), "08:28:00"));
+    house.on_local("c").run(["get", &format!("{}/p.bin", web.url())]).failed(7, &["503", "asks to wait 3600 s"]);
+    assert_eq!(web.requests().iter().filter(|seen| seen.path == "/p.bin").count(), 1);
+}
+
+#[test]
+fn a_definite_answer_is_not_reported_as_try_again() {
+    let (house, web) = (House::new(), Web::start().unwrap());
+    for (status, code, says) in [
+        (451, 4, "legal reasons"),
+        (402, 7, "trying again does not help"),
+        (407, 7, "proxy requires a user"),
+        (501, 7, "trying again does not help"),
+        (511, 7, "captive portal"),
+    ] {
+        web.put("/m.bin", Page::status(status));
+        web.clear_log();
+        let got = house.on_local("c").run(["get", &format!("{}/m.bin", web.url())]);
+        let got = got.failed(code, &[&status.to_string(), says]);
+        assert!(!got.stderr.contains("try again later"), "{got}");
+        assert_eq!(web.requests().len(), 1, "{status}");
+    }
 }
 
 #[test]

@@ -25,11 +25,14 @@ pub(crate) struct Rights {
     /// The cache with the daemon's own token.
     cache: Cache,
     auth_stale: Duration,
-    decisions: Mutex<HashMap<(CallerId, Repo), Arc<tokio::sync::Mutex<Decision>>>>,
+    decisions: Mutex<HashMap<(CallerId, Repo), SharedDecision>>,
     /// For each repository that is not public, a cache with the token of a caller who may read it. All callers share
     /// it, so that they also share fills.
     caches: Mutex<HashMap<Repo, Cache>>,
 }
+
+/// A decision, locked while the Hub is asked.
+type SharedDecision = Arc<tokio::sync::Mutex<Decision>>;
 
 /// The digest of a caller's token; `None` for callers without one.
 type CallerId = Option<Digest>;

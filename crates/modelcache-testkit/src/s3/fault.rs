@@ -26,6 +26,8 @@ pub enum Kind {
     IgnoreConditions,
     /// A missing key answers 403 instead of 404; listings are refused.
     NoListPermission,
+    /// The object is served with another ETag than it is listed with: with this one, or with a new one in each answer.
+    OtherEtag(Option<String>),
 }
 
 /// A fault of the S3 stand-in. Without `.times(n)` it stays armed; without `.on(part)` it applies to every request.
@@ -91,6 +93,16 @@ impl Fault<Kind> {
     /// Conditional requests always succeed: the store answers 200 and overwrites.
     pub fn ignore_conditions() -> Self {
         Self::new(Kind::IgnoreConditions)
+    }
+
+    /// The object is served with the ETag `etag`, and listed with its real one. `If-Match` is compared with `etag`.
+    pub fn other_etag(etag: &str) -> Self {
+        Self::new(Kind::OtherEtag(Some(etag.to_owned())))
+    }
+
+    /// Each answer has a new ETag, and no `If-Match` matches.
+    pub fn new_etags() -> Self {
+        Self::new(Kind::OtherEtag(None))
     }
 
     /// Simulates a caller without `s3:ListBucket`: 403 for listings and for keys that do not exist.

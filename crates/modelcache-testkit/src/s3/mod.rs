@@ -14,7 +14,7 @@ use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
@@ -22,7 +22,7 @@ use async_trait::async_trait;
 use futures::future::BoxFuture;
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
-use hyper::header::{DATE, HeaderName, HeaderValue};
+use hyper::header::{DATE, ETAG, HeaderName, HeaderValue, IF_MATCH};
 use hyper::{Request, StatusCode};
 use percent_encoding::percent_decode_str;
 use s3s::auth::{S3Auth, SecretKey};
@@ -235,6 +235,9 @@ impl S3 {
     }
 }
 
+/// The number of the next ETag that [`Kind::OtherEtag`] makes up.
+static ETAGS: AtomicU64 = AtomicU64::new(0);
+
 /// Authentication with the one key pair.
 struct OneKey;
 
@@ -286,7 +289,7 @@ async fn answered(shared: &Shared, seen: &mut LoggedRequest, request: Request<In
     let struck = shared
         .faults
         .take(&seen.method, &subject, |kind| !matches!(kind, Kind::IgnoreConditions | Kind::NoListPermission));
-    let mut lose_reply = false;
+    let (mut lose_reply, mut other_etag, mut request) = (false, None, request);
     match struck {
         Some(Kind::HangUp) => return Err(Dropped),
         Some(Kind::Delay(time)) => tokio::time::sleep(time).await,
@@ -296,9 +299,21 @@ async fn answered(shared: &Shared, seen: &mut LoggedRequest, request: Request<In
             let message = "The bucket you are attempting to access must be addressed using the specified endpoint.";
             return refused(request, 301, "PermanentRedirect", message, Some(&region)).await;
         }
+        Some(Kind::OtherEtag(etag)) => {
+            let number = ETAGS.fetch_add(1, Ordering::Relaxed);
+            let etag = HeaderValue::from_str(&etag.unwrap_or_else(|| format!("\"etag-{number}\"")));
+            let etag = etag.map_err(|_| Dropped)?;
+            if request.headers_mut().remove(IF_MATCH).is_some_and(|wanted| wanted != etag) {
+                return refused(request, 412, "PreconditionFailed", "At least one condition did not hold", None).await;
+            }
+            other_etag = Some(etag);
+        }
         Some(Kind::IgnoreConditions | Kind::NoListPermission) | None => {}
     }
-    let answer = shared.service.call(request.map(s3s::Body::from)).await.map_err(|_| Dropped)?;
+    let mut answer = shared.service.call(request.map(s3s::Body::from)).await.map_err(|_| Dropped)?;
+    if let Some(etag) = other_etag.filter(|_| answer.status().is_success()) {
+        answer.headers_mut().insert(ETAG, etag);
+    }
     // The request took effect; only its answer is lost.
     if lose_reply {
         return Err(Dropped);

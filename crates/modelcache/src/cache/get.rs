@@ -157,8 +157,15 @@ impl Cache {
         let plan = self.plan_fill(request, progress).await?;
         self.set_remote_usable(!plan.remote_unusable);
         // Step 5: download the missing files into staging.
+        // Wrong bytes may be those of a file that was replaced after it was listed, with a digest of its own.
+        let may_be_replaced =
+            |error: &Error, tier| error.kind() == ErrorKind::Corrupt && plan.saw_other_validators(tier);
         match self.download(request, &plan, progress, publisher).await {
-            Err(error) if plan.remote_unmanaged && error.kind() == ErrorKind::Conflict => {
+            Err(error) if may_be_replaced(&error, Tier::Origin) => Err(error.superseded()),
+            Err(error)
+                if plan.remote_unmanaged
+                    && (error.kind() == ErrorKind::Conflict || may_be_replaced(&error, Tier::Remote)) =>
+            {
                 tracing::warn!(%error, "objects on the remote were replaced; starting over with a new list");
                 // Drop the source on the remote, because it has already listed the old objects.
                 let relisted = FetchRequest { remote: None, ..request.clone() };

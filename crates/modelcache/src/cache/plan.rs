@@ -92,6 +92,11 @@ impl FillPlan {
         Ok(sources)
     }
 
+    /// Returns true if a source of `tier` used a response with other validators than it had listed.
+    pub(super) fn saw_other_validators(&self, tier: Tier) -> bool {
+        self.sources.values().flatten().any(|source| source.tier() == tier && source.saw_other_validators())
+    }
+
     /// Returns the point of the fill from which the bytes of one file may be read.
     pub(super) fn read_gate(&self, path: &FilePath) -> ReadGate {
         self.read_gates.get(path).copied().unwrap_or(ReadGate::Published)

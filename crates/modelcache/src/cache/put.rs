@@ -275,7 +275,16 @@ impl Cache {
     /// `Conflict` if there is other content and `force` is not set, or if the other content is leased or pinned.
     async fn refuse_other_content(&self, manifest: &Manifest, options: &PutOptions) -> Result<bool> {
         let (manifest, force) = (manifest.clone(), options.force);
-        self.on_disk(move |disk| match disk.manifest(&manifest.key)?.map(|present| present.agrees_with(&manifest)) {
+        // With a remote, the publish there warns.
+        let has_remote = self.0.remote.is_some();
+        let agrees = move |present: Manifest, manifest: &Manifest| {
+            let agreed = present.agrees_with(manifest);
+            if agreed.is_ok() && !has_remote {
+                present.warn_kept_executable(manifest);
+            }
+            agreed
+        };
+        self.on_disk(move |disk| match disk.manifest(&manifest.key)?.map(|present| agrees(present, &manifest)) {
             // Checked before the remote is changed: if the local content cannot be replaced, nothing is.
             Some(Err(_)) if force => disk.ensure_evictable(&manifest.key).map(|()| true),
             Some(agreed) => agreed.context(&manifest.key, Tier::Disk).map(|()| false),

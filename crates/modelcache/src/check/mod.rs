@@ -3,6 +3,7 @@
 mod clock;
 
 pub use clock::Clock;
+pub(crate) use clock::http_date;
 
 use crate::error::{Error, ErrorKind};
 use crate::printable;

@@ -11,7 +11,7 @@ use super::optional::OptionalCall;
 use super::rooted::RootedPath;
 use super::{Misplaced, check_format, link, lock, modes, ownership};
 use crate::check::{Area, Check};
-use crate::config::{ByteBound, Config};
+use crate::config::{ByteBound, Config, Environment};
 use crate::error::{Error, ErrorKind, Result};
 use crate::option_name::call::INTO;
 use crate::option_name::setting::{DIR, MAX_BYTES, MIN_FREE_BYTES};
@@ -22,14 +22,23 @@ use std::path::{Path, PathBuf};
 
 /// The doctor warns if fewer bytes than this are available.
 const SPACE_WARNING_BYTES: u64 = 1 << 30;
+/// Magic number of overlayfs, the filesystem of a container's own layer.
+const OVERLAY_MAGIC: u32 = 0x794c_7630;
+/// Files that the kubelet mounts into each container. They are on the filesystem of the node that also has `emptyDir`
+/// volumes.
+const KUBELET_FILES: [&str; 2] = ["/etc/hosts", "/dev/termination-log"];
 /// The doctor warns if fewer inodes than this are free.
 const INODES_WARNING: u64 = 1000;
 
 /// Runs all checks of the directory and of the lower directory in `config`. Blocks.
-pub(crate) fn examine(config: &Config) -> Vec<Check> {
+pub(crate) fn examine(config: &Config, environment: &Environment) -> Vec<Check> {
     let mut checks = Vec::new();
     match std::path::absolute(&config.dir) {
-        Ok(root) => examine_root(&root, config, &mut checks),
+        Ok(root) => {
+            examine_root(&root, config, &mut checks);
+            let folder = nearest_existing(&root);
+            checks.extend(folder.and_then(|folder| volume_limit_check(&folder, config.max_bytes, environment)));
+        }
         Err(cause) => {
             let error = super::fault("resolve", &config.dir, cause);
             checks.push(Check::problem(Area::Directory, &error));
@@ -159,6 +168,29 @@ fn filesystem_checks(folder: &Path, config: &Config, layout: &Layout, root_exist
     checks
 }
 
+/// Warns about a budget that is a share of a Kubernetes node's filesystem, because the limits of the pod and of its
+/// volume (`sizeLimit`) cannot be seen from inside a container.
+fn volume_limit_check(folder: &Path, budget: ByteBound, environment: &Environment) -> Option<Check> {
+    // Kubernetes sets the variable in every container.
+    environment.get("KUBERNETES_SERVICE_HOST")?;
+    let ByteBound::Percent(percent) = budget else { return None };
+    let device = |path: &Path| fs::metadata(path).ok().map(|metadata| metadata.dev()); // outside the root
+    let own = device(folder)?;
+    // The layer of the container is on the node, too, and counts towards the limit of the pod.
+    let is_layer = rustix::fs::statfs(folder).is_ok_and(|stat| stat.f_type as u32 == OVERLAY_MAGIC);
+    if !is_layer && !KUBELET_FILES.iter().any(|file| device(Path::new(file)) == Some(own)) {
+        return None;
+    }
+    Some(Check::warning(
+        Area::Directory,
+        format!(
+            "the budget is {percent}% of the filesystem of the Kubernetes node; the kubelet evicts a pod that uses more \
+             than its ephemeral-storage limit or the sizeLimit of its emptyDir, which are not visible here"
+        ),
+        format!("set {MAX_BYTES} to less than the limit, for instance to 45GiB if it is 50Gi"),
+    ))
+}
+
 fn bound_text(bound: ByteBound) -> String {
     match bound {
         ByteBound::Bytes(bytes) => format!("{bytes} bytes"),
@@ -186,7 +218,7 @@ fn filesystem_type_check(folder: &Path) -> Check {
         0x5846_5342 => ("xfs", None),
         0x9123_683e => ("btrfs", None),
         0x2fc1_2fc1 => ("zfs", None),
-        0x794c_7630 => ("overlay", Some("the container's own layer, removed with the container: mount a volume")),
+        OVERLAY_MAGIC => ("overlay", Some("the container's own layer, removed with the container: mount a volume")),
         0x0102_1994 => ("tmpfs", Some("in memory: its content is lost at a restart, and counts as used memory")),
         0x6969 => ("nfs", Some("a network filesystem: a local disk serves hits faster and has more reliable locks")),
         0x0bd0_0bd0 => ("lustre", Some("a network filesystem: mount it with -o flock, or use a local disk")),
@@ -322,5 +354,25 @@ fn lower_check(root: &Path) -> Check {
         }
         // A warning only: without a lower directory, everything else works.
         Err(error) => Check::warning_of(Area::Lower, &error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashMap;
+
+    #[test]
+    fn in_a_pod_a_budget_in_percent_of_the_node_is_a_warning() {
+        let pod = Environment(HashMap::from([("KUBERNETES_SERVICE_HOST".into(), "10.0.0.1".into())]));
+        let warned = |folder: &str, budget, environment: &Environment| {
+            let check = volume_limit_check(Path::new(folder), budget, environment);
+            check.is_some_and(|check| check.message.contains("sizeLimit") && check.fix.is_some())
+        };
+        let percent = ByteBound::Percent(80);
+        // `/etc` is on the filesystem of `/etc/hosts`, or in the layer of the container.
+        assert!(warned("/etc", percent, &pod));
+        assert!(!warned("/proc", percent, &pod), "a filesystem of its own");
+        assert!(!warned("/etc", ByteBound::Bytes(1 << 30), &pod) && !warned("/etc", percent, &Environment::default()));
     }
 }

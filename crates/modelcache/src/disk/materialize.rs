@@ -120,6 +120,12 @@ impl Destination {
     /// directory.
     pub(crate) fn check(dir: &Path, cache: &Layout, mode: LinkMode) -> Result<Self> {
         let refuse = |reason: &str, hint: &str| Err(Error::invalid(format!("{} {reason}", dir.display())).hint(hint));
+        if dir.starts_with("~") {
+            return refuse(
+                "begins with ~, which the shell did not expand",
+                "write \"$HOME/…\", or ./~/… for a folder named ~",
+            );
+        }
         let real = real_path(dir)?;
         let cache_root = cache.root().full();
         let cache_root = fs::canonicalize(&cache_root).unwrap_or(cache_root); // outside the root
@@ -463,6 +469,13 @@ fn real_path(dir: &Path) -> Result<PathBuf> {
         match fs::canonicalize(existing) {
             Ok(real) => return Ok(missing.iter().rev().fold(real, |path, name| path.join(name))),
             Err(cause) => match (existing.parent(), existing.file_name()) {
+                // outside the root
+                _ if fs::symlink_metadata(existing).is_ok_and(|metadata| metadata.is_symlink())
+                    && cause.kind() == io::ErrorKind::NotFound =>
+                {
+                    let message = format!("{} is a symbolic link to a folder that does not exist", existing.display());
+                    return Err(Error::invalid(message).hint("make the folder, or remove the link"));
+                }
                 (Some(parent), Some(name)) if cause.kind() == io::ErrorKind::NotFound => {
                     missing.push(name.to_owned());
                     existing = parent;

@@ -20,9 +20,9 @@ use crate::runtime::blocking;
 /// Runs all checks. Returns the results, sorted by area.
 pub async fn examine(config: &Config, environment: &Environment, options: DoctorOptions) -> Vec<Check> {
     let options = DoctorOptions { read_only: options.read_only || config.remote_mode == RemoteMode::ReadOnly };
-    let disk_config = config.clone();
+    let (disk_config, disk_environment) = (config.clone(), environment.clone());
     let disk = async move {
-        let checks = blocking(move || Ok(crate::disk::examine(&disk_config))).await;
+        let checks = blocking(move || Ok(crate::disk::examine(&disk_config, &disk_environment))).await;
         checks.unwrap_or_default()
     };
     let clock = Clock::default();

@@ -15,7 +15,7 @@ use crate::manifest::Manifest;
 use crate::mutex::Mutex;
 use crate::option_name::call::{INCLUDE, REFRESH};
 use crate::reference::{BucketPlace, Reference, Scheme, Target, bucket};
-use crate::remote::{Address, AddressContents, Remote, UnmanagedObjects};
+use crate::remote::{Address, AddressContents, ListedReads, Remote, UnmanagedObjects};
 use crate::source::{Body, Source};
 use crate::transfer::Retry;
 use async_trait::async_trait;
@@ -154,6 +154,7 @@ struct BucketSource {
     found: OnceCell<Option<(Remote, AddressContents)>>,
     /// The manifest of objects that modelcache did not publish, read at the first use.
     unmanaged: OnceCell<UnmanagedObjects>,
+    reads: ListedReads,
 }
 
 impl fmt::Debug for BucketSource {
@@ -165,7 +166,8 @@ impl fmt::Debug for BucketSource {
 impl BucketSource {
     fn new(buckets: &Arc<Buckets>, place: &BucketPlace, key: &ArtifactKey) -> Self {
         let (buckets, place, key) = (buckets.clone(), place.clone(), key.clone());
-        Self { buckets, place, key, found: OnceCell::new(), unmanaged: OnceCell::new() }
+        let (found, unmanaged) = (OnceCell::new(), OnceCell::new());
+        Self { buckets, place, key, found, unmanaged, reads: ListedReads::default() }
     }
 
     /// Returns the contents of the location, listing it at the first call.
@@ -204,7 +206,8 @@ impl BucketSource {
         let Some((remote, found)) = self.found().await? else {
             return Err(Error::not_found("there is no such object, and no object below this prefix"));
         };
-        match remote.read_found(found, path, range).await {
+        let has_digest = self.unmanaged.get().is_some_and(|unmanaged| unmanaged.has_digest(path));
+        match remote.read_found(found, path, range, &self.reads, has_digest).await {
             // The object has another ETag than in the listing.
             Err(error) if error.kind() == ErrorKind::Conflict => Err(replaced(path)),
             body => body,
@@ -236,6 +239,10 @@ impl Source for BucketSource {
     async fn read(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
         let body = self.body(path, range).await.map_err(|error| as_origin_error(error.artifact(&self.key)))?;
         Ok(Body { start: body.start, stream: body.stream.map_err(as_origin_error).boxed() })
+    }
+
+    fn saw_other_validators(&self) -> bool {
+        self.reads.saw_other_etag()
     }
 
     fn stated_by(&self, path: &FilePath) -> Option<String> {

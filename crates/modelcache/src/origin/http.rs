@@ -12,8 +12,10 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::limits;
 use crate::printable;
 use crate::runtime::blocking;
+pub(super) use crate::transfer::is_html;
 use crate::transfer::{
-    BodyLimits, Pauses, Retry, check_headers, content_range, read_body, tls_error, with_lookup_deadline,
+    BodyLimits, Pauses, RETRY_AFTER_MAX, Retry, check_headers, content_range, read_body, retry_after, tls_error,
+    with_lookup_deadline,
 };
 use bytes::Bytes;
 use futures::StreamExt as _;
@@ -28,8 +30,17 @@ use url::Url;
 
 /// Longest wait for a connection. A reachable server completes the handshake within a few round trips.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Upper bound on the wait that a server can request. A longer wait is shortened to it.
-const RETRY_AFTER_MAX: Duration = Duration::from_secs(24 * 3600);
+
+/// Hint for a proxy that refuses requests without a user.
+const PROXY_USER_HINT: &str =
+    "the proxy requires a user and password: HTTPS_PROXY=http://user:password@host:port (HTTP_PROXY for http)";
+
+/// Hint for a definite answer that has no hint of its own.
+pub(super) const REFUSED_HINT: &str = "the server refuses the request itself, and trying again does not help: check the \
+                                       address, and any proxy on the way";
+/// Hint for a response that another server than the origin seems to have sent.
+const PORTAL_HINT: &str = "check the address (HF_ENDPOINT for the Hub) in a browser: a proxy or a login page of the \
+                           network (captive portal) may have answered; then check HTTPS_PROXY";
 
 /// The HTTP client of one origin, built at the first request.
 #[derive(Debug)]
@@ -99,10 +110,14 @@ impl Http {
             .transient(false))
     }
 
-    /// Returns the body of a metadata response. Fails if it is longer than `bytes_max`.
+    /// Returns the body of a metadata response. Fails if it is longer than `bytes_max`, is encoded, or is an HTML page.
     pub(super) async fn body(&self, response: Response, url: &Url, bytes_max: u64) -> Result<Vec<u8>> {
+        check_headers(response.status(), response.headers())?;
         let limits = BodyLimits::metadata(bytes_max, self.read_timeout);
+        let announces_html = is_html(response.headers());
         match read_body(response.bytes_stream(), limits).await {
+            // Some servers announce every body as HTML, also their JSON.
+            (body, None) if announces_html && body.trim_ascii_start().starts_with(b"<") => Err(html_error(url)),
             (body, None) => Ok(body),
             (_, Some(error)) => Err(error.into_error(Server(url), |error| transport_error(error, url))),
         }
@@ -258,9 +273,7 @@ pub(super) fn transport_error(error: reqwest::Error, url: &Url) -> Error {
     let wants_password = why.contains("authorization required");
     let failed = with_lookup_deadline(Error::unavailable(what).cause(why.clone()), &why);
     match proxy {
-        Some(_) if wants_password => failed
-            .transient(false)
-            .hint("the proxy requires a user and password: HTTPS_PROXY=http://user:password@host:port"),
+        Some(_) if wants_password => failed.transient(false).hint(PROXY_USER_HINT),
         Some(_) => failed.hint("check HTTPS_PROXY and HTTP_PROXY; hosts in NO_PROXY are reached without it"),
         None if error.is_connect() => failed.hint("check the network and the proxy settings (HTTPS_PROXY)"),
         None => failed,
@@ -352,7 +365,10 @@ pub(super) fn body_start(
                 reported_size.unwrap_or("no size"),
             )));
         }
-        status => return Err(Error::unavailable(format!("unexpected status {status} for a file")).transient(false)),
+        status => {
+            let message = format!("unexpected status {status} for a file");
+            return Err(Error::unavailable(message).transient(false).hint(REFUSED_HINT));
+        }
     };
     check_headers(status, headers)?;
     match (reported_size, size) {
@@ -365,6 +381,11 @@ pub(super) fn body_start(
         }
         _ => Ok(start),
     }
+}
+
+/// Returns the error for an HTML page in the place of a file or of metadata.
+pub(super) fn html_error(url: &Url) -> Error {
+    Error::corrupt(format!("{} answers with an HTML page (text/html)", Server(url))).hint(PORTAL_HINT)
 }
 
 /// Returns the `Content-Length`, if it is present and a number.
@@ -399,14 +420,10 @@ fn links(value: &str) -> Vec<(&str, &str)> {
     found
 }
 
-/// Returns the wait that the server requests: `Retry-After` in seconds, else the reset time of an exhausted
-/// `RateLimit`.
-///
-/// A `Retry-After` that is a date is ignored; the usual backoff then applies.
+/// Returns the wait that the server requests: `Retry-After`, else the reset time of an exhausted `RateLimit`.
 pub(super) fn requested_wait(headers: &HeaderMap) -> Option<Duration> {
-    let seconds = header(headers, "retry-after").and_then(|text| text.trim().parse().ok());
-    let seconds = seconds.or_else(|| header(headers, "ratelimit").and_then(rate_limit_reset))?;
-    Some(Duration::from_secs(seconds).min(RETRY_AFTER_MAX))
+    let reset = || header(headers, "ratelimit").and_then(rate_limit_reset).map(Duration::from_secs);
+    retry_after(headers).or_else(reset).map(|wait| wait.min(RETRY_AFTER_MAX))
 }
 
 /// Returns the seconds until the first exhausted policy is reset: 55 for `"resolvers";r=0;t=55`.
@@ -451,22 +468,33 @@ impl HttpErrorResponse {
         Self { status, code, message: message.filter(|text| !text.is_empty()), wait, body }
     }
 
+    /// Returns the server's message with a colon before it, or an empty text.
+    pub(super) fn explanation(&self) -> String {
+        self.message.as_ref().map_or(String::new(), |message| format!(": {message}"))
+    }
+
     /// Converts the response into an error according to its status. Origins refine it by their own error codes.
     pub(super) fn error(&self, server: &Url) -> Error {
-        let explanation = self.message.as_ref().map_or(String::new(), |message| format!(": {message}"));
+        let explanation = self.explanation();
         let (status, server) = (self.status, Server(server));
         let what = format!("{server} answered {status}{explanation}");
         let error = match status {
-            StatusCode::TOO_MANY_REQUESTS => {
-                let wait = self.wait.map_or(String::new(), |wait| format!("; it asks to wait {} s", wait.as_secs()));
-                Error::unavailable(format!("{server} throttled the request{wait}{explanation}"))
-            }
-            // These client errors are transient, all others are permanent.
+            StatusCode::TOO_MANY_REQUESTS => Error::unavailable(format!("{server} throttled the request{explanation}")),
+            // These client errors are transient, all others are permanent. Most server errors are transient.
             StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_EARLY => Error::unavailable(what),
+            StatusCode::NOT_IMPLEMENTED | StatusCode::HTTP_VERSION_NOT_SUPPORTED => {
+                Error::unavailable(what).transient(false).hint(REFUSED_HINT)
+            }
+            StatusCode::NETWORK_AUTHENTICATION_REQUIRED => Error::unavailable(what).transient(false).hint(PORTAL_HINT),
             status if status.is_server_error() => Error::unavailable(what),
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Error::new(ErrorKind::Unauthorized, what),
+            StatusCode::UNAVAILABLE_FOR_LEGAL_REASONS => Error::new(ErrorKind::Unauthorized, what)
+                .hint("the server withholds it for legal reasons, and no credential gives access"),
+            StatusCode::PROXY_AUTHENTICATION_REQUIRED => {
+                Error::unavailable(what).transient(false).hint(PROXY_USER_HINT)
+            }
             StatusCode::NOT_FOUND | StatusCode::GONE => Error::not_found(what),
-            _ => Error::unavailable(what).transient(false),
+            _ => Error::unavailable(what).transient(false).hint(REFUSED_HINT),
         };
         // Both statuses make the limiter send fewer concurrent requests.
         let error = if matches!(self.status.as_u16(), 429 | 503) { error.throttled(server.to_string()) } else { error };
@@ -559,9 +587,9 @@ mod tests {
         assert_eq!(wait(&[("ratelimit", "\"resolvers\";r=0;t=55")]), Some(55));
         assert_eq!(wait(&[("ratelimit", "\"api\";r=12;t=9, \"resolvers\"; r=0; t=55")]), Some(55));
         assert_eq!(wait(&[("ratelimit", "\"api\";r=12;t=9")]), None);
-        assert_eq!(wait(&[("retry-after", "Wed, 21 Oct 2015 07:28:00 GMT")]), None);
+        assert_eq!(wait(&[("retry-after", "0"), ("ratelimit", "\"api\";r=0;t=55")]), Some(55));
         assert_eq!(wait(&[("ratelimit", "nonsense;;=;t=")]), None);
-        assert_eq!(wait(&[("retry-after", "18446744073709551615")]), Some(RETRY_AFTER_MAX.as_secs()));
+        assert_eq!(wait(&[("ratelimit", "\"api\";r=0;t=18446744073709551615")]), Some(RETRY_AFTER_MAX.as_secs()));
         assert_eq!(wait(&[]), None);
     }
 

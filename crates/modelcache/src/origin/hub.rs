@@ -282,14 +282,19 @@ impl Hub {
         }
         let (id, has_token) = (&repo.id, self.config.token.is_some());
         let general = || response.error(&url);
+        let explanation = response.explanation();
         match (response.status.as_u16(), response.code.as_deref()) {
             // The error codes of the Hub are more specific than its statuses, so they are matched first.
             (401 | 403, Some("GatedRepo")) => {
-                Error::new(ErrorKind::Unauthorized, format!("{id} is gated")).hint(format!(
+                Error::new(ErrorKind::Unauthorized, format!("{id} is gated{explanation}")).hint(format!(
                     "accept its conditions at {}/{}{id}, and set HF_TOKEN to a token of that account",
                     Server(&url),
                     repo.kind.prefix()
                 ))
+            }
+            (_, Some("DisabledRepo")) => {
+                Error::new(ErrorKind::Unauthorized, format!("{id} is disabled at the Hub{explanation}"))
+                    .hint("no token gives access to it; the page of the repository may name the reason")
             }
             (401 | 404, Some("RepoNotFound")) => no_repo(id, has_token),
             (404, Some("RevisionNotFound")) => no_revision(repo),
@@ -335,7 +340,7 @@ fn redirect_target_error(response: &HttpErrorResponse, url: &Url) -> Error {
     match response.status.as_u16() {
         401 | 403 => Error::unavailable(message())
             .hint("try again; if it persists, check any proxy between this machine and the CDN"),
-        404 | 410 | 412 => Error::unavailable(message()).transient(false),
+        404 | 410 | 412 => Error::unavailable(message()).transient(false).hint(http::REFUSED_HINT),
         _ => response.error(url),
     }
 }
@@ -603,10 +608,14 @@ impl HubSource {
                 self.repo.revision
             )));
         }
-        let start = http::body_start(status, response.headers(), range, size)
-            .map_err(|error| Error::new(error.kind(), format!("{path}: {}", error.message())))?;
-        // `If-Match` needs a strong tag; a weak one begins with `W/`.
-        let etag = response.headers().get(ETAG).filter(|etag| etag.as_bytes().starts_with(b"\"")).cloned();
+        let start = match http::body_start(status, response.headers(), range, size) {
+            Err(_) if http::is_html(response.headers()) => return Err(http::html_error(&url)),
+            start => start.map_err(|error| Error::new(error.kind(), format!("{path}: {}", error.message())))?,
+        };
+        // `If-Match` needs a strong tag; a weak one begins with `W/`. Where a digest decides, the servers of a CDN may
+        // have different tags.
+        let is_strong = |etag: &&HeaderValue| etag.as_bytes().starts_with(b"\"");
+        let etag = response.headers().get(ETAG).filter(|etag| is_strong(etag) && !self.has_digest(path)).cloned();
         self.locations.lock().insert(path.clone(), ReadLocation { url: url.clone(), etag });
         Ok(Body { start, stream: http::body_stream(response, &url) })
     }
@@ -625,6 +634,12 @@ impl HubSource {
         }
     }
 
+    /// Returns true if the list of files has a digest of the file.
+    fn has_digest(&self, path: &FilePath) -> bool {
+        let listed = self.manifest.get().and_then(|manifest| manifest.as_ref()?.files.get(path));
+        listed.is_some_and(|entry| entry.sha256.is_some() || entry.git_oid.is_some())
+    }
+
     fn location(&self, path: &FilePath) -> Option<ReadLocation> {
         self.locations.lock().get(path).cloned()
     }
@@ -635,11 +650,11 @@ impl HubSource {
 fn next_page(endpoint: &Url, page: &Url, link: &str) -> Result<Url> {
     let next =
         page.join(link).map_err(|cause| Error::corrupt("the link to the next page is not a URL").cause(cause))?;
-    if http::same_origin(&next, endpoint) {
-        return Ok(next);
-    }
+    let base = endpoint.path().trim_end_matches('/');
+    // A proxy may serve the Hub below a path of its own, and pass on links that begin at the root of the Hub.
+    let is_below_base = next.path().strip_prefix(base).is_some_and(|rest| rest.starts_with('/'));
     let mut here = endpoint.clone();
-    here.set_path(&format!("{}{}", endpoint.path().trim_end_matches('/'), next.path()));
+    here.set_path(&if is_below_base { next.path().to_owned() } else { format!("{base}{}", next.path()) });
     here.set_query(next.query());
     Ok(here)
 }
@@ -855,6 +870,10 @@ mod tests {
         let mirror = Url::parse("http://h:1/hf/").expect("url");
         let there = next_page(&mirror, &page, "https://huggingface.co/api/t?c=2").expect("an address");
         assert_eq!(there.as_str(), "http://h:1/hf/api/t?c=2");
+        for link in ["/api/t?c=2", "/hf/api/t?c=2", "http://h:1/hf/api/t?c=2", "https://h/hf/api/t?c=2"] {
+            let there = next_page(&mirror, &page, link).expect("an address");
+            assert_eq!(there.as_str(), "http://h:1/hf/api/t?c=2", "{link}");
+        }
     }
 
     #[test]

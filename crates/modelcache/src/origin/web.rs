@@ -3,7 +3,11 @@
 //! Resolving requests the first byte, because `HEAD` is often refused or answered differently, and signed URLs allow
 //! one method only. The response states size, validators and digests. If the reference has no version, the validator
 //! becomes the version: `etag-…` from a strong entity tag, else `modified-…` from date and size, else `sha256-…`, for
-//! which the whole file is read once. A later response that does not match the first one fails as superseded.
+//! which the whole file is read once.
+//!
+//! Later responses must be of the same content. If a digest is known, it alone decides. Otherwise the validators must
+//! agree with those of the first response. The back ends of a load balancer may have different ones for one file, so a
+//! response that differs is requested again a few times; then the read fails as superseded.
 //!
 //! Digests come from `Repr-Digest`, `Digest`, `Content-Digest` and `X-Checksum-Sha256`, and from a `.sha256` file
 //! beside the file. Credentials are sent only to the scheme, host and port of the reference's URL.
@@ -19,6 +23,7 @@ use crate::key::{ArtifactKey, FilePath, Version};
 use crate::limits;
 use crate::manifest::{FileEntry, Manifest, Shape};
 use crate::mutex::Mutex;
+use crate::printable;
 use crate::reference::{Reference, Scheme, Target, WebFile, is_derived, web};
 use crate::sidecar;
 use crate::source::{Body, Source};
@@ -28,7 +33,7 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use futures::StreamExt as _;
 use reqwest::StatusCode;
-use reqwest::header::{HeaderMap, HeaderValue, IF_MATCH, RANGE};
+use reqwest::header::{CONNECTION, HeaderMap, HeaderValue, IF_MATCH, RANGE};
 use sha2::Digest as _;
 use std::collections::HashMap;
 use std::fmt;
@@ -39,6 +44,11 @@ use std::time::{Duration, Instant};
 use tokio::sync::OnceCell;
 use url::Url;
 
+/// Requests for one range until the first validators must have come back. A file that was replaced never has them again.
+const LOOKS_MAX: usize = 8;
+/// The same, once a server was seen to return to the first validators: its back ends disagree. Enough for five of them
+/// (0.8^64 < 10^-6).
+const LOOKS_IN_POOL_MAX: usize = 64;
 /// Largest checksum file, in bytes. It has one line per file of a release.
 const SIDECAR_BYTES_MAX: u64 = 1024 * 1024;
 /// Largest file without a stated size, in bytes: more than any single file of a model has.
@@ -186,12 +196,8 @@ impl Web {
             http::drain(fetched.response).await;
             fetched = self.get(url.clone(), url, HeaderMap::new()).await?;
         }
-        let status = fetched.response.status();
-        if !status.is_success() && status != StatusCode::RANGE_NOT_SATISFIABLE {
-            return Err(self.error_of(fetched, url).await);
-        }
-        let headers = fetched.response.headers();
-        check_is_file(status, headers, url)?;
+        let fetched = self.checked(fetched, url).await?;
+        let (status, headers) = (fetched.response.status(), fetched.response.headers());
         let (etag, modified) = (headers.get("etag").cloned(), headers.get("last-modified").cloned());
         let stated = stated_digest(headers, status)?;
         let mut info = FileInfo { size: 0, etag, modified, stated, computed: None };
@@ -203,6 +209,18 @@ impl Web {
             _ => self.hash_whole_file(&mut info, fetched, url).await?,
         }
         Ok(info)
+    }
+
+    /// Returns the response, unless it is an error or a page in the place of the file. A refused condition (412) passes,
+    /// and so does a refused range (416).
+    async fn checked(&self, fetched: FinalResponse, file_url: &Url) -> Result<FinalResponse> {
+        let status = fetched.response.status();
+        if status.is_success() {
+            check_is_file(status, fetched.response.headers(), file_url)?;
+        } else if !matches!(status, StatusCode::RANGE_NOT_SATISFIABLE | StatusCode::PRECONDITION_FAILED) {
+            return Err(self.error_of(fetched, file_url).await);
+        }
+        Ok(fetched)
     }
 
     /// Reads the whole file to determine its size and digest. Uses the response `fetched` if it is the whole file.
@@ -268,13 +286,12 @@ impl Web {
             return if error.is_transient() { Err(error) } else { Ok(None) };
         }
         // An encoded, too long or unreadable file counts as no checksum file.
-        let encoded = check_headers(status, fetched.response.headers()).is_err();
         let text = match self.http.body(fetched.response, &fetched.url, SIDECAR_BYTES_MAX).await {
             Ok(text) => text,
             Err(error) if error.kind() == ErrorKind::Corrupt => return Ok(None),
             Err(error) => return Err(error),
         };
-        let text = String::from_utf8(text).ok().filter(|_| !encoded);
+        let text = String::from_utf8(text).ok();
         Ok(text.and_then(|text| sidecar::digest_of(&text, path.as_str())))
     }
 
@@ -352,10 +369,9 @@ fn stated_size(fetched: &FinalResponse) -> Option<u64> {
 fn check_is_file(status: StatusCode, headers: &HeaderMap, url: &Url) -> Result<()> {
     let server = Server(url);
     check_headers(status, headers)?;
-    let is_page = http::header(headers, "content-type").is_some_and(|kind| kind.trim_start().starts_with("text/html"));
     // A page is expected only if the URL itself names one.
     let names_page = [".html", ".htm"].iter().any(|end| url.path().ends_with(end));
-    if is_page && !names_page {
+    if http::is_html(headers) && !names_page {
         return Err(Error::corrupt(format!("{server} answers with an HTML page (text/html), not with a file")).hint(
             "open the address in a browser: it may be a login page, or a page about the file; credentials come from \
              the netrc or [credentials] in the configuration file",
@@ -417,18 +433,47 @@ impl FileInfo {
         Version::new(&validator.unwrap_or_default())
     }
 
-    /// Returns true if a response has the same content, as far as its headers show.
-    fn is_same_content(&self, fetched: &FinalResponse) -> bool {
-        let headers = fetched.response.headers();
-        let differs = |ours: &Option<HeaderValue>, name: &str| match (ours, headers.get(name)) {
-            (Some(ours), Some(theirs)) => ours != theirs,
-            _ => false,
-        };
-        // An unchanged strong tag outweighs a different date: mirrors may have their own dates.
-        let same_etag = self.strong_etag().is_some() && headers.get("etag") == self.etag.as_ref();
-        let is_other_content = differs(&self.etag, "etag") || (!same_etag && differs(&self.modified, "last-modified"));
-        !is_other_content && stated_size(fetched).is_none_or(|stated_bytes| stated_bytes == self.size)
+    /// Returns what differs in a response, as far as its headers show.
+    ///
+    /// # Errors
+    /// `Corrupt` if the headers state different digests.
+    fn difference(&self, fetched: &FinalResponse) -> Result<Option<Difference>> {
+        let (status, headers) = (fetched.response.status(), fetched.response.headers());
+        let of_content = |description| Ok(Some(Difference { description, is_of_content: true }));
+        if let Some(bytes) = stated_size(fetched).filter(|bytes| *bytes != self.size) {
+            return of_content(format!("it had {} bytes and has now {bytes}", self.size));
+        }
+        if let (Some(ours), Some(theirs)) = (self.stated, stated_digest(headers, status)?)
+            && ours != theirs
+        {
+            return of_content(format!("its sha256 was {ours} and is now {theirs}"));
+        }
+        let refused = (status == StatusCode::PRECONDITION_FAILED).then(|| "its ETag is another one".to_owned());
+        let description = self.other_validator(headers).or(refused);
+        Ok(description.map(|description| Difference { description, is_of_content: false }))
     }
+
+    /// Returns the validator that differs in a response, for the message; `None` if they agree, as far as both are
+    /// stated.
+    fn other_validator(&self, headers: &HeaderMap) -> Option<String> {
+        let differs = |ours: &Option<HeaderValue>, theirs: Option<&HeaderValue>, name: &str| {
+            let (ours, theirs) = (opaque(ours.as_ref()?), opaque(theirs?));
+            (ours != theirs).then(|| format!("its {name} was {ours} and is now {theirs}"))
+        };
+        let etag = headers.get("etag");
+        // An unchanged strong tag outweighs a different date: mirrors may have their own dates.
+        let same_etag = self.strong_etag().is_some() && etag.map(opaque) == self.etag.as_ref().map(opaque);
+        differs(&self.etag, etag, "ETag").or_else(|| {
+            let modified = headers.get("last-modified").filter(|_| !same_etag);
+            differs(&self.modified, modified, "Last-Modified")
+        })
+    }
+}
+
+/// Returns the text of a validator without the mark of a weak entity tag (`W/`), which proxies add.
+fn opaque(validator: &HeaderValue) -> String {
+    let text = printable::quote(&String::from_utf8_lossy(validator.as_bytes()));
+    text.strip_prefix("W/").map(str::to_owned).unwrap_or(text)
 }
 
 /// Returns `text` if it can be a version, else a hash of it.
@@ -456,6 +501,18 @@ struct WebSource {
     refuses_ranges: AtomicBool,
     /// True if the server answered a range with the whole file.
     ignores_ranges: AtomicBool,
+    /// True if a response had other validators than the first one.
+    saw_other_validators: AtomicBool,
+    /// True if the first validators came back after others, so that the file was not replaced.
+    is_pool: AtomicBool,
+}
+
+/// A difference between a response and the first one.
+struct Difference {
+    /// What differs, for the message.
+    description: String,
+    /// True if the content itself differs, and not only a validator.
+    is_of_content: bool,
 }
 
 /// Prints no signed URLs.
@@ -484,6 +541,10 @@ impl Source for WebSource {
     fn ignores_ranges(&self) -> bool {
         self.ignores_ranges.load(Ordering::Relaxed)
     }
+
+    fn saw_other_validators(&self) -> bool {
+        self.saw_other_validators.load(Ordering::Relaxed)
+    }
 }
 
 impl WebSource {
@@ -499,6 +560,8 @@ impl WebSource {
             redirect_url: Mutex::default(),
             refuses_ranges: AtomicBool::new(false),
             ignores_ranges: AtomicBool::new(false),
+            saw_other_validators: AtomicBool::new(false),
+            is_pool: AtomicBool::new(false),
         })
     }
 
@@ -508,23 +571,40 @@ impl WebSource {
     /// `Unavailable` (superseded) if the file now has another version than this source.
     async fn info(&self) -> Result<&FileInfo> {
         let derived = is_derived(&self.key.version);
-        let info = self
-            .info
-            .get_or_try_init(|| {
-                self.web.retry.run(|| self.web.probe(&self.file.url, derived, self.has_expected_digest))
-            })
-            .await?;
-        match derived && info.version()? != self.key.version {
-            true => Err(self.superseded()),
-            false => Ok(info),
-        }
+        let probe = || async {
+            let mut looks = 0;
+            loop {
+                looks += 1;
+                let info =
+                    self.web.retry.run(|| self.web.probe(&self.file.url, derived, self.has_expected_digest)).await?;
+                let version = info.version().ok().filter(|_| derived);
+                match version.filter(|version| *version != self.key.version) {
+                    None => return Ok(info),
+                    // Another back end may have this version. A digest of the whole file is expensive, and decides.
+                    Some(_) if looks < LOOKS_MAX && info.computed.is_none() => {}
+                    Some(version) => return Err(self.superseded(&format!("it is now {version}"))),
+                }
+            }
+        };
+        self.info.get_or_try_init(probe).await
     }
 
-    /// Returns the error for a file that was replaced since it was resolved.
-    fn superseded(&self) -> Error {
-        Error::new(ErrorKind::Unavailable, format!("{} changed since it was resolved", self.path)).superseded().hint(
-            "run the command again once the file no longer changes; without @version a URL means the current content",
-        )
+    /// Returns the error for a file that was replaced since it was resolved. `what` says what differs.
+    fn superseded(&self, what: &str) -> Error {
+        Error::new(ErrorKind::Unavailable, format!("{} changed since it was resolved: {what}", self.path))
+            .superseded()
+            .hint(
+                "run the command again once the file no longer changes; if it does not change, the back ends of the \
+                 server disagree: append #sha256=… to the URL, or put a .sha256 file beside the file, and validators \
+                 need not agree",
+            )
+    }
+
+    /// Returns true if a digest is known that does not come from this download, so that validators need not agree.
+    fn digest_decides(&self) -> bool {
+        let listed = self.manifest.get().and_then(|manifest| manifest.files.get(&self.path));
+        self.has_expected_digest
+            || listed.is_some_and(|entry| entry.sha256.is_some() && entry.provenance != Some(Provenance::FirstSeen))
     }
 
     /// Builds the manifest of the file, with the best digest available.
@@ -574,26 +654,66 @@ impl WebSource {
         if let Some(body) = Body::for_empty_range(path, &range, Some(info.size))? {
             return Ok(body);
         }
+        let mut looks = 0;
+        loop {
+            looks += 1;
+            let fetched = self.fetch(info, &range, looks > 1).await?;
+            let Some(difference) = info.difference(&fetched)? else {
+                self.record_agreement(looks);
+                return self.body(info, &range, fetched);
+            };
+            self.saw_other_validators.store(true, Ordering::Relaxed);
+            let Difference { description, is_of_content } = difference;
+            let is_refused = fetched.response.status() == StatusCode::PRECONDITION_FAILED;
+            if !is_of_content && !is_refused && self.digest_decides() {
+                return self.body(info, &range, fetched);
+            }
+            let looks_max = if self.is_pool.load(Ordering::Relaxed) { LOOKS_IN_POOL_MAX } else { LOOKS_MAX };
+            if is_of_content || looks >= looks_max {
+                return Err(self.superseded(&description));
+            }
+            tracing::debug!(%path, description, looks, "another validator; requesting the range again");
+            http::drain(fetched.response).await;
+        }
+    }
+
+    /// Records that a response agreed with the first one, after `looks` requests.
+    fn record_agreement(&self, looks: usize) {
+        if looks > 1 && !self.is_pool.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                artifact = %self.key,
+                "the server's answers disagree about the validators of the file, and no digest is known; only answers \
+                 with the first validators are used"
+            );
+        }
+    }
+
+    /// Requests `range`: from the target of the last redirect, else from the URL of the file. Fails for a response that
+    /// is neither the file nor a refusal of the condition.
+    async fn fetch(&self, info: &FileInfo, range: &Range<u64>, again: bool) -> Result<FinalResponse> {
         let redirect_url = self.redirect_url.lock().clone();
         if let Some(redirect_url) = redirect_url {
-            let fetched = self.request_range(redirect_url, info, &range).await?;
-            if !matches!(fetched.response.status().as_u16(), 401 | 403 | 404 | 410 | 412) {
-                return self.body(info, &range, fetched).await;
-            }
+            let fetched = self.request_range(redirect_url, info, range, again).await?;
             let status = fetched.response.status().as_u16();
-            tracing::debug!(%path, status, "redirect target refused; requesting the original URL again");
+            if !matches!(status, 401 | 403 | 404 | 410 | 412) {
+                return self.web.checked(fetched, &self.file.url).await;
+            }
+            tracing::debug!(path = %self.path, status, "redirect target refused; requesting the original URL again");
             self.remember_redirect(None);
             http::drain(fetched.response).await;
         }
-        let fetched = self.request_range(self.file.url.clone(), info, &range).await?;
-        self.body(info, &range, fetched).await
+        let fetched = self.request_range(self.file.url.clone(), info, range, again).await?;
+        self.web.checked(fetched, &self.file.url).await
     }
 
-    /// Requests `range` from `url`, or the whole file if the server refuses ranges. With a strong entity tag, only if
-    /// the file is unchanged.
-    async fn request_range(&self, url: Url, info: &FileInfo, range: &Range<u64>) -> Result<FinalResponse> {
+    /// Requests `range` from `url`, or the whole file if the server refuses ranges. With a strong entity tag and no
+    /// digest, only if the file is unchanged. `again`: the connection is closed afterwards, because a load balancer may
+    /// lead all requests of one connection to the same back end.
+    async fn request_range(&self, url: Url, info: &FileInfo, range: &Range<u64>, again: bool) -> Result<FinalResponse> {
         let mut headers = HeaderMap::new();
-        headers.extend(info.strong_etag().map(|etag| (IF_MATCH, etag.clone())));
+        let etag = info.strong_etag().filter(|_| !self.digest_decides());
+        headers.extend(etag.map(|etag| (IF_MATCH, etag.clone())));
+        headers.extend(again.then(|| (CONNECTION, HeaderValue::from_static("close"))));
         // `If-Match` also makes a resumed download fail if the file was replaced.
         let mut ranged = headers.clone();
         ranged.insert(RANGE, http::range_header(range)?);
@@ -610,20 +730,9 @@ impl WebSource {
         self.web.get(url, &self.file.url, headers).await
     }
 
-    /// Checks a response against the known properties of the file, remembers its URL and returns the bytes.
-    async fn body(&self, info: &FileInfo, range: &Range<u64>, fetched: FinalResponse) -> Result<Body> {
+    /// Remembers the URL of a response of the right content, and returns its bytes.
+    fn body(&self, info: &FileInfo, range: &Range<u64>, fetched: FinalResponse) -> Result<Body> {
         let status = fetched.response.status();
-        // `If-Match` failed: the file has another entity tag.
-        if status == StatusCode::PRECONDITION_FAILED {
-            return Err(self.superseded());
-        }
-        if !status.is_success() && status != StatusCode::RANGE_NOT_SATISFIABLE {
-            return Err(self.web.error_of(fetched, &self.file.url).await);
-        }
-        check_is_file(status, fetched.response.headers(), &self.file.url)?;
-        if !info.is_same_content(&fetched) {
-            return Err(self.superseded());
-        }
         let start = http::body_start(status, fetched.response.headers(), range, Some(info.size))
             .map_err(|error| Error::new(error.kind(), format!("{}: {}", self.path, error.message())))?;
         // Only a redirect target is worth remembering.

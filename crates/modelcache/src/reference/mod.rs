@@ -121,9 +121,15 @@ impl Reference {
                 .hint(redact::HINT));
         }
         let scheme = schemes.find(|scheme| scheme.split(text).is_some());
-        Self::parse_unredacted(text, scheme).map_err(|error| match scheme {
-            Some(scheme) if scheme.redacts_errors => error,
-            _ => redact::refusal(text, error),
+        Self::parse_unredacted(text, scheme).map_err(|error| {
+            let error = match tidied(text) {
+                Some(tidy) => Error::invalid(error.message()).hint(format!("write {tidy}")),
+                None => error,
+            };
+            match scheme {
+                Some(scheme) if scheme.redacts_errors => error,
+                _ => redact::refusal(text, error),
+            }
         })
     }
 
@@ -211,6 +217,20 @@ impl Reference {
 /// Returns the forms of references of the built-in schemes, for help texts and hints.
 pub fn forms() -> String {
     schemes().map(|scheme| scheme.form).collect::<Vec<_>>().join(", ")
+}
+
+/// Returns the reference that was probably meant: without the white space and quotes around it that come with a pasted
+/// text, and with the scheme in lower case. `None` if that is no valid reference either.
+fn tidied(text: &str) -> Option<String> {
+    let is_around = |c: char| {
+        c.is_whitespace() || matches!(c, '"' | '\'' | '`' | '“' | '”' | '‘' | '’' | '<' | '>' | '\u{200b}' | '\u{feff}')
+    };
+    let trimmed = text.trim_matches(is_around);
+    let tidy = match trimmed.split_once("://") {
+        Some((scheme, rest)) => format!("{}://{rest}", scheme.to_ascii_lowercase()),
+        None => trimmed.to_owned(),
+    };
+    (tidy != text && Reference::parse(&tidy).is_ok()).then_some(tidy)
 }
 
 /// Hint for an invalid digest in a reference.
@@ -339,6 +359,18 @@ mod tests {
         assert_eq!(Reference::parse(&format!("a@1#sha256={digest}")).expect("parses").digest, Some(digest));
         assert!(Reference::parse("a@1#md5=00").is_err());
         assert!(Reference::parse("a@1#sha256=00").is_err());
+    }
+
+    #[test]
+    fn the_hint_for_a_pasted_reference_is_the_reference_without_what_came_with_it() {
+        for pasted in
+            [" hf://o/n", "hf://o/n\n", "“hf://o/n”", "'hf://o/n'", "<hf://o/n>", "hf://o/n\u{200b}", "HF://o/n"]
+        {
+            let error = Reference::parse(pasted).expect_err(pasted);
+            assert_eq!(error.hint_text(), Some("write hf://o/n"), "{pasted:?}");
+        }
+        let error = Reference::parse("'nothing://x'").expect_err("no such scheme");
+        assert!(error.hint_text().is_some_and(|hint| !hint.contains("write nothing")), "{error}");
     }
 
     #[test]

@@ -1,11 +1,11 @@
 //! [`Source`] implementation for the objects below a prefix of any bucket, read as an artifact of an origin.
 //!
 //! The bucket needs no manifest and no checksums: the listing serves as the manifest. A single object is an artifact of
-//! one file. Objects are read with `If-Match` and the listed ETag, so that an object replaced since the listing is
-//! detected.
+//! one file. An object that was replaced since the listing is detected by its ETag.
 
 use super::backend::{Options, RemoteLocation};
-use super::store::{ReadBody, Store};
+use super::listed_reads::ListedReads;
+use super::store::Store;
 use crate::config::RemoteConfig;
 use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
@@ -36,6 +36,7 @@ struct FoundObjects {
     store: Store,
     manifest: Manifest,
     objects: HashMap<FilePath, (Path, ObjectIdentity)>,
+    reads: ListedReads,
 }
 
 /// Prints the address only, because the configuration may contain keys.
@@ -96,7 +97,7 @@ impl PrefixSource {
             objects.insert(path, (location, identity));
         }
         manifest.check()?;
-        Ok(Some(FoundObjects { store, manifest, objects }))
+        Ok(Some(FoundObjects { store, manifest, objects, reads: ListedReads::default() }))
     }
 
     /// Opens a byte range of a file.
@@ -111,12 +112,10 @@ impl PrefixSource {
         if range.is_empty() {
             return Ok(Body { start: range.start, stream: futures::stream::empty().boxed() });
         }
-        match found.store.read(location, range, identity).await? {
-            ReadBody::Stream { start, stream } => Ok(Body { start, stream }),
-            ReadBody::Changed => {
-                Err(Error::unavailable(format!("{path} was replaced in the bucket while it was read")).transient(false))
-            }
-        }
+        let body = found.reads.read(&found.store, location, range, identity, false).await?;
+        body.ok_or_else(|| {
+            Error::unavailable(format!("{path} was replaced in the bucket while it was read")).transient(false)
+        })
     }
 }
 

@@ -155,7 +155,10 @@ impl PublishJob<'_> {
         match self.folder.read_manifest(self.store).await {
             Ok(None) => Ok(RemoteManifest::Nothing),
             Ok(Some((current, _))) => Ok(match current.agrees_with(self.manifest) {
-                Ok(()) => RemoteManifest::Same(current),
+                Ok(()) => {
+                    current.warn_kept_executable(self.manifest);
+                    RemoteManifest::Same(current)
+                }
                 Err(error) if self.force => RemoteManifest::Other(current, error),
                 Err(error) => return Err(error),
             }),

@@ -1,21 +1,20 @@
 //! [`Source`] implementation for one artifact on the remote.
 //!
-//! Ranges are read with `If-Match` and the ETag that the manifest records. An object with another ETag and the recorded
-//! size is read, too: copying a bucket changes ETags but not bytes, and the caller checks digests.
+//! An object with another ETag than the manifest records is read, too, if it has the recorded size: copying a bucket
+//! changes ETags but not bytes, and the caller checks digests.
 //!
 //! Without a manifest, the source reads [unmanaged objects](super::unmanaged). It fails if one was replaced since it
 //! was listed.
 
+use super::listed_reads::ListedReads;
 use super::store::ReadBody;
 use super::unmanaged::{self, UnmanagedObjects};
 use super::{Folder, Remote};
 use crate::error::{Context, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{Manifest, ObjectIdentity};
-use crate::mutex::Mutex;
 use crate::source::{Body, Source};
 use async_trait::async_trait;
-use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
@@ -26,8 +25,7 @@ pub struct RemoteSource {
     remote: Remote,
     folder: Folder,
     contents: OnceCell<Option<RemoteContents>>,
-    /// The current ETags of the objects whose ETag differs from the recorded one.
-    etags: Mutex<HashMap<FilePath, Option<String>>>,
+    reads: ListedReads,
 }
 
 /// The content of the version folder.
@@ -53,7 +51,7 @@ impl fmt::Debug for RemoteSource {
 
 impl RemoteSource {
     pub(super) fn new(remote: Remote, key: ArtifactKey) -> Self {
-        Self { remote, folder: Folder::new(&key), contents: OnceCell::new(), etags: Mutex::default() }
+        Self { remote, folder: Folder::new(&key), contents: OnceCell::new(), reads: ListedReads::default() }
     }
 
     /// Returns the content of the version folder, or `None` if it has none. The first call requests it.
@@ -91,62 +89,28 @@ impl RemoteSource {
         recorded.cloned().ok_or_else(|| Error::not_found(format!("the remote has no object for {path}")))
     }
 
-    /// Returns the ETag for the next request: the current one if it is known to differ, else the recorded one.
-    fn etag(&self, path: &FilePath, recorded: &ObjectIdentity) -> Option<String> {
-        let etags = self.etags.lock();
-        etags.get(path).cloned().unwrap_or_else(|| recorded.etag.clone())
-    }
-
-    /// Reads the current ETag of an object whose recorded ETag no longer matches, and uses it from then on.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Corrupt`] if its size differs, too.
-    async fn accept_current_etag(&self, path: &FilePath, recorded: &ObjectIdentity) -> Result<Option<String>> {
-        let store = self.remote.store().await?;
-        let Some(current) = store.head(&self.folder.object(store, path)?).await? else {
-            return Err(
-                Error::not_found(format!("{path} is listed in the manifest but missing")).hint(super::REPAIR_HINT)
-            );
-        };
-        if current.object_bytes != recorded.object_bytes {
-            return Err(Error::corrupt(format!(
-                "{path} has {} bytes on the remote, but its manifest records {}",
-                current.object_bytes, recorded.object_bytes
-            ))
-            .hint(super::REPAIR_HINT));
-        }
-        tracing::debug!(artifact = %self.folder.key, %path, "the object has another ETag than recorded; its bytes will be checked");
-        self.etags.lock().insert(path.clone(), current.etag.clone());
-        Ok(current.etag)
-    }
-
     /// Opens a byte range of a file.
     async fn body(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
         if let Some(RemoteContents::UnmanagedObjects(unmanaged)) = self.contents().await? {
-            return unmanaged.read(self.remote.store().await?, path, range).await;
+            return unmanaged.read(self.remote.store().await?, path, range, &self.reads).await;
         }
         let recorded = self.recorded(path).await?;
         let store = self.remote.store().await?;
         let object = self.folder.object(store, path)?;
-        let wanted = |etag| ObjectIdentity { etag, object_bytes: recorded.object_bytes };
-        let etag = self.etag(path, &recorded);
-        let explain_missing = |error: Error| match error.kind() {
-            ErrorKind::NotFound => Error::not_found(format!("{path} is listed in the manifest but missing: {error}"))
-                .hint(super::REPAIR_HINT),
-            _ => error,
-        };
-        let body = match store.read(&object, range.clone(), &wanted(etag)).await.map_err(explain_missing)? {
-            // The object has another ETag: accept it if the size matches, and read again. The second read fails only if
-            // the object was replaced in between.
-            ReadBody::Changed => {
-                let etag = self.accept_current_etag(path, &recorded).await?;
-                store.read(&object, range, &wanted(etag)).await.map_err(explain_missing)?
+        // Without `If-Match`: copying a bucket changes ETags but not bytes, and the manifest has the digest.
+        let wanted = ObjectIdentity { etag: None, object_bytes: recorded.object_bytes };
+        match store.read(&object, range, &wanted).await {
+            Ok(ReadBody::Stream { start, stream, .. }) => Ok(Body { start, stream }),
+            Ok(ReadBody::Changed) => Err(Error::corrupt(format!(
+                "{path} has another size on the remote than the {} bytes that its manifest records",
+                recorded.object_bytes
+            ))
+            .hint(super::REPAIR_HINT)),
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                Err(Error::not_found(format!("{path} is listed in the manifest but missing: {error}"))
+                    .hint(super::REPAIR_HINT))
             }
-            body => body,
-        };
-        match body {
-            ReadBody::Stream { start, stream } => Ok(Body { start, stream }),
-            ReadBody::Changed => Err(Error::unavailable(format!("{path} is being replaced on the remote"))),
+            Err(error) => Err(error),
         }
     }
 }
@@ -164,6 +128,10 @@ impl Source for RemoteSource {
 
     async fn read(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
         self.body(path, range).await.context(&self.folder.key, Tier::Remote)
+    }
+
+    fn saw_other_validators(&self) -> bool {
+        self.reads.saw_other_etag()
     }
 
     fn stated_by(&self, path: &FilePath) -> Option<String> {

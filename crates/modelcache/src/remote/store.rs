@@ -77,6 +77,8 @@ pub(super) enum ReadBody {
     Stream {
         /// Offset of the first byte.
         start: u64,
+        /// The ETag in the response.
+        etag: Option<String>,
         /// The content.
         stream: BoxStream<'static, Result<Bytes>>,
     },
@@ -219,16 +221,24 @@ impl Store {
         }
     }
 
-    /// Returns whether a listing names `key`, or `None` if listing is not permitted. Reads one page of the folder of
-    /// the object; `None` if the folder has more pages and the first one does not name it. Not retried.
+    /// Returns whether a listing names `key`; see [`listed`](Self::listed).
     async fn is_listed(&self, key: &Path) -> Result<Option<bool>> {
+        Ok(self.listed(key).await?.map(|identity| identity.is_some()))
+    }
+
+    /// Returns the identity with which a listing names `key`, `Some(None)` if it does not name it, or `None` if listing
+    /// is not permitted. Reads one page of the folder of the object; `None` if the folder has more pages and the first
+    /// one does not name it. Not retried.
+    pub(super) async fn listed(&self, key: &Path) -> Result<Option<Option<ObjectIdentity>>> {
         if self.listing_is_denied.load(Ordering::Relaxed) {
             return Ok(None);
         }
         let folder = key.as_ref().rsplit_once('/').and_then(|(folder, _)| Path::parse(folder).ok());
         match self.backend.list_page(folder.as_ref(), true, None).await {
-            Ok(page) if page.result.objects.iter().any(|object| object.location == *key) => Ok(Some(true)),
-            Ok(page) => Ok(page.page_token.is_none().then_some(false)),
+            Ok(page) => match page.result.objects.iter().find(|object| object.location == *key) {
+                Some(object) => Ok(Some(Some(identity(object)))),
+                None => Ok(page.page_token.is_none().then_some(None)),
+            },
             Err(error) if backend::is_ambiguous(&error) => {
                 self.listing_is_denied.store(true, Ordering::Relaxed);
                 Ok(None)
@@ -315,7 +325,7 @@ impl Store {
     }
 
     /// Reads a range of an object, without retries. The object must have the size of `wanted`, and its ETag if `wanted`
-    /// has one.
+    /// has one. Weak and strong ETags with the same text are equal.
     pub(super) async fn read(&self, key: &Path, range: Range<u64>, wanted: &ObjectIdentity) -> Result<ReadBody> {
         let etag = wanted.etag.as_deref();
         // The ETag comes from a manifest or a listing. `object_store` panics on one that is not a valid header value.
@@ -328,7 +338,7 @@ impl Store {
         let what_failed = format!("cannot read {key}");
         let options = |ranged: bool| GetOptions {
             range: ranged.then(|| GetRange::Bounded(range.clone())),
-            if_match: etag.map(str::to_owned),
+            if_match: etag.and_then(if_match),
             ..GetOptions::default()
         };
         // A server without range support sends the whole object, which `object_store` refuses: request it without a
@@ -346,7 +356,8 @@ impl Store {
                 Ok(ReadBody::Changed)
             }
             Ok(response) => {
-                Ok(ReadBody::Stream { start: response.range.start, stream: self.stream(response, what_failed) })
+                let etag = response.meta.e_tag.clone();
+                Ok(ReadBody::Stream { start: response.range.start, etag, stream: self.stream(response, what_failed) })
             }
             Err(error) if etag.is_some() && backend::condition_failed(&error) => Ok(ReadBody::Changed),
             Err(error) => Err(self.failed(error, &what_failed).await),
@@ -505,10 +516,19 @@ fn within_files_max(entries: usize) -> Result<()> {
 }
 
 /// Returns true if the ETag `current` is known and differs from `etag`. Quotes are ignored, because some stores omit
-/// them in listings.
+/// them in listings, and so is the mark of a weak ETag, which some send in one kind of response only.
 pub(super) fn etag_differs(etag: &str, current: Option<&str>) -> bool {
-    let unquoted = |etag: &str| etag.trim_matches('"').to_owned();
-    current.is_some_and(|current| unquoted(current) != unquoted(etag))
+    current.is_some_and(|current| opaque(current) != opaque(etag))
+}
+
+/// Returns the text of an ETag.
+fn opaque(etag: &str) -> &str {
+    etag.strip_prefix("W/").unwrap_or(etag).trim_matches('"')
+}
+
+/// Returns the value of `If-Match` for an ETag; `None` for a weak one, which never matches (RFC 9110, 13.1.1).
+fn if_match(etag: &str) -> Option<String> {
+    (!etag.starts_with("W/")).then(|| format!("\"{}\"", opaque(etag)))
 }
 
 pub(super) fn identity(meta: &ObjectMeta) -> ObjectIdentity {

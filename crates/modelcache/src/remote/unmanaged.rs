@@ -5,13 +5,14 @@
 //! files are not part of the artifact. Unusable ones are reported in a warning and ignored. A file without a checksum
 //! is trusted on first use: this disk records the digest of its first download.
 //!
-//! A read succeeds only if the object is still the one that was listed. Otherwise it fails with a conflict, and the
-//! caller lists again.
+//! A read succeeds only if the object is still the one that was listed, by its ETag ([`ListedReads`]). Otherwise it fails
+//! with a conflict, and the caller lists again.
 
 use super::Remote;
 use super::backend::StoredChecksums;
+use super::listed_reads::{ListedReads, is_still_listed};
 use super::listing::{self, Address, AddressLookup, Listing};
-use super::store::{ReadBody, Store, etag_differs};
+use super::store::{Store, etag_differs};
 use crate::digest::{Digest, Provenance};
 use crate::error::{Error, ErrorKind, Result};
 use crate::human::first_few;
@@ -128,9 +129,20 @@ impl UnmanagedObjects {
         self.stated_by.get(path).map(String::as_str)
     }
 
+    /// Returns true if the digest of `path` is known.
+    pub(crate) fn has_digest(&self, path: &FilePath) -> bool {
+        self.manifest.files.get(path).is_some_and(|entry| entry.sha256.is_some())
+    }
+
     /// Reads a byte range of a file.
-    pub(super) async fn read(&self, store: &Store, path: &FilePath, range: Range<u64>) -> Result<Body> {
-        self.listing.read(store, path, range).await
+    pub(super) async fn read(
+        &self,
+        store: &Store,
+        path: &FilePath,
+        range: Range<u64>,
+        reads: &ListedReads,
+    ) -> Result<Body> {
+        self.listing.read(store, path, range, reads, self.has_digest(path)).await
     }
 }
 
@@ -191,22 +203,24 @@ impl Remote {
         UnmanagedObjects::from_listing(self.store().await?, key, listing.clone()).await
     }
 
-    /// Reads a byte range of a file of `contents`, which [`find`](Self::find) returned.
+    /// Reads a byte range of a file of `contents`, which [`find`](Self::find) returned. `has_digest`: the digest of the
+    /// file is known.
     pub(crate) async fn read_found(
         &self,
         contents: &AddressContents,
         path: &FilePath,
         range: Range<u64>,
+        reads: &ListedReads,
+        has_digest: bool,
     ) -> Result<Body> {
         let store = self.store().await?;
         match contents {
-            AddressContents::UnmanagedObjects(listing) => listing.read(store, path, range).await,
+            AddressContents::UnmanagedObjects(listing) => listing.read(store, path, range, reads, has_digest).await,
             AddressContents::Published(address, manifest) => {
                 let entry = manifest.files.get(path).ok_or_else(|| no_file(path))?;
-                // Read without `If-Match`: the manifest has the digest, and a copied object has another ETag but the
-                // same bytes.
+                // The manifest has the digest, and a copied object has another ETag but the same bytes.
                 let held = ObjectIdentity { etag: None, object_bytes: entry.size };
-                read(store, &address.below(path.as_str()), path, &held, range).await
+                read(store, &address.below(path.as_str()), path, &held, range, reads, true).await
             }
         }
     }
@@ -246,9 +260,16 @@ fn no_file(path: &FilePath) -> Error {
 
 impl Listing {
     /// Reads a byte range of a listed file.
-    async fn read(&self, store: &Store, path: &FilePath, range: Range<u64>) -> Result<Body> {
+    async fn read(
+        &self,
+        store: &Store,
+        path: &FilePath,
+        range: Range<u64>,
+        reads: &ListedReads,
+        has_digest: bool,
+    ) -> Result<Body> {
         let listed = self.objects.get(path).ok_or_else(|| no_file(path))?;
-        read(store, &self.key_of(path.as_str()), path, listed, range).await
+        read(store, &self.key_of(path.as_str()), path, listed, range, reads, has_digest).await
     }
 }
 
@@ -273,7 +294,15 @@ pub(crate) fn quoted_names(names: &[impl ToString]) -> String {
 ///
 /// # Errors
 /// [`ErrorKind::Conflict`] if the object was replaced or removed since it was `listed`.
-async fn read(store: &Store, key: &str, path: &FilePath, listed: &ObjectIdentity, range: Range<u64>) -> Result<Body> {
+async fn read(
+    store: &Store,
+    key: &str,
+    path: &FilePath,
+    listed: &ObjectIdentity,
+    range: Range<u64>,
+    reads: &ListedReads,
+    has_digest: bool,
+) -> Result<Body> {
     if range.end < range.start || range.end > listed.object_bytes {
         return Err(Error::invalid(format!("{path} has no bytes {}..{}", range.start, range.end)));
     }
@@ -281,9 +310,8 @@ async fn read(store: &Store, key: &str, path: &FilePath, listed: &ObjectIdentity
         Error::new(ErrorKind::Conflict, format!("{path} was replaced or removed after it was listed"))
             .hint("run the command again when no tool changes these objects")
     };
-    match store.read(&store.key(key)?, range, listed).await {
-        Ok(ReadBody::Stream { start, stream }) => Ok(Body { start, stream }),
-        Ok(ReadBody::Changed) => Err(changed()),
+    match reads.read(store, &store.key(key)?, range, listed, has_digest).await {
+        Ok(body) => body.ok_or_else(changed),
         Err(error) if error.kind() == ErrorKind::NotFound => Err(changed()),
         Err(error) => Err(error),
     }
@@ -365,8 +393,17 @@ async fn query_store_checksums(
 ) -> Result<Vec<String>> {
     let unknown = files.iter().filter(|path| !digests.contains_key(*path));
     let requests = unknown.map(|path| async move {
-        let stored = store.stored_checksums(&store.key(&listing.key_of(path.as_str()))?).await?;
-        Ok::<_, Error>(stored.map(|stored| (path, stored)))
+        let key = store.key(&listing.key_of(path.as_str()))?;
+        let Some(stored) = store.stored_checksums(&key).await? else { return Ok(None) };
+        // If the object was replaced since the listing, its checksum does not apply, and the read will fail. But some
+        // stores list another ETag than they state for the object.
+        if let Some(listed) = listing.objects.get(path)
+            && was_replaced(listed, &stored)
+            && !is_still_listed(store, &key, listed).await?
+        {
+            return Ok(None);
+        }
+        Ok::<_, Error>(Some((path, stored)))
     });
     let checksums: Vec<_> = futures::stream::iter(requests.collect::<Vec<_>>())
         .buffer_unordered(SMALL_REQUESTS_IN_FLIGHT)
@@ -375,10 +412,6 @@ async fn query_store_checksums(
         .await?;
     let mut unusable = Vec::new();
     for (path, stored) in checksums {
-        // The object was replaced since the listing: its checksum does not apply, and the read will fail.
-        if listing.objects.get(path).is_some_and(|listed| was_replaced(listed, &stored)) {
-            continue;
-        }
         unusable.extend(stored.invalid_header.map(|header| format!("{header} of {path}")));
         if let Some((digest, header)) = stored.sha256 {
             digests.insert(path.clone(), (digest, header.to_owned()));

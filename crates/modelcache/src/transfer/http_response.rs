@@ -2,15 +2,17 @@
 //!
 //! # Contract
 //! - [`check_headers`] rejects a response with contradictory headers or an encoded body.
+//! - [`retry_after`] is the only parser of `Retry-After`.
 //! - [`read_body`] is the only way to collect a body into memory. It stops at a number of bytes, at a silent or nearly
 //!   stalled connection and at a deadline for the whole body. Its buffer grows with the bytes received, never with the
 //!   announced length.
 //! - File bodies are streamed by `part.rs`, under the same stall rule ([`StallDetector`]).
 
+use crate::check::http_date;
 use crate::error::{Error, Result};
 use futures::{Stream, StreamExt as _};
 use http::{HeaderMap, StatusCode};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use tokio::time::Instant;
 
 /// A connection that delivers fewer bytes than this within one read timeout of waiting counts as stalled.
@@ -21,6 +23,8 @@ pub(crate) const ERROR_BODY_BYTES_MAX: u64 = 64 << 10;
 const DEADLINE_READ_TIMEOUTS: u32 = 10;
 /// Slowest rate that a body's deadline allows, in bytes per second: 64 s for 16 MiB, 34 min for the largest manifest.
 const BYTES_PER_S_MIN: u64 = 256 << 10;
+/// Upper bound on the wait that a server can request. A longer wait is shortened to it.
+pub(crate) const RETRY_AFTER_MAX: Duration = Duration::from_secs(24 * 3600);
 /// Time to wait for the rest of an unused body, so that its connection can be reused.
 const DRAIN_TIME_MAX: Duration = Duration::from_secs(1);
 
@@ -190,6 +194,28 @@ pub(crate) fn check_headers(status: StatusCode, headers: &HeaderMap) -> Result<(
     }
 }
 
+/// Returns the wait that the header `Retry-After` requests, in seconds or as a date (RFC 9110, 10.2.3). `None` for a wait
+/// of 0 s and for a date in the past: the usual backoff then applies.
+pub(crate) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).map(str::trim);
+    let value = text("retry-after").filter(|value| !value.is_empty())?;
+    let wait = if value.bytes().all(|digit| digit.is_ascii_digit()) {
+        value.parse().map_or(RETRY_AFTER_MAX, Duration::from_secs)
+    } else {
+        // The server's own clock decides, because the clock of this machine may be wrong.
+        let now = text("date").and_then(http_date).unwrap_or_else(SystemTime::now);
+        http_date(value)?.duration_since(now).ok()?
+    };
+    Some(wait.min(RETRY_AFTER_MAX)).filter(|wait| !wait.is_zero())
+}
+
+/// Returns true if the body is announced as an HTML page. In place of another kind of body, the page is usually that of
+/// a login or of a proxy.
+pub(crate) fn is_html(headers: &HeaderMap) -> bool {
+    let kind = headers.get("content-type").and_then(|value| value.to_str().ok()).unwrap_or_default();
+    kind.trim_start().to_ascii_lowercase().starts_with("text/html")
+}
+
 /// A parsed `Content-Range` header, such as `bytes 5-9/10`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ContentRange {
@@ -247,6 +273,27 @@ mod tests {
         let (body, cut) =
             read_body(stream::iter([Ok(b"ab".as_slice()), Err(())]), BodyLimits::error_response(WINDOW)).await;
         assert!(matches!(cut, Some(BodyError::Broken(()))) && body == b"ab");
+    }
+
+    #[test]
+    fn a_wait_is_read_as_seconds_or_as_a_date_and_bounded() {
+        let wait = |rows: &[(&'static str, &str)]| {
+            let row = |(name, value): &(&'static str, &str)| {
+                (http::HeaderName::from_static(name), value.parse().expect("value"))
+            };
+            retry_after(&rows.iter().map(row).collect()).map(|wait| wait.as_secs())
+        };
+        assert_eq!((wait(&[("retry-after", "7")]), wait(&[("retry-after", " 7 ")])), (Some(7), Some(7)));
+        assert_eq!(wait(&[("retry-after", "86401")]), Some(RETRY_AFTER_MAX.as_secs()));
+        assert_eq!(wait(&[("retry-after", &"9".repeat(40))]), Some(RETRY_AFTER_MAX.as_secs()), "above 64 bits");
+        let date = ("date", "Wed, 21 Oct 2015 07:28:00 GMT");
+        assert_eq!(wait(&[("retry-after", "Wed, 21 Oct 2015 07:28:09 GMT"), date]), Some(9), "by the server's clock");
+        assert_eq!(wait(&[("retry-after", "Wed, 21 Oct 2015 07:28:09 GMT")]), None, "in the past");
+        assert_eq!(wait(&[("retry-after", "Thu, 01 Jan 2125 00:00:00 GMT")]), Some(RETRY_AFTER_MAX.as_secs()));
+        for none in ["0", "", "-1", "1.5", "soon"] {
+            assert_eq!(wait(&[("retry-after", none)]), None, "{none:?}");
+        }
+        assert_eq!(wait(&[]), None);
     }
 
     #[test]

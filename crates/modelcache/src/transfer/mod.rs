@@ -26,7 +26,10 @@ mod workers;
 pub(crate) use cleanup::spawn_cleanup;
 pub use cleanup::wait_for_cleanup;
 pub(crate) use download::{DownloadFile, DownloadedFile, Downloader};
-pub(crate) use http_response::{BodyError, BodyLimits, StallDetector, check_headers, content_range, read_body};
+pub(crate) use http_response::{
+    BodyError, BodyLimits, RETRY_AFTER_MAX, StallDetector, check_headers, content_range, is_html, read_body,
+    retry_after,
+};
 pub(crate) use network_failure::{tls_error, with_lookup_deadline};
 pub(crate) use paging::Paging;
 pub(crate) use part_sink::{CompletedPart, PartSink};

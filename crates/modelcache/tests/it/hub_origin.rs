@@ -542,6 +542,68 @@ async fn an_object_that_changes_during_the_download_is_requested_again() {
 }
 
 #[tokio::test]
+async fn definite_answers_have_their_own_kind_and_remedy() {
+    let disabled = "X-Error-Code: DisabledRepo\r\nX-Error-Message: reported\r\n";
+    let awaited = "X-Error-Code: GatedRepo\r\nX-Error-Message: your request awaits a review\r\n";
+    for (status, headers, kind, says) in [
+        ("403 Forbidden", disabled, ErrorKind::Unauthorized, ["is disabled at the Hub: reported", "no token"]),
+        ("451 Legal", disabled, ErrorKind::Unauthorized, ["is disabled at the Hub: reported", "no token"]),
+        ("451 Legal", "", ErrorKind::Unauthorized, ["451", "legal reasons"]),
+        ("403 Forbidden", awaited, ErrorKind::Unauthorized, ["is gated: your request awaits", "accept its conditions"]),
+        ("402 Payment Required", "", ErrorKind::Unavailable, ["402", "trying again does not help"]),
+    ] {
+        let source = canned_source(move |_| reply(status, headers, "")).await;
+        let error = source.manifest().await.expect_err(status);
+        assert_eq!((error.kind(), error.is_transient()), (kind, false), "{error}");
+        let shown = format!("{error} {}", error.hint_text().unwrap_or_default());
+        assert!(says.iter().all(|part| shown.contains(part)), "{shown}");
+    }
+}
+
+#[tokio::test]
+async fn a_page_or_an_encoded_body_in_the_place_of_an_answer_is_named() {
+    let html = "Content-Type: text/html; charset=utf-8\r\n";
+    let listing = canned_source(move |_| reply("200 OK", html, "<html>log in</html>")).await;
+    let error = listing.manifest().await.expect_err("a page");
+    assert!(error.to_string().contains("HTML page"), "{error}");
+    let hint = error.hint_text().unwrap_or_default();
+    assert!(hint.contains("HF_ENDPOINT") && hint.contains("captive portal"), "{hint}");
+    let file = canned_source(move |head| match head.contains("/resolve/") {
+        true => reply("200 OK", html, "<html>log in</html>"),
+        false => reply("200 OK", html, r#"[{"type":"file","path":"a","size":5}]"#),
+    })
+    .await;
+    file.manifest().await.expect("JSON that is announced as HTML is read");
+    let error = failure(file.read(&path("a"), 0..5).await);
+    assert!(error.to_string().contains("HTML page"), "{error}");
+    let encoded = canned_source(|_| reply("200 OK", "Content-Encoding: gzip\r\n", "xx")).await;
+    let error = encoded.manifest().await.expect_err("encoded");
+    assert!(error.to_string().contains("gzip"), "{error}");
+}
+
+#[tokio::test]
+async fn servers_of_a_cdn_may_have_their_own_etags_if_the_list_has_a_digest() {
+    let conditions = Arc::new(Mutex::new(Vec::new()));
+    let source = canned_source({
+        let conditions = conditions.clone();
+        move |head| {
+            if !head.contains("/resolve/") {
+                let oid = "ab".repeat(20);
+                return reply("200 OK", "", &format!(r#"[{{"type":"file","path":"a","size":5,"oid":"{oid}"}}]"#));
+            }
+            conditions.lock().unwrap().push(head.to_lowercase().contains("if-match"));
+            reply("200 OK", "ETag: \"one\"\r\n", "12345")
+        }
+    })
+    .await;
+    source.manifest().await.expect("listed");
+    for _ in 0..2 {
+        assert_eq!(read(&source, "a", 0..5).await, b"12345");
+    }
+    assert_eq!(*conditions.lock().unwrap(), [false, false]);
+}
+
+#[tokio::test]
 async fn a_downgrade_or_odd_redirect_is_refused() {
     for location in ["ftp://h/x?canary", "file:///etc/passwd", "http://[bad", ""] {
         let source = canned_source(move |_| reply("302 Found", &format!("Location: {location}\r\n"), "")).await;

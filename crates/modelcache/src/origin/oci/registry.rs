@@ -307,7 +307,7 @@ fn redirect_target_error(response: &HttpErrorResponse, url: &Url) -> Error {
     let what = format!("{} refused a URL that the registry has just issued ({})", Server(url), response.status);
     match response.status.as_u16() {
         401 | 403 => Error::unavailable(what).hint("check the clock of this machine"),
-        404 | 410 => Error::unavailable(what).transient(false),
+        404 | 410 => Error::unavailable(what).transient(false).hint(http::REFUSED_HINT),
         _ => response.error(url),
     }
 }

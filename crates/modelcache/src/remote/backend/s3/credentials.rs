@@ -23,7 +23,9 @@ use reqsign_aws_core::{
 use reqsign_core::{CommandExecute, CommandOutput, Context, FileRead, HttpSend, ProvideCredential, StaticEnv};
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, OnceLock};
+use std::io::Read as _;
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::{Arc, OnceLock, mpsc};
 use std::time::{Duration, Instant, SystemTime};
 
 /// Credentials are renewed this long before they expire, or a quarter of their lifetime before if that is shorter.
@@ -40,7 +42,11 @@ const METADATA_CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 const METADATA_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest wait for a response of STS or SSO.
 const SERVICE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Largest response of a metadata service, STS or SSO, in bytes. Credentials have a few KiB.
+/// Longest run of a `credential_process`. It may ask the user for a code in a window of its own.
+const PROCESS_TIMEOUT: Duration = Duration::from_secs(60);
+/// Time between two looks at whether a `credential_process` has ended.
+const PROCESS_POLL_INTERVAL: Duration = Duration::from_millis(10);
+/// Largest response of a metadata service, STS, SSO or a process, in bytes. Credentials have a few KiB.
 const RESPONSE_BYTES_MAX: u64 = 256 * 1024;
 /// Most profiles in a chain of `source_profile` settings.
 const SOURCE_PROFILES_MAX: usize = 5;
@@ -526,13 +532,48 @@ impl CommandExecute for Commands {
         program: &'a str,
         arguments: &'a [&'a str],
     ) -> reqsign_core::Result<CommandOutput> {
-        let mut command = std::process::Command::new(program);
-        command.args(arguments).env_clear().envs(&self.0.0).stdin(std::process::Stdio::null());
-        let ran = tokio::task::spawn_blocking(move || command.output()).await.map_err(|_| unexpected("cancelled"))?;
-        let output = ran.map_err(|error| unexpected(format!("{program}: {error}")))?;
+        // The caller splits the setting at white space. A shell puts quoted arguments together again, as in the AWS
+        // tools.
+        let line = [&[program], arguments].concat().join(" ");
+        let mut command = Command::new("sh");
+        command.args(["-c", &line]).env_clear().envs(&self.0.0).stdin(Stdio::null());
         // Discard standard error, which may contain secrets. The error then shows the exit status only.
-        Ok(CommandOutput { status: output.status.code().unwrap_or(-1), stdout: output.stdout, stderr: Vec::new() })
+        command.stdout(Stdio::piped()).stderr(Stdio::null());
+        let ran = tokio::task::spawn_blocking(move || output_of(command, PROCESS_TIMEOUT)).await;
+        let (status, stdout) = ran.map_err(|_| unexpected("cancelled"))?.map_err(unexpected)?;
+        Ok(CommandOutput { status: status.code().unwrap_or(-1), stdout, stderr: Vec::new() })
     }
+}
+
+/// Runs a command that prints credentials, and kills it after `timeout` or [`RESPONSE_BYTES_MAX`] bytes. Blocks.
+fn output_of(mut command: Command, timeout: Duration) -> std::result::Result<(ExitStatus, Vec<u8>), String> {
+    let deadline = Instant::now() + timeout;
+    let mut child = command.spawn().map_err(|error| format!("cannot start sh: {error}"))?;
+    let stdout = child.stdout.take().ok_or("it has no standard output")?;
+    // A child of the command may keep the pipe open, so the reader is not waited for.
+    let (sender, received) = mpsc::channel();
+    let reader = std::thread::Builder::new().spawn(move || {
+        let mut output = Vec::new();
+        let read = stdout.take(RESPONSE_BYTES_MAX + 1).read_to_end(&mut output);
+        sender.send(read.map(|_| output))
+    });
+    let output = match received.recv_timeout(timeout) {
+        _ if reader.is_err() => Err("no thread can be started to read its output".to_owned()),
+        Ok(Ok(output)) if output.len() as u64 <= RESPONSE_BYTES_MAX => Ok(output),
+        Ok(Ok(_)) => Err(format!("it printed more than {RESPONSE_BYTES_MAX} bytes")),
+        Ok(Err(error)) => Err(format!("its output cannot be read: {error}")),
+        Err(_) => Err(format!("it did not end within {} s", timeout.as_secs_f32())),
+    };
+    // It may have closed its output and still run.
+    while output.is_ok() && Instant::now() < deadline {
+        if let Some(status) = child.try_wait().map_err(|error| error.to_string())? {
+            return output.map(|output| (status, output));
+        }
+        std::thread::sleep(PROCESS_POLL_INTERVAL);
+    }
+    let _ = child.kill();
+    let _ = child.wait();
+    output.and_then(|_| Err(format!("it did not end within {} s", timeout.as_secs_f32())))
 }
 
 /// HTTP for the providers: a client with short timeouts and no proxy for metadata services (plain HTTP), and the
@@ -597,5 +638,37 @@ impl Http {
 impl HttpSend for Http {
     async fn http_send(&self, request: http::Request<Bytes>) -> reqsign_core::Result<http::Response<Bytes>> {
         self.send(request).await.map_err(unexpected)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn output(line: &str) -> std::result::Result<(ExitStatus, Vec<u8>), String> {
+        let mut command = Command::new("sh");
+        command.args(["-c", line]).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+        output_of(command, Duration::from_millis(500))
+    }
+
+    #[test]
+    fn a_credential_process_that_hangs_or_prints_without_end_is_killed() {
+        let started = Instant::now();
+        for hanging in ["sleep 30", "exec >&-; sleep 30", "sleep 30 & exit 0", "read line; sleep 30"] {
+            assert!(output(hanging).is_err_and(|reason| reason.contains("did not end within")), "{hanging}");
+        }
+        assert!(output("yes").is_err_and(|reason| reason.contains("more than")));
+        assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
+        let (status, printed) = output("printf abc; exit 3").expect("ends");
+        assert_eq!((status.code(), printed.as_slice()), (Some(3), b"abc".as_slice()));
+    }
+
+    #[tokio::test]
+    async fn quoted_arguments_of_a_credential_process_stay_together() {
+        let path = std::env::var("PATH").unwrap_or_default();
+        let commands = Commands(Environment(HashMap::from([("PATH".into(), path)])));
+        // The caller has split `printf '%s|' 'a b' "c"` at white space.
+        let ran = commands.command_execute("printf", &["'%s|'", "'a", "b'", "\"c\""]).await.expect("runs");
+        assert_eq!((ran.status, ran.stdout.as_slice()), (0, b"a b|c|".as_slice()));
     }
 }

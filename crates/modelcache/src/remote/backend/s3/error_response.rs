@@ -70,6 +70,10 @@ const fn meaning(kind: ErrorKind, transient: bool, message: Text, remedy: Option
     Meaning { kind, transient, message, remedy }
 }
 
+/// Hint for responses that no object store sends.
+pub(super) const NOT_A_STORE_HINT: &str =
+    "a proxy or a login page of the network (captive portal) may have answered: check the endpoint and HTTPS_PROXY";
+
 /// Codes of expired credentials. A retry with renewed credentials may succeed.
 const EXPIRED: &[&str] = &["ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"];
 /// Codes of a missing permission, which S3 also sends for a missing object.
@@ -284,6 +288,7 @@ const REDIRECT_STATUSES: &[u16] = &[301, 307, 308];
 
 /// The meaning by status, for responses without one of the [`CODES`]. The first matching row counts.
 const STATUSES: &[(RangeInclusive<u16>, Meaning)] = &[
+    (300..=399, NOT_A_STORE),
     (401..=401, MISSING_PERMISSION),
     (403..=403, MISSING_PERMISSION),
     (404..=404, meaning(ErrorKind::NotFound, false, DEFAULT_MESSAGE, None)),
@@ -299,6 +304,7 @@ const STATUSES: &[(RangeInclusive<u16>, Meaning)] = &[
         ),
     ),
     (501..=501, REFUSED),
+    (511..=511, NOT_A_STORE),
     (507..=507, FULL),
     (408..=408, OVERLOADED),
     (425..=425, OVERLOADED),
@@ -328,6 +334,8 @@ const REFUSED: Meaning = meaning(
     DEFAULT_MESSAGE,
     Some(|_| "the store refuses the request itself: check the endpoint and [remote.options] against its manual".into()),
 );
+/// No object store sends these statuses.
+const NOT_A_STORE: Meaning = meaning(ErrorKind::Unavailable, false, DEFAULT_MESSAGE, Some(|_| NOT_A_STORE_HINT.into()));
 const OVERLOADED: Meaning = meaning(ErrorKind::Unavailable, true, DEFAULT_MESSAGE, None);
 const OTHER: Meaning = meaning(ErrorKind::Unavailable, false, DEFAULT_MESSAGE, None);
 
@@ -340,6 +348,10 @@ fn missing_permission(context: &MessageContext<'_>) -> String {
     if context.response.message.as_deref().is_some_and(names_kms_permission) {
         return "grant the permission on the key that the server names: kms:Decrypt to read, kms:GenerateDataKey to write"
             .into();
+    }
+    if context.response.message.as_deref().is_some_and(|message| message.to_ascii_lowercase().contains("requester pay"))
+    {
+        return "the requester pays for this bucket: set request_payer = true under [remote.options]".into();
     }
     format!(
         "the credentials lack a permission on {:?}, or its policy forbids the request: reading needs s3:GetObject and s3:ListBucket, publishing s3:PutObject, evicting s3:DeleteObject",

@@ -7,13 +7,13 @@
 //! Listings are edited: one key with an empty segment (`a//b`) makes `object_store` fail for the whole page. modelcache
 //! never writes such keys. They are removed from the response and passed on in [`SkippedKeys`].
 
-use super::error_response::{ErrorResponse, MESSAGE_CHARS_MAX};
+use super::error_response::{ErrorResponse, MESSAGE_CHARS_MAX, NOT_A_STORE_HINT};
 use super::settings::{Options, S3Settings};
 use super::xml;
 use crate::error::{Error, Result, Tier};
 use crate::limits;
 use crate::remote::backend::SkippedKeys;
-use crate::transfer::{BodyError, BodyLimits, Pauses, Retry, check_headers, read_body};
+use crate::transfer::{BodyError, BodyLimits, Pauses, Retry, check_headers, is_html, read_body, retry_after};
 use async_trait::async_trait;
 use object_store::ClientOptions;
 use object_store::client::{
@@ -129,6 +129,14 @@ impl HttpService for ObjectStoreHttp {
         let response = tokio::time::timeout(timeout, self.client.call(request)).await.map_err(timed_out)??;
         let (mut parts, body) = response.into_parts();
         let is_error = !parts.status.is_success();
+        // S3 sends at least one of these headers with every success.
+        if !is_error
+            && is_html(&parts.headers)
+            && !["etag", "x-amz-request-id"].iter().any(|name| parts.headers.contains_key(*name))
+        {
+            let message = format!("{} answers with an HTML page (text/html), as no object store does", self.endpoint);
+            return Err(wrapped(Error::unavailable(message).transient(false).hint(NOT_A_STORE_HINT)));
+        }
         if is_object_read && !is_error {
             // Compressed or otherwise transformed bodies are refused, because their bytes are not those of the object.
             check_headers(parts.status, &parts.headers).map_err(wrapped)?;
@@ -180,7 +188,7 @@ fn error_response_of(status: u16, headers: &reqwest::header::HeaderMap, body: &[
         code: xml::text(&body, "Code").or_else(|| header("x-minio-error-code")),
         message: xml::text(&body, "Message").map(|message| message.chars().take(MESSAGE_CHARS_MAX).collect()),
         region: header("x-amz-bucket-region").or_else(|| xml::text(&body, "Region")),
-        retry_after: header("retry-after").and_then(|seconds| seconds.trim().parse().ok()).map(Duration::from_secs),
+        retry_after: retry_after(headers),
         date: header("date"),
     }
 }
