@@ -29,10 +29,15 @@ use app::App;
 use axum::Router;
 use axum::middleware::from_fn_with_state;
 use axum::routing::{get, post};
-use modelcache::config::Backfill;
+use modelcache::config::{Backfill, RemoteMode};
+use modelcache::progress::Progress;
 use modelcache::{Cache, Config};
 use rustix::rand::{GetRandomFlags, getrandom};
 use std::sync::Arc;
+use std::time::Duration;
+
+/// Interval at which uploads that failed or were left behind are tried again.
+const UPLOADS_INTERVAL: Duration = Duration::from_secs(60);
 
 /// A daemon over one cache. Its background tasks end when the last router is dropped.
 #[derive(Clone)]
@@ -75,6 +80,13 @@ impl Daemon {
                 tokio::time::sleep(activity::SAMPLE_INTERVAL).await;
             }
         });
+        let weak = Arc::downgrade(&app);
+        tokio::spawn(async move {
+            while let Some(cache) = weak.upgrade().map(|app| app.cache.clone()) {
+                complete_uploads(&cache).await;
+                tokio::time::sleep(UPLOADS_INTERVAL).await;
+            }
+        });
         Self(app)
     }
 
@@ -109,6 +121,18 @@ impl Daemon {
         let app = &self.0;
         let routes = probe_routes().route("/metrics", get(probes::prometheus));
         routes.layer(from_fn_with_state(app.clone(), http_metrics::observe)).with_state(app.clone())
+    }
+}
+
+/// Completes uploads that failed while the remote was down, or that an earlier process left behind.
+async fn complete_uploads(cache: &Cache) {
+    let is_writable = cache.config().remote.is_some() && cache.config().remote_mode == RemoteMode::ReadWrite;
+    let is_pending = || async { cache.pending_backfills().await.is_ok_and(|pending| !pending.is_empty()) };
+    if is_writable
+        && is_pending().await
+        && let Err(error) = cache.backfill_pending(&Progress::new()).await
+    {
+        tracing::debug!(%error, "pending uploads cannot be completed yet");
     }
 }
 

@@ -91,9 +91,7 @@ pub(crate) async fn stats(State(app): State<Arc<App>>, extensions: Extensions) -
 /// The counters as JSON
 #[utoipa::path(get, path = "/cache/metrics", tag = "cache", responses((status = 200, body = Object), (status = 401)))]
 pub(crate) async fn metrics(State(app): State<Arc<App>>) -> Response {
-    let counts = app.cache.metrics().counts();
-    let mut report = json!(counts);
-    report["hit_rate"] = json!(counts.hit_rate());
+    let mut report = json!(app.cache.metrics().counts().answer());
     report["http"] = json!(app.http_counts());
     Json(report).into_response()
 }

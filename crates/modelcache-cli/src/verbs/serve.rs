@@ -6,7 +6,7 @@ use crate::{exit, human};
 use clap::Args;
 use modelcache::config::ByteBound;
 use modelcache::settings::ServeSettings;
-use modelcache::{Cache, Config, Error, Reference, Result};
+use modelcache::{Cache, Config, Error, ErrorKind, Reference, Result};
 use modelcache_server::{Daemon, Listeners, Notifier, Options, ServeOptions, TlsFiles, complete_config, watchdog_time};
 use std::net::SocketAddr;
 
@@ -38,7 +38,14 @@ impl Serve {
         }
         let listeners = match Listeners::from_systemd()? {
             Some(listeners) => listeners,
-            None => Listeners::bind(&settings.listen)?,
+            None => match Listeners::bind(&settings.listen) {
+                // The daemon itself may be running, or systemd may hold its socket.
+                Err(error) if self.check && error.kind() == ErrorKind::Other => {
+                    tracing::warn!(%error, "the rest of the configuration is usable");
+                    return Ok(exit::DONE);
+                }
+                listeners => listeners?,
+            },
         };
         let addresses = listeners.local_addrs()?;
         let admin = match settings.admin_listen.as_slice() {
