@@ -117,7 +117,8 @@ impl HttpService for ObjectStoreHttp {
         let listing = request.uri().query().is_some_and(|query| query.contains("list-type=2"));
         // Only the body of an object is streamed: the request for it is the only GET without a query. Every other body
         // is read into memory.
-        let streams = request.method() == reqwest::Method::GET && request.uri().query().is_none();
+        let reads = request.method() == reqwest::Method::GET;
+        let streams = reads && request.uri().query().is_none();
         let completes = request.method() == reqwest::Method::POST
             && request.uri().query().is_some_and(|query| query.contains("uploadId="));
         let stated = request.extensions().get::<ExtraTimeout>().map(|ExtraTimeout(time)| *time);
@@ -129,8 +130,9 @@ impl HttpService for ObjectStoreHttp {
         let response = tokio::time::timeout(timeout, self.client.call(request)).await.map_err(timed_out)??;
         let (mut parts, body) = response.into_parts();
         let is_error = !parts.status.is_success();
-        // S3 sends at least one of these headers with every success.
-        if !is_error
+        // S3 sends at least one of these headers with every object and listing.
+        if reads
+            && !is_error
             && is_html(&parts.headers)
             && !["etag", "x-amz-request-id"].iter().any(|name| parts.headers.contains_key(*name))
         {
