@@ -67,6 +67,7 @@ impl Serve {
                 auth_stale: settings.auth_stale,
                 prewarm,
                 has_admin_listener: admin.is_some(),
+                ..Options::default()
             },
         );
         for url in &urls {
