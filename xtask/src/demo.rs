@@ -15,8 +15,10 @@ use modelcache_testkit::hub::HubFault;
 use modelcache_testkit::{Content, Hub, S3};
 use serde_json::Value;
 use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
@@ -61,6 +63,7 @@ impl Demo {
         put_evict_get(&mut scenario)?;
         ten_processes(&mut scenario)?;
         kill_and_resume(&mut scenario)?;
+        daemon(&mut scenario)?;
 
         println!("\nSizes are in MB. Digests, bytes by tier and requests to the servers were checked at every step.\n");
         println!("{}", table::markdown(&["step", "seconds", "disk", "S3", "origin", "uploaded to S3"], &scenario.rows));
@@ -236,6 +239,95 @@ fn kill_and_resume(scenario: &mut Scenario) -> Result<()> {
     ensure!(resumed_bytes <= PART_BYTES, "{resumed_bytes} bytes were downloaded again, more than one part");
     scenario.row("killed, then resumed", &got);
     Ok(())
+}
+
+fn daemon(scenario: &mut Scenario) -> Result<()> {
+    scenario.title("A daemon as the Hugging Face endpoint: eight clients share one download; then the Hub is down");
+    let content = Content::generated(23, SMALL_BYTES);
+    let (sha256, size) = (content.sha256()?, content.len());
+    let commit = scenario.hub.repo("demo/served").commit().lfs(WEIGHTS, content).publish()?;
+    scenario.hub.clear_requests();
+    let daemon = Daemon::start(scenario)?;
+    let path = format!("/demo/served/resolve/{commit}/{WEIGHTS}");
+    println!("$ for i in $(seq 8); do curl -sO http://{}{path} & done; wait", daemon.address);
+    let started = Instant::now();
+    let clients: Vec<_> = (0..8)
+        .map(|_| {
+            let (address, path) = (daemon.address.clone(), path.clone());
+            std::thread::spawn(move || http_get(&address, &path))
+        })
+        .collect();
+    for client in clients {
+        let body = client.join().map_err(|_| anyhow::anyhow!("a client panicked"))??;
+        ensure!(Content::from(body).sha256()? == sha256, "a client got other bytes");
+    }
+    let took = started.elapsed();
+    let sent = scenario.hub.body_bytes();
+    println!("  the Hub sent {} MB: the model once", megabytes(sent));
+    ensure!(sent == size, "the Hub sent {sent} bytes, not {size}");
+    scenario.rows.push(row("eight clients of the daemon", took, ["".into(), "".into(), megabytes(sent), "".into()]));
+
+    scenario.hub.down(true);
+    println!("$ curl -sO http://{}{path}    # while the Hub is down", daemon.address);
+    let started = Instant::now();
+    ensure!(http_get(&daemon.address, &path)?.len() as u64 == size, "the daemon served another size");
+    let cells = [megabytes(size), "".into(), "".into(), "".into()];
+    scenario.rows.push(row("from the daemon, while the Hub is down", started.elapsed(), cells));
+    let metrics = String::from_utf8(http_get(&daemon.address, "/metrics")?)?;
+    for line in metrics.lines().filter(|line| line.starts_with("modelcache_gets_total")) {
+        println!("  {line}");
+    }
+    ensure!(metrics.contains("modelcache_gets_total{from=\"disk\"} 1\n"), "the last request was no hit:\n{metrics}");
+    scenario.hub.down(false);
+    Ok(())
+}
+
+/// A running daemon. It is killed when this value is dropped.
+struct Daemon {
+    process: Child,
+    /// Its address and port.
+    address: String,
+}
+
+impl Daemon {
+    /// Starts the daemon on a free port, and waits until it serves.
+    fn start(scenario: &Scenario) -> Result<Self> {
+        let mut command = scenario.command("node-8");
+        command.args(["serve", "--listen", "127.0.0.1:0", "--backfill", "never"]);
+        println!("$ MODEL_CACHE_DIR=node-8 {} &", shell_line(&command));
+        let mut process = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+        let messages = process.stderr.take().context("the daemon has no messages")?;
+        let mut lines = BufReader::new(messages).lines();
+        let address = loop {
+            let line = lines.next().context("the daemon ended")??;
+            println!("  {line}");
+            if let Some((_, address)) = line.split_once("HF_ENDPOINT=http://") {
+                break address.to_owned();
+            }
+        };
+        // Read further messages, so that the daemon does not wait for a full pipe.
+        std::thread::spawn(move || lines.for_each(drop));
+        Ok(Self { process, address })
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// Sends a GET and returns the body of the response.
+fn http_get(address: &str, path: &str) -> Result<Vec<u8>> {
+    let mut connection = TcpStream::connect(address)?;
+    write!(connection, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
+    let mut response = Vec::new();
+    connection.read_to_end(&mut response)?;
+    let end = response.windows(4).position(|bytes| bytes == b"\r\n\r\n").context("no response head")?;
+    let head = String::from_utf8_lossy(&response[..end]).into_owned();
+    ensure!(head.starts_with("HTTP/1.1 200"), "{path}: {head}");
+    Ok(response.split_off(end + 4))
 }
 
 fn remote() -> String {

@@ -3,7 +3,7 @@
 use crate::activity::Activity;
 use crate::doctor::{Doctor, DoctorRun};
 use crate::http_metrics::{HttpCounts, HttpMetrics};
-use crate::hub::{Infos, Rights};
+use crate::hub::{Infos, OwnRequests, Rights};
 use crate::listen::ConnectionCounters;
 use crate::prewarm::Readiness;
 use modelcache::cache::{Artifact, FillStatus, GetOptions};
@@ -38,6 +38,8 @@ pub struct Options {
     pub insecure: bool,
     /// Accept references with any server, bucket or registry.
     pub allow_any_origin: bool,
+    /// How long a permission of the Hub is used without asking it again.
+    pub auth_fresh: Duration,
     /// How long a permission of the Hub is used while the Hub cannot be reached.
     pub auth_stale: Duration,
     /// The references to get at the start.
@@ -56,6 +58,7 @@ impl Default for Options {
             token: None,
             insecure: false,
             allow_any_origin: false,
+            auth_fresh: Duration::from_secs(300),
             auth_stale: Duration::from_secs(3600),
             prewarm: Vec::new(),
             has_admin_listener: false,
@@ -74,6 +77,7 @@ pub(crate) struct App {
     pub(crate) doctor: Doctor,
     pub(crate) rights: Rights,
     pub(crate) infos: Infos,
+    pub(crate) own_requests: OwnRequests,
     pub(crate) readiness: Readiness,
     pub(crate) activity: Activity,
     pub(crate) http: HttpMetrics,
@@ -89,8 +93,9 @@ pub(crate) struct App {
 impl App {
     pub(crate) fn new(cache: Cache, options: Options) -> Arc<Self> {
         Arc::new(Self {
-            rights: Rights::new(cache.clone(), options.auth_stale),
+            rights: Rights::new(cache.clone(), options.auth_fresh, options.auth_stale),
             infos: Infos::default(),
+            own_requests: OwnRequests::default(),
             readiness: Readiness::new(&options.prewarm),
             started: Instant::now(),
             doctor: Doctor::new(options.doctor.clone()),
@@ -146,22 +151,26 @@ impl App {
     ///
     /// # Errors
     /// `Limits` if clients hold too many leases.
-    pub(crate) fn hold(&self, artifact: Artifact, time: Duration) -> Result<()> {
+    pub(crate) fn hold(self: &Arc<Self>, artifact: Artifact, time: Duration) -> Result<()> {
         let mut held = self.held.lock();
         self.release_ended(&mut held);
         if held.len() >= HELD_MAX {
             return Err(Error::new(ErrorKind::Limits, format!("clients hold {HELD_MAX} leases already"))
                 .hint("ask for shorter leases, or hold one lease for each artifact and machine"));
         }
-        held.push((Instant::now() + time.min(HOLD_MAX), artifact));
+        let end = Instant::now() + time.min(HOLD_MAX);
+        held.push((end, artifact));
+        let app = Arc::downgrade(self);
+        tokio::spawn(async move {
+            tokio::time::sleep_until(end.into()).await;
+            if let Some(app) = app.upgrade() {
+                app.release_ended(&mut app.held.lock());
+            }
+        });
         Ok(())
     }
 
     /// Releases the leases whose time is over.
-    pub(crate) fn release_ended_leases(&self) {
-        self.release_ended(&mut self.held.lock());
-    }
-
     fn release_ended(&self, held: &mut Vec<(Instant, Artifact)>) {
         let now = Instant::now();
         held.retain(|(end, _)| *end > now);

@@ -53,9 +53,10 @@ impl FileRequest<'_> {
         let (status, range) = match &asked {
             Requested::Whole => (StatusCode::OK, 0..size),
             Requested::Part { range, .. } => (StatusCode::PARTIAL_CONTENT, range.clone()),
-            Requested::NotModified => return Ok(self.response(StatusCode::NOT_MODIFIED, None, Body::empty())),
+            // With the length that the file has: without one, axum would state that of the empty body.
+            Requested::NotModified => return Ok(self.response(StatusCode::NOT_MODIFIED, size, Body::empty())),
             Requested::Unsatisfiable => {
-                let mut response = self.response(StatusCode::RANGE_NOT_SATISFIABLE, Some(0), Body::empty());
+                let mut response = self.response(StatusCode::RANGE_NOT_SATISFIABLE, 0, Body::empty());
                 response.headers_mut().insert(CONTENT_RANGE, value(&format!("bytes */{size}")));
                 return Ok(response);
             }
@@ -82,7 +83,7 @@ impl FileRequest<'_> {
                 Body::from_stream(stream)
             }
         };
-        let mut response = self.response(status, Some(len), body);
+        let mut response = self.response(status, len, body);
         if status == StatusCode::PARTIAL_CONTENT {
             let (first, last) = (range.start, range.end - 1);
             response.headers_mut().insert(CONTENT_RANGE, value(&format!("bytes {first}-{last}/{size}")));
@@ -108,7 +109,7 @@ impl FileRequest<'_> {
     }
 
     /// Returns a response with the headers that all routes have in common.
-    fn response(&self, status: StatusCode, len: Option<u64>, body: Body) -> Response {
+    fn response(&self, status: StatusCode, len: u64, body: Body) -> Response {
         let mut response = Response::new(body);
         *response.status_mut() = status;
         let headers = response.headers_mut();
@@ -120,9 +121,7 @@ impl FileRequest<'_> {
         if let Some(etag) = &self.etag {
             headers.insert(ETAG, value(etag));
         }
-        if let Some(len) = len {
-            headers.insert(CONTENT_LENGTH, len.into());
-        }
+        headers.insert(CONTENT_LENGTH, len.into());
         response
     }
 }

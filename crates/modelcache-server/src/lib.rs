@@ -78,7 +78,6 @@ impl Daemon {
         tokio::spawn(async move {
             while let Some(app) = weak.upgrade() {
                 app.activity.sample(&app.cache.metrics().counts());
-                app.release_ended_leases();
                 drop(app);
                 tokio::time::sleep(activity::SAMPLE_INTERVAL).await;
             }

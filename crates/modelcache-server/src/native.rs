@@ -19,7 +19,8 @@ use futures::stream;
 use modelcache::cache::{Artifact, EvictTier, FillStatus, GetOptions};
 use modelcache::key::FilePath;
 use modelcache::progress::Progress;
-use modelcache::{Reference, Result, Selection, Tier};
+use modelcache::reference::Target;
+use modelcache::{ArtifactKey, Error, ErrorKind, Reference, Result, Selection, Tier};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -179,13 +180,13 @@ pub(crate) async fn list(
 /// The manifest of one artifact: its files with sizes and digests, by tier
 #[utoipa::path(get, path = "/cache/artifacts/{key}", tag = "cache",
     params(("key" = String, Path, description = "`name@version`; a slash in the name is written %2F")),
-    responses((status = 200, body = Object), (status = 400), (status = 401), (status = 404)))]
+    responses((status = 200, body = Object), (status = 400), (status = 401), (status = 403), (status = 404)))]
 pub(crate) async fn inspect(
     State(app): State<Arc<App>>,
     key: Result<Path<String>, extract::rejection::PathRejection>,
     extensions: Extensions,
 ) -> ApiResult<Response> {
-    let reference = app.cache.reference(&key.map_err(bad_path)?.0)?;
+    let reference = without_own_origin(&app, app.cache.reference(&key.map_err(bad_path)?.0)?)?;
     let mut report = json!(app.cache.inspect(&reference).await?);
     hide_paths(&mut report, &extensions);
     Ok(Json(report).into_response())
@@ -226,7 +227,8 @@ pub(crate) async fn get(
     let getting = {
         let (app, progress) = (app.clone(), progress.clone());
         async move {
-            let artifact = app.cache.get_with(&reference, &options, &progress).await?;
+            let artifact = app.cache.get_with(&reference, &options, &progress).await;
+            let artifact = artifact.map_err(|error| without_origin(error, max_tier))?;
             let mut report = answer(&body.reference, &artifact);
             hide_paths(&mut report, &extensions);
             if !hold.is_zero() {
@@ -247,7 +249,7 @@ pub(crate) async fn get(
     params(("key" = String, Path, description = "`name@version`; a slash in the name is written %2F"),
         ("path" = String, Path, description = "The path of the file in the artifact")),
     responses((status = 200, content_type = "application/octet-stream"), (status = 206), (status = 304), (status = 400),
-        (status = 401), (status = 404), (status = 416), (status = 502), (status = 503)))]
+        (status = 401), (status = 403), (status = 404), (status = 416), (status = 502), (status = 503)))]
 pub(crate) async fn file(
     State(app): State<Arc<App>>,
     path: Result<Path<(String, String)>, extract::rejection::PathRejection>,
@@ -256,10 +258,18 @@ pub(crate) async fn file(
     let Path((key, path)) = path.map_err(bad_path)?;
     let (reference, path) = (app.cache.reference(&key)?, FilePath::new(&path)?);
     let max_tier = max_tier(&app, &reference)?;
-    let manifest = app.manifest(&app.cache, &reference, max_tier).await?;
+    let manifest = app.manifest(&app.cache, &reference, max_tier).await;
+    let manifest = manifest.map_err(|error| without_origin(error, max_tier))?;
+    let sha256 = manifest.files.get(&path).and_then(|entry| entry.sha256);
+    if let Some(demanded) = reference.digest
+        && ![sha256, manifest.content_digest()].contains(&Some(demanded))
+    {
+        let error =
+            Error::corrupt(format!("sha256 {demanded} is demanded, but neither the file nor the artifact has it"));
+        return Err(error.artifact(&manifest.key).hint("check where the digest came from").into());
+    }
     // From here on the version is fixed, even if a tag moves.
     let reference = app.cache.reference(&manifest.key.to_string())?;
-    let sha256 = manifest.files.get(&path).and_then(|entry| entry.sha256);
     let request = FileRequest {
         app: &app,
         cache: &app.cache,
@@ -277,13 +287,14 @@ pub(crate) async fn file(
 /// Evict an artifact from the named tier
 #[utoipa::path(delete, path = "/cache/artifacts/{key}", tag = "cache",
     params(("key" = String, Path, description = "`name@version`; a slash in the name is written %2F"), EvictQuery),
-    responses((status = 200, body = Object), (status = 400), (status = 401), (status = 404), (status = 409)))]
+    responses((status = 200, body = Object), (status = 400), (status = 401), (status = 403), (status = 404),
+        (status = 409)))]
 pub(crate) async fn evict(
     State(app): State<Arc<App>>,
     key: Result<Path<String>, extract::rejection::PathRejection>,
     query: Result<Query<EvictQuery>, extract::rejection::QueryRejection>,
 ) -> ApiResult<Response> {
-    let reference = app.cache.reference(&key.map_err(bad_path)?.0)?;
+    let reference = without_own_origin(&app, app.cache.reference(&key.map_err(bad_path)?.0)?)?;
     let Query(query) = query.map_err(bad_query)?;
     let tier = match query.tier.as_deref() {
         Some("disk") => EvictTier::Disk,
@@ -300,26 +311,60 @@ pub(crate) async fn evict(
     Ok(Json(json!(report)).into_response())
 }
 
-/// Returns the farthest tier that a client may have contacted for a reference.
+/// Returns the farthest tier that a client may have contacted for a reference. For a version at a server that is not
+/// part of the configuration, as `ls` prints it, that is the remote.
 ///
 /// # Errors
-/// 403 for a reference that names a server of the client's choice, unless the configuration allows that.
+/// 403 for a reference that only such a server can resolve.
 fn max_tier(app: &App, reference: &Reference) -> ApiResult<Tier> {
-    if app.options.allow_any_origin {
+    if may_ask_origin(app, reference) {
         return Ok(Tier::Origin);
     }
-    let (key, text) = (reference.exact_key(), reference.to_string());
-    let is_configured = CONFIGURED_SCHEMES.iter().any(|scheme| text.starts_with(scheme));
-    match (reference.scheme(), key.as_ref().and_then(|key| key.name.scheme())) {
-        (Some(_), _) if is_configured => Ok(Tier::Origin),
-        (None, None) => Ok(Tier::Origin),
-        // A key of an origin, as `ls` prints it: what is on disk or on the remote may be read.
-        (None, Some(_)) => Ok(Tier::Remote),
-        (Some(_), _) => Err(ApiError::new(
-            StatusCode::FORBIDDEN,
-            "clients of this daemon cannot choose the server of an artifact",
-            "configure it as MODEL_CACHE_ORIGIN and use name@version, or start the daemon with --allow-any-origin",
-        )),
+    exact_key(reference).map(|_| Tier::Remote)
+}
+
+/// Returns the reference for a look-up on disk and on the remote that does not contact a server of the client's choice.
+///
+/// # Errors
+/// As for [`max_tier`].
+fn without_own_origin(app: &App, reference: Reference) -> ApiResult<Reference> {
+    if may_ask_origin(app, &reference) {
+        return Ok(reference);
+    }
+    Ok(Reference { target: Target::Bare(exact_key(&reference)?), file: None, digest: None })
+}
+
+/// Returns the key of a reference that names a version.
+fn exact_key(reference: &Reference) -> ApiResult<ArtifactKey> {
+    reference.exact_key().ok_or_else(origin_refused)
+}
+
+fn may_ask_origin(app: &App, reference: &Reference) -> bool {
+    app.options.allow_any_origin || has_configured_origin(reference)
+}
+
+/// Returns true if the origin of a reference is part of the configuration. A bare name that begins like a URI is the key
+/// of an artifact from there.
+fn has_configured_origin(reference: &Reference) -> bool {
+    match reference.scheme() {
+        Some(_) => CONFIGURED_SCHEMES.iter().any(|scheme| reference.to_string().starts_with(scheme)),
+        None => reference.exact_key().is_some_and(|key| key.name.scheme().is_none()),
+    }
+}
+
+fn origin_refused() -> ApiError {
+    ApiError::new(
+        StatusCode::FORBIDDEN,
+        "clients of this daemon cannot choose the server of an artifact",
+        "configure it as MODEL_CACHE_ORIGIN and use name@version, or start the daemon with --allow-any-origin",
+    )
+}
+
+/// Returns the error of a reference whose origin was left out if `max_tier` says so.
+fn without_origin(error: Error, max_tier: Tier) -> ApiError {
+    match (error.kind(), max_tier) {
+        (ErrorKind::NotFound, Tier::Disk | Tier::Remote) => origin_refused(),
+        _ => error.into(),
     }
 }
 
@@ -331,7 +376,7 @@ fn answer(reference: &str, artifact: &Artifact) -> Value {
 }
 
 /// Streams progress until `getting` has ended, then its result. If the client goes away, the get is cancelled.
-fn progress_lines(getting: impl Future<Output = Result<Value>> + Send + 'static, progress: Progress) -> Response {
+fn progress_lines(getting: impl Future<Output = ApiResult<Value>> + Send + 'static, progress: Progress) -> Response {
     enum Step<F> {
         Running(std::pin::Pin<Box<F>>, Progress),
         Ended,
@@ -354,7 +399,7 @@ fn progress_lines(getting: impl Future<Output = Result<Value>> + Send + 'static,
                 return Some((line(state), Step::Running(getting, progress)));
             }
             Ok(Ok(report)) => json!({ "artifact": report }),
-            Ok(Err(error)) => json!({ "error": ApiError::from(error).fields() }),
+            Ok(Err(failure)) => json!({ "error": failure.fields() }),
         };
         Some((line(last), Step::Ended))
     });

@@ -69,6 +69,7 @@ impl Serve {
                 has_admin_listener: admin.is_some(),
                 listen: urls.clone(),
                 doctor: Some(super::doctor::for_daemon(session.global, cache.config())),
+                ..Options::default()
             },
         );
         for url in &urls {

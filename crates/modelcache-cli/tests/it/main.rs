@@ -30,6 +30,7 @@ mod real_model;
 mod redirects;
 mod revisions;
 mod security;
+mod serve;
 mod sharing;
 mod signals;
 mod together;

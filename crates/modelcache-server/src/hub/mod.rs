@@ -22,9 +22,11 @@ use axum::Json;
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE, ETAG, HOST, LINK, LOCATION, RETRY_AFTER, USER_AGENT, VIA};
+use axum::http::uri::Authority;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
+use futures::stream;
 use http_body_util::{BodyExt as _, Limited};
 use listing::Storage;
 use modelcache::config::encode_segment;
@@ -36,8 +38,10 @@ use rights::{NoAccess, Refusal, unless_paused};
 use route::{Repo, Route};
 use serde_json::{Value, json};
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tokio::sync::watch;
 
 const X_REPO_COMMIT: HeaderName = HeaderName::from_static("x-repo-commit");
 const X_LINKED_ETAG: HeaderName = HeaderName::from_static("x-linked-etag");
@@ -62,11 +66,32 @@ const INFO_TIMEOUT: Duration = Duration::from_secs(3);
 #[derive(Debug, Default)]
 pub(crate) struct Infos(Mutex<HashMap<String, (Instant, Bytes)>>);
 
+/// How long all requests are refused after the daemon has received one of its own.
+const LOOP_MEMORY: Duration = Duration::from_secs(10);
+
+/// When the daemon last received a request of its own, because the endpoint of its Hub is its own address.
+#[derive(Debug, Default)]
+pub(crate) struct OwnRequests(watch::Sender<Option<Instant>>);
+
+impl OwnRequests {
+    fn record(&self) {
+        self.0.send_replace(Some(Instant::now()));
+    }
+
+    /// Waits for a request of the daemon itself. Returns at once if there was one lately.
+    async fn received(&self) {
+        let is_recent = |at: &Option<Instant>| at.is_some_and(|at| at.elapsed() < LOOP_MEMORY);
+        // The sender lives as long as `self`.
+        let _ = self.0.subscribe().wait_for(is_recent).await;
+    }
+}
+
 /// Answers a request to the Hugging Face routes.
 pub(crate) async fn handle(State(app): State<Arc<App>>, request: Request) -> Response {
     let Some(route) = route::parse(request.uri().path()) else { return no_route() };
     let (parts, body) = request.into_parts();
     if came_from_here(&app, &parts.headers) {
+        app.own_requests.record();
         return loop_detected();
     }
     let name = match route {
@@ -91,7 +116,12 @@ pub(crate) async fn handle(State(app): State<Arc<App>>, request: Request) -> Res
                 is_tls: parts.extensions.get() == Some(&Scheme::Https),
             };
             // The future is large, and most requests need little of it.
-            Box::pin(call.answer(route, body)).await.unwrap_or_else(|refused| *refused)
+            let answer = Box::pin(call.answer(route, body));
+            tokio::select! {
+                biased;
+                () = app.own_requests.received() => loop_detected(),
+                response = answer => response.unwrap_or_else(|refused| *refused),
+            }
         }
         false => error(StatusCode::METHOD_NOT_ALLOWED, None, "this route has no such method"),
     };
@@ -208,7 +238,7 @@ impl Call<'_> {
 
     /// Requests the description of a revision from the Hub. Returns `None` if it does not answer.
     async fn hub_info(&self, path: &str) -> Option<Bytes> {
-        if self.app.cache.config().offline {
+        if self.app.cache.config().offline || self.app.rights.is_hub_silent() {
             return None;
         }
         let request = self.app.cache.hub_api().get(path, self.token());
@@ -227,10 +257,12 @@ impl Call<'_> {
             // Clients follow the link as it stands, so it names the host that they used.
             let forwarded = self.headers.get("x-forwarded-proto").is_some_and(|scheme| scheme == "https");
             let scheme = if forwarded || self.is_tls { "https" } else { "http" };
-            let host = self.headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+            let host = self.headers.get(HOST).and_then(|host| host.to_str().ok()).filter(|host| is_authority(host));
+            // A client that did not send a host name gets a link that is relative to its request.
+            let server = host.map(|host| format!("{scheme}://{host}")).unwrap_or_default();
             let kept = self.query().split('&').filter(|pair| !pair.is_empty() && !pair.starts_with("cursor="));
             let query: Vec<_> = kept.map(str::to_owned).chain([format!("cursor={cursor}")]).collect();
-            let link = format!("<{scheme}://{host}{}?{}>; rel=\"next\"", self.uri.path(), query.join("&"));
+            let link = format!("<{server}{}?{}>; rel=\"next\"", self.uri.path(), query.join("&"));
             response.headers_mut().insert(LINK, HeaderValue::from_str(&link).unwrap_or(HeaderValue::from_static("")));
         }
         Ok(response)
@@ -271,6 +303,8 @@ impl Call<'_> {
             if self.method == Method::HEAD && entry.size > STATED_SIZE_MAX && !self.is_old_client() {
                 headers.remove(CONTENT_LENGTH);
                 headers.remove(X_LINKED_SIZE);
+                // For a body of known length, also an empty one, axum would state that length.
+                *response.body_mut() = Body::from_stream(stream::empty::<Result<Bytes, Infallible>>());
             }
         };
         // A movable revision is redirected to its commit, so that a client that resumes stays on one commit.
@@ -379,6 +413,11 @@ fn loop_detected() -> Response {
         "HF_ENDPOINT of this daemon points at the daemon itself; unset it for the daemon, or set it to the Hub";
     tracing::error!("{message}");
     error(StatusCode::LOOP_DETECTED, None, message)
+}
+
+/// Returns true for a host name or address, with or without a port.
+fn is_authority(text: &str) -> bool {
+    text.parse::<Authority>().is_ok_and(|authority| !authority.as_str().contains('@'))
 }
 
 fn json_body(body: Bytes) -> Response {

@@ -11,12 +11,15 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long a permission is used without asking the Hub again.
-const ALLOWED_FOR: Duration = Duration::from_secs(300);
 /// How long a refusal is used: a user who has just accepted the conditions of a repository tries again soon.
 const REFUSED_FOR: Duration = Duration::from_secs(15);
 /// Longest wait for the answer of the Hub. Clients give up after 10 s.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(8);
+/// The same if an earlier permission can be used instead.
+const FALLBACK_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long the Hub is not asked again after it has left a question unanswered. Otherwise each request of a client would
+/// wait for it.
+const SILENT_FOR: Duration = Duration::from_secs(15);
 /// Number of answers and of caches that are remembered.
 const REMEMBERED_MAX: usize = 10_000;
 
@@ -24,7 +27,10 @@ const REMEMBERED_MAX: usize = 10_000;
 pub(crate) struct Rights {
     /// The cache with the daemon's own token.
     cache: Cache,
+    auth_fresh: Duration,
     auth_stale: Duration,
+    /// When the Hub last left a question unanswered; `None` after an answer.
+    silent_at: Mutex<Option<Instant>>,
     decisions: Mutex<HashMap<(CallerId, Repo), SharedDecision>>,
     /// For each repository that is not public, a cache with the token of a caller who may read it. All callers share
     /// it, so that they also share fills.
@@ -62,8 +68,21 @@ pub(crate) enum NoAccess {
 }
 
 impl Rights {
-    pub(crate) fn new(cache: Cache, auth_stale: Duration) -> Self {
-        Self { cache, auth_stale, decisions: Mutex::default(), caches: Mutex::default() }
+    /// See [`Options`](crate::Options) for the two times.
+    pub(crate) fn new(cache: Cache, auth_fresh: Duration, auth_stale: Duration) -> Self {
+        Self {
+            cache,
+            auth_fresh,
+            auth_stale,
+            silent_at: Mutex::default(),
+            decisions: Mutex::default(),
+            caches: Mutex::default(),
+        }
+    }
+
+    /// Returns true if the Hub has left a question unanswered lately.
+    pub(crate) fn is_hub_silent(&self) -> bool {
+        self.silent_at.lock().is_some_and(|at| at.elapsed() < SILENT_FOR)
     }
 
     /// Returns the cache with which `caller` reads `repo`.
@@ -120,19 +139,27 @@ impl Rights {
         let decision = {
             let mut decisions = self.decisions.lock();
             if decisions.len() >= REMEMBERED_MAX {
+                // Whoever sends many wrong tokens must not take the permissions of others away.
+                decisions.retain(|_, decision| decision.try_lock().is_ok_and(|known| known.allowed_at.is_some()));
+            }
+            if decisions.len() >= REMEMBERED_MAX {
                 decisions.clear();
             }
             decisions.entry((caller, repo.clone())).or_default().clone()
         };
         // While the Hub is asked, other requests of the same caller wait for the answer.
         let mut decision = decision.lock().await;
-        if decision.allowed_at.is_some_and(|at| at.elapsed() < ALLOWED_FOR) {
+        if decision.allowed_at.is_some_and(|at| at.elapsed() < self.auth_fresh) {
             return Ok(());
         }
-        if let Some((_, refusal)) = decision.refused.as_ref().filter(|(at, _)| at.elapsed() < REFUSED_FOR) {
+        let refused_for = REFUSED_FOR.min(self.auth_fresh);
+        if let Some((_, refusal)) = decision.refused.as_ref().filter(|(at, _)| at.elapsed() < refused_for) {
             return Err(NoAccess::Refused(refusal.clone()));
         }
-        match self.ask(token, repo).await {
+        let is_stale = decision.allowed_at.is_some_and(|at| at.elapsed() < self.auth_stale);
+        let has_fallback = is_stale || self.was_public(repo).await;
+        let timeout = if has_fallback { FALLBACK_TIMEOUT } else { ANSWER_TIMEOUT };
+        match self.ask(token, repo, timeout).await {
             Ok(None) => {
                 if token.is_none() {
                     self.record_public(repo, decision.allowed_at.is_none()).await;
@@ -147,31 +174,28 @@ impl Rights {
                 *decision = Decision { allowed_at: None, refused: Some((Instant::now(), refusal.clone())) };
                 Err(NoAccess::Refused(refusal))
             }
-            Err(error) => {
-                let is_stale = decision.allowed_at.is_some_and(|at| at.elapsed() < self.auth_stale);
-                if is_stale || self.was_public(repo).await {
-                    tracing::debug!(repo = repo.id, %error, "the Hub does not answer; using an earlier permission");
-                    return Ok(());
-                }
-                Err(NoAccess::Unknown(error))
+            Err(error) if has_fallback => {
+                tracing::debug!(repo = repo.id, %error, "the Hub does not answer; using an earlier permission");
+                Ok(())
             }
+            Err(error) => Err(NoAccess::Unknown(error)),
         }
     }
 
     /// Asks the Hub. Returns its refusal, or `None` if the caller may read the files of the repository.
-    async fn ask(&self, token: Option<&str>, repo: &Repo) -> Result<Option<Refusal>> {
+    async fn ask(&self, token: Option<&str>, repo: &Repo, timeout: Duration) -> Result<Option<Refusal>> {
         if self.cache.config().offline {
             return Err(Error::unavailable("the daemon is offline, and asks no origin what a caller may read")
                 .hint("send the daemon's own token (MODEL_CACHE_TOKEN), or start the daemon online once"));
         }
         let (hub, path) = (self.cache.hub_api(), repo.api_path());
-        let answer = within(hub.get(&format!("{path}/auth-check"), token)).await?;
+        let answer = self.within(timeout, hub.get(&format!("{path}/auth-check"), token)).await?;
         let is_unknown_call = answer.error_code.is_none() && matches!(answer.status, 404 | 405 | 410 | 501);
         if !is_unknown_call {
             return decide(answer);
         }
         // A mirror that does not know the call: whoever can see a repository without conditions may read it.
-        let answer = within(hub.get(&path, token)).await?;
+        let answer = self.within(timeout, hub.get(&path, token)).await?;
         let is_gated = serde_json::from_slice::<serde_json::Value>(&answer.body)
             .is_ok_and(|info| !matches!(info.get("gated"), None | Some(serde_json::Value::Bool(false))));
         match decide(answer)? {
@@ -182,6 +206,17 @@ impl Rights {
             })),
             decision => Ok(decision),
         }
+    }
+
+    /// Limits the wait for an answer of the Hub. Does not ask a Hub that has been silent lately.
+    async fn within(&self, timeout: Duration, request: impl Future<Output = Result<HubAnswer>>) -> Result<HubAnswer> {
+        let silent = || Error::unavailable(format!("the Hub did not answer within {} s", timeout.as_secs()));
+        if self.is_hub_silent() {
+            return Err(silent());
+        }
+        let answer = tokio::time::timeout(timeout, request).await;
+        *self.silent_at.lock() = answer.is_err().then(Instant::now);
+        answer.unwrap_or_else(|_| Err(silent()))
     }
 
     async fn record_public(&self, repo: &Repo, is_new: bool) {
@@ -214,12 +249,6 @@ impl Rights {
         let reference = self.cache.reference(&repo.reference(&"0".repeat(40))).ok()?;
         reference.exact_key().map(|ArtifactKey { name, .. }| name)
     }
-}
-
-/// Limits the wait for an answer.
-async fn within(request: impl Future<Output = Result<HubAnswer>>) -> Result<HubAnswer> {
-    let timeout = || Error::unavailable(format!("the Hub did not answer within {} s", ANSWER_TIMEOUT.as_secs()));
-    tokio::time::timeout(ANSWER_TIMEOUT, request).await.unwrap_or_else(|_| Err(timeout()))
 }
 
 /// Returns the refusal in an answer; `None` if the answer grants access.

@@ -56,6 +56,11 @@ pub(crate) enum Route {
 /// Parses a path that is still percent-encoded. Returns `None` if it is not one of the Hub.
 pub(crate) fn parse(path: &str) -> Option<Route> {
     let segments: Vec<&str> = path.strip_prefix('/')?.split('/').collect();
+    // URLs are shortened by such segments, so a request that is passed on would reach another path of the Hub.
+    let is_dots = |segment: &&str| matches!(&*percent_decode_str(segment).collect::<Vec<u8>>(), b"." | b"..");
+    if segments.iter().any(|segment| is_dots(segment) || segment.contains('\\')) {
+        return None;
+    }
     match segments.as_slice() {
         ["api", "whoami-v2"] => Some(Route::WhoAmI),
         ["api", "models", rest @ ..] => api("models", rest),
@@ -161,6 +166,10 @@ mod tests {
             "/a/b/c/resolve/main/f",
             "/../m/resolve/main/f",
             "/o/%2e%2e/resolve/main/f",
+            "/o/m/resolve/main/../f",
+            "/api/models/o/m/discussions/../../../../x",
+            "/api/models/o/m/commits/%2E%2e",
+            "/api/models/o/m/discussions/..\\x",
             "/api/agent-harnesses",
             "/api/telemetry/x",
             "/api/models",

@@ -95,7 +95,8 @@ impl Fault<Kind> {
         Self::new(Kind::IgnoreConditions)
     }
 
-    /// The object is served with the ETag `etag`, and listed with its real one. `If-Match` is compared with `etag`.
+    /// The object is served with the ETag `etag`, and listed with its real one. `If-Match` is compared with `etag`; the
+    /// store itself must not compare it ([`S3Fault::ignore_conditions`]).
     pub fn other_etag(etag: &str) -> Self {
         Self::new(Kind::OtherEtag(Some(etag.to_owned())))
     }

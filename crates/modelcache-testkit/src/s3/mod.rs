@@ -289,7 +289,7 @@ async fn answered(shared: &Shared, seen: &mut LoggedRequest, request: Request<In
     let struck = shared
         .faults
         .take(&seen.method, &subject, |kind| !matches!(kind, Kind::IgnoreConditions | Kind::NoListPermission));
-    let (mut lose_reply, mut other_etag, mut request) = (false, None, request);
+    let (mut lose_reply, mut other_etag) = (false, None);
     match struck {
         Some(Kind::HangUp) => return Err(Dropped),
         Some(Kind::Delay(time)) => tokio::time::sleep(time).await,
@@ -303,7 +303,7 @@ async fn answered(shared: &Shared, seen: &mut LoggedRequest, request: Request<In
             let number = ETAGS.fetch_add(1, Ordering::Relaxed);
             let etag = HeaderValue::from_str(&etag.unwrap_or_else(|| format!("\"etag-{number}\"")));
             let etag = etag.map_err(|_| Dropped)?;
-            if request.headers_mut().remove(IF_MATCH).is_some_and(|wanted| wanted != etag) {
+            if request.headers().get(IF_MATCH).is_some_and(|wanted| *wanted != etag) {
                 return refused(request, 412, "PreconditionFailed", "At least one condition did not hold", None).await;
             }
             other_etag = Some(etag);

@@ -117,7 +117,8 @@ impl HttpService for ObjectStoreHttp {
         let is_listing = request.uri().query().is_some_and(|query| query.contains("list-type=2"));
         // Only the body of an object is streamed: the request for it is the only GET without a query. Every other body
         // is read into memory.
-        let is_object_read = request.method() == reqwest::Method::GET && request.uri().query().is_none();
+        let is_get = request.method() == reqwest::Method::GET;
+        let is_object_read = is_get && request.uri().query().is_none();
         let is_completion = request.method() == reqwest::Method::POST
             && request.uri().query().is_some_and(|query| query.contains("uploadId="));
         let requested = request.extensions().get::<ExtraTimeout>().map(|ExtraTimeout(time)| *time);
@@ -129,8 +130,9 @@ impl HttpService for ObjectStoreHttp {
         let response = tokio::time::timeout(timeout, self.client.call(request)).await.map_err(timed_out)??;
         let (mut parts, body) = response.into_parts();
         let is_error = !parts.status.is_success();
-        // S3 sends at least one of these headers with every success.
-        if !is_error
+        // S3 sends at least one of these headers with every object and listing.
+        if is_get
+            && !is_error
             && is_html(&parts.headers)
             && !["etag", "x-amz-request-id"].iter().any(|name| parts.headers.contains_key(*name))
         {
