@@ -5,6 +5,7 @@ pub mod bench;
 pub mod demo;
 pub mod docs;
 pub mod fuzz;
+pub mod page;
 pub mod python;
 mod registry;
 pub mod repository;

@@ -6,7 +6,7 @@
 //! That builds most dependencies again. The tests use the installed package. Needs Python 3.10 or newer.
 
 use crate::repository::{cargo, root, target_folder};
-use crate::test::{create_venv, pip_install, run};
+use crate::test::{environment, pip_install, run};
 use anyhow::{Context, Result};
 use clap::Args;
 use std::fs;
@@ -35,7 +35,7 @@ impl Python {
     /// The first step that fails.
     pub fn run(&self) -> Result<()> {
         let target = target_folder()?;
-        let venv = environment(&target)?;
+        let venv = environment("venv-python", &[(REQUIREMENTS, false), (REQUIREMENTS_NO_DEPS, true)])?;
         let python = venv.join("bin/python");
         let wheels = target.join("python-wheel");
         // One cargo command for all packages, so that shared dependencies get the same features.
@@ -62,7 +62,7 @@ impl Python {
 }
 
 /// Builds xtask as well, because it selects the dependency features of the whole workspace.
-const BUILD_XTASK: [&str; 2] = ["--package", "xtask"];
+pub const BUILD_XTASK: [&str; 2] = ["--package", "xtask"];
 /// File name of the native module that cargo builds.
 pub const NATIVE: &str = "libmodelcache_native.so";
 /// Paths that mypy checks.
@@ -92,22 +92,4 @@ fn in_root(program: &Path) -> Command {
     let mut command = Command::new(program);
     command.current_dir(root());
     command
-}
-
-/// Returns the environment with the packages that the tests need. Creates it if it does not exist or the requirements
-/// have changed.
-fn environment(target: &Path) -> Result<PathBuf> {
-    let venv = target.join("venv-python");
-    let read = |list: &str| fs::read_to_string(root().join(list)).with_context(|| format!("cannot read {list}"));
-    let contents = read(REQUIREMENTS)? + &read(REQUIREMENTS_NO_DEPS)?;
-    let stamp = venv.join("requirements.stamp");
-    if fs::read_to_string(&stamp).is_ok_and(|current| current == contents) {
-        println!("{} is up to date", venv.display());
-        return Ok(venv);
-    }
-    create_venv(&venv)?;
-    pip_install(&venv, &["-r", REQUIREMENTS])?;
-    pip_install(&venv, &["--no-deps", "-r", REQUIREMENTS_NO_DEPS])?;
-    fs::write(stamp, contents)?;
-    Ok(venv)
 }

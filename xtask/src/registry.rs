@@ -58,7 +58,7 @@ fn download_and_unpack(folder: &Path) -> Result<()> {
 }
 
 /// Returns the path of the program `name`, as the shell would find it.
-fn on_path(name: &str) -> Option<PathBuf> {
+pub(crate) fn on_path(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path).map(|folder| folder.join(name)).find(|program| program.is_file())
 }

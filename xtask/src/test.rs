@@ -2,12 +2,13 @@
 //!
 //! The stages run from cheap to expensive. After the first failure, no further stage runs. A table at the end shows the
 //! result of each stage. Needs cargo, git and Python, and uses `cargo nextest` if it is installed. All stages build
-//! with the same features (`--workspace`), so that no dependency is built twice.
+//! with the same features (`--workspace`), so that no dependency is built twice. Without Chromium, the test of the status page is
+//! skipped.
 
 use crate::docs::Docs;
 use crate::python::Python;
 use crate::repository::{cargo, root, shell_line, target_folder};
-use crate::{registry, table, tidy};
+use crate::{page, registry, table, tidy};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use std::fs;
@@ -49,6 +50,7 @@ impl Test {
                 Ok(())
             });
             stages.run("python package", || Python::default().run());
+            stages.run("status page", || page::Page::default().run());
             stages.run("docker-registry", || {
                 registry = registry::program()?;
                 Ok(())
@@ -146,33 +148,39 @@ pub fn run(command: &mut Command) -> Result<()> {
 /// Returns a virtual environment with the packages that the tests need. Creates it if it does not exist or the lists
 /// have changed.
 fn python_packages() -> Result<Option<PathBuf>> {
-    // Each list, and whether it is installed without dependencies.
     let lists = [(REQUIREMENTS, false), (REQUIREMENTS_NO_DEPS, true)];
-    let lists: Vec<_> = lists
-        .into_iter()
-        .filter_map(|(list, no_deps)| Some((list, no_deps, fs::read_to_string(root().join(list)).ok()?)))
-        .collect();
+    let lists: Vec<_> = lists.into_iter().filter(|(list, _)| root().join(list).is_file()).collect();
     if lists.is_empty() {
         println!("{REQUIREMENTS} does not exist; tests that need Python are skipped");
         return Ok(None);
     }
-    let venv = target_folder()?.join("venv");
+    environment("venv", &lists).map(Some)
+}
+
+/// Returns the virtual environment `name` below the target folder with the packages of `lists`. Creates it, also if the
+/// lists have changed. Each list has a flag that is true if its packages are installed without their dependencies.
+pub fn environment(name: &str, lists: &[(&str, bool)]) -> Result<PathBuf> {
+    let venv = target_folder()?.join(name);
     let stamp = venv.join("requirements.stamp");
-    let contents: String = lists.iter().map(|(list, _, text)| format!("# {list}\n{text}\n")).collect();
+    let read = |(list, _): &(&str, bool)| {
+        let text = fs::read_to_string(root().join(list)).with_context(|| format!("cannot read {list}"))?;
+        anyhow::Ok(format!("# {list}\n{text}\n"))
+    };
+    let contents = lists.iter().map(read).collect::<Result<String>>()?;
     if fs::read_to_string(&stamp).is_ok_and(|current| current == contents) {
         println!("{} is up to date", venv.display());
-        return Ok(Some(venv));
+        return Ok(venv);
     }
     create_venv(&venv)?;
-    for (list, no_deps, _) in &lists {
+    for (list, no_deps) in lists {
         pip_install(&venv, &[if *no_deps { &["--no-deps", "-r"][..] } else { &["-r"] }, &[list]].concat())?;
     }
     fs::write(stamp, contents)?;
-    Ok(Some(venv))
+    Ok(venv)
 }
 
 /// Creates an empty virtual environment. Replaces an existing one.
-pub fn create_venv(venv: &Path) -> Result<()> {
+fn create_venv(venv: &Path) -> Result<()> {
     let mut command = Command::new("python3");
     command.args(["-m", "venv", "--clear"]).arg(venv);
     println!("$ {}", shell_line(&command));

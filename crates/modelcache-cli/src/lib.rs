@@ -83,6 +83,7 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
 
     let runtime = modelcache::runtime::start(!small_memory::has_one_arena())?;
     let session = Session {
+        global: &arguments.global,
         output,
         config: settings.config,
         serve: settings.serve,

@@ -1,6 +1,7 @@
 //! The state that all requests share.
 
 use crate::activity::Activity;
+use crate::doctor::{Doctor, DoctorRun};
 use crate::http_metrics::{HttpCounts, HttpMetrics};
 use crate::hub::{Infos, OwnRequests, Rights};
 use crate::listen::ConnectionCounters;
@@ -45,6 +46,10 @@ pub struct Options {
     pub prewarm: Vec<Reference>,
     /// True if probes and metrics have an address of their own, so that `/metrics` needs the token on this one.
     pub has_admin_listener: bool,
+    /// The URLs at which the daemon is served, for the status page.
+    pub listen: Vec<String>,
+    /// Runs the doctor for `/cache/doctor`; `None` if there is none.
+    pub doctor: Option<DoctorRun>,
 }
 
 impl Default for Options {
@@ -57,6 +62,8 @@ impl Default for Options {
             auth_stale: Duration::from_secs(3600),
             prewarm: Vec::new(),
             has_admin_listener: false,
+            listen: Vec::new(),
+            doctor: None,
         }
     }
 }
@@ -66,6 +73,8 @@ pub(crate) struct App {
     /// The cache with the daemon's own Hub token.
     pub(crate) cache: Cache,
     pub(crate) options: Options,
+    pub(crate) started: Instant,
+    pub(crate) doctor: Doctor,
     pub(crate) rights: Rights,
     pub(crate) infos: Infos,
     pub(crate) own_requests: OwnRequests,
@@ -88,6 +97,8 @@ impl App {
             infos: Infos::default(),
             own_requests: OwnRequests::default(),
             readiness: Readiness::new(&options.prewarm),
+            started: Instant::now(),
+            doctor: Doctor::new(options.doctor.clone()),
             cache,
             options,
             activity: Activity::default(),

@@ -5,7 +5,7 @@ use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::{Json, http};
 use modelcache::{Error, ErrorKind};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::time::Duration;
 
 /// `Retry-After` of an unavailable service that stated no time.
@@ -31,6 +31,15 @@ impl ApiError {
     /// Creates an error with a status of its own.
     pub(crate) fn new(status: StatusCode, message: &str, hint: &str) -> Self {
         Self { status, error: Error::invalid(message).hint(hint) }
+    }
+
+    /// Returns code, message and hint, as the body of the response has them.
+    pub(crate) fn fields(&self) -> Value {
+        let code = match (self.status, self.error.kind()) {
+            (StatusCode::UNAUTHORIZED, _) => "unauthorized",
+            (_, kind) => kind.name(),
+        };
+        json!({ "code": code, "message": self.error.to_string(), "hint": self.error.hint_text() })
     }
 }
 
@@ -59,16 +68,8 @@ pub(crate) struct Failure(pub(crate) Error);
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
+        let body = json!({ "error": self.fields() });
         let Self { status, error } = self;
-        let code = match (status, error.kind()) {
-            (StatusCode::UNAUTHORIZED, _) => "unauthorized",
-            (_, kind) => kind.name(),
-        };
-        let body = json!({ "error": {
-            "code": code,
-            "message": error.to_string(),
-            "hint": error.hint_text(),
-        }});
         let mut response = (status, Json(body)).into_response();
         if matches!(status, StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS) {
             response.headers_mut().insert(RETRY_AFTER, retry_after(error.wait()));

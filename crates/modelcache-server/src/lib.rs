@@ -7,6 +7,7 @@ mod access;
 mod activity;
 mod app;
 mod body;
+mod doctor;
 mod error;
 mod file;
 mod http_metrics;
@@ -14,11 +15,13 @@ mod hub;
 mod listen;
 mod native;
 mod openapi;
+mod page;
 mod prewarm;
 mod probes;
 mod range;
 
 pub use app::Options;
+pub use doctor::DoctorRun;
 pub use http_metrics::{HTTP_METRICS, HttpCounts};
 pub use listen::{
     ConnectionCounters, ConnectionLimits, Listeners, Notifier, Scheme, ServeOptions, TlsFiles, serve, watchdog_time,
@@ -93,9 +96,13 @@ impl Daemon {
     pub fn router(&self) -> Router {
         let app = &self.0;
         let guarded = Router::new()
+            .route("/", get(page::page))
+            .route("/page.js", get(page::script))
+            .route("/page.css", get(page::style))
             .route("/cache/stats", get(native::stats))
             .route("/cache/metrics", get(native::metrics))
             .route("/cache/activity", get(native::activity))
+            .route("/cache/doctor", get(native::doctor))
             .route("/cache/artifacts", get(native::list).merge(post(native::get)))
             .route("/cache/artifacts/{key}", get(native::inspect).delete(native::evict))
             .route("/cache/artifacts/{key}/files/{*path}", get(native::file));

@@ -3,6 +3,7 @@
 use crate::access::is_local;
 use crate::activity::{LastHour, RecentError};
 use crate::app::{App, HOLD_MAX};
+use crate::doctor;
 use crate::error::{ApiError, ApiResult};
 use crate::file::FileRequest;
 use crate::prewarm::ReadinessReport;
@@ -52,6 +53,7 @@ pub(crate) struct GetBody {
 /// What the daemon is doing.
 #[derive(Debug, Serialize, utoipa::ToSchema)]
 pub(crate) struct ActivityReport {
+    pub(crate) daemon: DaemonReport,
     /// The fills in progress.
     #[schema(value_type = Vec<Object>)]
     pub(crate) fills: Vec<FillStatus>,
@@ -61,8 +63,27 @@ pub(crate) struct ActivityReport {
     pub(crate) readiness: ReadinessReport,
 }
 
+/// The daemon itself.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+pub(crate) struct DaemonReport {
+    pub(crate) version: &'static str,
+    /// The URLs at which it is served.
+    pub(crate) listen: Vec<String>,
+    /// Seconds since the start.
+    pub(crate) uptime_seconds: f64,
+}
+
+/// The query of the doctor.
+#[derive(Debug, Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct DoctorQuery {
+    /// Return the last report if it is at most this many seconds old (300 by default, at least 5).
+    max_age: Option<u64>,
+}
+
 /// The query of `DELETE`.
 #[derive(Debug, Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
 pub(crate) struct EvictQuery {
     /// The tier to remove the artifact from: `disk`, `remote` or `all`.
     tier: Option<String>,
@@ -73,6 +94,7 @@ pub(crate) struct EvictQuery {
 
 /// The query of the list of artifacts.
 #[derive(Debug, Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
 pub(crate) struct ListQuery {
     /// The tier to list: `disk` (the default) or `remote`.
     tier: Option<String>,
@@ -80,32 +102,63 @@ pub(crate) struct ListQuery {
 
 /// State of the directory, its artifacts, and the health of the tiers
 #[utoipa::path(get, path = "/cache/stats", tag = "cache", responses((status = 200, body = Object), (status = 401)))]
-pub(crate) async fn stats(State(app): State<Arc<App>>, extensions: Extensions) -> ApiResult<Response> {
+pub(crate) async fn stats(State(app): State<Arc<App>>, extensions: Extensions) -> ApiResult<Json<Value>> {
+    stats_report(&app, &extensions).await.map(Json)
+}
+
+pub(crate) async fn stats_report(app: &App, extensions: &Extensions) -> ApiResult<Value> {
     let (stats, items) = (app.cache.stats().await?, app.cache.list().await?);
     let mut report = json!(stats);
     report["tiers"] = json!(app.cache.metrics().counts().tiers);
     report["items"] = json!(items);
-    hide_paths(&mut report, &extensions);
-    Ok(Json(report).into_response())
+    hide_paths(&mut report, extensions);
+    Ok(report)
 }
 
 /// The counters as JSON
 #[utoipa::path(get, path = "/cache/metrics", tag = "cache", responses((status = 200, body = Object), (status = 401)))]
-pub(crate) async fn metrics(State(app): State<Arc<App>>) -> Response {
-    let mut report = json!(app.cache.metrics().counts().answer());
-    report["http"] = json!(app.http_counts());
-    Json(report).into_response()
+pub(crate) async fn metrics(State(app): State<Arc<App>>) -> Json<Value> {
+    Json(metrics_report(&app))
 }
 
-/// Fills in progress, recent errors, the hit rate of the last hour, and the readiness
+pub(crate) fn metrics_report(app: &App) -> Value {
+    let mut report = json!(app.cache.metrics().counts().answer());
+    report["http"] = json!(app.http_counts());
+    report
+}
+
+/// The daemon, fills in progress, recent errors, the hit rate of the last hour, and the readiness
 #[utoipa::path(get, path = "/cache/activity", tag = "cache", responses((status = 200, body = ActivityReport), (status = 401)))]
 pub(crate) async fn activity(State(app): State<Arc<App>>) -> Json<ActivityReport> {
-    Json(ActivityReport {
+    Json(activity_report(&app))
+}
+
+pub(crate) fn activity_report(app: &App) -> ActivityReport {
+    ActivityReport {
+        daemon: DaemonReport {
+            version: env!("CARGO_PKG_VERSION"),
+            listen: app.options.listen.clone(),
+            uptime_seconds: app.started.elapsed().as_secs_f64(),
+        },
         fills: app.fills(),
         errors: app.activity.errors(),
         last_hour: app.activity.last_hour(&app.cache.metrics().counts()),
         readiness: app.readiness.report(),
-    })
+    }
+}
+
+/// The findings of the doctor on configuration, directory, credentials, remote, origins, clock and network
+///
+/// A run asks every tier, so that a report is used again for a while. The doctor writes nothing to the remote.
+#[utoipa::path(get, path = "/cache/doctor", tag = "cache", params(DoctorQuery),
+    responses((status = 200, body = Object), (status = 400), (status = 401), (status = 404)))]
+pub(crate) async fn doctor(
+    State(app): State<Arc<App>>,
+    query: Result<Query<DoctorQuery>, extract::rejection::QueryRejection>,
+) -> ApiResult<Json<Value>> {
+    let Query(query) = query.map_err(bad_query)?;
+    let max_age = query.max_age.map_or(doctor::MAX_AGE, Duration::from_secs);
+    app.doctor.report(max_age.max(doctor::MAX_AGE_MIN)).await.map(Json)
 }
 
 /// List the artifacts on disk or on the remote
@@ -347,16 +400,12 @@ fn progress_lines(getting: impl Future<Output = ApiResult<Value>> + Send + 'stat
                 return Some((line(state), Step::Running(getting, progress)));
             }
             Ok(Ok(report)) => json!({ "artifact": report }),
-            Ok(Err(failure)) => json!({ "error": error_fields(&failure.error) }),
+            Ok(Err(failure)) => json!({ "error": failure.fields() }),
         };
         Some((line(last), Step::Ended))
     });
     let body = Body::from_stream(futures::StreamExt::map(lines, Ok::<_, std::convert::Infallible>));
     ([(CONTENT_TYPE, HeaderValue::from_static("application/x-ndjson"))], body).into_response()
-}
-
-fn error_fields(error: &Error) -> Value {
-    json!({ "code": error.kind().name(), "message": error.to_string(), "hint": error.hint_text() })
 }
 
 /// Removes the paths of the local directory from a report for another machine, where they are of no use.

@@ -13,7 +13,7 @@ use utoipa::OpenApi;
         license(name = "MIT OR Apache-2.0", identifier = "MIT OR Apache-2.0")
     ),
     paths(
-        native::stats, native::metrics, native::activity, native::list, native::inspect, native::get, native::file,
+        native::stats, native::metrics, native::activity, native::doctor, native::list, native::inspect, native::get, native::file,
         native::evict, probes::livez, probes::readyz, probes::prometheus, probes::description
     ),
     tags(

@@ -13,7 +13,10 @@ use modelcache::doctor::{self, Area, Check, DoctorOptions, Severity};
 use modelcache::remote::{Policy, Role};
 use modelcache::settings::Settings;
 use modelcache::{Config, Error, ErrorKind, Result};
+use modelcache_server::DoctorRun;
 use serde::Serialize;
+use serde_json::json;
+use std::sync::Arc;
 
 /// Find problems with settings, directory, credentials, remote, and origins
 ///
@@ -70,7 +73,7 @@ impl Doctor {
             Ok(examined) => {
                 runtime.shutdown_background();
                 checks.extend(examined);
-                print_report(&checks, output)
+                print_report(&Report::new(checks), output)
             }
             Err(signal) => {
                 output.report_signal(signal);
@@ -148,9 +151,9 @@ fn print_policy(config: &Config, role: Role, output: &Output) -> Result<()> {
 
 /// All checks, with their result.
 #[derive(Debug, Serialize)]
-pub(crate) struct Report<'a> {
+pub(crate) struct Report {
     /// The checks, sorted by area.
-    pub(crate) checks: &'a [Check],
+    pub(crate) checks: Vec<Check>,
     /// Number of problems.
     pub(crate) problems: usize,
     /// Number of warnings.
@@ -159,19 +162,38 @@ pub(crate) struct Report<'a> {
     pub(crate) exit: u8,
 }
 
-/// Prints the checks. Returns the exit code of the first problem.
-fn print_report(checks: &[Check], output: &Output) -> Result<u8> {
-    let count = |severity| checks.iter().filter(|check| check.severity == severity).count();
-    let (problems, warnings) = (count(Severity::Problem), count(Severity::Warning));
-    let first_problem = checks.iter().find_map(|check| check.kind.filter(|_| check.severity == Severity::Problem));
-    let code = first_problem.map_or(exit::DONE, exit::code);
-    if output.is_json() {
-        output.print_json(&Report { checks, problems, warnings, exit: code })?;
-    } else {
-        output.print(&text(checks, output.is_quiet()))?;
+impl Report {
+    pub(crate) fn new(checks: Vec<Check>) -> Self {
+        let count = |severity| checks.iter().filter(|check| check.severity == severity).count();
+        let (problems, warnings) = (count(Severity::Problem), count(Severity::Warning));
+        let first_problem = checks.iter().find_map(|check| check.kind.filter(|_| check.severity == Severity::Problem));
+        Self { problems, warnings, exit: first_problem.map_or(exit::DONE, exit::code), checks }
     }
-    output.message(&format!("{}, {}", counted(problems, "problem"), counted(warnings, "warning")));
-    Ok(code)
+}
+
+/// Prints the checks. Returns the exit code of the first problem.
+fn print_report(report: &Report, output: &Output) -> Result<u8> {
+    if output.is_json() {
+        output.print_json(report)?;
+    } else {
+        output.print(&text(&report.checks, output.is_quiet()))?;
+    }
+    output.message(&format!("{}, {}", counted(report.problems, "problem"), counted(report.warnings, "warning")));
+    Ok(report.exit)
+}
+
+/// Returns the doctor of a daemon with the configuration `config`. It writes nothing to the remote.
+pub(crate) fn for_daemon(global: &Global, config: &Config) -> DoctorRun {
+    let gathered = environment::gather_for_doctor(global);
+    let known = Arc::new((configuration_checks(&gathered), config.clone(), gathered.environment));
+    DoctorRun::new(move || {
+        let known = known.clone();
+        async move {
+            let (checks, config, environment) = &*known;
+            let examined = doctor::examine(config, environment, DoctorOptions { read_only: true }).await;
+            json!(Report::new([checks.clone(), examined].concat()))
+        }
+    })
 }
 
 /// Formats a count with its noun: `no problems`, `1 problem`, `2 problems`.

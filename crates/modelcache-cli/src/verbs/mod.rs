@@ -24,6 +24,7 @@ pub(crate) mod stats;
 pub(crate) mod tag;
 pub(crate) mod verify;
 
+use crate::arguments::Global;
 use crate::output::Output;
 use crate::{exit, metrics};
 use clap::Subcommand;
@@ -63,6 +64,7 @@ pub(crate) enum Verb {
 
 /// The context in which a command runs.
 pub(crate) struct Session<'a> {
+    pub(crate) global: &'a Global,
     pub(crate) output: &'a Output,
     pub(crate) config: Config,
     /// The settings of the daemon.

@@ -67,6 +67,8 @@ impl Serve {
                 auth_stale: settings.auth_stale,
                 prewarm,
                 has_admin_listener: admin.is_some(),
+                listen: urls.clone(),
+                doctor: Some(super::doctor::for_daemon(session.global, cache.config())),
                 ..Options::default()
             },
         );

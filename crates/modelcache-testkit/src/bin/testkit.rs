@@ -7,12 +7,14 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, bail};
-use modelcache_testkit::{Hub, S3};
+use modelcache_testkit::proxy::ProxyFault;
+use modelcache_testkit::{FaultProxy, Hub, S3};
 
 const USAGE: &str = "\
-usage: testkit hub --folder DIR [--port N]
+usage: testkit hub --folder DIR [--port N] [--rate BYTES]
            serves every DIR/org/name as a model repo (DIR/datasets/org/name as a dataset);
-           main is one commit of the files there
+           main is one commit of the files there; with --rate, a connection to the CDN passes
+           at most BYTES per second
        testkit s3 --folder DIR --bucket NAME [--port N]
            serves DIR as an S3 store with this bucket";
 
@@ -42,6 +44,8 @@ struct Options {
     folder: Option<PathBuf>,
     bucket: Option<String>,
     port: u16,
+    /// Bytes per second of each connection to the CDN.
+    rate: Option<u64>,
 }
 
 impl Options {
@@ -52,6 +56,7 @@ impl Options {
             match name.as_str() {
                 "--folder" => options.folder = Some(value.into()),
                 "--bucket" => options.bucket = Some(value),
+                "--rate" => options.rate = Some(value.parse().context("--rate is not a number of bytes")?),
                 "--port" => options.port = value.parse().context("--port is not a number")?,
                 _ => bail!("unknown option {name}"),
             }
@@ -70,8 +75,17 @@ fn serve_hub(options: &Options) -> anyhow::Result<()> {
         let repo = hub.repo_from_folder(&name, &folder)?;
         println!("# {name} main is {}", repo.resolve("main").unwrap_or_default());
     }
+    let _proxy = options.rate.map(|rate| slow_cdn(&hub, rate)).transpose()?;
     println!("export HF_ENDPOINT={}", hub.url());
     wait()
+}
+
+/// Redirects clients to the CDN through a proxy that slows each connection.
+fn slow_cdn(hub: &Hub, bytes_per_s: u64) -> anyhow::Result<FaultProxy> {
+    let proxy = FaultProxy::start_on(hub.cdn_url(), 0)?;
+    proxy.faults().add(ProxyFault::slow(bytes_per_s));
+    hub.use_cdn_proxy(&proxy.url());
+    Ok(proxy)
 }
 
 fn serve_s3(options: &Options) -> anyhow::Result<()> {

@@ -62,6 +62,7 @@ struct Settings {
     signed_url_ttl: Duration,
     signing_epoch: u64,
     external_cdn_url: Option<String>,
+    cdn_proxy_url: Option<String>,
     users: BTreeMap<String, String>,
 }
 
@@ -73,6 +74,7 @@ impl Default for Settings {
             signed_url_ttl: Duration::from_secs(3600),
             signing_epoch: 0,
             external_cdn_url: None,
+            cdn_proxy_url: None,
             users: BTreeMap::new(),
         }
     }
@@ -162,6 +164,11 @@ impl Hub {
     /// neither serves nor logs the requests to that server, and does not check their signatures.
     pub fn use_external_cdn(&self, url: &str) {
         lock(&self.shared.settings).external_cdn_url = Some(url.to_owned());
+    }
+
+    /// Redirects LFS files to the CDN through the proxy at `url` from now on.
+    pub fn use_cdn_proxy(&self, url: &str) {
+        lock(&self.shared.settings).cdn_proxy_url = Some(url.to_owned());
     }
 
     /// Registers a token under this user name for `whoami-v2`.

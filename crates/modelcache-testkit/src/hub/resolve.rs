@@ -110,10 +110,13 @@ fn signed_url(shared: &Shared, subject: String, entry: &Arc<Entry>) -> String {
     let expires = (now_s() + ttl_s).to_string();
     let signature = signature(shared, &path, &expires);
     lock(&shared.cdn_objects).insert(path.clone(), CdnObject { subject, entry: entry.clone() });
-    let external = lock(&shared.settings).external_cdn_url.clone();
+    let (external, proxy) = {
+        let settings = lock(&shared.settings);
+        (settings.external_cdn_url.clone(), settings.cdn_proxy_url.clone())
+    };
+    let cdn = proxy.unwrap_or_else(|| shared.cdn_url().to_owned());
     // With `external_cdn_url`, another server stands in for the CDN.
-    let place =
-        external.map_or_else(|| format!("{}{path}", shared.cdn_url()), |url| format!("{url}/{}", entry.digest()));
+    let place = external.map_or_else(|| format!("{cdn}{path}"), |url| format!("{url}/{}", entry.digest()));
     format!("{place}?Expires={expires}&Signature={signature}&Key-Pair-Id=TESTKIT")
 }
 
