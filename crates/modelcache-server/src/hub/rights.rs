@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 const ALLOWED_FOR: Duration = Duration::from_secs(300);
 /// How long a refusal is used: a user who has just accepted the conditions of a repository tries again soon.
 const REFUSED_FOR: Duration = Duration::from_secs(15);
+/// How long the Hub is not asked again after it gave no answer. Each request would wait for it.
+const UNANSWERED_FOR: Duration = Duration::from_secs(15);
 /// Longest wait for the answer of the Hub. Clients give up after 10 s.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(8);
 /// Number of answers and of caches that are remembered.
@@ -39,6 +41,8 @@ type CallerId = Option<Digest>;
 struct Decision {
     allowed_at: Option<Instant>,
     refused: Option<(Instant, Refusal)>,
+    /// When the Hub last gave no answer, and why.
+    unanswered: Option<(Instant, Error)>,
 }
 
 /// The Hub's refusal, to be passed on.
@@ -124,19 +128,26 @@ impl Rights {
         if let Some((_, refusal)) = decision.refused.as_ref().filter(|(at, _)| at.elapsed() < REFUSED_FOR) {
             return Err(NoAccess::Refused(refusal.clone()));
         }
-        match self.ask(token, repo).await {
+        let unanswered = decision.unanswered.as_ref().filter(|(at, _)| at.elapsed() < UNANSWERED_FOR);
+        let answer = match unanswered {
+            Some((_, error)) => Err(error.clone()),
+            None => self.ask(token, repo).await.inspect_err(|error| {
+                decision.unanswered = Some((Instant::now(), error.clone()));
+            }),
+        };
+        match answer {
             Ok(None) => {
                 if token.is_none() {
                     self.record_public(repo, decision.allowed_at.is_none()).await;
                 }
-                *decision = Decision { allowed_at: Some(Instant::now()), refused: None };
+                *decision = Decision { allowed_at: Some(Instant::now()), ..Decision::default() };
                 Ok(())
             }
             Ok(Some(refusal)) => {
                 if token.is_none() {
                     self.record_not_public(repo).await;
                 }
-                *decision = Decision { allowed_at: None, refused: Some((Instant::now(), refusal.clone())) };
+                *decision = Decision { refused: Some((Instant::now(), refusal.clone())), ..Decision::default() };
                 Err(NoAccess::Refused(refusal))
             }
             Err(error) => {
