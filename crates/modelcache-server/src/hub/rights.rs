@@ -31,7 +31,7 @@ pub(crate) struct Rights {
     auth_stale: Duration,
     /// When the Hub last left a question unanswered; `None` after an answer.
     silent_at: Mutex<Option<Instant>>,
-    decisions: Mutex<HashMap<(CallerId, Repo), Arc<tokio::sync::Mutex<Decision>>>>,
+    decisions: Mutex<Decisions>,
     /// For each repository that is not public, a cache with the token of a caller who may read it. All callers share
     /// it, so that they also share fills.
     caches: Mutex<HashMap<Repo, Cache>>,
@@ -39,6 +39,9 @@ pub(crate) struct Rights {
 
 /// The digest of a caller's token; `None` for callers without one.
 type CallerId = Option<Digest>;
+
+/// The decisions by caller and repository. Each has a lock of its own, which is held while the Hub is asked.
+type Decisions = HashMap<(CallerId, Repo), Arc<tokio::sync::Mutex<Decision>>>;
 
 /// What is known about one caller and one repository.
 #[derive(Debug, Default)]
