@@ -180,7 +180,7 @@ pub fn environment(name: &str, lists: &[(&str, bool)]) -> Result<PathBuf> {
 }
 
 /// Creates an empty virtual environment. Replaces an existing one.
-fn create_venv(venv: &Path) -> Result<()> {
+pub fn create_venv(venv: &Path) -> Result<()> {
     let mut command = Command::new("python3");
     command.args(["-m", "venv", "--clear"]).arg(venv);
     println!("$ {}", shell_line(&command));
