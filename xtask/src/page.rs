@@ -6,7 +6,8 @@
 use crate::python::BUILD_XTASK;
 use crate::registry::on_path;
 use crate::repository::{cargo, root, target_folder};
-use crate::test::{environment, run};
+use crate::test::run;
+use crate::venv::{self, Requirements};
 use anyhow::Result;
 use clap::Args;
 use std::path::PathBuf;
@@ -36,7 +37,8 @@ impl Page {
             println!("install it, on Debian and Ubuntu: apt-get install chromium");
             return Ok(());
         };
-        let venv = environment("venv-page", &[(REQUIREMENTS, false)])?;
+        let venv = target_folder()?.join("venv-page");
+        venv::ensure(&venv, &[Requirements::WithDependencies(REQUIREMENTS)])?;
         run(cargo()
             .args(["build", "--package", "modelcache-cli", "--package", "modelcache-testkit"])
             .args(BUILD_XTASK))?;

@@ -2,23 +2,25 @@
 //!
 //! The stages run from cheap to expensive. After the first failure, no further stage runs. A table at the end shows the
 //! result of each stage. Needs cargo, git and Python, and uses `cargo nextest` if it is installed. All stages build
-//! with the same features (`--workspace`), so that no dependency is built twice. Without Chromium, the test of the status page is
-//! skipped.
+//! with the same features (`--workspace`), so that no dependency is built twice. Without Chromium, the test of the status
+//! page is skipped.
 
 use crate::docs::Docs;
 use crate::python::Python;
-use crate::repository::{cargo, root, shell_line, target_folder};
-use crate::{page, registry, table, tidy};
-use anyhow::{Context, Result, bail, ensure};
+use crate::repository::{cargo, shell_line, target_folder};
+use crate::venv::{self, Requirements};
+use crate::{hub_clients, page, registry, table, tidy};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// Python packages for the tests. Those of the second list are installed without their dependencies.
-const REQUIREMENTS: &str = "crates/modelcache-cli/tests/python/requirements.txt";
-const REQUIREMENTS_NO_DEPS: &str = "crates/modelcache-cli/tests/python/requirements-no-deps.txt";
+/// Python packages for the tests.
+const REQUIREMENTS: [Requirements; 2] = [
+    Requirements::WithDependencies("crates/modelcache-cli/tests/python/requirements.txt"),
+    Requirements::Exact("crates/modelcache-cli/tests/python/requirements-no-deps.txt"),
+];
 
 /// Run all checks: lints, documentation, tests
 #[derive(Debug, Args)]
@@ -46,7 +48,9 @@ impl Test {
             let doc = ["doc", "--workspace", "--no-deps"];
             stages.run("rustdoc", || run(cargo().args(doc).env("RUSTDOCFLAGS", "-D warnings")));
             stages.run("python packages", || {
-                venv = python_packages()?;
+                let folder = target_folder()?.join("venv");
+                venv::ensure(&folder, &REQUIREMENTS)?;
+                venv = Some(folder);
                 Ok(())
             });
             stages.run("python package", || Python::default().run());
@@ -58,12 +62,15 @@ impl Test {
         }
         stages.run("doc tests", || run(cargo().args(["test", "--workspace", "--doc"])));
         stages.run("tests", || {
-            let mut runner = test_runner();
+            let mut runner = test_runner(None);
             registry.iter().for_each(|program| {
                 runner.env("MODELCACHE_TEST_REGISTRY", program);
             });
             run(with_venv(&mut runner, venv.as_deref()))
         });
+        if !self.quick {
+            stages.run("hub clients", hub_clients::test);
+        }
         stages.finish()
     }
 }
@@ -115,16 +122,20 @@ impl Stages {
     }
 }
 
-/// Returns the command that runs all tests except the documentation tests.
-fn test_runner() -> Command {
+/// Returns the command that runs one test program by its name, or all tests except the documentation tests.
+pub(crate) fn test_runner(program: Option<&str>) -> Command {
     let mut command = cargo();
     let probe = cargo().args(["nextest", "--version"]).stdout(Stdio::null()).stderr(Stdio::null()).status();
     if probe.is_ok_and(|status| status.success()) {
         command.args(["nextest", "run", "--workspace"]);
     } else {
-        // Documentation tests have a stage of their own.
-        command.args(["test", "--workspace", "--no-fail-fast", "--lib", "--bins", "--tests"]);
+        command.args(["test", "--workspace", "--no-fail-fast"]);
     }
+    match program {
+        Some(program) => command.args(["--test", program]),
+        // Documentation tests have a stage of their own.
+        None => command.args(["--lib", "--bins", "--tests"]),
+    };
     command
 }
 
@@ -143,57 +154,4 @@ pub fn run(command: &mut Command) -> Result<()> {
     let status = command.status().with_context(|| format!("cannot run {line}"))?;
     ensure!(status.success(), "`{line}` ended with {status}");
     Ok(())
-}
-
-/// Returns a virtual environment with the packages that the tests need. Creates it if it does not exist or the lists
-/// have changed.
-fn python_packages() -> Result<Option<PathBuf>> {
-    let lists = [(REQUIREMENTS, false), (REQUIREMENTS_NO_DEPS, true)];
-    let lists: Vec<_> = lists.into_iter().filter(|(list, _)| root().join(list).is_file()).collect();
-    if lists.is_empty() {
-        println!("{REQUIREMENTS} does not exist; tests that need Python are skipped");
-        return Ok(None);
-    }
-    environment("venv", &lists).map(Some)
-}
-
-/// Returns the virtual environment `name` below the target folder with the packages of `lists`. Creates it, also if the
-/// lists have changed. Each list has a flag that is true if its packages are installed without their dependencies.
-pub fn environment(name: &str, lists: &[(&str, bool)]) -> Result<PathBuf> {
-    let venv = target_folder()?.join(name);
-    let stamp = venv.join("requirements.stamp");
-    let read = |(list, _): &(&str, bool)| {
-        let text = fs::read_to_string(root().join(list)).with_context(|| format!("cannot read {list}"))?;
-        anyhow::Ok(format!("# {list}\n{text}\n"))
-    };
-    let contents = lists.iter().map(read).collect::<Result<String>>()?;
-    if fs::read_to_string(&stamp).is_ok_and(|current| current == contents) {
-        println!("{} is up to date", venv.display());
-        return Ok(venv);
-    }
-    create_venv(&venv)?;
-    for (list, no_deps) in lists {
-        pip_install(&venv, &[if *no_deps { &["--no-deps", "-r"][..] } else { &["-r"] }, &[list]].concat())?;
-    }
-    fs::write(stamp, contents)?;
-    Ok(venv)
-}
-
-/// Creates an empty virtual environment. Replaces an existing one.
-pub fn create_venv(venv: &Path) -> Result<()> {
-    let mut command = Command::new("python3");
-    command.args(["-m", "venv", "--clear"]).arg(venv);
-    println!("$ {}", shell_line(&command));
-    match command.status() {
-        Ok(status) if status.success() => Ok(()),
-        Ok(_) => bail!("cannot create a Python environment; on Debian and Ubuntu: apt-get install python3-venv"),
-        Err(error) => Err(error).context("cannot run python3; on Debian and Ubuntu: apt-get install python3-venv"),
-    }
-}
-
-/// Runs `pip install` in a virtual environment.
-pub fn pip_install(venv: &Path, arguments: &[&str]) -> Result<()> {
-    let mut command = Command::new(venv.join("bin/python"));
-    let pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"];
-    run(command.args(pip).args(arguments).current_dir(root()))
 }

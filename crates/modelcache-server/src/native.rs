@@ -197,7 +197,7 @@ pub(crate) async fn inspect(
 /// With `Accept: application/x-ndjson` the response is a stream of lines: progress, then the report or the error.
 #[utoipa::path(post, path = "/cache/artifacts", tag = "cache", request_body = GetBody,
     responses((status = 200, body = Object), (status = 400), (status = 401), (status = 403), (status = 404),
-        (status = 415), (status = 502), (status = 503), (status = 507)))]
+        (status = 413), (status = 415), (status = 502), (status = 503), (status = 507)))]
 pub(crate) async fn get(
     State(app): State<Arc<App>>,
     headers: HeaderMap,
@@ -205,11 +205,12 @@ pub(crate) async fn get(
     body: Result<Json<GetBody>, JsonRejection>,
 ) -> ApiResult<Response> {
     let Json(body) = body.map_err(|rejection| {
-        ApiError::new(
-            rejection.status(),
-            &rejection.body_text(),
-            "send {\"ref\": \"name@version\"} as application/json",
-        )
+        // Well-formed JSON of another shape is a bad request, too.
+        let status = match rejection.status() {
+            StatusCode::UNPROCESSABLE_ENTITY => StatusCode::BAD_REQUEST,
+            status => status,
+        };
+        ApiError::new(status, &rejection.body_text(), "send {\"ref\": \"name@version\"} as application/json")
     })?;
     if body.hold > HOLD_MAX.as_secs() {
         return Err(ApiError::new(
@@ -280,6 +281,7 @@ pub(crate) async fn file(
         headers: request.headers(),
         etag: sha256.map(|sha256| format!("\"{sha256}\"")),
         max_tier,
+        rewinds: true,
     };
     Ok(request.respond().await?)
 }

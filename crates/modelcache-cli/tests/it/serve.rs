@@ -5,6 +5,7 @@ use modelcache_testkit::Content;
 use modelcache_testkit::hub::HubFault;
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -166,4 +167,20 @@ fn settings_that_cannot_work_are_refused_before_anything_is_served() {
     check(&[("MODEL_CACHE_TLS_CERTIFICATE", "/none.pem"), ("MODEL_CACHE_TLS_KEY", "/none.pem")])
         .failed(2, &["/none.pem"]);
     check(&[("MODEL_CACHE_PREWARM", "no-version")]).failed(2, &["no-version"]);
+}
+
+#[test]
+fn schemathesis_finds_no_response_that_the_description_of_the_routes_does_not_allow() {
+    let Some(venv) = venv() else { return };
+    let (house, _) = house();
+    house.on_local("a").run(["put", "team/model@3", house.write("f", "x").to_str().unwrap()]).ok();
+    let daemon = Daemon::start(house.on_local("a").env("MODEL_CACHE_RETRY_DEADLINE", "1s"), &[]);
+    let mut tool = Command::new(venv.join("bin/schemathesis"));
+    tool.args(["run", &format!("http://127.0.0.1:{}/openapi.json", daemon.port)]);
+    // References have a grammar that a schema does not describe, so that valid requests may be refused.
+    tool.args(["--exclude-checks", "positive_data_acceptance", "--max-examples", "20", "--no-color"]);
+    let output = tool.current_dir(house.path("")).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}");
+    assert!(text.contains("No issues found"), "{text}");
 }

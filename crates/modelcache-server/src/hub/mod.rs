@@ -4,7 +4,8 @@
 //! while they download. What the Hub alone knows (the account of a token, branches, commits) is passed on.
 //!
 //! Clients compare only the size of a file. If a digest does not match, the connection is cut before the last bytes,
-//! and a client that asks for the rest of the file gets the whole file again.
+//! and a client that asks for the rest of the file gets the whole file again; old clients, which would append it, get an
+//! error. After several such downloads in a row the file is refused for a minute.
 
 mod listing;
 mod rights;
@@ -17,7 +18,7 @@ use crate::app::App;
 use crate::error::{Failure, header_text, retry_after};
 use crate::file::FileRequest;
 use crate::http_metrics::RouteName;
-use crate::listen::Scheme;
+use crate::listen::{Scheme, WithoutLength};
 use axum::Json;
 use axum::body::Body;
 use axum::extract::{Request, State};
@@ -305,6 +306,7 @@ impl Call<'_> {
                 headers.remove(X_LINKED_SIZE);
                 // For a body of known length, also an empty one, axum would state that length.
                 *response.body_mut() = Body::from_stream(stream::empty::<Result<Bytes, Infallible>>());
+                response.extensions_mut().insert(WithoutLength);
             }
         };
         // A movable revision is redirected to its commit, so that a client that resumes stays on one commit.
@@ -329,6 +331,8 @@ impl Call<'_> {
             headers: self.headers,
             etag: etag.clone(),
             max_tier: Tier::Origin,
+            // The old client appends the whole file to what it has.
+            rewinds: !self.is_old_client(),
         };
         let responded = unless_paused(cache.hub_api(), request.respond()).await;
         let mut response = responded.map_err(|error| {
@@ -341,7 +345,8 @@ impl Call<'_> {
         Ok(response)
     }
 
-    /// Returns true for `huggingface_hub` before 1.0, which needs the size of every file.
+    /// Returns true for `huggingface_hub` before 1.0, which needs the size of every file, and keeps an incomplete file for
+    /// the next call.
     fn is_old_client(&self) -> bool {
         let agent = self.headers.get(USER_AGENT).and_then(|agent| agent.to_str().ok()).unwrap_or_default();
         agent.contains("hf_hub/0.") || agent.contains("huggingface_hub/0.")

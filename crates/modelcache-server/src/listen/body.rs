@@ -129,17 +129,24 @@ impl Drop for RequestBody {
     }
 }
 
+/// Marks the response to a HEAD request that must not state a length. Without the mark, the length of its empty body is
+/// stated.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct WithoutLength;
+
 /// A response body that reports its end, when it is dropped.
 #[derive(Debug)]
 pub(super) struct ResponseBody {
     body: Body,
+    has_length: bool,
     activity: Arc<Activity>,
     entry: Arc<Entry>,
 }
 
 impl ResponseBody {
-    pub(super) fn new(body: Body, activity: Arc<Activity>, entry: Arc<Entry>) -> Self {
-        Self { body, activity, entry }
+    /// `has_length` is false if the length of the body must not be stated.
+    pub(super) fn new(body: Body, has_length: bool, activity: Arc<Activity>, entry: Arc<Entry>) -> Self {
+        Self { body, has_length, activity, entry }
     }
 }
 
@@ -152,11 +159,11 @@ impl HttpBody for ResponseBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.has_length && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        if self.has_length { self.body.size_hint() } else { SizeHint::default() }
     }
 }
 

@@ -21,7 +21,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tower::ServiceExt as _;
 
 use super::activity::{Activity, BodyFailure, Phase};
-use super::body::{RequestBody, ResponseBody};
+use super::body::{RequestBody, ResponseBody, WithoutLength};
 use super::connections::Entry;
 use super::counters::ConnectionCounters;
 use super::limits::ConnectionLimits;
@@ -175,7 +175,8 @@ impl Connection {
         if let Some(failure) = activity.body_failure() {
             response = refusal_of_body(failure);
         }
-        Ok(response.map(|body| ResponseBody::new(body, activity, entry)))
+        let has_length = response.extensions().get::<WithoutLength>().is_none();
+        Ok(response.map(|body| ResponseBody::new(body, has_length, activity, entry)))
     }
 }
 

@@ -32,6 +32,7 @@ use tokio::sync::watch;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep, timeout};
 
+pub(crate) use self::body::WithoutLength;
 pub use self::connection::Scheme;
 pub use self::counters::ConnectionCounters;
 pub use self::limits::ConnectionLimits;
