@@ -2,8 +2,8 @@
 //!
 //! The stages run from cheap to expensive. After the first failure, no further stage runs. A table at the end shows the
 //! result of each stage. Needs cargo, git and Python, and uses `cargo nextest` if it is installed. All stages build
-//! with the same features (`--workspace`), so that no dependency is built twice. Without Chromium, the test of the status page is
-//! skipped.
+//! with the same features (`--workspace`), so that no dependency is built twice. Without Chromium, the test of
+//! the status page is skipped.
 
 use crate::docs::Docs;
 use crate::python::Python;

@@ -6,6 +6,8 @@ use crate::http_metrics::{HttpCounts, HttpMetrics};
 use crate::hub::{Infos, OwnRequests, Rights};
 use crate::listen::ConnectionCounters;
 use crate::prewarm::Readiness;
+use futures::FutureExt as _;
+use futures::future::{BoxFuture, Shared, WeakShared};
 use modelcache::cache::{Artifact, FillStatus, GetOptions};
 use modelcache::config::Secret;
 use modelcache::key::FilePath;
@@ -29,10 +31,17 @@ const CORRUPT_DOWNLOADS_MAX: u32 = 3;
 const CORRUPT_PAUSE: Duration = Duration::from_secs(60);
 /// Number of manifests that are remembered for artifacts that are not on disk yet.
 const MANIFESTS_MAX: usize = 256;
+/// How long the manifest of a revision is used, at most as long as the revision itself: a client asks for all files of a
+/// repository within seconds.
+const REVISION_AGE_MAX: Duration = Duration::from_secs(5);
 /// Number of leases that clients may hold at the same time.
 const HELD_MAX: usize = 10_000;
 /// The longest lease of a client.
 pub(crate) const HOLD_MAX: Duration = Duration::from_secs(24 * 3600);
+
+/// A request for a manifest that several callers wait for.
+type Listing = Shared<BoxFuture<'static, Result<Arc<Manifest>>>>;
+type WeakListing = WeakShared<BoxFuture<'static, Result<Arc<Manifest>>>>;
 
 /// Options of the daemon.
 #[derive(Debug, Clone)]
@@ -87,8 +96,11 @@ pub(crate) struct App {
     pub(crate) activity: Activity,
     pub(crate) http: HttpMetrics,
     pub(crate) connections: Arc<ConnectionCounters>,
-    /// The manifests of artifacts that are not on disk yet, so that listing and download request them once.
-    manifests: Mutex<HashMap<ArtifactKey, Arc<Manifest>>>,
+    /// The manifests of artifacts that are not on disk yet, so that listing and download request them once: by key, and
+    /// by revision with the time of the answer.
+    manifests: Mutex<HashMap<String, (Instant, Arc<Manifest>)>>,
+    /// The running requests for manifests, so that all clients of a cold artifact share one.
+    listings: Mutex<HashMap<String, WeakListing>>,
     /// The leases that clients asked for, with their ends.
     held: Mutex<Vec<(Instant, Artifact)>>,
     /// The files that failed verification while they were sent, by reference and path.
@@ -125,28 +137,51 @@ impl App {
             http: HttpMetrics::default(),
             connections: Arc::default(),
             manifests: Mutex::default(),
+            listings: Mutex::default(),
             held: Mutex::default(),
             corrupt: Mutex::default(),
         })
     }
 
     /// Returns the manifest of a reference. Requests the list of files from a farther tier only if neither the disk nor
-    /// an earlier request has it.
+    /// an earlier request has it. Concurrent calls share one request and its error.
     pub(crate) async fn manifest(&self, cache: &Cache, reference: &Reference, max_tier: Tier) -> Result<Arc<Manifest>> {
-        let remembered = reference.exact_key().and_then(|key| self.manifests.lock().get(&key).cloned());
-        if let Some(manifest) = remembered {
-            return Ok(manifest);
+        let key = reference.exact_key();
+        let name = key.as_ref().map_or_else(|| reference.to_string(), ArtifactKey::to_string);
+        let revision_age_max = REVISION_AGE_MAX.min(cache.config().ref_ttl);
+        if let Some((at, manifest)) = self.manifests.lock().get(&name)
+            && (key.is_some() || at.elapsed() < revision_age_max)
+        {
+            return Ok(manifest.clone());
         }
-        let manifest = cache.manifest(reference, &GetOptions { max_tier, ..GetOptions::default() }).await?;
+        let manifest = self.listing(cache, reference, max_tier).await?;
         // Manifests of bare names change if they are published again; those of a commit do not.
         if manifest.key.name.scheme().is_some() {
             let mut manifests = self.manifests.lock();
             if manifests.len() >= MANIFESTS_MAX {
                 manifests.clear();
             }
-            manifests.insert(manifest.key.clone(), manifest.clone());
+            for name in [name, manifest.key.to_string()] {
+                manifests.insert(name, (Instant::now(), manifest.clone()));
+            }
         }
         Ok(manifest)
+    }
+
+    /// Returns the running request for a manifest, or starts one.
+    fn listing(&self, cache: &Cache, reference: &Reference, max_tier: Tier) -> Listing {
+        let name = format!("{max_tier} {reference}");
+        let mut listings = self.listings.lock();
+        if let Some(listing) = listings.get(&name).and_then(WeakListing::upgrade) {
+            return listing;
+        }
+        let (cache, reference) = (cache.clone(), reference.clone());
+        let request =
+            async move { cache.manifest(&reference, &GetOptions { max_tier, ..GetOptions::default() }).await };
+        let listing = request.boxed().shared();
+        listings.retain(|_, listing| listing.upgrade().is_some());
+        listings.extend(listing.downgrade().map(|weak| (name, weak)));
+        listing
     }
 
     /// Returns the fills in progress of all caches, the longest one first.
@@ -164,7 +199,7 @@ impl App {
 
     /// Forgets what is remembered of an artifact that was evicted.
     pub(crate) fn forget(&self, key: &ArtifactKey) {
-        self.manifests.lock().remove(key);
+        self.manifests.lock().remove(&key.to_string());
     }
 
     /// Keeps the lease of an artifact for `time`.

@@ -45,7 +45,8 @@ impl FileRequest<'_> {
     /// verification so often that it is not downloaded for now; `Conflict` if the client would append to wrong bytes.
     pub(crate) async fn respond(&self) -> Result<Response> {
         let Some(entry) = self.manifest.files.get(self.path) else {
-            return Err(Error::not_found(format!("there is no file {}", self.path)).artifact(&self.manifest.key));
+            let error = Error::not_found(format!("there is no file {}", self.path)).artifact(&self.manifest.key);
+            return Err(error.hint("GET /cache/artifacts/{name@version} lists the files of an artifact"));
         };
         let size = entry.size;
         let mut asked = requested(self.headers, size, self.etag.as_deref());

@@ -248,7 +248,7 @@ async fn a_daemon_whose_hub_is_itself_says_so() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_of_a_request_gets_into_the_headers_of_a_response() {
-    let (house, commit) = House::with_model(&[("a.txt", "a".into())]).await;
+    let (house, commit) = House::with_model(&[("a.txt", "a".into()), ("b.txt", "b".into())]).await;
     let served = house.daemon();
     let evil = "x%0d%0aset-cookie:%20evil=1";
     for path in [
@@ -269,7 +269,6 @@ async fn nothing_of_a_request_gets_into_the_headers_of_a_response() {
         let reply = served.get_with("/livez", "x-request-id", odd).await.ok();
         assert_ne!(reply.header("x-request-id"), Some(odd));
     }
-    house.publish("org/model", &[("b.txt", "b".into())]);
     let tree = "GET /api/models/org/model/tree/main?limit=1 HTTP/1.1\r\nConnection: close\r\nHost: ";
     for host in ["evil.example/a?b=<x>\"", "user@evil.example", "a>; rel=\"next\", <http://evil.example/"] {
         let text = served.raw(&format!("{tree}{host}\r\n\r\n")).await;
