@@ -6,7 +6,8 @@
 //! which builds most dependencies again. The tests use the installed package. Needs Python 3.10 or newer.
 
 use crate::repository::{cargo, root, target_folder};
-use crate::test::{create_venv, pip_install, run};
+use crate::test::run;
+use crate::venv::{self, Requirements, pip_install};
 use anyhow::{Context, Result};
 use clap::Args;
 use std::fs;
@@ -14,8 +15,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const PACKAGE: &str = "crates/modelcache-python";
-const REQUIREMENTS: &str = "crates/modelcache-python/tests/requirements.txt";
-const REQUIREMENTS_NO_DEPS: &str = "crates/modelcache-python/tests/requirements-no-deps.txt";
+const REQUIREMENTS: [Requirements; 2] = [
+    Requirements::WithDependencies("crates/modelcache-python/tests/requirements.txt"),
+    Requirements::Exact("crates/modelcache-python/tests/requirements-no-deps.txt"),
+];
 
 /// Build, install and test the Python package
 #[derive(Debug, Default, Args)]
@@ -35,7 +38,8 @@ impl Python {
     /// The first step that fails.
     pub fn run(&self) -> Result<()> {
         let target = target_folder()?;
-        let venv = environment(&target)?;
+        let venv = target.join("venv-python");
+        venv::ensure(&venv, &REQUIREMENTS)?;
         let python = venv.join("bin/python");
         let wheels = target.join("python-wheel");
         // One cargo command for all packages, so that shared dependencies get the same features.
@@ -92,21 +96,4 @@ fn in_root(program: &Path) -> Command {
     let mut command = Command::new(program);
     command.current_dir(root());
     command
-}
-
-/// Returns the environment with the packages that the tests need. Creates it, also if the requirements have changed.
-fn environment(target: &Path) -> Result<PathBuf> {
-    let venv = target.join("venv-python");
-    let read = |list: &str| fs::read_to_string(root().join(list)).with_context(|| format!("cannot read {list}"));
-    let contents = read(REQUIREMENTS)? + &read(REQUIREMENTS_NO_DEPS)?;
-    let stamp = venv.join("requirements.stamp");
-    if fs::read_to_string(&stamp).is_ok_and(|current| current == contents) {
-        println!("{} is up to date", venv.display());
-        return Ok(venv);
-    }
-    create_venv(&venv)?;
-    pip_install(&venv, &["-r", REQUIREMENTS])?;
-    pip_install(&venv, &["--no-deps", "-r", REQUIREMENTS_NO_DEPS])?;
-    fs::write(stamp, contents)?;
-    Ok(venv)
 }

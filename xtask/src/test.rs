@@ -6,18 +6,20 @@
 
 use crate::docs::Docs;
 use crate::python::Python;
-use crate::repository::{cargo, root, shell_line, target_folder};
-use crate::{registry, table, tidy};
-use anyhow::{Context, Result, bail, ensure};
+use crate::repository::{cargo, shell_line, target_folder};
+use crate::venv::{self, Requirements};
+use crate::{hub_clients, registry, table, tidy};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// Python packages for the tests. Those of the second list are installed without their dependencies.
-const REQUIREMENTS: &str = "crates/modelcache-cli/tests/python/requirements.txt";
-const REQUIREMENTS_NO_DEPS: &str = "crates/modelcache-cli/tests/python/requirements-no-deps.txt";
+/// Python packages for the tests.
+const REQUIREMENTS: [Requirements; 2] = [
+    Requirements::WithDependencies("crates/modelcache-cli/tests/python/requirements.txt"),
+    Requirements::Exact("crates/modelcache-cli/tests/python/requirements-no-deps.txt"),
+];
 
 /// Run all checks: lints, documentation, tests
 #[derive(Debug, Args)]
@@ -45,7 +47,9 @@ impl Test {
             let doc = ["doc", "--workspace", "--no-deps"];
             stages.run("rustdoc", || run(cargo().args(doc).env("RUSTDOCFLAGS", "-D warnings")));
             stages.run("python packages", || {
-                venv = python_packages()?;
+                let folder = target_folder()?.join("venv");
+                venv::ensure(&folder, &REQUIREMENTS)?;
+                venv = Some(folder);
                 Ok(())
             });
             stages.run("python package", || Python::default().run());
@@ -56,12 +60,15 @@ impl Test {
         }
         stages.run("doc tests", || run(cargo().args(["test", "--workspace", "--doc"])));
         stages.run("tests", || {
-            let mut runner = test_runner();
+            let mut runner = test_runner(None);
             registry.iter().for_each(|program| {
                 runner.env("MODELCACHE_TEST_REGISTRY", program);
             });
             run(with_venv(&mut runner, venv.as_deref()))
         });
+        if !self.quick {
+            stages.run("hub clients", hub_clients::test);
+        }
         stages.finish()
     }
 }
@@ -113,16 +120,20 @@ impl Stages {
     }
 }
 
-/// Returns the command that runs all tests except the documentation tests.
-fn test_runner() -> Command {
+/// Returns the command that runs one test program by its name, or all tests except the documentation tests.
+pub(crate) fn test_runner(program: Option<&str>) -> Command {
     let mut command = cargo();
     let probe = cargo().args(["nextest", "--version"]).stdout(Stdio::null()).stderr(Stdio::null()).status();
     if probe.is_ok_and(|status| status.success()) {
         command.args(["nextest", "run", "--workspace"]);
     } else {
-        // Documentation tests have a stage of their own.
-        command.args(["test", "--workspace", "--no-fail-fast", "--lib", "--bins", "--tests"]);
+        command.args(["test", "--workspace", "--no-fail-fast"]);
     }
+    match program {
+        Some(program) => command.args(["--test", program]),
+        // Documentation tests have a stage of their own.
+        None => command.args(["--lib", "--bins", "--tests"]),
+    };
     command
 }
 
@@ -141,50 +152,4 @@ pub fn run(command: &mut Command) -> Result<()> {
     let status = command.status().with_context(|| format!("cannot run {line}"))?;
     ensure!(status.success(), "`{line}` ended with {status}");
     Ok(())
-}
-
-/// Returns a virtual environment with the packages that the tests need. Creates it, also if the lists have changed.
-fn python_packages() -> Result<Option<PathBuf>> {
-    // Each list, and whether it is installed without dependencies.
-    let lists = [(REQUIREMENTS, false), (REQUIREMENTS_NO_DEPS, true)];
-    let lists: Vec<_> = lists
-        .into_iter()
-        .filter_map(|(list, no_deps)| Some((list, no_deps, fs::read_to_string(root().join(list)).ok()?)))
-        .collect();
-    if lists.is_empty() {
-        println!("{REQUIREMENTS} does not exist; tests that need Python are skipped");
-        return Ok(None);
-    }
-    let venv = target_folder()?.join("venv");
-    let stamp = venv.join("requirements.stamp");
-    let contents: String = lists.iter().map(|(list, _, text)| format!("# {list}\n{text}\n")).collect();
-    if fs::read_to_string(&stamp).is_ok_and(|current| current == contents) {
-        println!("{} is up to date", venv.display());
-        return Ok(Some(venv));
-    }
-    create_venv(&venv)?;
-    for (list, no_deps, _) in &lists {
-        pip_install(&venv, &[if *no_deps { &["--no-deps", "-r"][..] } else { &["-r"] }, &[list]].concat())?;
-    }
-    fs::write(stamp, contents)?;
-    Ok(Some(venv))
-}
-
-/// Creates an empty virtual environment. Replaces an existing one.
-pub fn create_venv(venv: &Path) -> Result<()> {
-    let mut command = Command::new("python3");
-    command.args(["-m", "venv", "--clear"]).arg(venv);
-    println!("$ {}", shell_line(&command));
-    match command.status() {
-        Ok(status) if status.success() => Ok(()),
-        Ok(_) => bail!("cannot create a Python environment; on Debian and Ubuntu: apt-get install python3-venv"),
-        Err(error) => Err(error).context("cannot run python3; on Debian and Ubuntu: apt-get install python3-venv"),
-    }
-}
-
-/// Runs `pip install` in a virtual environment.
-pub fn pip_install(venv: &Path, arguments: &[&str]) -> Result<()> {
-    let mut command = Command::new(venv.join("bin/python"));
-    let pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"];
-    run(command.args(pip).args(arguments).current_dir(root()))
 }

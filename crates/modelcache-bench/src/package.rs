@@ -5,7 +5,7 @@ use anyhow::{Context, Result};
 use std::path::Path;
 use xtask::python::pack;
 use xtask::repository::{build_native, target_folder};
-use xtask::test::pip_install;
+use xtask::venv::pip_install;
 
 /// Installs the package with the native module `native`. Builds the module first if `native` is `None`.
 pub(super) fn install(peers: &Peers, native: Option<&Path>) -> Result<()> {

@@ -10,7 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use xtask::repository::{root, target_folder};
-use xtask::test::create_venv;
+use xtask::venv;
 
 const FOLDER: &str = "crates/modelcache-bench/src/peers";
 /// Programs that are used if the machine has them, with the argument that prints their version.
@@ -29,7 +29,7 @@ impl Peers {
     pub(super) fn install() -> Result<Self> {
         let venv = target_folder()?.join("bench-venv");
         if !venv.join("bin/python").exists() {
-            create_venv(&venv)?;
+            venv::create(&venv)?;
         }
         let mut peers = Self { venv, versions: BTreeMap::new(), missing: BTreeMap::new() };
         for (list, options) in [("requirements.txt", &[][..]), ("requirements-no-deps.txt", &["--no-deps"])] {

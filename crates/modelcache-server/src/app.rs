@@ -15,11 +15,16 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long a file that failed verification is sent from its beginning to clients that ask for the rest of it. They
-/// resume within seconds.
-const CORRUPT_MEMORY: Duration = Duration::from_secs(600);
+/// How long the daemon remembers that a file failed verification while it was sent. Some clients keep what they got and
+/// ask for the rest of it days later.
+const CORRUPT_MEMORY: Duration = Duration::from_secs(7 * 24 * 3600);
 /// Number of such files that are remembered.
 const CORRUPT_FILES_MAX: usize = 1_000;
+/// Number of downloads that may fail verification before the file is refused. Clients repeat a download without end as
+/// long as each attempt brings bytes.
+const CORRUPT_DOWNLOADS_MAX: u32 = 3;
+/// How long a file is then refused before it is downloaded again.
+const CORRUPT_PAUSE: Duration = Duration::from_secs(60);
 /// Number of manifests that are remembered for artifacts that are not on disk yet.
 const MANIFESTS_MAX: usize = 256;
 /// Number of leases that clients may hold at the same time.
@@ -73,7 +78,22 @@ pub(crate) struct App {
     /// The leases that clients asked for, with their ends.
     held: Mutex<Vec<(Instant, Artifact)>>,
     /// The files that failed verification while they were sent, by reference and path.
-    corrupt: Mutex<BTreeMap<String, Instant>>,
+    corrupt: Mutex<BTreeMap<String, CorruptFile>>,
+}
+
+/// A file that failed verification while it was sent.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct CorruptFile {
+    last_failure: Instant,
+    /// Number of downloads that failed.
+    pub(crate) failed_downloads: u32,
+}
+
+impl CorruptFile {
+    /// Returns true if the file must not be downloaded again yet.
+    pub(crate) fn is_refused(&self) -> bool {
+        self.failed_downloads >= CORRUPT_DOWNLOADS_MAX && self.last_failure.elapsed() < CORRUPT_PAUSE
+    }
 }
 
 impl App {
@@ -142,8 +162,8 @@ impl App {
         held.retain(|(end, _)| *end > now);
     }
 
-    /// Records that a response was cut because of `error`.
-    pub(crate) fn record_cut_body(&self, reference: &Reference, path: &FilePath, error: &Error) {
+    /// Records that a response, which began at `started`, was cut because of `error`.
+    pub(crate) fn record_cut_body(&self, reference: &Reference, path: &FilePath, started: Instant, error: &Error) {
         tracing::warn!(%reference, %path, %error, "the response was cut");
         self.http.count_cut();
         self.activity.record_error("response", error);
@@ -152,14 +172,21 @@ impl App {
             if corrupt.len() >= CORRUPT_FILES_MAX {
                 corrupt.clear();
             }
-            corrupt.insert(format!("{reference} {path}"), Instant::now());
+            let now = Instant::now();
+            let file = corrupt
+                .entry(format!("{reference} {path}"))
+                .or_insert(CorruptFile { last_failure: now, failed_downloads: 1 });
+            // Responses that began before the last failure were cut because of the same download.
+            if started > file.last_failure {
+                *file = CorruptFile { last_failure: now, failed_downloads: file.failed_downloads + 1 };
+            }
         }
     }
 
-    /// Returns true if a response with this file was cut lately because its digest did not match.
-    pub(crate) fn was_corrupt(&self, reference: &Reference, path: &FilePath) -> bool {
+    /// Returns what is known about a file if a response with it was cut because its digest did not match.
+    pub(crate) fn corrupt_file(&self, reference: &Reference, path: &FilePath) -> Option<CorruptFile> {
         let mut corrupt = self.corrupt.lock();
-        corrupt.retain(|_, since| since.elapsed() < CORRUPT_MEMORY);
-        corrupt.contains_key(&format!("{reference} {path}"))
+        corrupt.retain(|_, file| file.last_failure.elapsed() < CORRUPT_MEMORY);
+        corrupt.get(&format!("{reference} {path}")).copied()
     }
 }

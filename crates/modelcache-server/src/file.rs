@@ -1,6 +1,6 @@
 //! Responses with a file: conditional and range requests, and bytes while the file is still downloading.
 
-use crate::app::App;
+use crate::app::{App, CorruptFile};
 use crate::body::Opened;
 use crate::range::{Requested, requested};
 use axum::body::Body;
@@ -16,6 +16,7 @@ use modelcache::manifest::Manifest;
 use modelcache::progress::Progress;
 use modelcache::{Cache, Error, ErrorKind, Reference, Result, Tier};
 use std::sync::Arc;
+use std::time::Instant;
 
 /// A file that a client requests.
 pub(crate) struct FileRequest<'a> {
@@ -32,22 +33,28 @@ pub(crate) struct FileRequest<'a> {
     pub(crate) etag: Option<String>,
     /// The farthest tier that may be contacted for the file.
     pub(crate) max_tier: Tier,
+    /// True if a client that asks for the rest of a file starts over when it gets the whole file.
+    pub(crate) rewinds: bool,
 }
 
 impl FileRequest<'_> {
     /// Returns the response without headers that are particular to the route.
     ///
     /// # Errors
-    /// As for [`Cache::open_file`]; `NotFound` if the artifact has no such file.
+    /// As for [`Cache::open_file`]; `NotFound` if the artifact has no such file; `Corrupt` if the file failed
+    /// verification so often that it is not downloaded for now; `Conflict` if the client would append to wrong bytes.
     pub(crate) async fn respond(&self) -> Result<Response> {
         let Some(entry) = self.manifest.files.get(self.path) else {
             return Err(Error::not_found(format!("there is no file {}", self.path)).artifact(&self.manifest.key));
         };
         let size = entry.size;
         let mut asked = requested(self.headers, size, self.etag.as_deref());
-        // This client has bytes that turned out to be wrong. It starts over if it gets the whole file.
-        if matches!(asked, Requested::Part { open_ended: true, .. }) && self.app.was_corrupt(self.reference, self.path)
-        {
+        let corrupt = self.app.corrupt_file(self.reference, self.path);
+        // This client may have bytes that turned out to be wrong.
+        if matches!(asked, Requested::Part { open_ended: true, .. }) && corrupt.is_some() {
+            if !self.rewinds {
+                return Err(self.wrong_beginning());
+            }
             asked = Requested::Whole;
         }
         let (status, range) = match &asked {
@@ -67,7 +74,14 @@ impl FileRequest<'_> {
                 // Bytes up to the end of the file may be sent before they are verified, because the last of them is
                 // sent only if the digest of the whole file holds. A closed range has no such end.
                 let unchecked = range.end == size;
-                let opened = self.open(unchecked).await?;
+                let started = Instant::now();
+                let opened = match corrupt.filter(CorruptFile::is_refused) {
+                    // It is there if a later download succeeded.
+                    Some(corrupt) => {
+                        self.open(unchecked, Tier::Disk).await.map_err(|_| self.refused_as_corrupt(corrupt))?
+                    }
+                    None => self.open(unchecked, self.max_tier).await?,
+                };
                 let (app, reference, path) = (self.app.clone(), self.reference.clone(), self.path.clone());
                 let stream = opened.read(range.clone()).map(move |chunk| match chunk {
                     Ok(chunk) => {
@@ -75,7 +89,7 @@ impl FileRequest<'_> {
                         Ok(chunk)
                     }
                     Err(error) => {
-                        app.record_cut_body(&reference, &path, &error);
+                        app.record_cut_body(&reference, &path, started, &error);
                         Err(error)
                     }
                 });
@@ -91,10 +105,10 @@ impl FileRequest<'_> {
     }
 
     /// Opens the file. A file for which the cache has no room is passed through.
-    async fn open(&self, unchecked: bool) -> Result<Opened> {
+    async fn open(&self, unchecked: bool, max_tier: Tier) -> Result<Opened> {
         // A reference to a single file names it already.
         let file = self.reference.file.is_none().then(|| self.path.clone());
-        let options = OpenOptions { file, unchecked, max_tier: self.max_tier, ..OpenOptions::default() };
+        let options = OpenOptions { file, unchecked, max_tier, ..OpenOptions::default() };
         match self.cache.open_file(self.reference, &options, &Progress::new()).await {
             Ok(file) => Ok(Opened::Cached(Arc::new(file))),
             Err(error) if error.kind() == ErrorKind::Full => {
@@ -105,6 +119,27 @@ impl FileRequest<'_> {
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// Returns the error for a client that would append the rest of the file to wrong bytes.
+    fn wrong_beginning(&self) -> Error {
+        let message = format!(
+            "an earlier download of {} failed verification, and the part of it that this client has may be wrong; \
+             discard it: hf download --force-download, or force_download=True in Python",
+            self.path
+        );
+        // Clients do not repeat a request after a conflict, and show its message.
+        Error::new(ErrorKind::Conflict, message).artifact(&self.manifest.key)
+    }
+
+    /// Returns the error for a file that is not downloaded for now.
+    fn refused_as_corrupt(&self, corrupt: CorruptFile) -> Error {
+        let message = format!(
+            "{} downloads of {} failed verification: its server sends bytes that do not match their digest; it is \
+             downloaded again after a minute",
+            corrupt.failed_downloads, self.path
+        );
+        Error::new(ErrorKind::Corrupt, message).artifact(&self.manifest.key)
     }
 
     /// Returns a response with the headers that all routes have in common.

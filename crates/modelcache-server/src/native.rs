@@ -219,6 +219,7 @@ pub(crate) async fn file(
         headers: request.headers(),
         etag: sha256.map(|sha256| format!("\"{sha256}\"")),
         max_tier,
+        rewinds: true,
     };
     Ok(request.respond().await?)
 }

@@ -4,7 +4,8 @@
 //! while they download. What the Hub alone knows (the account of a token, branches, commits) is passed on.
 //!
 //! Clients compare only the size of a file. If a digest does not match, the connection is cut before the last bytes,
-//! and a client that asks for the rest of the file gets the whole file again.
+//! and a client that asks for the rest of the file gets the whole file again; old clients, which would append it, get an
+//! error. After several such downloads in a row the file is refused for a minute.
 
 mod listing;
 mod rights;
@@ -25,6 +26,7 @@ use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE, ETAG, HOST, LINK, LOCATIO
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
+use futures::stream;
 use http_body_util::{BodyExt as _, Limited};
 use listing::Storage;
 use modelcache::config::encode_segment;
@@ -36,6 +38,7 @@ use rights::{NoAccess, Refusal, unless_paused};
 use route::{Repo, Route};
 use serde_json::{Value, json};
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -271,6 +274,8 @@ impl Call<'_> {
             if self.method == Method::HEAD && entry.size > STATED_SIZE_MAX && !self.is_old_client() {
                 headers.remove(CONTENT_LENGTH);
                 headers.remove(X_LINKED_SIZE);
+                // For a body of known length, also an empty one, axum would state that length.
+                *response.body_mut() = Body::from_stream(stream::empty::<Result<Bytes, Infallible>>());
             }
         };
         // A movable revision is redirected to its commit, so that a client that resumes stays on one commit.
@@ -295,6 +300,8 @@ impl Call<'_> {
             headers: self.headers,
             etag: etag.clone(),
             max_tier: Tier::Origin,
+            // The old client appends the whole file to what it has.
+            rewinds: !self.is_old_client(),
         };
         let responded = unless_paused(cache.hub_api(), request.respond()).await;
         let mut response = responded.map_err(|error| {
@@ -307,7 +314,8 @@ impl Call<'_> {
         Ok(response)
     }
 
-    /// Returns true for `huggingface_hub` before 1.0, which needs the size of every file.
+    /// Returns true for `huggingface_hub` before 1.0, which needs the size of every file, and keeps an incomplete file for
+    /// the next call.
     fn is_old_client(&self) -> bool {
         let agent = self.headers.get(USER_AGENT).and_then(|agent| agent.to_str().ok()).unwrap_or_default();
         agent.contains("hf_hub/0.") || agent.contains("huggingface_hub/0.")
