@@ -1,5 +1,6 @@
 //! A Hub stand-in and a daemon in this process, and the real clients as child processes.
 
+use modelcache::config::ByteBound;
 use modelcache::{Cache, Config};
 use modelcache_server::{Daemon, Listeners, Options, ServeOptions, complete_config, serve};
 use modelcache_testkit::hub::CommitBuilder;
@@ -37,6 +38,8 @@ impl House {
         let (hub, dir) = (Hub::start_on(0).unwrap(), TempDir::new().unwrap());
         let mut config = Config::new(dir.path().join("cache"));
         config.hub.endpoint = hub.url();
+        // The tests need little space, also on a filesystem that is nearly full.
+        config.min_free_bytes = ByteBound::Bytes(0);
         // A Hub that is down is reported within the test.
         config.retry.deadline = Duration::from_secs(5);
         complete_config(&mut config);
