@@ -133,16 +133,32 @@ impl HttpMetrics {
     }
 }
 
+/// Counts a request until its response head is ready, or until its client goes away.
+struct InFlight<'a>(&'a HttpMetrics);
+
+impl<'a> InFlight<'a> {
+    fn start(metrics: &'a HttpMetrics) -> Self {
+        metrics.in_flight.fetch_add(1, Ordering::Relaxed);
+        Self(metrics)
+    }
+}
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// Gives each request an id, counts it and logs it.
 pub(crate) async fn observe(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let id = request_id(&request);
     let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
     let (method, path) = (request.method().clone(), printable::line(request.uri().path()).into_owned());
     let started = Instant::now();
-    app.http.in_flight.fetch_add(1, Ordering::Relaxed);
+    let in_flight = InFlight::start(&app.http);
     let span = tracing::info_span!("request", id = %id);
     let mut response = next.run(request).instrument(span.clone()).await;
-    app.http.in_flight.fetch_sub(1, Ordering::Relaxed);
+    drop(in_flight);
     let named = response.extensions().get::<RouteName>().map(|RouteName(name)| (*name).to_owned());
     let route = named.or(route).unwrap_or_else(|| "none".into());
     let status = response.status();

@@ -68,13 +68,12 @@ const PARAMETERS: [&str; 30] = [
 ];
 
 /// Environment variables with secret values.
-const VARIABLES: [&str; 8] = [
+const VARIABLES: [&str; 7] = [
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
     "AWS_SECURITY_TOKEN",
     "AWS_CONTAINER_AUTHORIZATION_TOKEN",
     "HF_TOKEN",
-    "MODEL_CACHE_TOKEN",
     "MLFLOW_TRACKING_TOKEN",
     "MLFLOW_TRACKING_PASSWORD",
 ];

@@ -510,6 +510,8 @@ pub const SETTINGS: &[Setting] = &[
                   the Hugging Face routes that sends it acts with the daemon's own Hub token.",
         accepts: "at least 16 characters without spaces",
         set: |value, draft| {
+            // First, so that the error does not quote it.
+            redact::register(&value.text);
             if value.text.len() < TOKEN_BYTES_MIN || !value.text.bytes().all(|byte| byte.is_ascii_graphic()) {
                 return Err(
                     Error::invalid("not a usable token").hint("for instance the output of: openssl rand -hex 32")

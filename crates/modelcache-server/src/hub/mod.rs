@@ -489,6 +489,9 @@ fn failed(failure: Error) -> Response {
             response.headers_mut().insert(RETRY_AFTER, retry_after(None));
             response
         }
+        // The names in the request were valid, so the answer of the Hub is not, for instance a redirect to a metadata
+        // service.
+        (ErrorKind::Invalid, _) => error(StatusCode::BAD_GATEWAY, None, &message),
         _ => error(crate::error::status_of(&failure), None, &message),
     };
     response.extensions_mut().insert(Failure(failure));

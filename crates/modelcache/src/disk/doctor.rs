@@ -177,7 +177,8 @@ fn volume_limit_check(folder: &Path, budget: ByteBound, environment: &Environmen
     let device = |path: &Path| fs::metadata(path).ok().map(|metadata| metadata.dev()); // outside the root
     let own = device(folder)?;
     // The layer of the container is on the node, too, and counts towards the limit of the pod.
-    let is_layer = rustix::fs::statfs(folder).is_ok_and(|stat| stat.f_type as u32 == OVERLAY_MAGIC);
+    let statfs = rustix::fs::statfs(folder); // outside the root
+    let is_layer = statfs.is_ok_and(|stat| stat.f_type as u32 == OVERLAY_MAGIC);
     if !is_layer && !KUBELET_FILES.iter().any(|file| device(Path::new(file)) == Some(own)) {
         return None;
     }
