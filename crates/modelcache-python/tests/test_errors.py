@@ -162,8 +162,8 @@ def test_keywords_of_options_are_parameters_of_the_package() -> None:
         if callable(method)
         for name in inspect.signature(method).parameters
     }
-    flags = ("config", "exclude", "expect", "follow-links", "force", "include", "into", "local-files-only", "offline")
-    flags += ("read-only", "refresh", "remote", "repair", "revision", "sidecar", "tier")
+    flags = ["config", "exclude", "expect", "follow-links", "force", "include", "into", "local-files-only", "offline"]
+    flags += ["read-only", "refresh", "remote", "repair", "revision", "sidecar", "tier"]
     for flag in flags:
         keyword = keyword_of_flag(f"--{flag}")
         assert keyword is not None and keyword[0] in parameters, flag
