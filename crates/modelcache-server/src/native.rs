@@ -77,7 +77,8 @@ pub(crate) struct DaemonReport {
 #[derive(Debug, Deserialize, utoipa::IntoParams)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct DoctorQuery {
-    /// Return the last report if it is at most this many seconds old (300 by default, at least 5).
+    /// Return the last report if it is at most this many seconds old (300 by default, from 5 to 86400).
+    #[param(maximum = 86400)]
     max_age: Option<u64>,
 }
 
@@ -157,6 +158,9 @@ pub(crate) async fn doctor(
     query: Result<Query<DoctorQuery>, extract::rejection::QueryRejection>,
 ) -> ApiResult<Json<Value>> {
     let Query(query) = query.map_err(bad_query)?;
+    if query.max_age.is_some_and(|seconds| seconds > 86_400) {
+        return Err(ApiError::new(StatusCode::BAD_REQUEST, "max_age is at most 86400 seconds", "leave it out"));
+    }
     let max_age = query.max_age.map_or(doctor::MAX_AGE, Duration::from_secs);
     app.doctor.report(max_age.max(doctor::MAX_AGE_MIN)).await.map(Json)
 }

