@@ -50,6 +50,9 @@ pub const SWITCH: &str = "0|1";
 /// The port of the daemon.
 const SERVE_PORT: u16 = 8917;
 
+/// The value name of a secret, which no error quotes.
+const TOKEN: &str = "TOKEN";
+
 /// The shortest token of the daemon. A shorter one could be guessed.
 const TOKEN_BYTES_MIN: usize = 16;
 
@@ -504,7 +507,7 @@ pub const SETTINGS: &[Setting] = &[
         key: "token",
         variable: Some("MODEL_CACHE_TOKEN"),
         flag: None,
-        value_name: "TOKEN",
+        value_name: TOKEN,
         default: "none",
         description: "The bearer token that clients of `serve` send. It guards every route below `/cache`. A client of \
                   the Hugging Face routes that sends it acts with the daemon's own Hub token.",
@@ -939,7 +942,8 @@ impl Setting {
     /// Returns the error for an invalid value, with setting, source and accepted values.
     fn refuse(&self, value: &SettingValue, error: &Error) -> Error {
         let hint = error.hint_text().map_or_else(|| format!("accepted: {}", self.accepts), str::to_owned);
-        let text = redact::setting(&value.text);
+        // A token that is too short is a secret nevertheless.
+        let text = if self.value_name == TOKEN { "…".into() } else { redact::setting(&value.text) };
         Error::invalid(format!("{} = {text:?} from {}: {}", self.key, value.source, error.message())).hint(hint)
     }
 }
@@ -1527,6 +1531,16 @@ mod tests {
         assert_eq!(warnings.len(), 2, "{warnings:?}");
         assert!(warnings[0].starts_with("unknown environment variable MODEL_CACHE_FROBNICATE"), "{warnings:?}");
         assert!(warnings[1].ends_with("did you mean MODEL_CACHE_MAX_BYTES?"), "{warnings:?}");
+    }
+
+    #[test]
+    fn the_token_of_the_daemon_is_long_and_never_quoted() {
+        for text in ["abc", "short-token", "sixteen characters"] {
+            let (message, hint) = inputs().variable("MODEL_CACHE_TOKEN", text).refused();
+            assert!(!message.contains(text) && hint.contains("openssl"), "{message}");
+        }
+        let token = inputs().variable("MODEL_CACHE_TOKEN", "0123456789abcdef").gather().expect("settings").serve.token;
+        assert_eq!(token.expect("a token").expose(), "0123456789abcdef");
     }
 
     #[test]
