@@ -12,6 +12,8 @@ use crate::error::{ApiError, ApiResult};
 
 /// Age up to which a report is used again, unless the request says otherwise.
 pub(crate) const MAX_AGE: Duration = Duration::from_secs(300);
+/// Largest age that a request may name.
+pub(crate) const MAX_AGE_MAX: Duration = Duration::from_secs(24 * 3600);
 /// Age up to which a report is used again in any case, so that requests cannot keep the doctor running.
 pub(crate) const MAX_AGE_MIN: Duration = Duration::from_secs(5);
 

@@ -1,15 +1,12 @@
 //! Errors as HTTP responses: `{"error": {"code", "message", "hint"}}` with the status of the kind.
 
+use crate::header;
+use axum::Json;
+use axum::http::StatusCode;
 use axum::http::header::RETRY_AFTER;
-use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
-use axum::{Json, http};
 use modelcache::{Error, ErrorKind};
 use serde_json::{Value, json};
-use std::time::Duration;
-
-/// `Retry-After` of an unavailable service that stated no time.
-const RETRY_AFTER_DEFAULT: Duration = Duration::from_secs(5);
 
 /// An error of the library, or of the request itself, as the response of a native route.
 #[derive(Debug)]
@@ -57,11 +54,6 @@ pub(crate) fn status_of(error: &Error) -> StatusCode {
     }
 }
 
-/// Returns the value of `Retry-After` for a wait, in whole seconds and at least one.
-pub(crate) fn retry_after(wait: Option<Duration>) -> HeaderValue {
-    HeaderValue::from(wait.unwrap_or(RETRY_AFTER_DEFAULT).as_secs_f64().ceil().max(1.0) as u64)
-}
-
 /// The error of a response, for the log and the list of recent errors.
 #[derive(Debug, Clone)]
 pub(crate) struct Failure(pub(crate) Error);
@@ -72,15 +64,9 @@ impl IntoResponse for ApiError {
         let Self { status, error } = self;
         let mut response = (status, Json(body)).into_response();
         if matches!(status, StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS) {
-            response.headers_mut().insert(RETRY_AFTER, retry_after(error.wait()));
+            response.headers_mut().insert(RETRY_AFTER, header::retry_after(error.wait()));
         }
         response.extensions_mut().insert(Failure(error));
         response
     }
-}
-
-/// Returns the header value of `text`, without the characters that a header must not have.
-pub(crate) fn header_text(text: &str) -> HeaderValue {
-    let clean: String = text.chars().filter(|c| c.is_ascii_graphic() || *c == ' ').take(400).collect();
-    http::HeaderValue::from_str(&clean).unwrap_or(HeaderValue::from_static(""))
 }

@@ -2,6 +2,7 @@
 
 use crate::app::{App, CorruptFile};
 use crate::body::Opened;
+use crate::header;
 use crate::range::{Requested, requested};
 use axum::body::Body;
 use axum::http::header::{
@@ -65,7 +66,7 @@ impl FileRequest<'_> {
             Requested::NotModified => return Ok(self.response(StatusCode::NOT_MODIFIED, size, Body::empty())),
             Requested::Unsatisfiable => {
                 let mut response = self.response(StatusCode::RANGE_NOT_SATISFIABLE, 0, Body::empty());
-                response.headers_mut().insert(CONTENT_RANGE, value(&format!("bytes */{size}")));
+                response.headers_mut().insert(CONTENT_RANGE, header::value(&format!("bytes */{size}")));
                 return Ok(response);
             }
         };
@@ -101,7 +102,7 @@ impl FileRequest<'_> {
         let mut response = self.response(status, len, body);
         if status == StatusCode::PARTIAL_CONTENT {
             let (first, last) = (range.start, range.end - 1);
-            response.headers_mut().insert(CONTENT_RANGE, value(&format!("bytes {first}-{last}/{size}")));
+            response.headers_mut().insert(CONTENT_RANGE, header::value(&format!("bytes {first}-{last}/{size}")));
         }
         Ok(response)
     }
@@ -155,14 +156,9 @@ impl FileRequest<'_> {
         headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
         headers.insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static("sandbox"));
         if let Some(etag) = &self.etag {
-            headers.insert(ETAG, value(etag));
+            headers.insert(ETAG, header::value(etag));
         }
         headers.insert(CONTENT_LENGTH, len.into());
         response
     }
-}
-
-/// Returns `text`, which consists of hex digits and quotes or of numbers, as a header value.
-fn value(text: &str) -> HeaderValue {
-    HeaderValue::from_str(text).unwrap_or(HeaderValue::from_static(""))
 }

@@ -1,14 +1,13 @@
 //! Counters of HTTP requests and responses.
 
 use axum::extract::{MatchedPath, Request, State};
+use axum::http::StatusCode;
 use axum::http::header::HeaderName;
-use axum::http::{HeaderValue, StatusCode};
 use axum::middleware::Next;
 use axum::response::Response;
 use modelcache::metrics::{Descriptor, Sample};
 use modelcache::mutex::Mutex;
 use modelcache::printable;
-use rustix::rand::{GetRandomFlags, getrandom};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,6 +16,7 @@ use tracing::Instrument as _;
 
 use crate::app::App;
 use crate::error::Failure;
+use crate::header;
 use crate::listen::ConnectionCounters;
 
 /// The header with the id of a request, in requests and responses.
@@ -174,7 +174,7 @@ pub(crate) async fn observe(State(app): State<Arc<App>>, request: Request, next:
         Some(error) => tracing::info!(%method, path, status = status.as_u16(), ms, %error, "request refused"),
         None => tracing::debug!(%method, path, status = status.as_u16(), ms, "request"),
     }
-    response.headers_mut().insert(X_REQUEST_ID, id_value(&id));
+    response.headers_mut().insert(X_REQUEST_ID, header::value(&id));
     response
 }
 
@@ -185,14 +185,5 @@ fn request_id(request: &Request) -> String {
         let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.:/+=".contains(&byte);
         !id.is_empty() && id.len() <= REQUEST_ID_BYTES_MAX && id.bytes().all(is_allowed)
     };
-    brought.filter(is_harmless).map(str::to_owned).unwrap_or_else(|| {
-        let mut bytes = [0; 8];
-        // Without random bytes the id is zero, which is no reason to refuse the request.
-        let _ = getrandom(&mut bytes, GetRandomFlags::empty());
-        hex::encode(bytes)
-    })
-}
-
-fn id_value(id: &str) -> HeaderValue {
-    HeaderValue::from_str(id).unwrap_or(HeaderValue::from_static("0"))
+    brought.filter(is_harmless).map_or_else(crate::random_id, str::to_owned)
 }

@@ -10,6 +10,7 @@ mod body;
 mod doctor;
 mod error;
 mod file;
+mod header;
 mod http_metrics;
 mod hub;
 mod listen;
@@ -57,10 +58,16 @@ impl std::fmt::Debug for Daemon {
 pub fn complete_config(config: &mut Config) {
     config.backfill.get_or_insert(Backfill::Background);
     config.refuse_link_local = true;
-    let mut id = [0; 8];
-    // Without random bytes, two daemons in a row take each other for a loop. That is reported, and nothing is lost.
-    let _ = getrandom(&mut id, GetRandomFlags::empty());
-    config.hub.via = Some(format!("1.1 modelcache-{}", hex::encode(id)));
+    config.hub.via = Some(format!("1.1 modelcache-{}", random_id()));
+}
+
+/// Returns 16 random hex digits.
+fn random_id() -> String {
+    let mut bytes = [0; 8];
+    // Without random bytes, all ids are zero. Then requests cannot be told apart in the log, and two daemons in a row
+    // take each other for a loop. That is reported, and nothing is lost.
+    let _ = getrandom(&mut bytes, GetRandomFlags::empty());
+    hex::encode(bytes)
 }
 
 /// Returns all routes of a daemon over `cache`, and starts its background tasks in the present Tokio runtime.

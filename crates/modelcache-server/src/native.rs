@@ -158,10 +158,8 @@ pub(crate) async fn doctor(
     query: Result<Query<DoctorQuery>, extract::rejection::QueryRejection>,
 ) -> ApiResult<Json<Value>> {
     let Query(query) = query.map_err(bad_query)?;
-    if query.max_age.is_some_and(|seconds| seconds > 86_400) {
-        return Err(ApiError::new(StatusCode::BAD_REQUEST, "max_age is at most 86400 seconds", "leave it out"));
-    }
     let max_age = query.max_age.map_or(doctor::MAX_AGE, Duration::from_secs);
+    check_at_most("max_age", max_age, doctor::MAX_AGE_MAX, "leave it out")?;
     app.doctor.report(max_age.max(doctor::MAX_AGE_MIN)).await.map(Json)
 }
 
@@ -216,19 +214,13 @@ pub(crate) async fn get(
         };
         ApiError::new(status, &rejection.body_text(), "send {\"ref\": \"name@version\"} as application/json")
     })?;
-    if body.hold > HOLD_MAX.as_secs() {
-        return Err(ApiError::new(
-            StatusCode::BAD_REQUEST,
-            "hold is at most 86400 seconds",
-            "ask again before it ends",
-        ));
-    }
+    let hold = Duration::from_secs(body.hold);
+    check_at_most("hold", hold, HOLD_MAX, "ask again before it ends")?;
     let reference = app.cache.reference(&body.reference)?;
     let max_tier = max_tier(&app, &reference)?;
     let selection = Selection::globs(&body.include, &body.exclude)?;
     let options = GetOptions { selection, max_tier, ..GetOptions::default() };
     let progress = Progress::new();
-    let hold = Duration::from_secs(body.hold);
     let getting = {
         let (app, progress) = (app.clone(), progress.clone());
         async move {
@@ -420,6 +412,15 @@ fn hide_paths(report: &mut Value, extensions: &Extensions) {
     {
         fields.retain(|name, _| !matches!(name.as_str(), "path" | "dir" | "lower_dir" | "into"));
     }
+}
+
+/// Refuses a time in a request that is longer than `max`.
+fn check_at_most(name: &str, given: Duration, max: Duration, hint: &str) -> ApiResult<()> {
+    if given <= max {
+        return Ok(());
+    }
+    let message = format!("{name} is at most {} seconds", max.as_secs());
+    Err(ApiError::new(StatusCode::BAD_REQUEST, &message, hint))
 }
 
 fn bad_tier(given: &str, accepted: &str) -> ApiError {

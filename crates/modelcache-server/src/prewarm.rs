@@ -144,18 +144,21 @@ impl Item {
         let mut state = self.state.lock();
         state.is_filling = false;
         match got {
-            Ok(artifact) => (state.artifact, state.error) = (Some(artifact), None),
+            Ok(artifact) => {
+                (state.artifact, state.error) = (Some(artifact), None);
+                Ok(())
+            }
             Err(error) => {
-                (state.error, state.failures) = (Some(error.to_string()), state.failures + 1);
-                return Err(error);
+                state.fail(&error);
+                Err(error)
             }
         }
-        Ok(())
     }
+}
 
-    fn fail(&self, error: &Error) {
-        let mut state = self.state.lock();
-        (state.error, state.failures) = (Some(error.to_string()), state.failures + 1);
+impl State {
+    fn fail(&mut self, error: &Error) {
+        (self.error, self.failures) = (Some(error.to_string()), self.failures + 1);
     }
 }
 
@@ -185,14 +188,14 @@ async fn attempt(app: &Arc<App>) -> Result<()> {
     let plan = match app.cache.plan_prewarm(&references, &options).await {
         Ok(plan) => plan,
         Err(error) => {
-            items.iter().for_each(|item| item.fail(&error));
+            items.iter().for_each(|item| item.state.lock().fail(&error));
             return Err(error);
         }
     };
     let mut first = Ok(());
     for (item, planned) in items.iter().zip(&plan.artifacts) {
         if let Err(error) = planned {
-            item.fail(error);
+            item.state.lock().fail(error);
             first = first.and(Err(error.clone()));
         }
     }

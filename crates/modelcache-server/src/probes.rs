@@ -1,7 +1,7 @@
 //! Probes, metrics for Prometheus, and the description of the API.
 
 use crate::app::App;
-use crate::error::retry_after;
+use crate::header;
 use crate::http_metrics::HTTP_METRICS;
 use crate::prewarm::ReadinessReport;
 use axum::Json;
@@ -29,7 +29,7 @@ pub(crate) async fn readyz(State(app): State<Arc<App>>) -> Response {
     match report.ready {
         true => Json(report).into_response(),
         false => {
-            let wait = retry_after(Some(report.retry_after()));
+            let wait = header::retry_after(Some(report.retry_after()));
             (StatusCode::SERVICE_UNAVAILABLE, [(RETRY_AFTER, wait)], Json(report)).into_response()
         }
     }

@@ -418,6 +418,11 @@ pub fn encode_segment(text: &str) -> String {
     utf8_percent_encode(text, SEGMENT).to_string()
 }
 
+/// Percent-encodes each segment of `path` as [`encode_segment`] does, keeping the slashes.
+pub fn encode_path(path: &str) -> String {
+    path.split('/').map(encode_segment).collect::<Vec<_>>().join("/")
+}
+
 /// Formats the template as it was written.
 impl fmt::Display for OriginTemplate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -5,6 +5,7 @@
 
 use crate::error::{Error, Result};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use sha1::{Digest as _, Sha1};
 use std::fmt;
 use std::str::FromStr;
 
@@ -81,7 +82,6 @@ hex_digest_type!(GitOid, 20, "git object id (40 hex digits)");
 impl Digest {
     /// Computes the digest of `bytes`.
     pub fn of(bytes: &[u8]) -> Self {
-        use sha2::Digest as _;
         Self(sha2::Sha256::digest(bytes).into())
     }
 
@@ -90,6 +90,24 @@ impl Digest {
         let mut text = self.to_string();
         text.truncate(12);
         text
+    }
+}
+
+impl GitOid {
+    /// Computes the object id of a file with this content.
+    pub fn of(content: &[u8]) -> Self {
+        Self::finish(Self::hasher(content.len() as u64).chain_update(content))
+    }
+
+    /// Returns the hasher of a file of `size` bytes, to be updated with its content. Git hashes the header
+    /// `blob <size>\0` before the content.
+    pub(crate) fn hasher(size: u64) -> Sha1 {
+        Sha1::new_with_prefix(format!("blob {size}\0"))
+    }
+
+    /// Returns the object id from a [`hasher`](Self::hasher) that has hashed the content.
+    pub(crate) fn finish(hasher: Sha1) -> Self {
+        Self(hasher.finalize().into())
     }
 }
 

@@ -513,7 +513,7 @@ pub const SETTINGS: &[Setting] = &[
                   the Hugging Face routes that sends it acts with the daemon's own Hub token.",
         accepts: "at least 16 characters without spaces",
         set: |value, draft| {
-            // First, so that the error does not quote it.
+            // First, so that no message quotes it, not even one about an unusable token.
             redact::register(&value.text);
             if value.text.len() < TOKEN_BYTES_MIN || !value.text.bytes().all(|byte| byte.is_ascii_graphic()) {
                 return Err(
@@ -1067,13 +1067,14 @@ fn hub_config(
     Ok(hub)
 }
 
-/// Returns true if `HF_HUB_OFFLINE` is on. Accepts the same values as the Hub's own tools.
 /// Returns the variables that turn on offline mode in `environment`.
 pub(crate) fn offline_variables(environment: &Environment) -> Vec<&'static str> {
-    let is_set = |name: &&str| environment.get(name).is_some_and(|text| parse_switch(text).is_ok_and(|on| on));
-    ["MODEL_CACHE_OFFLINE", "HF_HUB_OFFLINE"].into_iter().filter(is_set).collect()
+    let own = environment.get("MODEL_CACHE_OFFLINE").is_some_and(|text| parse_switch(text).is_ok_and(|on| on));
+    let variables = [("MODEL_CACHE_OFFLINE", own), ("HF_HUB_OFFLINE", hub_is_offline(environment))];
+    variables.into_iter().filter_map(|(name, is_on)| is_on.then_some(name)).collect()
 }
 
+/// Returns true if `HF_HUB_OFFLINE` is on. Accepts the same values as the Hub's own tools.
 fn hub_is_offline(environment: &Environment) -> bool {
     let words = ["1", "on", "yes", "true"];
     environment.get("HF_HUB_OFFLINE").is_some_and(|text| words.iter().any(|word| text.eq_ignore_ascii_case(word)))

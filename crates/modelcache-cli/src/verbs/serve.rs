@@ -1,13 +1,14 @@
 //! `serve`: runs the HTTP daemon.
 
 use super::Session;
-use crate::signals::Signal;
 use crate::{exit, human};
 use clap::Args;
 use modelcache::config::ByteBound;
 use modelcache::settings::ServeSettings;
 use modelcache::{Cache, Config, Error, ErrorKind, Reference, Result};
-use modelcache_server::{Daemon, Listeners, Notifier, Options, ServeOptions, TlsFiles, complete_config, watchdog_time};
+use modelcache_server::{
+    Daemon, Listeners, Notifier, Options, Scheme, ServeOptions, TlsFiles, complete_config, watchdog_time,
+};
 use std::net::SocketAddr;
 
 /// Serve the cache over HTTP, and be a Hugging Face endpoint
@@ -52,7 +53,7 @@ impl Serve {
             [] => None,
             addresses => Some(Listeners::bind(addresses)?),
         };
-        let scheme = if tls.is_some() { "https" } else { "http" };
+        let scheme = if tls.is_some() { Scheme::Https } else { Scheme::Http }.as_str();
         let urls = addresses.iter().map(|address| format!("{scheme}://{address}")).collect::<Vec<_>>();
         if self.check {
             session.output.message(&format!("ready to serve {} at {}", shown_dir(cache.config()), urls.join(", ")));
@@ -105,25 +106,16 @@ impl Serve {
             let signal = crate::signals::next().await;
             session.output.message(&format!("{}: finishing the running requests", signal.name()));
             stop.send_replace(true);
-            Ok(signal)
         };
         let serving = async { tokio::try_join!(main, admin) };
         tokio::pin!(serving);
-        let code = tokio::select! {
-            ended = &mut serving => {
-                ended?;
-                exit::DONE
-            }
-            signal = signal => {
-                let signal: Result<Signal> = signal;
-                signal?;
-                serving.await?;
-                exit::DONE
-            }
+        tokio::select! {
+            ended = &mut serving => ended?,
+            () = signal => serving.await?,
         };
-        // What was downloaded is published and, as far as the remote allows within a moment, uploaded.
+        // Downloads that are complete are published.
         cache.wait_for_fills().await;
-        Ok(code)
+        Ok(exit::DONE)
     }
 
     /// Returns the references to get at the start: those of the settings, then those of the command line.

@@ -3,11 +3,10 @@
 //! They have no `xetHash`: a client that sees one contacts a server of the Hub that this daemon does not stand for.
 
 use super::route::{Repo, is_set, values};
-use modelcache::digest::Digest;
+use modelcache::digest::{Digest, GitOid};
 use modelcache::key::FilePath;
 use modelcache::manifest::{FileEntry, Manifest};
 use serde_json::{Map, Value, json};
-use sha1::{Digest as _, Sha1};
 use std::collections::BTreeMap;
 
 /// Entries of a tree in one answer, as on the Hub.
@@ -16,7 +15,7 @@ const PAGE_ENTRIES: usize = 1_000;
 /// How the Hub stores a file.
 pub(super) enum Storage {
     /// In git: known by the object id.
-    Git(String),
+    Git(GitOid),
     /// As a large file (LFS or xet): known by the SHA-256 of its content; git has a pointer to it.
     Lfs(Digest),
     /// Unknown: the server states no digest.
@@ -26,7 +25,7 @@ pub(super) enum Storage {
 impl Storage {
     pub(super) fn of(entry: &FileEntry) -> Self {
         match (entry.git_oid, entry.sha256) {
-            (Some(oid), _) => Self::Git(oid.to_string()),
+            (Some(oid), _) => Self::Git(oid),
             (None, Some(sha256)) => Self::Lfs(sha256),
             (None, None) => Self::Unknown,
         }
@@ -35,7 +34,7 @@ impl Storage {
     /// Returns the entity tag of the file on the Hub, without quotes.
     pub(super) fn etag(&self) -> Option<String> {
         match self {
-            Self::Git(oid) => Some(oid.clone()),
+            Self::Git(oid) => Some(oid.to_string()),
             Self::Lfs(sha256) => Some(sha256.to_string()),
             Self::Unknown => None,
         }
@@ -45,12 +44,6 @@ impl Storage {
 /// The text that git has in place of a large file. See the specification of git-lfs, "The Pointer".
 fn lfs_pointer(sha256: Digest, size: u64) -> String {
     format!("version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n")
-}
-
-/// Returns git's object id of a file with this content.
-fn git_oid(content: &[u8]) -> String {
-    let hash = Sha1::new_with_prefix(format!("blob {}\0", content.len())).chain_update(content);
-    hex::encode(hash.finalize())
 }
 
 /// Returns the description of a revision. The sizes and digests of its files are left out unless the query asks for
@@ -65,7 +58,7 @@ pub(super) fn info(repo: &Repo, manifest: &Manifest, query: &str) -> Value {
                 Storage::Git(oid) => row.insert("blobId".into(), json!(oid)),
                 Storage::Lfs(sha256) => {
                     let pointer = lfs_pointer(sha256, entry.size);
-                    row.insert("blobId".into(), json!(git_oid(pointer.as_bytes())));
+                    row.insert("blobId".into(), json!(GitOid::of(pointer.as_bytes())));
                     let lfs = json!({ "sha256": sha256, "size": entry.size, "pointerSize": pointer.len() });
                     row.insert("lfs".into(), lfs)
                 }
@@ -75,7 +68,7 @@ pub(super) fn info(repo: &Repo, manifest: &Manifest, query: &str) -> Value {
         Value::Object(row)
     };
     let mut info = json!({
-        "_id": git_oid(repo.id.as_bytes())[..24],
+        "_id": GitOid::of(repo.id.as_bytes()).to_string()[..24],
         "id": repo.id,
         "sha": manifest.key.version,
         "author": repo.id.split_once('/').map(|(author, _)| author),
@@ -152,7 +145,7 @@ impl Row<'_> {
         match self {
             // The Hub has the object id of git's tree here, which manifests do not record.
             Self::Folder(path) => {
-                json!({ "type": "directory", "path": path, "size": 0, "oid": git_oid(path.as_bytes()) })
+                json!({ "type": "directory", "path": path, "size": 0, "oid": GitOid::of(path.as_bytes()) })
             }
             Self::File(path, entry) => {
                 let mut row = json!({ "type": "file", "path": path, "size": entry.size });
@@ -160,10 +153,10 @@ impl Row<'_> {
                     Storage::Git(oid) => row["oid"] = json!(oid),
                     Storage::Lfs(sha256) => {
                         let pointer = lfs_pointer(sha256, entry.size);
-                        row["oid"] = json!(git_oid(pointer.as_bytes()));
+                        row["oid"] = json!(GitOid::of(pointer.as_bytes()));
                         row["lfs"] = json!({ "oid": sha256, "size": entry.size, "pointerSize": pointer.len() });
                     }
-                    Storage::Unknown => row["oid"] = json!(git_oid(path.as_bytes())),
+                    Storage::Unknown => row["oid"] = json!(GitOid::of(path.as_bytes())),
                 }
                 row
             }
@@ -195,7 +188,7 @@ mod tests {
             let mut entry = FileEntry::of(size);
             match path.ends_with("bin") {
                 true => entry.sha256 = Some(Digest::of(path.as_bytes())),
-                false => entry.git_oid = Some(git_oid(b"abc").parse().expect("oid")),
+                false => entry.git_oid = Some(GitOid::of(b"abc")),
             }
             manifest.files.insert(FilePath::new(path).expect("path"), entry);
         }

@@ -15,8 +15,9 @@ pub(crate) use rights::Rights;
 
 use crate::access::Caller;
 use crate::app::App;
-use crate::error::{Failure, header_text, retry_after};
+use crate::error::{Failure, status_of};
 use crate::file::FileRequest;
+use crate::header;
 use crate::http_metrics::RouteName;
 use crate::listen::{Scheme, WithoutLength};
 use axum::Json;
@@ -30,7 +31,7 @@ use bytes::Bytes;
 use futures::stream;
 use http_body_util::{BodyExt as _, Limited};
 use listing::Storage;
-use modelcache::config::encode_segment;
+use modelcache::config::encode_path;
 use modelcache::key::FilePath;
 use modelcache::manifest::Manifest;
 use modelcache::mutex::Mutex;
@@ -114,7 +115,7 @@ pub(crate) async fn handle(State(app): State<Arc<App>>, request: Request) -> Res
                 method: &parts.method,
                 uri: &parts.uri,
                 headers: &parts.headers,
-                is_tls: parts.extensions.get() == Some(&Scheme::Https),
+                scheme: parts.extensions.get().copied().unwrap_or(Scheme::Http),
             };
             // The future is large, and most requests need little of it.
             let answer = Box::pin(call.answer(route, body));
@@ -140,8 +141,8 @@ struct Call<'a> {
     method: &'a Method,
     uri: &'a Uri,
     headers: &'a HeaderMap,
-    /// True if the connection is encrypted.
-    is_tls: bool,
+    /// The scheme of the connection.
+    scheme: Scheme,
 }
 
 /// A repository at the commit that a request means.
@@ -161,7 +162,7 @@ impl Call<'_> {
 
     async fn answer(&self, route: Route, body: Body) -> Result<Response, Refused> {
         match route {
-            Route::Info { repo, revision, .. } => self.info(self.commit(repo, &revision).await?).await,
+            Route::Info { repo, revision } => self.info(self.commit(repo, &revision).await?).await,
             Route::Tree { repo, revision, folder } => self.tree(&self.commit(repo, &revision).await?, &folder),
             Route::PathsInfo { repo, revision } => self.paths_info(&self.commit(repo, &revision).await?, body).await,
             Route::Resolve { repo, revision, file } => {
@@ -257,14 +258,14 @@ impl Call<'_> {
         if let Some(cursor) = page.next {
             // Clients follow the link as it stands, so it names the host that they used.
             let forwarded = self.headers.get("x-forwarded-proto").is_some_and(|scheme| scheme == "https");
-            let scheme = if forwarded || self.is_tls { "https" } else { "http" };
+            let scheme = if forwarded { Scheme::Https } else { self.scheme }.as_str();
             let host = self.headers.get(HOST).and_then(|host| host.to_str().ok()).filter(|host| is_authority(host));
             // A client that did not send a host name gets a link that is relative to its request.
             let server = host.map(|host| format!("{scheme}://{host}")).unwrap_or_default();
             let kept = self.query().split('&').filter(|pair| !pair.is_empty() && !pair.starts_with("cursor="));
             let query: Vec<_> = kept.map(str::to_owned).chain([format!("cursor={cursor}")]).collect();
             let link = format!("<{server}{}?{}>; rel=\"next\"", self.uri.path(), query.join("&"));
-            response.headers_mut().insert(LINK, HeaderValue::from_str(&link).unwrap_or(HeaderValue::from_static("")));
+            response.headers_mut().insert(LINK, header::value(&link));
         }
         Ok(response)
     }
@@ -296,9 +297,9 @@ impl Call<'_> {
         let etag = storage.etag().map(|etag| format!("\"{etag}\""));
         let add_headers = |response: &mut Response| {
             let headers = response.headers_mut();
-            headers.insert(X_REPO_COMMIT, header_text(manifest.key.version.as_str()));
+            headers.insert(X_REPO_COMMIT, header::cleaned(manifest.key.version.as_str()));
             if let (Storage::Lfs(_), Some(etag)) = (&storage, &etag) {
-                headers.insert(X_LINKED_ETAG, header_text(etag));
+                headers.insert(X_LINKED_ETAG, header::cleaned(etag));
                 headers.insert(X_LINKED_SIZE, entry.size.into());
             }
             if self.method == Method::HEAD && entry.size > STATED_SIZE_MAX && !self.is_old_client() {
@@ -311,12 +312,12 @@ impl Call<'_> {
         };
         // A movable revision is redirected to its commit, so that a client that resumes stays on one commit.
         if revision != manifest.key.version.as_str() {
-            let encoded = file.split('/').map(encode_segment).collect::<Vec<_>>().join("/");
-            let location = format!("/{}{}/resolve/{}/{encoded}", repo.prefix(), repo.id, manifest.key.version);
+            let (prefix, id, commit) = (repo.prefix(), &repo.id, &manifest.key.version);
+            let location = format!("/{prefix}{id}/resolve/{commit}/{}", encode_path(file));
             let mut response = StatusCode::TEMPORARY_REDIRECT.into_response();
-            response.headers_mut().insert(LOCATION, header_location(&location));
+            response.headers_mut().insert(LOCATION, header::value(&location));
             if let Some(etag) = &etag {
-                response.headers_mut().insert(ETAG, header_text(etag));
+                response.headers_mut().insert(ETAG, header::cleaned(etag));
             }
             add_headers(&mut response);
             return Ok(response);
@@ -374,15 +375,15 @@ impl Call<'_> {
         *response.status_mut() = StatusCode::from_u16(answer.status).unwrap_or(StatusCode::BAD_GATEWAY);
         let headers = response.headers_mut();
         let content_type = answer.content_type.as_deref().unwrap_or("application/json");
-        headers.insert(CONTENT_TYPE, header_text(content_type));
+        headers.insert(CONTENT_TYPE, header::cleaned(content_type));
         if let Some(code) = &answer.error_code {
-            headers.insert(X_ERROR_CODE, header_text(code));
+            headers.insert(X_ERROR_CODE, header::cleaned(code));
         }
         if let Some(message) = &answer.error_message {
-            headers.insert(X_ERROR_MESSAGE, header_text(message));
+            headers.insert(X_ERROR_MESSAGE, header::cleaned(message));
         }
         if let Some(wait) = answer.retry_after {
-            headers.insert(RETRY_AFTER, retry_after(Some(wait)));
+            headers.insert(RETRY_AFTER, header::retry_after(Some(wait)));
         }
         response
     }
@@ -430,13 +431,8 @@ fn json_body(body: Bytes) -> Response {
 }
 
 fn with_commit(mut response: Response, manifest: &Manifest) -> Response {
-    response.headers_mut().insert(X_REPO_COMMIT, header_text(manifest.key.version.as_str()));
+    response.headers_mut().insert(X_REPO_COMMIT, header::cleaned(manifest.key.version.as_str()));
     response
-}
-
-/// Returns the value of `Location`: a path that consists of encoded segments.
-fn header_location(path: &str) -> HeaderValue {
-    HeaderValue::from_str(path).unwrap_or(HeaderValue::from_static("/"))
 }
 
 /// Returns an error response in the form of the Hub.
@@ -444,9 +440,9 @@ fn error(status: StatusCode, code: Option<&str>, message: &str) -> Response {
     let mut response = (status, Json(json!({ "error": message }))).into_response();
     let headers = response.headers_mut();
     if let Some(code) = code {
-        headers.insert(X_ERROR_CODE, header_text(code));
+        headers.insert(X_ERROR_CODE, header::cleaned(code));
     }
-    headers.insert(X_ERROR_MESSAGE, header_text(message));
+    headers.insert(X_ERROR_MESSAGE, header::cleaned(message));
     response
 }
 
@@ -474,26 +470,20 @@ fn refused(refusal: &Refusal) -> Refused {
 
 /// Returns the response for an error of the library.
 fn failed(failure: Error) -> Response {
-    let message = failure.to_string();
-    let mut response = match (failure.kind(), failure.wait()) {
+    let (status, code) = match failure.kind() {
         // The Hub limits the rate of requests, and so does the daemon on its behalf.
-        (ErrorKind::Unavailable, Some(wait)) => {
-            let mut response = error(StatusCode::TOO_MANY_REQUESTS, None, &message);
-            response.headers_mut().insert(RETRY_AFTER, retry_after(Some(wait)));
-            response
-        }
-        (ErrorKind::Unauthorized, _) => error(StatusCode::FORBIDDEN, Some("GatedRepo"), &message),
-        (ErrorKind::NotFound, _) => error(StatusCode::NOT_FOUND, Some("EntryNotFound"), &message),
-        (ErrorKind::Unavailable, None) => {
-            let mut response = error(StatusCode::SERVICE_UNAVAILABLE, None, &message);
-            response.headers_mut().insert(RETRY_AFTER, retry_after(None));
-            response
-        }
+        ErrorKind::Unavailable if failure.wait().is_some() => (StatusCode::TOO_MANY_REQUESTS, None),
+        ErrorKind::Unauthorized => (StatusCode::FORBIDDEN, Some("GatedRepo")),
+        ErrorKind::NotFound => (StatusCode::NOT_FOUND, Some("EntryNotFound")),
         // The names in the request were valid, so the answer of the Hub is not, for instance a redirect to a metadata
         // service.
-        (ErrorKind::Invalid, _) => error(StatusCode::BAD_GATEWAY, None, &message),
-        _ => error(crate::error::status_of(&failure), None, &message),
+        ErrorKind::Invalid => (StatusCode::BAD_GATEWAY, None),
+        _ => (status_of(&failure), None),
     };
+    let mut response = error(status, code, &failure.to_string());
+    if failure.kind() == ErrorKind::Unavailable {
+        response.headers_mut().insert(RETRY_AFTER, header::retry_after(failure.wait()));
+    }
     response.extensions_mut().insert(Failure(failure));
     response
 }

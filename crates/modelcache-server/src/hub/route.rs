@@ -39,8 +39,8 @@ impl Repo {
 /// A request to the Hub, by its path.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Route {
-    /// The description of a revision. `stated` is true if the path names the revision.
-    Info { repo: Repo, revision: String, stated: bool },
+    /// The description of a revision.
+    Info { repo: Repo, revision: String },
     /// The files below a folder.
     Tree { repo: Repo, revision: String, folder: String },
     /// The entries of named paths.
@@ -80,8 +80,8 @@ fn api(kind: &'static str, segments: &[&str]) -> Option<Route> {
     let (name, rest) = segments.split_at(if one { 1 } else { segments.len().min(2) });
     let repo = repo(kind, name)?;
     Some(match rest {
-        [] => Route::Info { repo, revision: "main".into(), stated: false },
-        ["revision", revision] => Route::Info { repo, revision: decode(revision)?, stated: true },
+        [] => Route::Info { repo, revision: "main".into() },
+        ["revision", revision] => Route::Info { repo, revision: decode(revision)? },
         ["tree", revision] => Route::Tree { repo, revision: decode(revision)?, folder: String::new() },
         ["tree", revision, folder @ ..] => {
             Route::Tree { repo, revision: decode(revision)?, folder: decode(&folder.join("/"))? }
@@ -139,7 +139,7 @@ mod tests {
 
     #[test]
     fn names_have_one_or_two_segments_and_revisions_may_have_slashes() {
-        let info = |id: &str| Some(Route::Info { repo: model(id), revision: "main".into(), stated: false });
+        let info = |id: &str| Some(Route::Info { repo: model(id), revision: "main".into() });
         assert_eq!(parse("/api/models/gpt2"), info("gpt2"));
         assert_eq!(parse("/api/models/org/model"), info("org/model"));
         let tree = |id: &str, revision: &str, folder: &str| {

@@ -1,9 +1,9 @@
 //! What one connection is doing: shared between its socket, its service and the table of connections.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use modelcache::mutex::Mutex;
 use tokio::time::Instant;
 
 use super::limits::ConnectionLimits;
@@ -54,17 +54,17 @@ impl Activity {
     }
 
     pub(super) fn phase(&self) -> Phase {
-        lock(&self.phase).0
+        self.phase.lock().0
     }
 
     /// Restarts the time for the first request head, after the TLS handshake.
     pub(super) fn handshake_done(&self) {
-        *lock(&self.phase) = (Phase::Connected, Instant::now());
+        *self.phase.lock() = (Phase::Connected, Instant::now());
     }
 
     /// Records that bytes arrived.
     pub(super) fn received(&self) {
-        let mut phase = lock(&self.phase);
+        let mut phase = self.phase.lock();
         match phase.0 {
             // The time for the first head runs from the connection.
             Phase::Connected => phase.0 = Phase::Head,
@@ -75,19 +75,19 @@ impl Activity {
 
     /// Records that a request head is complete.
     pub(super) fn request_started(&self) {
-        *lock(&self.phase) = (Phase::Request, Instant::now());
+        *self.phase.lock() = (Phase::Request, Instant::now());
         self.unread_body.store(false, Ordering::Relaxed);
         self.body_failure.store(0, Ordering::Relaxed);
     }
 
     /// Records that the last byte of a response was handed to the connection.
     pub(super) fn response_ended(&self) {
-        *lock(&self.phase) = (Phase::Idle, Instant::now());
+        *self.phase.lock() = (Phase::Idle, Instant::now());
     }
 
     /// Returns when the connection is to be closed, unless its phase changes. `None` while a request runs.
     pub(super) fn deadline(&self, limits: &ConnectionLimits) -> Option<Instant> {
-        let (phase, since) = *lock(&self.phase);
+        let (phase, since) = *self.phase.lock();
         match phase {
             Phase::Connected | Phase::Head => Some(since + limits.head_timeout),
             Phase::Idle => Some(since + limits.idle_timeout),
@@ -97,7 +97,7 @@ impl Activity {
 
     /// Records whether the connection waits for its client. Keeps the time at which the wait began.
     pub(super) fn set_stalled(&self, stalled: bool) {
-        let mut since = lock(&self.stalled_since);
+        let mut since = self.stalled_since.lock();
         if stalled {
             since.get_or_insert_with(Instant::now);
         } else {
@@ -107,7 +107,7 @@ impl Activity {
 
     /// Returns how long the connection has been waiting for its client.
     pub(super) fn stalled_for(&self) -> Option<Duration> {
-        lock(&self.stalled_since).map(|since| since.elapsed())
+        self.stalled_since.lock().map(|since| since.elapsed())
     }
 
     pub(super) fn set_unread_body(&self) {
@@ -130,9 +130,4 @@ impl Activity {
             _ => None,
         }
     }
-}
-
-/// Locks a mutex. The states behind these mutexes are valid after a panic of another holder.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

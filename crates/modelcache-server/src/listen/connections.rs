@@ -2,11 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv6Addr};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
+use modelcache::mutex::Mutex;
 use tokio::task::AbortHandle;
 
-use super::activity::{Activity, lock};
+use super::activity::Activity;
 use super::counters::ConnectionCounters;
 use super::limits::STALL_EVICTABLE;
 
@@ -61,7 +62,7 @@ impl Connections {
         start: impl FnOnce(Entry, Arc<Activity>) -> AbortHandle,
     ) -> Result<(), Full> {
         let address = client_network(address);
-        let mut table = lock(&self.table);
+        let mut table = self.table.lock();
         if table.per_address.get(&address).is_some_and(|open| *open >= self.limit_per_address)
             && !table.evict(Some(address), &self.counters)
         {
@@ -80,7 +81,7 @@ impl Connections {
         // A runtime that is shutting down drops a new task at once, and its entry locks the table.
         drop(table);
         let task = start(Entry { connections: Arc::clone(self), id }, activity);
-        if let Some(connection) = lock(&self.table).open.get_mut(&id) {
+        if let Some(connection) = self.table.lock().open.get_mut(&id) {
             connection.task = Some(task);
         }
         Ok(())
@@ -88,7 +89,7 @@ impl Connections {
 
     /// Closes one connection that runs no request, to free its descriptor. Returns false if there is none.
     pub(super) fn evict_one(&self) -> bool {
-        lock(&self.table).evict(None, &self.counters)
+        self.table.lock().evict(None, &self.counters)
     }
 }
 
@@ -143,7 +144,7 @@ pub(super) struct Entry {
 impl Entry {
     /// Records that a request head is complete.
     pub(super) fn request_started(&self) {
-        let table = &mut *lock(&self.connections.table);
+        let table = &mut *self.connections.table.lock();
         table.without_request.remove(&self.id);
         if let Some(order) = table.open.get_mut(&self.id).and_then(|connection| connection.idle.take()) {
             table.idle.remove(&order);
@@ -152,7 +153,7 @@ impl Entry {
 
     /// Records that the response is complete.
     pub(super) fn response_ended(&self) {
-        let table = &mut *lock(&self.connections.table);
+        let table = &mut *self.connections.table.lock();
         if let Some(connection) = table.open.get_mut(&self.id) {
             let order = table.next;
             table.next += 1;
@@ -164,7 +165,7 @@ impl Entry {
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        let mut table = lock(&self.connections.table);
+        let mut table = self.connections.table.lock();
         table.remove(self.id);
         self.connections.counters.set_open(table.open.len());
     }
@@ -261,11 +262,11 @@ mod tests {
         let connections = Arc::clone(&opened.connections);
         opened.open("10.0.0.1").expect("room");
         opened.entries[0].request_started();
-        let activity = lock(&connections.table).open.values().next().map(|open| Arc::clone(&open.activity));
+        let activity = connections.table.lock().open.values().next().map(|open| Arc::clone(&open.activity));
         let activity = activity.expect("one connection");
         activity.set_stalled(true);
         assert_eq!(opened.open("10.0.0.2"), Err(Full::Connections));
-        *lock(&activity.stalled_since) = Instant::now().checked_sub(STALL_EVICTABLE);
+        *activity.stalled_since.lock() = Instant::now().checked_sub(STALL_EVICTABLE);
         opened.open("10.0.0.2").expect("connection 0 makes room");
         assert_eq!(opened.closed().await, [0]);
     }

@@ -5,8 +5,9 @@ use std::fs::{File, Metadata};
 use std::io::{self, Read as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
+use modelcache::mutex::Mutex;
 use modelcache::{Error, ErrorKind, Result};
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
@@ -17,8 +18,6 @@ use tokio_rustls::rustls::server::{ClientHello, ParsedCertificate, ResolvesServe
 use tokio_rustls::rustls::sign::CertifiedKey;
 use tokio_rustls::rustls::{self, CertificateError, InconsistentKeys, RootCertStore, ServerConfig};
 use tokio_rustls::{Accept, TlsAcceptor};
-
-use super::activity::lock;
 
 /// Largest PEM file that is read. Chains are a few KiB.
 const PEM_BYTES_MAX: u64 = 1 << 20;
@@ -140,7 +139,7 @@ struct Current(Mutex<Arc<CertifiedKey>>);
 
 impl ResolvesServerCert for Current {
     fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        Some(Arc::clone(&lock(&self.0)))
+        Some(Arc::clone(&self.0.lock()))
     }
 }
 
@@ -169,12 +168,12 @@ impl Tls {
     /// they change once more. Blocks on the files.
     pub(super) fn reload_if_changed(&self) {
         let version = version(&self.files);
-        if std::mem::replace(&mut *lock(&self.version), version) == version {
+        if std::mem::replace(&mut *self.version.lock(), version) == version {
             return;
         }
         match self.files.read(&self.provider) {
             Ok(key) => {
-                *lock(&self.current.0) = key;
+                *self.current.0.lock() = key;
                 tracing::info!(certificate = %self.files.certificate.display(), "TLS certificate reloaded");
             }
             Err(error) => tracing::error!(%error, "cannot reload the TLS certificate; the previous one stays in use"),

@@ -57,25 +57,16 @@ fn router() -> Router {
                 "late"
             }),
         )
-        // The daemon waits for the origin in the middle of the body.
-        .route(
-            "/waits",
-            get(|| async {
-                Body::from_stream(stream::unfold(0, |at| async move {
-                    sleep(800 * MILLISECOND).await;
-                    (at < 2).then_some((Ok::<_, Infallible>("part"), at + 1))
-                }))
-            }),
-        )
-        .route(
-            "/waits-long",
-            get(|| async {
-                Body::from_stream(stream::unfold(0, |at| async move {
-                    sleep(2500 * MILLISECOND).await;
-                    (at < 1).then_some((Ok::<_, Infallible>("part"), at + 1))
-                }))
-            }),
-        )
+        .route("/waits", get(|| async { waiting_body(800 * MILLISECOND, 2) }))
+        .route("/waits-long", get(|| async { waiting_body(2500 * MILLISECOND, 1) }))
+}
+
+/// Returns a body of some parts. The daemon waits for the origin before each of them, and before the end.
+fn waiting_body(wait: Duration, parts: usize) -> Body {
+    Body::from_stream(stream::unfold(0, move |at| async move {
+        sleep(wait).await;
+        (at < parts).then_some((Ok::<_, Infallible>("part"), at + 1))
+    }))
 }
 
 /// A running server.

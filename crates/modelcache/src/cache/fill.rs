@@ -228,26 +228,22 @@ impl Cache {
     pub(super) async fn join_or_lead(&self, request: &FetchRequest, progress: &Progress) -> Result<JoinOutcome> {
         let mut waiting = FillWait::new(self, progress);
         loop {
-            let shared = self.leadership_to_share(request);
-            let leadership = match shared {
-                Some(_) => None,
-                None => Some(self.try_lead(&request.key, &mut waiting).await?),
-            };
+            if let Some(leader) = self.leadership_to_share(request) {
+                let leased = self.try_acquire(request).await?;
+                return Ok(leased.map_or(JoinOutcome::Leading(leader), |leased| JoinOutcome::Filled(Box::new(leased))));
+            }
+            let leadership = self.try_lead(&request.key, &mut waiting).await?;
             // Also after the lock was taken: the previous leader may have published just before.
             if let Some(leased) = self.try_acquire(request).await? {
                 return Ok(JoinOutcome::Filled(Box::new(leased)));
             }
-            if let Some(leader) = shared {
-                return Ok(JoinOutcome::Leading(leader));
-            }
             match leadership {
-                Some(Leadership::Ours(leader)) => {
+                Leadership::Ours(leader) => {
                     return Ok(JoinOutcome::Leading(Arc::new(LeaderGuard::start(leader, progress))));
                 }
-                Some(Leadership::Theirs(heartbeat)) => {
+                Leadership::Theirs(heartbeat) => {
                     waiting.pause(heartbeat.done_bytes, heartbeat.total_bytes).await;
                 }
-                None => {}
             }
         }
     }

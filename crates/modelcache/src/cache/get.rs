@@ -11,8 +11,8 @@ use super::plan::FillPlan;
 use super::resolve::FetchRequest;
 use super::{Artifact, BytesByTier, Cache, GetOptions, GetReport};
 use crate::disk::{
-    AcquireOutcome, LOCK_WAIT_MAX, LeasedArtifact, MissingFiles, Purpose, RootedPath, StagedFile, Staging, format_name,
-    staged_name,
+    AcquireOutcome, Destination, LOCK_WAIT_MAX, LeasedArtifact, MissingFiles, Purpose, RootedPath, StagedFile, Staging,
+    format_name, staged_name,
 };
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::FilePath;
@@ -91,12 +91,14 @@ impl Cache {
         let outcome = match self.acquire(request, progress).await? {
             Some(leased) => FillOutcome::local(leased),
             // Step 3: join the in-flight fill of these files, or start one (`fill` below).
-            None if request.destination.is_none() => self.fill_single_flight(request, progress).await?,
-            None => {
-                let mut request = request.clone();
-                self.check_destination(&mut request, progress).await?;
-                self.fill_single_flight(&request, progress).await?
-            }
+            None => match &request.destination {
+                None => self.fill_single_flight(request, progress).await?,
+                Some(destination) => {
+                    let mut request = request.clone();
+                    self.check_destination(destination.clone(), &mut request, progress).await?;
+                    self.fill_single_flight(&request, progress).await?
+                }
+            },
         };
         // Also for files that were downloaded under a less strict configuration.
         self.require_checksums(request, &outcome.leased.manifest)?;
@@ -106,8 +108,12 @@ impl Cache {
 
     /// Fails if the folder into which the caller will materialize the files has no room for them. The fill serves other
     /// callers, too, so this is not part of it.
-    async fn check_destination(&self, request: &mut FetchRequest, progress: &Progress) -> Result<()> {
-        let Some(destination) = request.destination.clone() else { return Ok(()) };
+    async fn check_destination(
+        &self,
+        destination: Destination,
+        request: &mut FetchRequest,
+        progress: &Progress,
+    ) -> Result<()> {
         let selected = self.plan_ahead(request, progress).await?.selected;
         blocking(move || destination.check_room(&selected)).await
     }

@@ -179,7 +179,6 @@ fn skip_bytes(stream: BoxStream<'static, Result<Bytes>>, bytes: u64) -> BoxStrea
 /// The running hash by which the content of a file is verified.
 enum ContentHash {
     Sha256(sha2::Sha256),
-    /// The object id of git: the SHA-1 of a header with the size, and the content.
     Git(sha1::Sha1),
 }
 
@@ -188,7 +187,7 @@ impl ContentHash {
     fn of(entry: &FileEntry) -> Option<Self> {
         match (entry.sha256, entry.git_oid) {
             (Some(_), _) => Some(Self::Sha256(sha2::Sha256::new())),
-            (None, Some(_)) => Some(Self::Git(sha1::Sha1::new_with_prefix(format!("blob {}\0", entry.size)))),
+            (None, Some(_)) => Some(Self::Git(GitOid::hasher(entry.size))),
             (None, None) => None,
         }
     }
@@ -204,7 +203,7 @@ impl ContentHash {
     fn matches(self, entry: &FileEntry) -> bool {
         match self {
             Self::Sha256(hash) => entry.sha256 == Some(Digest::from_bytes(hash.finalize().into())),
-            Self::Git(hash) => entry.git_oid == Some(GitOid::from_bytes(hash.finalize().into())),
+            Self::Git(hash) => entry.git_oid == Some(GitOid::finish(hash)),
         }
     }
 }

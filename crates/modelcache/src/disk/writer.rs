@@ -365,10 +365,9 @@ impl StagedWriter {
 
     /// Returns the digests of a file that was hashed in order. All parts must be complete and hashed.
     pub(crate) fn hashed(&self) -> FileDigests {
-        use sha1::Digest as _;
         let mut order = self.order.lock();
         let hasher = std::mem::replace(&mut order.hasher, LadderHasher::new(self.part_size));
-        let git_oid = order.git.take().map(|git| GitOid::from_bytes(git.finalize().into()));
+        let git_oid = order.git.take().map(GitOid::finish);
         let (sha256, ladder) = hasher.finish();
         FileDigests { sha256, git_oid, ladder }
     }
@@ -414,12 +413,7 @@ impl Cursor<'_> {
 impl InOrder {
     /// Returns hashers at the beginning of a file of `size` bytes.
     fn new(size: u64, part_size: u64, git: bool) -> Self {
-        // Git hashes the header `blob <size>\0` before the content.
-        let git = git.then(|| {
-            use sha1::Digest as _;
-            sha1::Sha1::new_with_prefix(format!("blob {size}\0"))
-        });
-        Self { hasher: LadderHasher::new(part_size), git }
+        Self { hasher: LadderHasher::new(part_size), git: git.then(|| GitOid::hasher(size)) }
     }
 }
 

@@ -7,7 +7,7 @@
 
 use super::link_local;
 use crate::config::Config;
-pub(super) use crate::config::encode_segment;
+pub(super) use crate::config::{encode_path, encode_segment};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits;
 use crate::printable;
@@ -238,11 +238,6 @@ pub(super) fn redirect_target(from: &Url, location: Option<&HeaderValue>) -> Res
         ("https", "http") => refuse(&format!("from https to {}", Server(&target))),
         (_, scheme) => refuse(&format!("to an address that begins with {scheme:?}")),
     }
-}
-
-/// Percent-encodes each segment of `path`, keeping the slashes.
-pub(super) fn encode_path(path: &str) -> String {
-    path.split('/').map(encode_segment).collect::<Vec<_>>().join("/")
 }
 
 /// Converts a transport failure (connection, TLS, timeout, or a broken connection) into an error with a remedy.
