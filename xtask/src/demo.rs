@@ -12,11 +12,11 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use modelcache_testkit::content::safetensors;
 use modelcache_testkit::hub::HubFault;
-use modelcache_testkit::{Content, Hub, S3};
+use modelcache_testkit::{Content, Hub, S3, wire};
 use serde_json::Value;
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -253,8 +253,8 @@ fn daemon(scenario: &mut Scenario) -> Result<()> {
     let started = Instant::now();
     let clients: Vec<_> = (0..8)
         .map(|_| {
-            let (address, path) = (daemon.address.clone(), path.clone());
-            std::thread::spawn(move || http_get(&address, &path))
+            let (address, path) = (daemon.address, path.clone());
+            std::thread::spawn(move || http_get(address, &path))
         })
         .collect();
     for client in clients {
@@ -270,10 +270,10 @@ fn daemon(scenario: &mut Scenario) -> Result<()> {
     scenario.hub.down(true);
     println!("$ curl -sO http://{}{path}    # while the Hub is down", daemon.address);
     let started = Instant::now();
-    ensure!(http_get(&daemon.address, &path)?.len() as u64 == size, "the daemon served another size");
+    ensure!(http_get(daemon.address, &path)?.len() as u64 == size, "the daemon served another size");
     let cells = [megabytes(size), "".into(), "".into(), "".into()];
     scenario.rows.push(row("from the daemon, while the Hub is down", started.elapsed(), cells));
-    let metrics = String::from_utf8(http_get(&daemon.address, "/metrics")?)?;
+    let metrics = String::from_utf8(http_get(daemon.address, "/metrics")?)?;
     for line in metrics.lines().filter(|line| line.starts_with("modelcache_gets_total")) {
         println!("  {line}");
     }
@@ -286,7 +286,7 @@ fn daemon(scenario: &mut Scenario) -> Result<()> {
 struct Daemon {
     process: Child,
     /// Its address and port.
-    address: String,
+    address: SocketAddr,
 }
 
 impl Daemon {
@@ -302,7 +302,7 @@ impl Daemon {
             let line = lines.next().context("the daemon ended")??;
             println!("  {line}");
             if let Some((_, address)) = line.split_once("HF_ENDPOINT=http://") {
-                break address.to_owned();
+                break address.parse()?;
             }
         };
         // Read further messages, so that the daemon does not wait for a full pipe.
@@ -319,15 +319,8 @@ impl Drop for Daemon {
 }
 
 /// Sends a GET and returns the body of the response.
-fn http_get(address: &str, path: &str) -> Result<Vec<u8>> {
-    let mut connection = TcpStream::connect(address)?;
-    write!(connection, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
-    let mut response = Vec::new();
-    connection.read_to_end(&mut response)?;
-    let end = response.windows(4).position(|bytes| bytes == b"\r\n\r\n").context("no response head")?;
-    let head = String::from_utf8_lossy(&response[..end]).into_owned();
-    ensure!(head.starts_with("HTTP/1.1 200"), "{path}: {head}");
-    Ok(response.split_off(end + 4))
+fn http_get(address: SocketAddr, path: &str) -> Result<Vec<u8>> {
+    Ok(wire::request(address, "GET", path, &[], b"")?.want(200).context(path.to_owned())?.body)
 }
 
 fn remote() -> String {

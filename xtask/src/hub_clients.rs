@@ -6,15 +6,15 @@ use crate::venv::{self, Requirements};
 use anyhow::Result;
 use std::path::PathBuf;
 
-/// Each environment with its packages. Every dependency is pinned, and `hf_xet` is in none of them: it is a folder of
-/// its own, so that each client can be tested with and without it.
-const ENVIRONMENTS: [(&str, &str); 4] = [
+/// Each environment with its packages. Every dependency is pinned. `hf_xet` has an environment of its own, so that each
+/// client can be tested with and without it.
+const ENVIRONMENTS: [(&str, &str); 5] = [
     ("hub-0.36", "crates/modelcache-server/tests/clients/requirements/hub-0.36.txt"),
     ("hub-1.31", "crates/modelcache-server/tests/clients/requirements/hub-1.31.txt"),
     ("hub-2.4", "crates/modelcache-server/tests/clients/requirements/hub-2.4.txt"),
     ("transformers", "crates/modelcache-server/tests/clients/requirements/transformers.txt"),
+    ("hf-xet", "crates/modelcache-server/tests/clients/requirements/hf-xet.txt"),
 ];
-const HF_XET: &str = "crates/modelcache-server/tests/clients/requirements/hf-xet.txt";
 
 /// Runs the tests.
 ///
@@ -31,7 +31,5 @@ fn environments() -> Result<PathBuf> {
     for (name, file) in ENVIRONMENTS {
         venv::ensure(&folder.join(name), &[Requirements::Exact(file)])?;
     }
-    let hf_xet = folder.join("hf-xet");
-    venv::ensure(&hf_xet, &[Requirements::Exact(HF_XET)])?;
     Ok(folder)
 }

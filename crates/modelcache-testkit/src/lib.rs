@@ -40,10 +40,10 @@ pub mod s3;
 pub mod shim;
 pub mod tls;
 pub mod web;
+pub mod wire;
 
 mod range;
 mod serve;
-mod wire;
 
 pub use content::Content;
 pub use dice::Dice;

@@ -8,10 +8,11 @@ use anyhow::Context as _;
 
 /// An answer, read to its end.
 #[derive(Debug)]
-pub(crate) struct Answer {
+pub struct Answer {
     pub(crate) status: u16,
     headers: Vec<(String, String)>,
-    body: String,
+    /// The bytes after the head.
+    pub body: Vec<u8>,
 }
 
 impl Answer {
@@ -20,15 +21,26 @@ impl Answer {
         self.headers.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
     }
 
-    /// Returns the answer if it has this status, else an error with status and body.
-    pub(crate) fn want(self, status: u16) -> anyhow::Result<Self> {
-        anyhow::ensure!(self.status == status, "answered {} instead of {status}: {}", self.status, self.body);
+    /// Returns the answer if it has this status.
+    ///
+    /// # Errors
+    /// Names the status and the body of another answer.
+    pub fn want(self, status: u16) -> anyhow::Result<Self> {
+        anyhow::ensure!(
+            self.status == status,
+            "answered {} instead of {status}: {}",
+            self.status,
+            String::from_utf8_lossy(&self.body)
+        );
         Ok(self)
     }
 }
 
 /// Sends one request and reads the answer to its end.
-pub(crate) fn request(
+///
+/// # Errors
+/// If the server cannot be reached, is silent for 30 s, or answers with something else than HTTP.
+pub fn request(
     addr: SocketAddr,
     method: &str,
     target: &str,
@@ -46,12 +58,13 @@ pub(crate) fn request(
     stream.write_all(body)?;
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer)?;
-    let text = String::from_utf8_lossy(&answer);
-    let (head, body) = text.split_once("\r\n\r\n").context("the answer has no head")?;
+    let end = answer.windows(4).position(|bytes| bytes == b"\r\n\r\n").context("the answer has no head")?;
+    let body = answer.split_off(end + 4);
+    let head = String::from_utf8_lossy(&answer[..end]);
     let status = head.split(' ').nth(1).context("the answer has no status line")?.parse()?;
     let row = |line: &str| {
         let (name, value) = line.split_once(':')?;
         Some((name.to_ascii_lowercase(), value.trim().to_owned()))
     };
-    Ok(Answer { status, headers: head.lines().skip(1).filter_map(row).collect(), body: body.to_owned() })
+    Ok(Answer { status, headers: head.lines().skip(1).filter_map(row).collect(), body })
 }

@@ -1,6 +1,6 @@
 //! Single-flight within a process: concurrent gets of one artifact share one fill, also if some of them are cancelled.
 
-use crate::common::{House, assert_same, get, get_some};
+use crate::common::{House, assert_same, get, get_some, until};
 use modelcache::cache::GetOptions;
 use modelcache::config::{ByteBound, RetryConfig};
 use modelcache::progress::{Phase, Progress};
@@ -33,16 +33,6 @@ fn patient(house: &House) -> Cache {
         config
     })
     .unwrap()
-}
-
-async fn until(mut condition: impl FnMut() -> bool) {
-    for _ in 0..2000 {
-        if condition() {
-            return;
-        }
-        sleep(Duration::from_millis(5)).await;
-    }
-    panic!("timed out");
 }
 
 fn bytes_of_all() -> u64 {

@@ -1,7 +1,7 @@
 //! Metrics of gets that meet failures: retries, throttling, stalls, corrupt files and joined fills.
 
 use crate::common::weather::{BUCKET, Weather};
-use crate::common::{House, get};
+use crate::common::{House, get, until};
 use modelcache::Cache;
 use modelcache::config::Backfill;
 use modelcache::metrics::{ByTier, text};
@@ -11,21 +11,10 @@ use modelcache_testkit::hub::HubFault;
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::time::Duration;
-use tokio::time::sleep;
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 3 * MIB;
 const MODEL: &str = "hf://org/model";
-
-async fn until(mut condition: impl FnMut() -> bool) {
-    for _ in 0..2000 {
-        if condition() {
-            return;
-        }
-        sleep(Duration::from_millis(5)).await;
-    }
-    panic!("timed out");
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn retries_throttling_stalls_and_the_repair_of_a_corrupt_object_are_counted() {

@@ -11,6 +11,7 @@ use modelcache_testkit::{Content, Hub};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tempfile::TempDir;
+use tokio::time::sleep;
 
 /// A test environment: a Hub stand-in, and a temporary folder for cache directories and files.
 pub struct House {
@@ -65,6 +66,17 @@ pub async fn get(cache: &Cache, reference: &str) -> Result<Artifact> {
 pub async fn get_some(cache: &Cache, reference: &str, include: &[&str], exclude: &[&str]) -> Result<Artifact> {
     let options = GetOptions { selection: Selection::globs(include, exclude).unwrap(), ..GetOptions::default() };
     cache.get_with(&Reference::parse(reference).unwrap(), &options, &Progress::new()).await
+}
+
+/// Waits until `condition` holds, and fails the test after 2000 looks.
+pub async fn until(mut condition: impl FnMut() -> bool) {
+    for _ in 0..2000 {
+        if condition() {
+            return;
+        }
+        sleep(Duration::from_millis(5)).await;
+    }
+    panic!("timed out");
 }
 
 pub fn assert_same(path: &Path, content: &Content) {
