@@ -18,7 +18,21 @@ mod program;
 mod progress;
 mod signals;
 mod small_memory;
+#[cfg(feature = "otel")]
+mod traces;
 mod verbs;
+
+/// Without the feature `otel`, there are no traces.
+#[cfg(not(feature = "otel"))]
+mod traces {
+    use tracing_subscriber::layer::Identity;
+
+    pub(crate) fn layer() -> modelcache::Result<Option<Identity>> {
+        Ok(None)
+    }
+
+    pub(crate) fn finish() {}
+}
 
 use arguments::Arguments;
 use clap::Parser;
@@ -27,6 +41,8 @@ use output::Output;
 use std::ffi::OsString;
 use std::panic::AssertUnwindSafe;
 use std::time::{Duration, Instant};
+use tracing::field::Empty;
+use tracing::{Instrument as _, Span};
 use verbs::Session;
 
 /// Longest time for which an interrupted command waits for its threads to save partial files.
@@ -91,7 +107,13 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
         metrics: metrics::CommandMetrics::default(),
         started,
     };
-    let run = arguments.verb.run(&session);
+    let name = arguments.verb.name();
+    let span = match &arguments.verb {
+        // A request is a trace of its own. `exec` ends its span before it starts the user's command.
+        verbs::Verb::Serve(_) | verbs::Verb::Exec(_) => Span::none(),
+        _ => command_span(name),
+    };
+    let run = arguments.verb.run(&session).instrument(span.clone());
     let ended = match &arguments.verb {
         // The daemon handles signals itself: it lets running requests finish.
         verbs::Verb::Serve(_) => runtime.block_on(signals::without(run)),
@@ -106,9 +128,15 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
         }
         Err(signal) => signal.exit_code(),
     };
-    runtime.block_on(session.write_metrics(arguments.verb.name(), code));
+    span.record("exit_code", i64::from(code));
+    if code != exit::DONE {
+        span.record("otel.status_code", "ERROR");
+    }
+    drop(span);
+    runtime.block_on(session.write_metrics(name, code));
     // Background tasks remove dropped uploads and claims from the remote.
     runtime.block_on(modelcache::transfer::wait_for_cleanup(CLEANUP_WAIT));
+    traces::finish();
     match ended {
         Ok(outcome) => {
             runtime.shutdown_background();
@@ -120,6 +148,11 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
             Ok(signal.exit_code())
         }
     }
+}
+
+/// Returns the span of a command, for traces.
+pub(crate) fn command_span(name: &str) -> Span {
+    tracing::debug_span!("command", otel.name = name, otel.status_code = Empty, exit_code = Empty)
 }
 
 #[cfg(test)]

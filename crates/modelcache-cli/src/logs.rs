@@ -4,23 +4,22 @@
 //! client, TLS, S3 client) log requests and addresses; they are silent unless the filter names them.
 
 use crate::output::{ErrorLine, Output};
+use crate::traces;
 use modelcache::settings::{LogFormat, LogSettings};
 use modelcache::{Error, ErrorKind, Result, printable, redact};
 use std::io::{self, IsTerminal, Write};
-use tracing::Subscriber;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::field::MakeExt;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::fmt::format::debug_fn;
-use tracing_subscriber::layer::{Layer, SubscriberExt};
-use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::layer::{Filter, Layer, SubscriberExt};
 use tracing_subscriber::{EnvFilter, Registry};
 
 /// The prefix of modelcache's own log targets.
 const OWN_TARGET: &str = "modelcache";
 
-/// Starts logging for the whole process. Unless a filter was set, only errors are logged with `--quiet`, and only
+/// Starts logging and traces for the whole process. Unless a filter was set, only errors are logged with `--quiet`, and only
 /// warnings on a terminal, where the summary lines say the rest.
 pub(crate) fn start(settings: &LogSettings, output: &Output) -> Result<()> {
     let filter = match settings.source {
@@ -29,18 +28,21 @@ pub(crate) fn start(settings: &LogSettings, output: &Output) -> Result<()> {
         _ => settings.filter.as_str(),
     };
     // A bare level is the usual case and needs no `EnvFilter`, which is slow to build.
-    let started = match filter.parse::<LevelFilter>() {
-        Ok(level) => install(line_layer(settings.format, output), Targets::new().with_target(OWN_TARGET, level)),
+    let lines = line_layer(settings.format, output);
+    let lines = match filter.parse::<LevelFilter>() {
+        Ok(level) => with_filter(lines, Targets::new().with_target(OWN_TARGET, level)),
         Err(_) => {
             if let Some(word) = filter.split(',').map(str::trim).find(|word| is_misspelt_level(word)) {
                 return Err(settings.bad_filter(format!("{word:?} is not a log level")));
             }
             let filter =
                 EnvFilter::builder().parse(restrict_bare_levels(filter)).map_err(|why| settings.bad_filter(why))?;
-            install(line_layer(settings.format, output), filter)
+            with_filter(lines, filter)
         }
     };
-    started.map_err(|cause| Error::new(ErrorKind::Other, "cannot start the log").cause(cause))
+    let subscriber = Registry::default().with(lines).with(traces::layer()?);
+    tracing::subscriber::set_global_default(subscriber)
+        .map_err(|cause| Error::new(ErrorKind::Other, "cannot start the log").cause(cause))
 }
 
 /// Returns the filter with each bare level restricted to modelcache's own targets.
@@ -62,19 +64,13 @@ fn is_misspelt_level(word: &str) -> bool {
 /// The layer that writes log lines.
 type LineLayer = Box<dyn Layer<Registry> + Send + Sync>;
 
-/// Installs the subscriber of the process.
-fn install(
-    layer: LineLayer,
-    filter: impl Layer<tracing_subscriber::layer::Layered<LineLayer, Registry>> + Send + Sync,
-) -> Result<(), tracing::subscriber::SetGlobalDefaultError> {
-    tracing::subscriber::set_global_default(Registry::default().with(layer).with(filter))
+/// Restricts the log lines, but not the traces, to what passes `filter`.
+fn with_filter(lines: LineLayer, filter: impl Filter<Registry> + Send + Sync + 'static) -> LineLayer {
+    lines.with_filter(filter).boxed()
 }
 
 /// Returns the layer that writes events to standard error in `format`.
-fn line_layer<S: Subscriber + for<'a> LookupSpan<'a>>(
-    format: LogFormat,
-    output: &Output,
-) -> Box<dyn Layer<S> + Send + Sync> {
+fn line_layer(format: LogFormat, output: &Output) -> LineLayer {
     let writer = Writer { line: output.error_line(), format };
     let layer = tracing_subscriber::fmt::layer().with_writer(writer).with_ansi(output.has_colour());
     let field = debug_fn(|writer, field, value| {

@@ -88,13 +88,19 @@ class Application:
     """An application served by uvicorn in a separate process."""
 
     def __init__(self, log: Path, folder: Path, *arguments: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
+        port = free_port()
+        command = ["uvicorn", "--app-dir", str(folder), "--port", str(port), *arguments, "app:app"]
+        self._start(log, port, command, {})
+
+    def _start(self, log: Path, port: int, command: list[str], environment: dict[str, str]) -> None:
         self.log = log
-        command = [sys.executable, "-m", "uvicorn", "--app-dir", str(folder), "--port", str(port), *arguments]
         with log.open("w") as output:
             self.process = subprocess.Popen(
-                [*command, "app:app"], stdout=output, stderr=output, start_new_session=True
+                [sys.executable, "-m", *command],
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env={**os.environ, **environment},
             )
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
         self.wait_until(lambda: self._is_live())
@@ -129,6 +135,21 @@ class Application:
         self.process.terminate()
         self.process.wait(30)
         return self.log.read_text()
+
+
+class Daemon(Application):
+    """The daemon of the command line, which has some of the routes of an application."""
+
+    def __init__(self, log: Path, *references: str) -> None:
+        port = free_port()
+        listen = {"MODEL_CACHE_LISTEN": f"127.0.0.1:{port}"}
+        self._start(log, port, ["modelcache", "serve", *references], listen)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
 
 
 @pytest.fixture
@@ -396,3 +417,34 @@ def test_the_example_with_a_model(
 
     assert abs(similarity(cat, cat) - 1) < 1e-4
     assert similarity(cat, kitten) > 0.5 > 0.2 > similarity(cat, rates)
+
+
+def shape(value: Any) -> Any:
+    """Return the names and types of a JSON document. Of a list, the first item counts."""
+    if isinstance(value, dict):
+        return {name: shape(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [shape(each) for each in value[:1]]
+    return "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__
+
+
+def test_the_daemon_serves_the_same_reports(
+    serve: Callable[..., Application], published: SlowProxy, tmp_path: Path
+) -> None:
+    app = serve(APPLICATION)
+    app.wait_until_ready()
+    daemon = Daemon(tmp_path / "daemon.log", "m@1")
+    try:
+        daemon.wait_until_ready()
+        for path in ["/readyz", "/cache/stats", "/cache/metrics"]:
+            ours, theirs = app.get(path).json(), daemon.get(path).json()
+            # Only the daemon counts its own requests.
+            theirs.pop("http", None)
+            for report in (ours, theirs):
+                # The names in these tables are data, such as the phases that a process has been through.
+                for table in ["phase_seconds", "wait_seconds"]:
+                    report.pop(table, None)
+            assert shape(ours) == shape(theirs), path
+    finally:
+        daemon.client.close()
+        daemon.kill()

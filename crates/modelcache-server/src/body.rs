@@ -13,6 +13,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use tracing::Span;
 
 /// Memory for the chunks of all responses together. With more responses the chunks become smaller.
 const CHUNK_MEMORY: usize = 64 << 20;
@@ -87,12 +88,15 @@ async fn read_at(file: Arc<File>, range: Range<u64>) -> Result<Bytes> {
 }
 
 /// Counts a body that is being sent.
-struct Sending;
+struct Sending {
+    /// The span of the request, which ends with the body.
+    span: Span,
+}
 
 impl Sending {
     fn start() -> Self {
         BODIES.fetch_add(1, Ordering::Relaxed);
-        Self
+        Self { span: Span::current() }
     }
 
     /// Returns the size of the next chunk.
@@ -104,5 +108,7 @@ impl Sending {
 impl Drop for Sending {
     fn drop(&mut self) {
         BODIES.fetch_sub(1, Ordering::Relaxed);
+        // A trace ends a span at the time it was left last.
+        self.span.in_scope(|| ());
     }
 }

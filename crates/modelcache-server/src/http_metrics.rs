@@ -18,6 +18,7 @@ use crate::app::App;
 use crate::error::Failure;
 use crate::header;
 use crate::listen::ConnectionCounters;
+use crate::trace;
 
 /// The header with the id of a request, in requests and responses.
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -157,11 +158,13 @@ pub(crate) async fn observe(State(app): State<Arc<App>>, request: Request, next:
     let started = Instant::now();
     let in_flight = InFlight::start(&app.http);
     let span = tracing::info_span!("request", id = %id);
-    let mut response = next.run(request).instrument(span.clone()).await;
+    let trace = span.in_scope(|| trace::span(&request, &id));
+    let mut response = next.run(request).instrument(trace.clone()).instrument(span.clone()).await;
     drop(in_flight);
     let named = response.extensions().get::<RouteName>().map(|RouteName(name)| (*name).to_owned());
     let route = named.or(route).unwrap_or_else(|| "none".into());
     let status = response.status();
+    trace::record(&trace, &method, &route, status);
     *app.http.requests.lock().entry((route, status.as_u16())).or_default() += 1;
     let _entered = span.enter();
     let ms = started.elapsed().as_millis() as u64;

@@ -20,6 +20,7 @@ mod page;
 mod prewarm;
 mod probes;
 mod range;
+mod trace;
 
 pub use app::Options;
 pub use doctor::DoctorRun;

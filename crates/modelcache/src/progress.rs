@@ -7,6 +7,8 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+use tracing::field::Empty;
+use tracing::{Span, debug_span};
 
 /// The phases of a call, as shown to users. A get goes through the phases `Resolve` to `Backfill`, as far as needed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -67,11 +69,25 @@ impl Phase {
 }
 
 /// The progress of one call. Clones share it.
-#[derive(Debug, Clone, Default)]
+///
+/// The phases of the call become `tracing` spans at the level `debug`, below the span in which the progress was created.
+/// Without such a span there are none.
+#[derive(Debug, Clone)]
 pub struct Progress(Arc<Counters>);
+
+impl Default for Progress {
+    fn default() -> Self {
+        Self(Arc::new(Counters {
+            span: Some(Span::current()).filter(|span| !span.is_disabled()),
+            ..Counters::default()
+        }))
+    }
+}
 
 #[derive(Debug, Default)]
 struct Counters {
+    /// The span of the call, the parent of the spans of its phases.
+    span: Option<Span>,
     /// The index of the present phase in [`PHASES`].
     phase: AtomicU8,
     /// Total bytes of the present phase.
@@ -157,7 +173,21 @@ impl Progress {
         self.0.total_bytes.store(total_bytes, Ordering::Relaxed);
         self.0.done_bytes.store(0, Ordering::Relaxed);
         self.0.phase.store(phase as u8, Ordering::Relaxed);
-        PhaseGuard { progress: self.clone(), phase, entered: Instant::now() }
+        // Each phase has a name of its own only in traces, because `tracing` needs a constant.
+        let span = self.0.span.as_ref().map(|parent| {
+            debug_span!(
+                parent: parent, "phase", otel.name = phase.name(), total_bytes = total_bytes as i64,
+                remote_bytes = Empty, origin_bytes = Empty, retries = Empty
+            )
+        });
+        let before = self.received_and_retries();
+        PhaseGuard { progress: self.clone(), phase, entered: Instant::now(), span, before }
+    }
+
+    /// Returns the bytes received from the remote and from origins, and the number of retries, so far.
+    fn received_and_retries(&self) -> [u64; 3] {
+        let now = self.snapshot();
+        [now.remote_bytes, now.origin_bytes, self.lock_retries().count]
     }
 
     /// Adds bytes that were processed in the present phase.
@@ -216,6 +246,9 @@ pub(crate) struct PhaseGuard {
     progress: Progress,
     phase: Phase,
     entered: Instant,
+    span: Option<Span>,
+    /// [`Progress::received_and_retries`] when the phase began.
+    before: [u64; 3],
 }
 
 impl Drop for PhaseGuard {
@@ -223,6 +256,13 @@ impl Drop for PhaseGuard {
         // At least 1 ns, because 0 stands for a phase that was not entered.
         let spent = u64::try_from(self.entered.elapsed().as_nanos()).unwrap_or(u64::MAX).max(1);
         self.progress.0.phase_ns[self.phase as usize].fetch_add(spent, Ordering::Relaxed);
+        if let Some(span) = &self.span {
+            let now = self.progress.received_and_retries();
+            for (at, name) in ["remote_bytes", "origin_bytes", "retries"].into_iter().enumerate() {
+                // OpenTelemetry has no unsigned numbers.
+                span.record(name, now[at].saturating_sub(self.before[at]) as i64);
+            }
+        }
     }
 }
 

@@ -694,6 +694,10 @@ const FOREIGN_VARIABLES: &[(&str, &str)] = &[
         "The proxy for requests, and the hosts that are reached without it.",
     ),
     ("NO_COLOR", "With any value: output on a terminal has no colours."),
+    (
+        "OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_*",
+        "The collector that gets traces by OTLP over HTTP, and the standard variables of OpenTelemetry for it.",
+    ),
 ];
 
 /// The complete, validated settings of a front end.

@@ -17,6 +17,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
+use tracing::Instrument as _;
 
 /// Download artifacts, then run a command that uses them
 ///
@@ -42,7 +43,8 @@ impl Exec {
         self.reject_unknown_placeholders()?;
         let Some(references) = self.arguments.references(session, &self.references) else { return Ok(exit::USAGE) };
         let cache = open_cache(session.config_without_background_sync())?;
-        let artifacts = self.arguments.with_timeout(self.get_all(session, &cache, &references)).await?;
+        let getting = self.get_all(session, &cache, &references).instrument(crate::command_span("exec"));
+        let artifacts = self.arguments.with_timeout(getting).await?;
         let paths: Vec<PathBuf> = artifacts.iter().map(|artifact| artifact.path.clone()).collect();
         let words: Vec<OsString> = self.command.iter().map(|word| substitute_paths(word, &paths)).collect();
         let [program, arguments @ ..] = &words[..] else {
@@ -56,6 +58,7 @@ impl Exec {
         // `exec` ends this program, so clean up and write the metrics before it.
         modelcache::transfer::wait_for_cleanup(crate::CLEANUP_WAIT).await;
         session.write_metrics("exec", exit::DONE).await;
+        crate::traces::finish();
         // Returns only if it failed.
         let (code, error) = not_run(program, command.exec());
         session.report_failure(&error, None);

@@ -13,7 +13,7 @@ use clap::Args;
 use futures::StreamExt;
 use modelcache::cache::{Artifact, GetOptions, Purpose};
 use modelcache::progress::Progress;
-use modelcache::{Cache, Error, Reference, Result, Tier};
+use modelcache::{Cache, Error, Reference, Result, Tier, redact};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::pin::pin;
@@ -118,7 +118,8 @@ async fn get_one<'a>(
     options: &GetOptions,
 ) -> (&'a str, Result<Artifact>) {
     let output = session.output;
-    let (text, progress) = (entry.text.as_str(), Progress::new());
+    let text = entry.text.as_str();
+    let progress = tracing::debug_span!("get", reference = %redact::reference(text)).in_scope(Progress::new);
     let got = progress::show(output, text, &progress, cache.get_with(&entry.reference, options, &progress)).await;
     let outcome = got.and_then(|artifact| {
         if output.is_json() {

@@ -34,6 +34,8 @@ mod serve;
 mod sharing;
 mod signals;
 mod together;
+#[cfg(feature = "otel")]
+mod traces;
 mod troubleshooting;
 mod uploads;
 mod verbs_exec;

@@ -21,14 +21,14 @@ fn free_port() -> u16 {
 }
 
 /// A running daemon.
-struct Daemon {
-    port: u16,
-    running: Running,
+pub(crate) struct Daemon {
+    pub(crate) port: u16,
+    pub(crate) running: Running,
 }
 
 impl Daemon {
     /// Starts a daemon over the cache directory `a`, and waits until it answers.
-    fn start(run: Run, arguments: &[&str]) -> Self {
+    pub(crate) fn start(run: Run, arguments: &[&str]) -> Self {
         let port = free_port();
         let run = run.env("MODEL_CACHE_LISTEN", format!("127.0.0.1:{port}"));
         let daemon = Self { port, running: run.start([&["serve"], arguments].concat()) };
@@ -37,14 +37,19 @@ impl Daemon {
     }
 
     /// Sends a GET. Returns the head and the body, which is short if the connection was cut.
-    fn get(&self, path: &str) -> (String, Vec<u8>) {
+    pub(crate) fn get(&self, path: &str) -> (String, Vec<u8>) {
         get(self.port, path)
     }
 }
 
 fn get(port: u16, path: &str) -> (String, Vec<u8>) {
+    get_with(port, path, "")
+}
+
+/// Sends a GET with further header lines, each of which ends with CRLF.
+pub(crate) fn get_with(port: u16, path: &str, headers: &str) -> (String, Vec<u8>) {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").unwrap();
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\n{headers}Connection: close\r\n\r\n").unwrap();
     let mut bytes = Vec::new();
     // A reset is also an end.
     let _ = stream.read_to_end(&mut bytes);

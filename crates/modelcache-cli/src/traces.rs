@@ -1,0 +1,144 @@
+//! Traces: spans of commands, requests and their phases, sent by OTLP over HTTP to the collector that the standard
+//! variables of OpenTelemetry name (`OTEL_EXPORTER_OTLP_ENDPOINT`).
+//!
+//! Only spans are sent, not log events: the log redacts credentials when it writes a line, and a span event would not
+//! pass there. The spans are those of modelcache at the level `debug`. They hold no text of a server.
+
+use modelcache::{Error, Result, redact};
+use opentelemetry::KeyValue;
+use opentelemetry::trace::TracerProvider as _;
+use opentelemetry_otlp::{
+    OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_EXPORTER_OTLP_HEADERS, OTEL_EXPORTER_OTLP_TIMEOUT,
+    OTEL_EXPORTER_OTLP_TRACES_ENDPOINT, OTEL_EXPORTER_OTLP_TRACES_HEADERS, SpanExporter, WithHttpConfig as _,
+};
+use opentelemetry_sdk::Resource;
+use opentelemetry_sdk::error::{OTelSdkError, OTelSdkResult};
+use opentelemetry_sdk::trace::{SdkTracerProvider, SpanData};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use tracing::{Level, Subscriber};
+use tracing_subscriber::filter::filter_fn;
+use tracing_subscriber::layer::Layer;
+use tracing_subscriber::registry::LookupSpan;
+
+/// Time for one request to the collector, as the specification of OTLP says.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest time for which the end of the program waits for the last spans.
+const FLUSH_WAIT: Duration = Duration::from_secs(3);
+
+static PROVIDER: OnceLock<SdkTracerProvider> = OnceLock::new();
+
+/// Returns the layer that sends spans, or `None` if the environment names no collector. Has to be called outside the
+/// runtime, because the HTTP client of the exporter has one of its own.
+pub(crate) fn layer<S>() -> Result<Option<Box<dyn Layer<S> + Send + Sync>>>
+where
+    S: Subscriber + for<'a> LookupSpan<'a> + Send + Sync,
+{
+    if !is_requested() {
+        return Ok(None);
+    }
+    // The values of these headers are often API keys.
+    for headers in [OTEL_EXPORTER_OTLP_HEADERS, OTEL_EXPORTER_OTLP_TRACES_HEADERS].into_iter().filter_map(variable) {
+        headers.split(',').filter_map(|header| header.split_once('=')).for_each(|(_, value)| redact::register(value));
+    }
+    let refused = |why: &str, hint| Error::invalid(format!("traces cannot be sent: {}", redact::text(why))).hint(hint);
+    if let Some(protocol) = protocol().filter(|protocol| protocol != "http/protobuf") {
+        let hint = "set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf, and the port for HTTP (4318)";
+        return Err(refused(&format!("the protocol {protocol:?} is not built in"), hint));
+    }
+    let invalid = |why: &dyn std::error::Error| {
+        let hint = "set OTEL_EXPORTER_OTLP_ENDPOINT to the address of the collector, such as http://127.0.0.1:4318";
+        refused(&why.to_string(), hint)
+    };
+    let timeout = variable(OTEL_EXPORTER_OTLP_TIMEOUT).and_then(|ms| ms.parse().ok()).map(Duration::from_millis);
+    let client = reqwest::blocking::Client::builder()
+        .timeout(timeout.unwrap_or(TIMEOUT))
+        // The headers must not reach another host.
+        .redirect(reqwest::redirect::Policy::none())
+        .build()
+        .map_err(|why| invalid(&why))?;
+    let exporter = SpanExporter::builder().with_http().with_http_client(client).build().map_err(|why| invalid(&why))?;
+    let provider = SdkTracerProvider::builder()
+        .with_batch_exporter(Reporting { exporter, has_failed: AtomicBool::new(false) })
+        .with_resource(resource())
+        .build();
+    let layer = tracing_opentelemetry::layer()
+        .with_tracer(provider.tracer("modelcache"))
+        .with_location(false)
+        .with_threads(false)
+        .with_target(false)
+        .with_tracked_inactivity(false)
+        .with_context_activation(false);
+    // A second call in one process would have no subscriber to install either.
+    let _ = PROVIDER.set(provider);
+    let is_own_span = |data: &tracing::Metadata<'_>| {
+        data.is_span() && *data.level() == Level::DEBUG && data.target().starts_with("modelcache")
+    };
+    Ok(Some(layer.with_filter(filter_fn(is_own_span)).boxed()))
+}
+
+/// Sends the spans that ended so far, and no later ones.
+pub(crate) fn finish() {
+    if let Some(provider) = PROVIDER.get() {
+        // The exporter has reported a failure.
+        let _ = provider.shutdown_with_timeout(FLUSH_WAIT);
+    }
+}
+
+/// Returns true if the environment names a collector, and traces are not switched off.
+fn is_requested() -> bool {
+    let has_endpoint = [OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_EXPORTER_OTLP_TRACES_ENDPOINT]
+        .into_iter()
+        .any(|name| variable(name).is_some());
+    let is_disabled = variable("OTEL_SDK_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true"));
+    let has_other_exporter = variable("OTEL_TRACES_EXPORTER").is_some_and(|value| value != "otlp");
+    has_endpoint && !is_disabled && !has_other_exporter
+}
+
+fn protocol() -> Option<String> {
+    variable("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL").or_else(|| variable("OTEL_EXPORTER_OTLP_PROTOCOL"))
+}
+
+/// Returns the value of a variable. An empty one counts as not set, as the specification of OpenTelemetry says.
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok().map(|value| value.trim().to_owned()).filter(|value| !value.is_empty())
+}
+
+/// Returns the description of this process. `OTEL_SERVICE_NAME` and `OTEL_RESOURCE_ATTRIBUTES` override the name.
+fn resource() -> Resource {
+    let detected = Resource::builder().with_attribute(KeyValue::new("service.version", env!("CARGO_PKG_VERSION")));
+    let has_name = variable("OTEL_SERVICE_NAME").is_some()
+        || variable("OTEL_RESOURCE_ATTRIBUTES").is_some_and(|attributes| attributes.contains("service.name="));
+    if has_name { detected.build() } else { detected.with_service_name("modelcache").build() }
+}
+
+/// Sends spans, and logs a warning when the collector stops taking them.
+#[derive(Debug)]
+struct Reporting {
+    exporter: SpanExporter,
+    has_failed: AtomicBool,
+}
+
+impl opentelemetry_sdk::trace::SpanExporter for Reporting {
+    async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
+        let result = self.exporter.export(batch).await;
+        let had_failed = self.has_failed.swap(result.is_err(), Ordering::Relaxed);
+        if let (Err(error), false) = (&result, had_failed) {
+            tracing::warn!(%error, "the collector of OTEL_EXPORTER_OTLP_ENDPOINT does not take the traces");
+        }
+        result
+    }
+
+    fn shutdown_with_timeout(&self, timeout: Duration) -> OTelSdkResult {
+        self.exporter.shutdown_with_timeout(timeout)
+    }
+
+    fn force_flush(&self) -> Result<(), OTelSdkError> {
+        self.exporter.force_flush()
+    }
+
+    fn set_resource(&mut self, resource: &Resource) {
+        self.exporter.set_resource(resource);
+    }
+}
