@@ -20,6 +20,8 @@ const CHUNK_MEMORY: usize = 64 << 20;
 /// Largest and smallest chunk. A larger one saves no more time; a smaller one costs a system call for little.
 const CHUNK_MAX: usize = 512 << 10;
 const CHUNK_MIN: usize = 32 << 10;
+/// Size of the first chunk, so that the client does not wait longer for the first byte than necessary.
+const CHUNK_FIRST: usize = 64 << 10;
 
 /// Number of bodies that are being sent.
 static BODIES: AtomicUsize = AtomicUsize::new(0);
@@ -47,12 +49,14 @@ impl Opened {
 
 /// Streams a range of a file that is on disk or downloading.
 fn cached(file: Arc<OpenFile>, range: Range<u64>) -> BoxStream<'static, Result<Bytes>> {
-    let sending = Sending::start();
-    stream::try_unfold((file, range, sending), |(file, left, sending)| async move {
+    let (sending, start) = (Sending::start(), range.start);
+    stream::try_unfold((file, range, sending), move |(file, left, sending)| async move {
         if left.is_empty() {
             return Ok(None);
         }
-        let end = left.end.min(left.start + sending.chunk_bytes() as u64);
+        let bytes = sending.chunk_bytes();
+        let bytes = if left.start == start { bytes.min(CHUNK_FIRST) } else { bytes };
+        let end = left.end.min(left.start + bytes as u64);
         // The last bytes of the file are sent only after its digest was verified.
         if end == file.size() {
             file.whole().await?;

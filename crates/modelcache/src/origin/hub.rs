@@ -25,11 +25,11 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use reqwest::StatusCode;
 use reqwest::header::{AUTHORIZATION, ETAG, HeaderMap, HeaderValue, IF_MATCH, RANGE, VIA};
 use serde::Deserialize;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::OnceCell;
 use url::Url;
 
@@ -39,6 +39,8 @@ pub(super) struct Hub {
     config: HubConfig,
     http: Http,
     retry: Retry,
+    /// What was asked about commits lately, the oldest first.
+    recent: Mutex<VecDeque<(Instant, ArtifactKey, Arc<KnownCommit>)>>,
 }
 
 /// An answer of the API.
@@ -52,6 +54,11 @@ enum ApiAnswer {
     UnknownCall(Error),
 }
 
+/// Time for which sources of one commit share what they asked the Hub. A client that fetches many files one by one causes
+/// one request for the list of files, not one for each.
+const KNOWN_TIME: Duration = Duration::from_secs(60);
+/// Number of commits that are known at a time.
+const KNOWN_MAX: usize = 16;
 /// Concurrent requests for the sizes of files, where the list of files has none.
 const FILE_REQUESTS_MAX: usize = 8;
 /// Number of left out files that a warning names.
@@ -91,7 +98,24 @@ impl Origin for Arc<Hub> {
 impl Hub {
     /// Creates a client. Sends no request.
     pub(super) fn new(config: &Config, retry: Retry) -> Self {
-        Self { config: config.hub.clone(), http: Http::new(config, &retry), retry }
+        Self { config: config.hub.clone(), http: Http::new(config, &retry), retry, recent: Mutex::default() }
+    }
+
+    /// Returns what is known about a commit, to be shared with all its sources.
+    fn known(&self, key: &ArtifactKey) -> Arc<KnownCommit> {
+        let mut recent = self.recent.lock();
+        // A commit that was missing may have been pushed since.
+        let is_missing = |known: &KnownCommit| matches!(known.manifest.get(), Some(None));
+        recent.retain(|(since, _, known)| since.elapsed() < KNOWN_TIME && !is_missing(known));
+        if let Some((_, _, known)) = recent.iter().find(|(_, other, _)| other == key) {
+            return known.clone();
+        }
+        let known = Arc::<KnownCommit>::default();
+        recent.push_back((Instant::now(), key.clone(), known.clone()));
+        if recent.len() > KNOWN_MAX {
+            recent.pop_front();
+        }
+        known
     }
 
     /// Returns how long requests to the endpoint are still paused; `None` if they are not.
@@ -360,9 +384,23 @@ struct HubSource {
     /// The repository; its revision is the commit.
     repo: HubRepo,
     key: ArtifactKey,
+    known: Arc<KnownCommit>,
+}
+
+/// What the Hub has answered about one commit.
+#[derive(Default)]
+struct KnownCommit {
+    /// `None` if there is no such commit.
     manifest: OnceCell<Option<Manifest>>,
     /// The location from which each file was read last.
     locations: Mutex<HashMap<FilePath, ReadLocation>>,
+}
+
+/// Prints no signed URLs.
+impl fmt::Debug for KnownCommit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KnownCommit").finish_non_exhaustive()
+    }
 }
 
 /// The location from which a file was read last, mostly a signed URL.
@@ -421,7 +459,7 @@ impl Source for HubSource {
     /// Returns `None` for a missing commit. A missing repository is an error, because it may be private and the message
     /// has a remedy.
     async fn manifest(&self) -> Result<Option<Manifest>> {
-        self.manifest.get_or_try_init(|| self.list()).await.cloned().context(&self.key, Tier::Origin)
+        self.known.manifest.get_or_try_init(|| self.list()).await.cloned().context(&self.key, Tier::Origin)
     }
 
     async fn read(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
@@ -431,7 +469,7 @@ impl Source for HubSource {
 
 impl HubSource {
     fn new(hub: &Arc<Hub>, repo: HubRepo, key: ArtifactKey) -> Self {
-        Self { hub: hub.clone(), repo, key, manifest: OnceCell::new(), locations: Mutex::default() }
+        Self { known: hub.known(&key), hub: hub.clone(), repo, key }
     }
 
     /// Lists all files of the commit. Returns `None` if the commit does not exist.
@@ -568,7 +606,7 @@ impl HubSource {
             }
             // 2. The signed URL expired, or the file changed there: forget it and let the endpoint redirect again.
             tracing::debug!(%path, status = fetched.response.status().as_u16(), "signed URL refused; resolving again");
-            self.locations.lock().remove(path);
+            self.known.locations.lock().remove(path);
             http::drain(fetched.response).await;
         }
         // 3. Request the file from the endpoint.
@@ -616,7 +654,7 @@ impl HubSource {
         // have different tags.
         let is_strong = |etag: &&HeaderValue| etag.as_bytes().starts_with(b"\"");
         let etag = response.headers().get(ETAG).filter(|etag| is_strong(etag) && !self.has_digest(path)).cloned();
-        self.locations.lock().insert(path.clone(), ReadLocation { url: url.clone(), etag });
+        self.known.locations.lock().insert(path.clone(), ReadLocation { url: url.clone(), etag });
         Ok(Body { start, stream: http::body_stream(response, &url) })
     }
 
@@ -625,7 +663,7 @@ impl HubSource {
     /// # Errors
     /// `NotFound` if the tree was listed and lacks the file.
     fn known_size(&self, path: &FilePath) -> Result<Option<u64>> {
-        match self.manifest.get() {
+        match self.known.manifest.get() {
             None => Ok(None),
             Some(manifest) => match manifest.as_ref().and_then(|manifest| manifest.files.get(path)) {
                 Some(entry) => Ok(Some(entry.size)),
@@ -636,12 +674,12 @@ impl HubSource {
 
     /// Returns true if the list of files has a digest of the file.
     fn has_digest(&self, path: &FilePath) -> bool {
-        let listed = self.manifest.get().and_then(|manifest| manifest.as_ref()?.files.get(path));
+        let listed = self.known.manifest.get().and_then(|manifest| manifest.as_ref()?.files.get(path));
         listed.is_some_and(|entry| entry.sha256.is_some() || entry.git_oid.is_some())
     }
 
     fn location(&self, path: &FilePath) -> Option<ReadLocation> {
-        self.locations.lock().get(path).cloned()
+        self.known.locations.lock().get(path).cloned()
     }
 }
 

@@ -32,6 +32,8 @@ use std::time::{Duration, Instant};
 
 /// Interval at which the pace of a range is compared with its peers.
 const PEER_CHECK_INTERVAL: Duration = Duration::from_millis(250);
+/// Least number of bytes that are written at once while a reader waits for the beginning of a part.
+const FIRST_SLICE_BYTES: usize = 64 << 10;
 /// Received bytes are added to the metrics in steps of this size, because the counters are behind a lock.
 const COUNT_STEP_BYTES: u64 = 4 << 20;
 
@@ -70,12 +72,19 @@ impl PartTask {
         } else {
             self.fetch_part(&range, permit, &mut part).await?;
         }
-        self.file.partial_file.part_received(self.generation, &range);
+        self.file.partial_file.range_received(self.generation, &range);
         if let Some(sink) = &self.file.on_part {
             sink.notify(&self.file.path, self.generation, range);
         }
         // If this part closed the gap at the hash cursor, this task hashes the parts that arrived before it.
         if part.must_catch_up { Ok(self.catch_up().await?) } else { Ok(()) }
+    }
+
+    /// Returns true if readers of unverified bytes may read slices of a part before the part is complete. Bytes that are
+    /// written are then never written again in this generation. A part that a ladder verifies may be, and so may a
+    /// stream that a server starts over.
+    fn is_read_by_slice(&self) -> bool {
+        self.ladder.is_none() && !self.one_stream
     }
 
     /// Adds `bytes` to the progress display.
@@ -214,6 +223,11 @@ impl PartTask {
             return Err(PartFailure::IgnoresRanges);
         }
         if body.start != requested.start {
+            // Readers may have read bytes that the response could replace by others. The next attempt has another
+            // generation.
+            if self.is_read_by_slice() && part.next > range.start {
+                return Err(PartFailure::IgnoresRanges);
+            }
             // The response begins at another offset. It is usable only if it is the whole file, and the whole file was
             // requested.
             if body.start != 0 || part.next != range.start {
@@ -294,6 +308,15 @@ impl PartTask {
                 // A full slice goes to the workers, unless it is the last one.
                 if buffer.len() == SLICE_BYTES && SLICE_BYTES as u64 != room {
                     part.submit(self, range, Work::Write, buffer).await?;
+                } else if buffer.len() >= FIRST_SLICE_BYTES
+                    && (buffer.len() as u64) < room
+                    && part.next == range.start
+                    && self.is_read_by_slice()
+                    && self.file.partial_file.is_waited_for(part.next)
+                {
+                    // A reader waits for the first bytes of this part.
+                    part.submit(self, range, Work::Write, buffer).await?;
+                    part.wait_for_slice(self).await?;
                 } else {
                     filling = Some(buffer);
                 }
@@ -581,6 +604,9 @@ impl PartProgress {
         self.must_catch_up |= must_catch_up;
         self.matches &= matches;
         task.report_done(len);
+        if task.is_read_by_slice() {
+            task.file.partial_file.range_received(task.generation, &(self.next - len..self.next));
+        }
         Ok(self.matches)
     }
 }

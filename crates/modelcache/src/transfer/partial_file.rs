@@ -145,7 +145,7 @@ impl PartialFile {
 
     /// Records that `range` is written into the file of `generation` and, if there is a ladder, verified. Has no effect
     /// if `generation` is not current.
-    pub(super) fn part_received(&self, generation: u64, range: &Range<u64>) {
+    pub(super) fn range_received(&self, generation: u64, range: &Range<u64>) {
         self.received.send_if_modified(|received| {
             let is_current = received.current() == Some(generation);
             if is_current {
@@ -215,6 +215,13 @@ impl PartialFile {
             true => NextPart::Wait,
             false => NextPart::Any,
         }
+    }
+
+    /// Returns true if a reader that accepts unverified bytes waits for the byte at `offset`.
+    pub(super) fn is_waited_for(&self, offset: u64) -> bool {
+        let waits =
+            |demand: &Demand| demand.unchecked && demand.range.as_ref().is_some_and(|range| range.contains(&offset));
+        self.demands.lock().values().any(waits)
     }
 
     /// Waits until the demand of a reader changes.
@@ -367,7 +374,7 @@ mod tests {
     }
 
     fn receive_part(partial_file: &PartialFile, part: u64) {
-        partial_file.part_received(1, &(part * PART..(part + 1) * PART));
+        partial_file.range_received(1, &(part * PART..(part + 1) * PART));
     }
 
     fn request_next(partial_file: &PartialFile, queue: &mut PartQueue) -> Option<u64> {
@@ -452,8 +459,8 @@ mod tests {
         let reading = trusted.open_reader(false);
         assert_eq!(trusted.begin_generation(false), 2);
         assert!(trusted.is_current(2) && !trusted.is_current(1));
-        trusted.part_received(1, &(0..PART));
-        trusted.part_received(2, &(PART..2 * PART));
+        trusted.range_received(1, &(0..PART));
+        trusted.range_received(2, &(PART..2 * PART));
         assert_eq!(reading.begin_read(&(0..PART)), None, "it belongs to an earlier generation");
         assert_eq!(reading.begin_read(&(PART..2 * PART)), None, "no ladder checked it");
         trusted.mark_verified();
