@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,25 @@ def _unix(time: str | None) -> int | None:
     """Convert a time in RFC 3339 to seconds since the Unix epoch."""
     # Python 3.10 does not parse the suffix ``Z``.
     return None if time is None else round(datetime.fromisoformat(time.replace("Z", "+00:00")).timestamp())
+
+
+_TIMES = {"since", "until", "last_used"}
+"""Fields that are seconds in the classes, and RFC 3339 in JSON."""
+
+
+def _with_times(value: Any) -> Any:
+    """Return a JSON document with its times in RFC 3339, the inverse of :func:`_unix`."""
+    if isinstance(value, list):
+        return [_with_times(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+
+    def convert(name: str, each: Any) -> Any:
+        if name in _TIMES and each is not None:
+            return datetime.fromtimestamp(each, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return _with_times(each)
+
+    return {name: convert(name, each) for name, each in value.items()}
 
 
 class _Report:
@@ -42,10 +61,10 @@ class _Report:
         return [cls._from(row) for row in json.loads(text)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as a dictionary of plain values that ``json`` can serialize."""
+        """Return the report as a dictionary that ``json`` can serialize, with the fields of ``modelcache --json``."""
         values = dataclasses.asdict(self)  # type: ignore[call-overload]
         # A round trip through JSON converts paths and nested values.
-        plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+        plain: dict[str, Any] = _with_times(json.loads(json.dumps(values, default=str)))
         return plain
 
 
