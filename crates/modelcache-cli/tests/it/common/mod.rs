@@ -11,6 +11,7 @@ use modelcache_testkit::{Content, Hub, S3, Shim};
 use serde_json::Value;
 use std::ffi::OsStr;
 use std::fs;
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::Once;
@@ -364,7 +365,7 @@ impl Running {
     /// Waits for the first line on standard output and returns it.
     pub fn first_line(&mut self) -> String {
         let (stdout, mut line, mut byte) = (self.child.stdout.as_mut().unwrap(), Vec::new(), [0]);
-        while std::io::Read::read(stdout, &mut byte).unwrap() == 1 && byte[0] != b'\n' {
+        while stdout.read(&mut byte).unwrap() == 1 && byte[0] != b'\n' {
             line.push(byte[0]);
         }
         String::from_utf8(line).unwrap()
@@ -391,11 +392,29 @@ impl Running {
         while self.child.try_wait().unwrap().is_none() {
             if Instant::now() > end {
                 self.child.kill().unwrap();
-                panic!("{} hangs: {:?}", self.line, self.child.wait_with_output());
+                let output = self.output();
+                panic!("{} hangs: {output:?}", self.line);
             }
             std::thread::sleep(Duration::from_millis(5));
         }
-        Outcome::new(self.line, self.child.wait_with_output().unwrap())
+        Outcome::new(std::mem::take(&mut self.line), self.output())
+    }
+
+    /// Returns the exit status and the output of the ended process.
+    fn output(&mut self) -> Output {
+        let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+        let child = &mut self.child;
+        let _ = child.stdout.take().map(|mut pipe| pipe.read_to_end(&mut stdout).unwrap());
+        let _ = child.stderr.take().map(|mut pipe| pipe.read_to_end(&mut stderr).unwrap());
+        Output { status: child.wait().unwrap(), stdout, stderr }
+    }
+}
+
+impl Drop for Running {
+    /// Ends a process that the test did not wait for, such as a daemon.
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
