@@ -2,13 +2,13 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program for the terminal")]
 
 pub mod bench;
+pub mod debian;
 pub mod demo;
 pub mod docs;
 pub mod fuzz;
 mod hub_clients;
 pub mod page;
 pub mod python;
-mod registry;
 pub mod repository;
 pub mod table;
 pub mod test;

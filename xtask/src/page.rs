@@ -3,8 +3,8 @@
 //! Chromium is Debian's package, because the browsers that Playwright downloads are not on package registries. If it is
 //! not installed, the test is skipped, and the package is named. Playwright comes from PyPI.
 
+use crate::debian::on_path;
 use crate::python::BUILD_XTASK;
-use crate::registry::on_path;
 use crate::repository::{cargo, root, target_folder};
 use crate::test::run;
 use crate::venv::{self, Requirements};
@@ -32,7 +32,7 @@ impl Page {
     /// # Errors
     /// The first step that fails.
     pub fn run(&self) -> Result<()> {
-        let Some(chromium) = CHROMIUM.iter().find_map(|name| on_path(name)) else {
+        let Some(chromium) = CHROMIUM.iter().find_map(on_path) else {
             println!("chromium is not on the PATH: the test of the status page is skipped");
             println!("install it, on Debian and Ubuntu: apt-get install chromium");
             return Ok(());

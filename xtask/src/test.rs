@@ -9,7 +9,7 @@ use crate::docs::Docs;
 use crate::python::Python;
 use crate::repository::{cargo, shell_line, target_folder};
 use crate::venv::{self, Requirements};
-use crate::{hub_clients, page, registry, table, tidy};
+use crate::{debian, hub_clients, page, table, tidy};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use std::path::Path;
@@ -56,7 +56,11 @@ impl Test {
             stages.run("python package", || Python::default().run());
             stages.run("status page", || page::Page::default().run());
             stages.run("docker-registry", || {
-                registry = registry::program()?;
+                registry = debian::REGISTRY.program()?;
+                match &registry {
+                    Some(program) => println!("{}", program.path.display()),
+                    None => println!("tests that need a registry are skipped; install CNCF Distribution for them"),
+                }
                 Ok(())
             });
         }
@@ -64,7 +68,7 @@ impl Test {
         stages.run("tests", || {
             let mut runner = test_runner(None);
             registry.iter().for_each(|program| {
-                runner.env("MODELCACHE_TEST_REGISTRY", program);
+                runner.env("MODELCACHE_TEST_REGISTRY", &program.path);
             });
             run(with_venv(&mut runner, venv.as_deref()))
         });
@@ -127,7 +131,9 @@ pub(crate) fn test_runner(program: Option<&str>) -> Command {
     let mut command = cargo();
     let probe = cargo().args(["nextest", "--version"]).stdout(Stdio::null()).stderr(Stdio::null()).status();
     if probe.is_ok_and(|status| status.success()) {
-        command.args(["nextest", "run", "--workspace"]);
+        // Half of the time, a test waits for a timeout, a process or the disk.
+        let threads = 2 * std::thread::available_parallelism().map_or(1, usize::from);
+        command.args(["nextest", "run", "--workspace", "--test-threads", &threads.to_string()]);
     } else {
         command.args(["test", "--workspace", "--no-fail-fast"]);
     }

@@ -123,7 +123,7 @@ fn in_turn(setup: &Setup, bytes: u64, entries: &[Entry<'_>], prepare: impl Fn() 
 /// writes. That costs several times the write itself and would be charged to the program that runs after one without
 /// page cache use. The kernel reuses the memory of a file just removed before any other, so the next program gets pages
 /// that are already backed.
-fn warm_page_cache(folder: &Path, bytes: u64) -> Result<()> {
+pub(super) fn warm_page_cache(folder: &Path, bytes: u64) -> Result<()> {
     let warmed = bytes.saturating_add(bytes / 8).min(memory_bytes("MemAvailable") / 2);
     let path = folder.join("warm");
     let mut file = BufWriter::with_capacity(1 << 20, File::create(&path)?);

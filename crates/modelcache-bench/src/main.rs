@@ -11,18 +11,22 @@
 //! | [`comparison`] | runs programs in rounds; medians, ratios, the table |
 //! | [`copiers`], [`peers`] | the commands of the peers that copy objects; the installation of all peers |
 //! | [`server`], [`server_process`] | the server; the handle of its process |
+//! | [`service`] | the handle of a server whose usage is measured: our daemon, nginx, olah |
+//! | [`client`] | HTTP clients with little overhead, as processes of their own |
 //! | [`package`] | the installation of our Python package beside the peers |
 //! | [`setup`], [`scratch`] | our program and the sizes; the data folders and their removal |
 //! | [`tensors`] | the safetensors file of the Python rows |
 //! | [`usage`], [`reader`] | one run of a program and its resource usage; a program that reads files |
 //! | [`page`], [`machine`] | docs/benchmarks.md; the description of the machine |
 //!
-//! The hidden commands `bench-server` and `bench-read` are the processes that the rows start.
+//! The hidden commands `bench-server`, `bench-read`, `bench-fetch` and `bench-load` are the processes that the rows
+//! start.
 //!
 //! A missed target or a failed program is no error: the tables show both.
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program for the terminal")]
 
+mod client;
 mod comparison;
 mod copiers;
 mod machine;
@@ -34,12 +38,15 @@ mod rows;
 mod scratch;
 mod server;
 mod server_process;
+mod service;
 mod setup;
 mod tensors;
 mod usage;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use client::fetch::FetchArguments;
+use client::load::LoadArguments;
 use page::Section;
 use peers::Peers;
 use reader::ReaderArguments;
@@ -68,18 +75,24 @@ struct Arguments {
 /// A process that a row starts
 #[derive(Debug, Subcommand)]
 enum Process {
-    #[command(hide = true)]
-    BenchServer(ServerArguments),
-    #[command(hide = true)]
-    BenchRead(ReaderArguments),
+    #[command(name = "bench-server", hide = true)]
+    Server(ServerArguments),
+    #[command(name = "bench-read", hide = true)]
+    Read(ReaderArguments),
+    #[command(name = "bench-fetch", hide = true)]
+    Fetch(FetchArguments),
+    #[command(name = "bench-load", hide = true)]
+    Load(LoadArguments),
 }
 
 fn main() -> ExitCode {
     let Arguments { process, bench } = Arguments::parse();
     let result = match process {
         None => bench.run(),
-        Some(Process::BenchServer(server)) => server.run(),
-        Some(Process::BenchRead(reader)) => reader.run(),
+        Some(Process::Server(server)) => server.run(),
+        Some(Process::Read(reader)) => reader.run(),
+        Some(Process::Fetch(fetch)) => fetch.run(),
+        Some(Process::Load(load)) => load.run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -150,6 +163,18 @@ enum Row {
     PythonOpen,
     /// The tensors of a cached file, until they are in memory
     PythonTensors,
+    /// The daemon: one large file that it has, to one client
+    DaemonWarm,
+    /// The daemon: 5,000 requests per second for a small file
+    DaemonSmall,
+    /// The daemon between the Hub and huggingface_hub
+    DaemonCold,
+    /// The daemon between the Hub and huggingface_hub, with a rate limit on each connection to the CDN
+    DaemonShaped,
+    /// The daemon: the first byte of a large file that it does not have
+    DaemonFirstByte,
+    /// The daemon: 200 clients that request the same file, which it does not have, at the same time
+    DaemonHerd,
 }
 
 impl Row {
@@ -181,6 +206,12 @@ impl Row {
             Self::PythonCold => rows::python::cold::section(setup),
             Self::PythonOpen => rows::python::open::section(setup),
             Self::PythonTensors => rows::python::tensors::section(setup),
+            Self::DaemonWarm => rows::daemon::warm::section(setup),
+            Self::DaemonSmall => rows::daemon::small::section(setup),
+            Self::DaemonCold => rows::daemon::snapshot::section(setup),
+            Self::DaemonShaped => rows::daemon::snapshot::shaped(setup),
+            Self::DaemonFirstByte => rows::daemon::first_byte::section(setup),
+            Self::DaemonHerd => rows::daemon::herd::section(setup),
         }
     }
 }

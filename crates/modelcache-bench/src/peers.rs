@@ -1,20 +1,29 @@
-//! The programs that modelcache is compared with: installed into one environment below `target/`, or found on the
-//! machine.
+//! The programs that modelcache is compared with: Python packages in one environment below `target/`, and programs of
+//! Debian packages.
 //!
 //! A peer that is not available is no error: the tables show the reason.
 
-use super::usage::run;
+use super::usage::{Running, run};
 use anyhow::{Context, Result, ensure};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use xtask::debian::{Package, Program};
 use xtask::repository::{root, target_folder};
 use xtask::venv;
 
 const FOLDER: &str = "crates/modelcache-bench/src/peers";
-/// Programs that are used if the machine has them, with the argument that prints their version.
-const SYSTEM_PROGRAMS: [(&str, &str); 2] = [("rclone", "version"), ("aria2c", "--version")];
+/// Programs of Debian packages, with the argument that prints their version.
+const DEBIAN_PROGRAMS: [(&str, Package, &str); 3] = [
+    ("rclone", Package { name: "rclone", program: "usr/bin/rclone", libraries: &[] }, "version"),
+    (
+        "aria2c",
+        Package { name: "aria2", program: "usr/bin/aria2c", libraries: &["libaria2-0", "libc-ares2"] },
+        "--version",
+    ),
+    ("nginx", Package { name: "nginx", program: "usr/sbin/nginx", libraries: &[] }, "-v"),
+];
 
 pub(super) struct Peers {
     venv: PathBuf,
@@ -22,16 +31,19 @@ pub(super) struct Peers {
     versions: BTreeMap<String, String>,
     /// The other peers: reason by name of the package or program.
     missing: BTreeMap<String, String>,
+    /// The available programs of Debian packages, by name.
+    programs: BTreeMap<&'static str, Program>,
 }
 
 impl Peers {
-    /// Installs the packages that are not installed in the pinned version, and looks for the other programs.
+    /// Installs the packages that are not installed in the pinned version, and downloads the other programs unless the
+    /// machine has them.
     pub(super) fn install() -> Result<Self> {
         let venv = target_folder()?.join("bench-venv");
         if !venv.join("bin/python").exists() {
             venv::create(&venv)?;
         }
-        let mut peers = Self { venv, versions: BTreeMap::new(), missing: BTreeMap::new() };
+        let mut peers = Self { venv, versions: BTreeMap::new(), missing: BTreeMap::new(), programs: BTreeMap::new() };
         for (list, options) in [("requirements.txt", &[][..]), ("requirements-no-deps.txt", &["--no-deps"])] {
             let path = root().join(FOLDER).join(list);
             let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -39,16 +51,25 @@ impl Peers {
                 peers.install_package(line, options)?;
             }
         }
-        for (program, version_argument) in SYSTEM_PROGRAMS {
-            match run(Command::new(program).arg(version_argument)) {
-                Ok((_, printed)) => {
-                    let version = printed.lines().next().unwrap_or_default().split(' ').next_back().unwrap_or_default();
-                    peers.versions.insert(program.into(), version.trim_start_matches('v').into());
-                }
-                Err(_) => drop(peers.missing.insert(program.into(), "not on this machine".into())),
+        for (name, package, version_argument) in DEBIAN_PROGRAMS {
+            if let Err(error) = peers.add_program(name, package, version_argument) {
+                eprintln!("bench: {name} is not measured: {error:#}");
+                peers.missing.insert(name.into(), format!("{error:#}"));
             }
         }
         Ok(peers)
+    }
+
+    fn add_program(&mut self, name: &'static str, package: Package, version_argument: &str) -> Result<()> {
+        let program = package.program()?.context("not on this machine")?;
+        let (_, status, output) = Running::start(program_command(&program).arg(version_argument))?.wait()?;
+        ensure!(status.success(), "does not run: {}", output[1].lines().next().unwrap_or_default());
+        // nginx prints its version to standard error.
+        let line = output.iter().flat_map(|text| text.lines()).next().unwrap_or_default();
+        let version = line.split([' ', '/']).next_back().unwrap_or_default().trim_start_matches('v');
+        self.versions.insert(name.into(), version.into());
+        self.programs.insert(name, program);
+        Ok(())
     }
 
     /// Installs one package, which `line` names as `name==version`, unless it is installed.
@@ -100,9 +121,10 @@ impl Peers {
         command
     }
 
-    /// Returns a command for a program of the machine.
-    pub(super) fn system_program(&self, name: &str) -> Command {
-        clean_command(Path::new(name))
+    /// Returns a command for a program of a Debian package, or fails with the reason if it is not available.
+    pub(super) fn debian_program(&self, name: &str) -> Result<Command> {
+        self.require(name)?;
+        Ok(program_command(&self.programs[name]))
     }
 
     /// Lists available peers with their versions, and missing ones with the reason.
@@ -111,6 +133,13 @@ impl Peers {
         let missing = self.missing.iter().map(|(name, why)| format!("{name} ({why})"));
         available.chain(missing).collect::<Vec<_>>().join(", ")
     }
+}
+
+/// Returns a command for a program of a Debian package.
+fn program_command(program: &Program) -> Command {
+    let mut command = clean_command(&program.path);
+    command.envs(program.libraries.iter().map(|folder| ("LD_LIBRARY_PATH", folder)));
+    command
 }
 
 /// Returns a command with a clean environment, so that the user's settings have no effect.

@@ -33,6 +33,15 @@ pub(super) struct Usage {
 }
 
 impl Usage {
+    /// Returns the usage of this run together with a server that worked for it.
+    pub(super) fn with_server(self, server: Self) -> Self {
+        Self {
+            core_seconds: self.core_seconds + server.core_seconds,
+            rss_bytes: self.rss_bytes.max(server.rss_bytes),
+            ..self
+        }
+    }
+
     /// Returns the usage of this run followed by `next`.
     pub(super) fn then(self, next: Self) -> Self {
         Self {
@@ -105,9 +114,18 @@ impl Running {
         state.rsplit(')').next().is_some_and(|rest| !rest.trim_start().starts_with('Z'))
     }
 
+    pub(super) fn pid(&self) -> u32 {
+        self.pid
+    }
+
     /// Sends SIGTERM to the program.
     pub(super) fn terminate(&self) {
         signal(self.pid, libc::SIGTERM);
+    }
+
+    /// Sends SIGKILL to the program.
+    pub(super) fn kill(&self) {
+        signal(self.pid, libc::SIGKILL);
     }
 
     /// Waits for the program to end. Returns its usage, its exit status, its standard output and its standard error.

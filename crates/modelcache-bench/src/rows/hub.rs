@@ -7,7 +7,7 @@ use crate::comparison::{Entry, Line, best_peer, compare_to_disk, ours, table};
 use crate::page::{Section, Target};
 use crate::server_process::{ServerKind, ServerProcess};
 use crate::setup::{Setup, check_size, sync};
-use crate::usage::measure;
+use crate::usage::{Usage, measure};
 use anyhow::{Context, Result};
 use modelcache_testkit::{Content, Hub};
 use std::path::{Path, PathBuf};
@@ -19,15 +19,19 @@ const FOLDER: &str = "hub";
 
 /// A repository on a stand-in for the Hub in this process, which only redirects, and the bench server as its CDN.
 pub(super) struct ServedRepo<'a> {
-    setup: &'a Setup,
-    hub: Hub,
-    _cdn: ServerProcess,
+    pub(super) setup: &'a Setup,
+    pub(super) hub: Hub,
+    pub(super) cdn: ServerProcess,
     commit: String,
     bytes: u64,
 }
 
 impl<'a> ServedRepo<'a> {
     pub(super) fn start(setup: &'a Setup, bytes: u64) -> Result<Self> {
+        Self::start_with_cdn(setup, bytes, ServerKind::Plain)
+    }
+
+    pub(super) fn start_with_cdn(setup: &'a Setup, bytes: u64, cdn: ServerKind) -> Result<Self> {
         let folder = setup.scratch.memory.join(FOLDER);
         std::fs::create_dir_all(folder.join("cdn"))?;
         let is_large_file = bytes == setup.sizes.file;
@@ -35,10 +39,10 @@ impl<'a> ServedRepo<'a> {
         let content = Content::on_disk(&file)?;
         // The Hub redirects to `cdn/<sha256>` on the server.
         std::fs::hard_link(&file, folder.join("cdn").join(content.sha256()?))?;
-        let (hub, cdn) = (Hub::start_on(0)?, ServerProcess::start(&folder, ServerKind::Plain)?);
+        let (hub, cdn) = (Hub::start_on(0)?, ServerProcess::start(&folder, cdn)?);
         hub.use_external_cdn(&format!("{}/cdn", cdn.url()));
         let commit = hub.repo(REPO).commit().file(FILE, content).publish()?;
-        Ok(Self { setup, hub, _cdn: cdn, commit, bytes })
+        Ok(Self { setup, hub, cdn, commit, bytes })
     }
 
     fn ours(&'a self, setting: &str, durability: &'static str, change: fn(&mut Command) -> &mut Command) -> Entry<'a> {
@@ -54,17 +58,28 @@ impl<'a> ServedRepo<'a> {
 
     fn peer(&'a self, workers: Option<u32>) -> Entry<'a> {
         let run = move |folder: &Path| {
-            self.setup.peers.require("huggingface_hub")?;
-            let mut command = self.script("hub_snapshot.py", folder);
-            command.args([REPO]).arg(folder).args(workers.map(|workers| workers.to_string()));
-            let used = measure(&mut command)?;
-            let file = downloaded_file(folder)?;
-            check_size(&file, self.bytes)?;
-            Ok(vec![used, used.then(sync(&file)?)])
+            let used = self.snapshot(&self.hub.url(), folder, workers)?;
+            Ok(vec![used, used.then(sync(&downloaded_file(folder)?)?)])
         };
         let setting = workers.map_or(DEFAULTS.to_owned(), |workers| format!("max_workers {workers}"));
         let steps = vec![("", "no"), (" + sync", "yes")];
         Entry { program: "huggingface_hub", setting, verified: "no", steps, run: Box::new(run) }
+    }
+
+    /// Measures `snapshot_download` of the repository from `endpoint` into `folder`.
+    pub(super) fn snapshot(&self, endpoint: &str, folder: &Path, workers: Option<u32>) -> Result<Usage> {
+        self.setup.peers.require("huggingface_hub")?;
+        let mut command = self.script("hub_snapshot.py", folder);
+        command.env("HF_ENDPOINT", endpoint);
+        command.args([REPO]).arg(folder).args(workers.map(|workers| workers.to_string()));
+        let used = measure(&mut command)?;
+        check_size(&downloaded_file(folder)?, self.bytes)?;
+        Ok(used)
+    }
+
+    /// Returns the URL of the file at `endpoint`, in its commit.
+    pub(super) fn file_url(&self, endpoint: &str) -> String {
+        format!("{endpoint}/{REPO}/resolve/{}/{FILE}", self.commit)
     }
 
     fn script(&self, name: &str, home: &Path) -> Command {

@@ -1,6 +1,7 @@
 //! The rows of the page: one file each, or one file for several similar rows.
 
 mod calls;
+pub(super) mod daemon;
 pub(super) mod files;
 pub(super) mod hash;
 pub(super) mod herd;

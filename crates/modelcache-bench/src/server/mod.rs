@@ -119,7 +119,8 @@ pub(super) fn day(time: std::time::SystemTime) -> String {
     date::day(time)
 }
 
-fn reply(line: &str) -> Result<()> {
+/// Prints a line and flushes it, for the process that reads it.
+pub(super) fn reply(line: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     writeln!(out, "{line}")?;
     Ok(out.flush()?)
