@@ -24,6 +24,7 @@ use hyper_util::client::proxy::matcher::Matcher;
 use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, HeaderMap, HeaderValue, LINK, LOCATION};
 use reqwest::{Client, ClientBuilder, Response, StatusCode};
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::OnceCell;
 use url::Url;
@@ -42,10 +43,12 @@ pub(super) const REFUSED_HINT: &str = "the server refuses the request itself, an
 const PORTAL_HINT: &str = "check the address (HF_ENDPOINT for the Hub) in a browser: a proxy or a login page of the \
                            network (captive portal) may have answered; then check HTTPS_PROXY";
 
-/// The HTTP client of one origin, built at the first request.
+/// Sends the HTTP requests of one origin.
 #[derive(Debug)]
 pub(super) struct Http {
-    client: OnceCell<Client>,
+    /// The connection pools, see [`Retry::clients`]. All origins of a cache, and caches for other tokens, share them,
+    /// because building one reads the system's root certificates, which takes some milliseconds.
+    clients: Arc<[OnceCell<Client>; 2]>,
     read_timeout: Duration,
     pauses: Pauses,
     /// See [`Config::refuse_link_local`].
@@ -56,7 +59,7 @@ impl Http {
     /// Creates a client with the timeouts of `retry`. It sends nothing to a host that asked for a pause.
     pub(super) fn new(config: &Config, retry: &Retry) -> Self {
         Self {
-            client: OnceCell::new(),
+            clients: retry.clients().clone(),
             read_timeout: retry.read_timeout(),
             pauses: retry.pauses().clone(),
             refuse_link_local: config.refuse_link_local,
@@ -126,7 +129,7 @@ impl Http {
     /// Returns the client, building it first if necessary.
     async fn client(&self) -> Result<&Client> {
         let (read_timeout, refuse_link_local) = (self.read_timeout, self.refuse_link_local);
-        self.client
+        self.clients[usize::from(!refuse_link_local)]
             .get_or_try_init(|| async {
                 // On a blocking thread and not before the first request, because reading the system's root certificates
                 // takes longer than a cache hit.

@@ -39,8 +39,8 @@ pub(super) struct Hub {
     config: HubConfig,
     http: Http,
     retry: Retry,
-    /// What was asked about commits lately, the oldest first.
-    recent: Mutex<VecDeque<(Instant, ArtifactKey, Arc<KnownCommit>)>>,
+    /// Cached answers about commits, the oldest first.
+    commits: Mutex<VecDeque<(ArtifactKey, Arc<CommitAnswers>)>>,
 }
 
 /// An answer of the API.
@@ -54,11 +54,12 @@ enum ApiAnswer {
     UnknownCall(Error),
 }
 
-/// Time for which sources of one commit share what they asked the Hub. A client that fetches many files one by one causes
-/// one request for the list of files, not one for each.
-const KNOWN_TIME: Duration = Duration::from_secs(60);
-/// Number of commits that are known at a time.
-const KNOWN_MAX: usize = 16;
+/// Time for which the list of files of a commit is cached. A client that fetches many files one by one causes one request
+/// for the list, not one for each.
+const COMMIT_CACHE_TTL: Duration = Duration::from_secs(60);
+/// Maximum number of files in all cached lists, and of lists.
+const CACHED_FILES_MAX: usize = 20_000;
+const CACHED_COMMITS_MAX: usize = 16;
 /// Concurrent requests for the sizes of files, where the list of files has none.
 const FILE_REQUESTS_MAX: usize = 8;
 /// Number of left out files that a warning names.
@@ -98,24 +99,28 @@ impl Origin for Arc<Hub> {
 impl Hub {
     /// Creates a client. Sends no request.
     pub(super) fn new(config: &Config, retry: Retry) -> Self {
-        Self { config: config.hub.clone(), http: Http::new(config, &retry), retry, recent: Mutex::default() }
+        Self { config: config.hub.clone(), http: Http::new(config, &retry), retry, commits: Mutex::default() }
     }
 
-    /// Returns what is known about a commit, to be shared with all its sources.
-    fn known(&self, key: &ArtifactKey) -> Arc<KnownCommit> {
-        let mut recent = self.recent.lock();
-        // A commit that was missing may have been pushed since.
-        let is_missing = |known: &KnownCommit| matches!(known.manifest.get(), Some(None));
-        recent.retain(|(since, _, known)| since.elapsed() < KNOWN_TIME && !is_missing(known));
-        if let Some((_, _, known)) = recent.iter().find(|(_, other, _)| other == key) {
-            return known.clone();
+    /// Returns the cached answers about a commit. All its sources share them.
+    fn commit_answers(&self, key: &ArtifactKey) -> Arc<CommitAnswers> {
+        let mut commits = self.commits.lock();
+        commits.retain(|(_, answers)| answers.may_be_used());
+        if let Some((_, answers)) = commits.iter().find(|(other, _)| other == key) {
+            return answers.clone();
         }
-        let known = Arc::<KnownCommit>::default();
-        recent.push_back((Instant::now(), key.clone(), known.clone()));
-        if recent.len() > KNOWN_MAX {
-            recent.pop_front();
+        let answers = Arc::<CommitAnswers>::default();
+        commits.push_back((key.clone(), answers.clone()));
+        let files = |(_, answers): &(ArtifactKey, Arc<CommitAnswers>)| answers.file_count();
+        while commits.len() > CACHED_COMMITS_MAX || commits.iter().map(files).sum::<usize>() > CACHED_FILES_MAX {
+            commits.pop_front();
         }
-        known
+        answers
+    }
+
+    /// Drops the cached answers about a commit, because the server contradicts them.
+    fn forget_answers(&self, key: &ArtifactKey) {
+        self.commits.lock().retain(|(other, _)| other != key);
     }
 
     /// Returns how long requests to the endpoint are still paused; `None` if they are not.
@@ -384,22 +389,39 @@ struct HubSource {
     /// The repository; its revision is the commit.
     repo: HubRepo,
     key: ArtifactKey,
-    known: Arc<KnownCommit>,
+    answers: Arc<CommitAnswers>,
 }
 
 /// What the Hub has answered about one commit.
 #[derive(Default)]
-struct KnownCommit {
-    /// `None` if there is no such commit.
-    manifest: OnceCell<Option<Manifest>>,
+struct CommitAnswers {
+    /// The list of files with the time of the answer; `None` if there is no such commit.
+    manifest: OnceCell<(Instant, Option<Manifest>)>,
+    /// The last failure to list the files.
+    failure: Mutex<Option<(Instant, Error)>>,
     /// The location from which each file was read last.
     locations: Mutex<HashMap<FilePath, ReadLocation>>,
 }
 
+impl CommitAnswers {
+    /// Returns true if another source may use these answers. A missing commit may be pushed at any time.
+    fn may_be_used(&self) -> bool {
+        self.manifest.get().is_none_or(|(at, manifest)| manifest.is_some() && at.elapsed() < COMMIT_CACHE_TTL)
+    }
+
+    fn manifest(&self) -> Option<&Option<Manifest>> {
+        self.manifest.get().map(|(_, manifest)| manifest)
+    }
+
+    fn file_count(&self) -> usize {
+        self.manifest().and_then(Option::as_ref).map_or(0, |manifest| manifest.files.len())
+    }
+}
+
 /// Prints no signed URLs.
-impl fmt::Debug for KnownCommit {
+impl fmt::Debug for CommitAnswers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("KnownCommit").finish_non_exhaustive()
+        f.debug_struct("CommitAnswers").finish_non_exhaustive()
     }
 }
 
@@ -459,17 +481,35 @@ impl Source for HubSource {
     /// Returns `None` for a missing commit. A missing repository is an error, because it may be private and the message
     /// has a remedy.
     async fn manifest(&self) -> Result<Option<Manifest>> {
-        self.known.manifest.get_or_try_init(|| self.list()).await.cloned().context(&self.key, Tier::Origin)
+        let asked = Instant::now();
+        let list = || async {
+            // The request of another caller failed while this one waited for it.
+            let failed = self.answers.failure.lock().clone().filter(|(at, _)| *at >= asked);
+            if let Some((_, error)) = failed {
+                return Err(error);
+            }
+            let listed = self.list().await;
+            listed
+                .map(|manifest| (Instant::now(), manifest))
+                .inspect_err(|error| *self.answers.failure.lock() = Some((Instant::now(), error.clone())))
+        };
+        let listed = self.answers.manifest.get_or_try_init(list).await;
+        listed.map(|(_, manifest)| manifest.clone()).context(&self.key, Tier::Origin)
     }
 
     async fn read(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
-        self.open(path, range).await.context(&self.key, Tier::Origin)
+        let opened = self.open(path, range).await.context(&self.key, Tier::Origin);
+        opened.inspect_err(|error| {
+            if error.kind() == ErrorKind::Corrupt {
+                self.hub.forget_answers(&self.key);
+            }
+        })
     }
 }
 
 impl HubSource {
     fn new(hub: &Arc<Hub>, repo: HubRepo, key: ArtifactKey) -> Self {
-        Self { known: hub.known(&key), hub: hub.clone(), repo, key }
+        Self { answers: hub.commit_answers(&key), hub: hub.clone(), repo, key }
     }
 
     /// Lists all files of the commit. Returns `None` if the commit does not exist.
@@ -606,7 +646,7 @@ impl HubSource {
             }
             // 2. The signed URL expired, or the file changed there: forget it and let the endpoint redirect again.
             tracing::debug!(%path, status = fetched.response.status().as_u16(), "signed URL refused; resolving again");
-            self.known.locations.lock().remove(path);
+            self.answers.locations.lock().remove(path);
             http::drain(fetched.response).await;
         }
         // 3. Request the file from the endpoint.
@@ -654,7 +694,7 @@ impl HubSource {
         // have different tags.
         let is_strong = |etag: &&HeaderValue| etag.as_bytes().starts_with(b"\"");
         let etag = response.headers().get(ETAG).filter(|etag| is_strong(etag) && !self.has_digest(path)).cloned();
-        self.known.locations.lock().insert(path.clone(), ReadLocation { url: url.clone(), etag });
+        self.answers.locations.lock().insert(path.clone(), ReadLocation { url: url.clone(), etag });
         Ok(Body { start, stream: http::body_stream(response, &url) })
     }
 
@@ -663,7 +703,7 @@ impl HubSource {
     /// # Errors
     /// `NotFound` if the tree was listed and lacks the file.
     fn known_size(&self, path: &FilePath) -> Result<Option<u64>> {
-        match self.known.manifest.get() {
+        match self.answers.manifest() {
             None => Ok(None),
             Some(manifest) => match manifest.as_ref().and_then(|manifest| manifest.files.get(path)) {
                 Some(entry) => Ok(Some(entry.size)),
@@ -674,12 +714,12 @@ impl HubSource {
 
     /// Returns true if the list of files has a digest of the file.
     fn has_digest(&self, path: &FilePath) -> bool {
-        let listed = self.known.manifest.get().and_then(|manifest| manifest.as_ref()?.files.get(path));
+        let listed = self.answers.manifest().and_then(|manifest| manifest.as_ref()?.files.get(path));
         listed.is_some_and(|entry| entry.sha256.is_some() || entry.git_oid.is_some())
     }
 
     fn location(&self, path: &FilePath) -> Option<ReadLocation> {
-        self.known.locations.lock().get(path).cloned()
+        self.answers.locations.lock().get(path).cloned()
     }
 }
 

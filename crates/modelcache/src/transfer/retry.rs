@@ -10,10 +10,12 @@ use crate::error::{Error, Result, Tier};
 use crate::metrics::Metrics;
 use crate::mutex::Mutex;
 use crate::progress::Progress;
+use reqwest::Client;
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
+use tokio::sync::OnceCell;
 use tokio::time::Instant;
 
 /// First backoff, before jitter. Doubles with each attempt.
@@ -55,12 +57,14 @@ pub(crate) async fn within<T>(limit: Duration, work: impl Future<Output = T>) ->
     tokio::time::timeout_at(end, RETRY_DEADLINE.scope(end - limit / 8, work)).await.ok()
 }
 
-/// The retry policy. Clones share one budget, and the pauses that servers ask for.
+/// The retry policy. Clones share one budget, the pauses that servers ask for, and the connections to origins.
 #[derive(Debug, Clone)]
 pub struct Retry {
     config: RetryConfig,
     tokens: Arc<AtomicI64>,
     pauses: Pauses,
+    /// The HTTP clients for origins, each built at its first request: without and with access to link-local addresses.
+    clients: Arc<[OnceCell<Client>; 2]>,
     /// Time of the last report of a wait at log level info.
     last_report: Arc<Mutex<Option<Instant>>>,
     /// Where retries are counted, and the tier that requests go to.
@@ -82,6 +86,7 @@ impl Retry {
             config,
             tokens: Arc::new(AtomicI64::new(TOKENS_MAX)),
             pauses: Pauses::default(),
+            clients: Arc::default(),
             last_report: Arc::default(),
             counted_in: None,
         }
@@ -95,6 +100,12 @@ impl Retry {
     /// Returns the longest wait for the next bytes of a silent server.
     pub fn read_timeout(&self) -> Duration {
         self.config.read_timeout
+    }
+
+    /// Returns the cells of the HTTP clients that all origins share: without and with access to link-local addresses. A
+    /// cell is empty until the first request.
+    pub(crate) fn clients(&self) -> &Arc<[OnceCell<Client>; 2]> {
+        &self.clients
     }
 
     /// Returns the pauses, for clients that send requests.

@@ -4,6 +4,7 @@
 //! here carries a token. Every failure goes through [`failure`], which searches the printed error for the token.
 
 use futures::StreamExt as _;
+use futures::future::join_all;
 use modelcache::config::{Config, HubConfig, RetryConfig, Secret};
 use modelcache::digest::Provenance;
 use modelcache::key::FilePath;
@@ -280,6 +281,29 @@ async fn a_read_is_one_attempt_and_its_error_is_marked_as_transient() {
     assert!(failure(source.read(&path("model.bin"), 0..1).await).is_transient());
     assert_eq!(hits.count(), 1);
     assert_eq!(read(&source, "model.bin", 0..1).await, content::bytes(1, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sources_of_one_commit_share_the_list_of_files_and_a_failure_to_get_it() {
+    let hub = Hub::start().await.unwrap();
+    let commit = hub.repo("org/model").commit().plain("config.json", "{}").publish().unwrap();
+    let (origins, reference) =
+        (origins(&hub.url(), Some(TOKEN)), Reference::parse(&format!("hf://org/model@{commit}")));
+    let source = async || origins.resolve(reference.as_ref().unwrap()).await.unwrap().unwrap().source;
+    let sources = [source().await, source().await, source().await, source().await, source().await];
+    hub.faults().add(HubFault::status(503).on("/tree/"));
+    let started = Instant::now();
+    for listed in join_all(sources.iter().map(|source| source.manifest())).await {
+        assert_eq!(failure(listed).kind(), ErrorKind::Unavailable);
+    }
+    assert!(started.elapsed() < Duration::from_secs(10), "they waited for each other: {:?}", started.elapsed());
+
+    hub.faults().clear();
+    hub.clear_requests();
+    for source in sources.iter().chain([&source().await]) {
+        assert_eq!(source.manifest().await.unwrap().unwrap().files.len(), 1);
+    }
+    assert_eq!(hub.requests().iter().filter(|request| request.path.contains("/tree/")).count(), 1);
 }
 
 #[tokio::test]
