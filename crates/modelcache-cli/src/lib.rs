@@ -22,7 +22,7 @@ mod small_memory;
 mod traces;
 mod verbs;
 
-/// Without the feature `otel`, there are no traces.
+/// Stand-in without the feature `otel`: sends nothing.
 #[cfg(not(feature = "otel"))]
 mod traces {
     use tracing_subscriber::layer::Identity;
@@ -109,7 +109,7 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
     };
     let name = arguments.verb.name();
     let span = match &arguments.verb {
-        // A request is a trace of its own. `exec` ends its span before it starts the user's command.
+        // A request is a trace of its own. `exec` has a span that ends before the user's command starts.
         verbs::Verb::Serve(_) | verbs::Verb::Exec(_) => Span::none(),
         _ => command_span(name),
     };
@@ -128,16 +128,12 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
         }
         Err(signal) => signal.exit_code(),
     };
-    span.record("exit_code", i64::from(code));
-    if code != exit::DONE {
-        span.record("otel.status_code", "ERROR");
-    }
+    record_exit(&span, code);
     drop(span);
     runtime.block_on(session.write_metrics(name, code));
     // Background tasks remove dropped uploads and claims from the remote.
     runtime.block_on(modelcache::transfer::wait_for_cleanup(CLEANUP_WAIT));
-    traces::finish();
-    match ended {
+    let outcome = match ended {
         Ok(outcome) => {
             runtime.shutdown_background();
             outcome
@@ -147,6 +143,17 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
             runtime.shutdown_timeout(SHUTDOWN_WAIT);
             Ok(signal.exit_code())
         }
+    };
+    // Last: the end of the runtime has ended the spans of interrupted requests.
+    traces::finish();
+    outcome
+}
+
+/// Records the exit code of a command in its span.
+pub(crate) fn record_exit(span: &Span, code: u8) {
+    span.record("exit_code", i64::from(code));
+    if code != exit::DONE {
+        span.record("otel.status_code", "ERROR");
     }
 }
 

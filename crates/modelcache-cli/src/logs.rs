@@ -9,8 +9,9 @@ use modelcache::settings::{LogFormat, LogSettings};
 use modelcache::{Error, ErrorKind, Result, printable, redact};
 use std::io::{self, IsTerminal, Write};
 use tracing::level_filters::LevelFilter;
+use tracing::{Level, Metadata};
 use tracing_subscriber::field::MakeExt;
-use tracing_subscriber::filter::Targets;
+use tracing_subscriber::filter::{FilterExt as _, Targets, filter_fn};
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::fmt::format::debug_fn;
 use tracing_subscriber::layer::{Filter, Layer, SubscriberExt};
@@ -19,8 +20,8 @@ use tracing_subscriber::{EnvFilter, Registry};
 /// The prefix of modelcache's own log targets.
 const OWN_TARGET: &str = "modelcache";
 
-/// Starts logging and traces for the whole process. Unless a filter was set, only errors are logged with `--quiet`, and only
-/// warnings on a terminal, where the summary lines say the rest.
+/// Starts logging and traces for the whole process. Unless a filter was set, only errors are logged with `--quiet`, and
+/// only warnings on a terminal, where the summary lines say the rest.
 pub(crate) fn start(settings: &LogSettings, output: &Output) -> Result<()> {
     let filter = match settings.source {
         None if output.is_quiet() => "error",
@@ -40,9 +41,21 @@ pub(crate) fn start(settings: &LogSettings, output: &Output) -> Result<()> {
             with_filter(lines, filter)
         }
     };
-    let subscriber = Registry::default().with(lines).with(traces::layer()?);
-    tracing::subscriber::set_global_default(subscriber)
-        .map_err(|cause| Error::new(ErrorKind::Other, "cannot start the log").cause(cause))
+    let (traces, no_traces) = match traces::layer() {
+        Ok(traces) => (traces, None),
+        Err(error) => (None, Some(error)),
+    };
+    tracing::subscriber::set_global_default(Registry::default().with(lines).with(traces))
+        .map_err(|cause| Error::new(ErrorKind::Other, "cannot start the log").cause(cause))?;
+    if let Some(error) = no_traces {
+        tracing::warn!(hint = error.hint_text(), "{error}");
+    }
+    Ok(())
+}
+
+/// Returns true for the spans of traces, which log lines do not show: those of modelcache at the level `debug`.
+pub(crate) fn is_trace_span(data: &Metadata<'_>) -> bool {
+    data.is_span() && *data.level() == Level::DEBUG && data.target().starts_with(OWN_TARGET)
 }
 
 /// Returns the filter with each bare level restricted to modelcache's own targets.
@@ -64,9 +77,9 @@ fn is_misspelt_level(word: &str) -> bool {
 /// The layer that writes log lines.
 type LineLayer = Box<dyn Layer<Registry> + Send + Sync>;
 
-/// Restricts the log lines, but not the traces, to what passes `filter`.
+/// Applies `filter` to the log lines only, not to the traces.
 fn with_filter(lines: LineLayer, filter: impl Filter<Registry> + Send + Sync + 'static) -> LineLayer {
-    lines.with_filter(filter).boxed()
+    lines.with_filter(filter.and(filter_fn(|data| !is_trace_span(data)))).boxed()
 }
 
 /// Returns the layer that writes events to standard error in `format`.

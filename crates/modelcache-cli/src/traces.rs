@@ -1,15 +1,17 @@
 //! Traces: spans of commands, requests and their phases, sent by OTLP over HTTP to the collector that the standard
 //! variables of OpenTelemetry name (`OTEL_EXPORTER_OTLP_ENDPOINT`).
 //!
-//! Only spans are sent, not log events: the log redacts credentials when it writes a line, and a span event would not
-//! pass there. The spans are those of modelcache at the level `debug`. They hold no text of a server.
+//! Log events are not sent, because only the log redacts credentials. Spans hold names, numbers, and the id and the
+//! redacted path of a request, but no text that another server sent.
 
+use crate::logs::is_trace_span;
 use modelcache::{Error, Result, redact};
 use opentelemetry::KeyValue;
 use opentelemetry::trace::TracerProvider as _;
 use opentelemetry_otlp::{
     OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_EXPORTER_OTLP_HEADERS, OTEL_EXPORTER_OTLP_TIMEOUT,
-    OTEL_EXPORTER_OTLP_TRACES_ENDPOINT, OTEL_EXPORTER_OTLP_TRACES_HEADERS, SpanExporter, WithHttpConfig as _,
+    OTEL_EXPORTER_OTLP_TRACES_ENDPOINT, OTEL_EXPORTER_OTLP_TRACES_HEADERS, OTEL_EXPORTER_OTLP_TRACES_TIMEOUT,
+    SpanExporter, WithHttpConfig as _,
 };
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::error::{OTelSdkError, OTelSdkResult};
@@ -17,7 +19,7 @@ use opentelemetry_sdk::trace::{SdkTracerProvider, SpanData};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-use tracing::{Level, Subscriber};
+use tracing::Subscriber;
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::Layer;
 use tracing_subscriber::registry::LookupSpan;
@@ -29,8 +31,12 @@ const FLUSH_WAIT: Duration = Duration::from_secs(3);
 
 static PROVIDER: OnceLock<SdkTracerProvider> = OnceLock::new();
 
-/// Returns the layer that sends spans, or `None` if the environment names no collector. Has to be called outside the
-/// runtime, because the HTTP client of the exporter has one of its own.
+/// Returns the layer that sends spans, or `None` if the environment names no collector. Panics inside a Tokio runtime,
+/// because the blocking HTTP client of the exporter starts its own.
+///
+/// # Errors
+/// `Invalid` if the collector cannot be used. Its variables may be meant for another program, so that this is no reason
+/// to fail.
 pub(crate) fn layer<S>() -> Result<Option<Box<dyn Layer<S> + Send + Sync>>>
 where
     S: Subscriber + for<'a> LookupSpan<'a> + Send + Sync,
@@ -51,7 +57,8 @@ where
         let hint = "set OTEL_EXPORTER_OTLP_ENDPOINT to the address of the collector, such as http://127.0.0.1:4318";
         refused(&why.to_string(), hint)
     };
-    let timeout = variable(OTEL_EXPORTER_OTLP_TIMEOUT).and_then(|ms| ms.parse().ok()).map(Duration::from_millis);
+    let timeout = variable(OTEL_EXPORTER_OTLP_TRACES_TIMEOUT).or_else(|| variable(OTEL_EXPORTER_OTLP_TIMEOUT));
+    let timeout = timeout.and_then(|ms| ms.parse().ok()).map(Duration::from_millis);
     let client = reqwest::blocking::Client::builder()
         .timeout(timeout.unwrap_or(TIMEOUT))
         // The headers must not reach another host.
@@ -60,7 +67,7 @@ where
         .map_err(|why| invalid(&why))?;
     let exporter = SpanExporter::builder().with_http().with_http_client(client).build().map_err(|why| invalid(&why))?;
     let provider = SdkTracerProvider::builder()
-        .with_batch_exporter(Reporting { exporter, has_failed: AtomicBool::new(false) })
+        .with_batch_exporter(WarningExporter { exporter, has_failed: AtomicBool::new(false) })
         .with_resource(resource())
         .build();
     let layer = tracing_opentelemetry::layer()
@@ -70,18 +77,15 @@ where
         .with_target(false)
         .with_tracked_inactivity(false)
         .with_context_activation(false);
-    // A second call in one process would have no subscriber to install either.
+    // Set once: the subscriber, too, is installed only once per process.
     let _ = PROVIDER.set(provider);
-    let is_own_span = |data: &tracing::Metadata<'_>| {
-        data.is_span() && *data.level() == Level::DEBUG && data.target().starts_with("modelcache")
-    };
-    Ok(Some(layer.with_filter(filter_fn(is_own_span)).boxed()))
+    Ok(Some(layer.with_filter(filter_fn(is_trace_span)).boxed()))
 }
 
-/// Sends the spans that ended so far, and no later ones.
+/// Sends the spans that have ended, waiting for at most [`FLUSH_WAIT`], and stops tracing.
 pub(crate) fn finish() {
     if let Some(provider) = PROVIDER.get() {
-        // The exporter has reported a failure.
+        // Failures are ignored: the exporter has logged them, and a collector that is silent costs only traces.
         let _ = provider.shutdown_with_timeout(FLUSH_WAIT);
     }
 }
@@ -113,19 +117,21 @@ fn resource() -> Resource {
     if has_name { detected.build() } else { detected.with_service_name("modelcache").build() }
 }
 
-/// Sends spans, and logs a warning when the collector stops taking them.
+/// Exports spans, and logs a warning when the collector begins to fail.
 #[derive(Debug)]
-struct Reporting {
+struct WarningExporter {
     exporter: SpanExporter,
     has_failed: AtomicBool,
 }
 
-impl opentelemetry_sdk::trace::SpanExporter for Reporting {
+impl opentelemetry_sdk::trace::SpanExporter for WarningExporter {
     async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
         let result = self.exporter.export(batch).await;
         let had_failed = self.has_failed.swap(result.is_err(), Ordering::Relaxed);
         if let (Err(error), false) = (&result, had_failed) {
-            tracing::warn!(%error, "the collector of OTEL_EXPORTER_OTLP_ENDPOINT does not take the traces");
+            let message = "cannot send traces to the collector of OTEL_EXPORTER_OTLP_ENDPOINT; they are lost until it \
+                           answers (OTEL_SDK_DISABLED=true turns traces off)";
+            tracing::warn!(%error, "{message}");
         }
         result
     }

@@ -157,16 +157,16 @@ pub(crate) async fn observe(State(app): State<Arc<App>>, request: Request, next:
     let (method, path) = (request.method().clone(), printable::line(request.uri().path()).into_owned());
     let started = Instant::now();
     let in_flight = InFlight::start(&app.http);
-    let span = tracing::info_span!("request", id = %id);
-    let trace = span.in_scope(|| trace::span(&request, &id));
-    let mut response = next.run(request).instrument(trace.clone()).instrument(span.clone()).await;
+    let log_span = tracing::info_span!("request", id = %id);
+    let trace_span = log_span.in_scope(|| trace::span(&request, &id));
+    let response = next.run(request).instrument(trace_span.clone()).instrument(log_span.clone()).await;
     drop(in_flight);
     let named = response.extensions().get::<RouteName>().map(|RouteName(name)| (*name).to_owned());
     let route = named.or(route).unwrap_or_else(|| "none".into());
     let status = response.status();
-    trace::record(&trace, &method, &route, status);
+    trace::record(&trace_span, &method, &route, status);
     *app.http.requests.lock().entry((route, status.as_u16())).or_default() += 1;
-    let _entered = span.enter();
+    let _entered = log_span.enter();
     let ms = started.elapsed().as_millis() as u64;
     let failure = response.extensions().get::<Failure>().map(|Failure(error)| error.clone());
     match &failure {
@@ -177,6 +177,7 @@ pub(crate) async fn observe(State(app): State<Arc<App>>, request: Request, next:
         Some(error) => tracing::info!(%method, path, status = status.as_u16(), ms, %error, "request refused"),
         None => tracing::debug!(%method, path, status = status.as_u16(), ms, "request"),
     }
+    let mut response = response.map(|body| trace::until_sent(body, trace_span));
     response.headers_mut().insert(X_REQUEST_ID, header::value(&id));
     response
 }

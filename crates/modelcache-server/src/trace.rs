@@ -1,9 +1,13 @@
 //! The span of a request, for traces. Its fields follow the conventions of OpenTelemetry for HTTP servers
 //! (<https://opentelemetry.io/docs/specs/semconv/http/http-spans/>).
 
+use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::Request;
 use axum::http::{Method, StatusCode};
+use hyper::body::{Frame, SizeHint};
 use modelcache::{printable, redact};
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use tracing::Span;
 use tracing::field::Empty;
 
@@ -13,7 +17,7 @@ pub(crate) fn span(request: &Request, id: &str) -> Span {
         "http",
         otel.kind = "server",
         otel.status_code = Empty,
-        http.request.method = %request.method(),
+        http.request.method = known(request.method()),
         http.response.status_code = Empty,
         http.route = Empty,
         request.id = id,
@@ -25,10 +29,61 @@ pub(crate) fn span(request: &Request, id: &str) -> Span {
         use tracing_opentelemetry::OpenTelemetrySpanExt as _;
         let client = opentelemetry_sdk::propagation::TraceContextPropagator::new()
             .extract(&opentelemetry_http::HeaderExtractor(request.headers()));
-        // Fails if nobody collects traces.
+        // Fails if no layer for traces is installed.
         let _ = span.set_parent(client);
     }
     span
+}
+
+/// Returns the name of a method of HTTP; any other word of a client becomes `_OTHER`, so that names stay few.
+fn known(method: &Method) -> &str {
+    match *method {
+        Method::GET | Method::HEAD | Method::POST | Method::PUT | Method::DELETE | Method::PATCH | Method::OPTIONS => {
+            method.as_str()
+        }
+        _ => "_OTHER",
+    }
+}
+
+/// Returns `body`, which ends the span of its request when it was sent or its client went away.
+pub(crate) fn until_sent(body: Body, span: Span) -> Body {
+    if span.is_disabled() { body } else { Body::new(SpanBody { body, span }) }
+}
+
+/// A body that holds the span of its request.
+struct SpanBody {
+    body: Body,
+    span: Span,
+}
+
+impl HttpBody for SpanBody {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
+        let Self { body, span } = &mut *self;
+        // A fill that begins while the body is sent belongs to the request.
+        let _entered = span.enter();
+        Pin::new(body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+impl Drop for SpanBody {
+    fn drop(&mut self) {
+        // In a trace, a span ends when it was last left.
+        self.span.in_scope(|| ());
+    }
 }
 
 /// Records the response in the span of its request.
@@ -38,8 +93,8 @@ pub(crate) fn record(span: &Span, method: &Method, route: &str, status: StatusCo
     {
         use opentelemetry::trace::TraceContextExt as _;
         use tracing_opentelemetry::OpenTelemetrySpanExt as _;
-        // The field `otel.name` has no effect once the span has a child.
-        span.context().span().update_name(format!("{method} {route}"));
+        // The field `otel.name` no longer renames a span that has children.
+        span.context().span().update_name(format!("{} {route}", known(method)));
     }
     span.record("http.route", route);
     span.record("http.response.status_code", i64::from(status.as_u16()));

@@ -71,7 +71,7 @@ impl Phase {
 /// The progress of one call. Clones share it.
 ///
 /// The phases of the call become `tracing` spans at the level `debug`, below the span in which the progress was created.
-/// Without such a span there are none.
+/// That span stays open as long as a clone lives. If the progress was created outside of any span, there are none.
 #[derive(Debug, Clone)]
 pub struct Progress(Arc<Counters>);
 
@@ -173,7 +173,7 @@ impl Progress {
         self.0.total_bytes.store(total_bytes, Ordering::Relaxed);
         self.0.done_bytes.store(0, Ordering::Relaxed);
         self.0.phase.store(phase as u8, Ordering::Relaxed);
-        // Each phase has a name of its own only in traces, because `tracing` needs a constant.
+        // `tracing` needs a constant name, so the name of the phase is in `otel.name`.
         let span = self.0.span.as_ref().map(|parent| {
             debug_span!(
                 parent: parent, "phase", otel.name = phase.name(), total_bytes = total_bytes as i64,

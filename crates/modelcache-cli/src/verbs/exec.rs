@@ -43,8 +43,12 @@ impl Exec {
         self.reject_unknown_placeholders()?;
         let Some(references) = self.arguments.references(session, &self.references) else { return Ok(exit::USAGE) };
         let cache = open_cache(session.config_without_background_sync())?;
-        let getting = self.get_all(session, &cache, &references).instrument(crate::command_span("exec"));
-        let artifacts = self.arguments.with_timeout(getting).await?;
+        let span = crate::command_span("exec");
+        let getting = self.get_all(session, &cache, &references).instrument(span.clone());
+        let artifacts = self.arguments.with_timeout(getting).await;
+        crate::record_exit(&span, artifacts.as_ref().map_or_else(|error| exit::code(error.kind()), |_| exit::DONE));
+        drop(span);
+        let artifacts = artifacts?;
         let paths: Vec<PathBuf> = artifacts.iter().map(|artifact| artifact.path.clone()).collect();
         let words: Vec<OsString> = self.command.iter().map(|word| substitute_paths(word, &paths)).collect();
         let [program, arguments @ ..] = &words[..] else {

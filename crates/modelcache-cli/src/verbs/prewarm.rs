@@ -18,6 +18,8 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::time::Instant;
+use tracing::Instrument as _;
+use tracing::field::Empty;
 
 /// The largest list file, in bytes. A larger one is refused.
 const LIST_BYTES_MAX: u64 = 16 << 20;
@@ -119,8 +121,13 @@ async fn get_one<'a>(
 ) -> (&'a str, Result<Artifact>) {
     let output = session.output;
     let text = entry.text.as_str();
-    let progress = tracing::debug_span!("get", reference = %redact::reference(text)).in_scope(Progress::new);
-    let got = progress::show(output, text, &progress, cache.get_with(&entry.reference, options, &progress)).await;
+    let span = tracing::debug_span!("get", reference = %redact::reference(text), otel.status_code = Empty);
+    let progress = span.in_scope(Progress::new);
+    let getting = cache.get_with(&entry.reference, options, &progress).instrument(span.clone());
+    let got = progress::show(output, text, &progress, getting).await;
+    if got.is_err() {
+        span.record("otel.status_code", "ERROR");
+    }
     let outcome = got.and_then(|artifact| {
         if output.is_json() {
             output.print_json(&WithReference { reference: text, report: artifact.answer() })?;

@@ -48,8 +48,14 @@ fn get(port: u16, path: &str) -> (String, Vec<u8>) {
 
 /// Sends a GET with further header lines, each of which ends with CRLF.
 pub(crate) fn get_with(port: u16, path: &str, headers: &str) -> (String, Vec<u8>) {
+    send(port, "GET", path, headers, "")
+}
+
+/// Sends a request with further header lines, and a body. Returns like [`Daemon::get`].
+pub(crate) fn send(port: u16, method: &str, path: &str, headers: &str, body: &str) -> (String, Vec<u8>) {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\n{headers}Connection: close\r\n\r\n").unwrap();
+    let head = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\n{headers}Connection: close");
+    write!(stream, "{head}\r\n\r\n{body}").unwrap();
     let mut bytes = Vec::new();
     // A reset is also an end.
     let _ = stream.read_to_end(&mut bytes);

@@ -1,7 +1,7 @@
 //! Traces by OTLP over HTTP: the spans that a collector gets, and what a bad collector does to a command.
 
 use crate::common::*;
-use crate::serve::{Daemon, get_with};
+use crate::serve::{Daemon, get_with, send};
 use serde_json::Value;
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::net::TcpListener;
@@ -59,6 +59,11 @@ fn a_request_to_the_daemon_continues_the_trace_of_its_client() {
     let (head, body) = get_with(daemon.port, &path, &header);
     assert!(head.starts_with("HTTP/1.1 200"), "{head}");
     assert!(body == big().to_vec().unwrap(), "other bytes");
+    // The head of this response is sent before the download begins.
+    let body = r#"{"ref": "hf://org/model"}"#;
+    let length = format!("Content-Length: {}\r\n", body.len());
+    let lines = format!("Content-Type: application/json\r\nAccept: application/x-ndjson\r\n{length}");
+    send(daemon.port, "POST", "/cache/artifacts", &lines, body);
     daemon.get("/livez");
     daemon.running.signal("TERM");
     daemon.running.wait().ok();
@@ -80,6 +85,9 @@ fn a_request_to_the_daemon_continues_the_trace_of_its_client() {
     assert_eq!(download["attributes"]["origin_bytes"], big().len());
     let took = |span: &Value| span["ms"].as_f64().unwrap();
     assert!(took(request) >= took(download), "a request lasts until its body is sent: {request:#} {download:#}");
+    let fill = named(&spans, "POST /cache/artifacts");
+    let phase = spans.iter().find(|span| span["parent"] == fill["id"]).expect("it has phases");
+    assert!(took(fill) >= took(phase), "{fill:#} {phase:#}");
     assert_eq!(named(&spans, "GET /livez")["parent"], "", "another trace");
     assert!(spans.iter().all(|span| span["events"] == 0), "the log is not sent");
 }
@@ -88,10 +96,11 @@ fn a_request_to_the_daemon_continues_the_trace_of_its_client() {
 fn a_command_is_a_trace_with_its_phases() {
     let Some(venv) = venv() else { return };
     let ((house, _), collector) = (House::with_model(), Collector::start(&venv));
-    let run = house.on_local("a").env("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint());
-    run.env("OTEL_RESOURCE_ATTRIBUTES", "service.name=trainer").run(["get", "hf://org/model"]).ok();
-    let run = house.on_local("a").env("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint());
-    run.run(["exec", "hf://org/model", "--", "/bin/true"]).ok();
+    let run = |dir| house.on_local(dir).env("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint());
+    run("a").env("OTEL_RESOURCE_ATTRIBUTES", "service.name=trainer").run(["get", "hf://org/model"]).ok();
+    run("a").run(["exec", "hf://org/model", "--", "/bin/true"]).ok();
+    run("b").run(["prewarm", "hf://org/model"]).ok();
+    run("b").run(["get", "other@1"]).failed(3, &["other@1"]);
     let spans = collector.end();
     let command = named(&spans, "get");
     assert_eq!(command["resource"]["service.name"], "trainer");
@@ -100,7 +109,15 @@ fn a_command_is_a_trace_with_its_phases() {
     }
     assert_eq!(command["attributes"]["exit_code"], 0);
     // Its span ends before the user's command begins.
-    named(&spans, "exec");
+    assert_eq!(named(&spans, "exec")["attributes"]["exit_code"], 0);
+    // Each artifact of a list has a span of its own.
+    let prewarm = named(&spans, "prewarm");
+    let one = spans.iter().find(|span| span["attributes"]["reference"] == "hf://org/model").expect("a span");
+    assert_eq!((&one["name"], &one["parent"]), (&"get".into(), &prewarm["id"]));
+    let phase = spans.iter().find(|span| span["parent"] == one["id"] && span["name"] == "download").expect("a phase");
+    assert!(one["ms"].as_f64() >= phase["ms"].as_f64(), "{one:#} {phase:#}");
+    let failed = spans.iter().find(|span| span["attributes"]["exit_code"] == 3).expect("a failed command");
+    assert_eq!(failed["status"], 2, "an error");
 }
 
 #[test]
@@ -111,12 +128,14 @@ fn without_a_collector_a_command_succeeds_and_says_so() {
     let run = |endpoint: &str| house.on_local("a").env("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint);
     let started = Instant::now();
     let outcome = run(&format!("http://user:canary-password@127.0.0.1:{port}")).run(["get", "hf://org/model"]).ok();
-    let outcome = outcome.said(&["OTEL_EXPORTER_OTLP_ENDPOINT", "does not take the traces"]);
+    let outcome = outcome.said(&["OTEL_EXPORTER_OTLP_ENDPOINT", "cannot send traces"]);
     assert!(!outcome.stderr.contains("canary-password"), "{outcome}");
     assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
 
-    run("no address").run(["ls"]).failed(2, &["OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318"]);
+    // The variables may be meant for the program that `exec` starts.
+    run("no address").run(["ls"]).ok().said(&["OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318"]);
     let grpc = run("http://127.0.0.1:4317").env("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc");
-    grpc.run(["ls"]).failed(2, &["OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf"]);
-    run("no address").env("OTEL_SDK_DISABLED", "true").run(["ls"]).ok();
+    grpc.run(["ls"]).ok().said(&["OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf"]);
+    let outcome = run("no address").env("OTEL_SDK_DISABLED", "true").run(["ls"]).ok();
+    assert!(!outcome.stderr.contains("OTEL"), "{outcome}");
 }

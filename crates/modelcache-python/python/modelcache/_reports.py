@@ -61,7 +61,7 @@ class _Report:
         return [cls._from(row) for row in json.loads(text)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as a dictionary that ``json`` can serialize, with the fields of ``modelcache --json``."""
+        """Return the report as a dictionary that ``json`` can serialize. Times are RFC 3339, as in ``--json``."""
         values = dataclasses.asdict(self)  # type: ignore[call-overload]
         # A round trip through JSON converts paths and nested values.
         plain: dict[str, Any] = _with_times(json.loads(json.dumps(values, default=str)))

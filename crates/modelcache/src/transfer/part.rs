@@ -32,8 +32,6 @@ use std::time::{Duration, Instant};
 
 /// Interval at which the pace of a range is compared with its peers.
 const PEER_CHECK_INTERVAL: Duration = Duration::from_millis(250);
-/// Least number of bytes that are written at once while a reader waits for the beginning of a part.
-const FIRST_SLICE_BYTES: usize = 64 << 10;
 /// Received bytes are added to the metrics in steps of this size, because the counters are behind a lock.
 const COUNT_STEP_BYTES: u64 = 4 << 20;
 
@@ -80,11 +78,11 @@ impl PartTask {
         if part.must_catch_up { Ok(self.catch_up().await?) } else { Ok(()) }
     }
 
-    /// Returns true if readers of unverified bytes may read slices of a part before the part is complete. Bytes that are
-    /// written are then never written again in this generation. A part that a ladder verifies may be, and so may a
-    /// stream that a server starts over.
-    fn is_read_by_slice(&self) -> bool {
-        self.ladder.is_none() && !self.one_stream
+    /// Returns true if readers of unverified bytes may read each slice of a part as soon as it is written. No byte may
+    /// then be written twice in one generation. False with a ladder, because a part that fails verification is written
+    /// again, and if the server ignores ranges, because it may send the file again from the beginning.
+    fn may_read_slices(&self, source: &dyn Source) -> bool {
+        self.ladder.is_none() && !self.one_stream && !source.ignores_ranges()
     }
 
     /// Adds `bytes` to the progress display.
@@ -223,9 +221,9 @@ impl PartTask {
             return Err(PartFailure::IgnoresRanges);
         }
         if body.start != requested.start {
-            // Readers may have read bytes that the response could replace by others. The next attempt has another
-            // generation.
-            if self.is_read_by_slice() && part.next > range.start {
+            // These bytes would be written a second time, and readers may have read them. The next attempt is one
+            // stream, in a new generation.
+            if part.may_read_slices && part.next > range.start {
                 return Err(PartFailure::IgnoresRanges);
             }
             // The response begins at another offset. It is usable only if it is the whole file, and the whole file was
@@ -239,6 +237,7 @@ impl PartTask {
             // The response may differ from the one before, so its bytes are hashed from the beginning.
             self.writer.rewind();
         }
+        part.may_read_slices = self.may_read_slices(source);
         let received = self.receive(reader, HedgedRead::new(body.stream, part.next), range, part).await;
         // Wait for the slice that the workers still have, even if the stream failed.
         let matches = part.wait_for_slice(self).await?;
@@ -308,13 +307,11 @@ impl PartTask {
                 // A full slice goes to the workers, unless it is the last one.
                 if buffer.len() == SLICE_BYTES && SLICE_BYTES as u64 != room {
                     part.submit(self, range, Work::Write, buffer).await?;
-                } else if buffer.len() >= FIRST_SLICE_BYTES
+                } else if part.may_read_slices
                     && (buffer.len() as u64) < room
-                    && part.next == range.start
-                    && self.is_read_by_slice()
-                    && self.file.partial_file.is_waited_for(part.next)
+                    && self.file.partial_file.is_waited_for(&(part.next..part.next + buffer.len() as u64))
                 {
-                    // A reader waits for the first bytes of this part.
+                    // A reader can go on with these bytes.
                     part.submit(self, range, Work::Write, buffer).await?;
                     part.wait_for_slice(self).await?;
                 } else {
@@ -507,6 +504,8 @@ struct PartProgress {
     must_catch_up: bool,
     /// False once a checkpoint of the ladder did not match.
     matches: bool,
+    /// See [`PartTask::may_read_slices`].
+    may_read_slices: bool,
 }
 
 impl PartProgress {
@@ -521,6 +520,7 @@ impl PartProgress {
             empty_responses: 0,
             must_catch_up: false,
             matches: true,
+            may_read_slices: false,
         }
     }
 
@@ -604,7 +604,7 @@ impl PartProgress {
         self.must_catch_up |= must_catch_up;
         self.matches &= matches;
         task.report_done(len);
-        if task.is_read_by_slice() {
+        if self.may_read_slices {
             task.file.partial_file.range_received(task.generation, &(self.next - len..self.next));
         }
         Ok(self.matches)

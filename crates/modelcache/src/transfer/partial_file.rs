@@ -22,6 +22,8 @@ use tokio::sync::{Notify, watch};
 const AHEAD_PARTS: u64 = 4;
 /// Largest gap, in bytes, between two reads that still count as sequential.
 const GAP_BYTES: u64 = 1 << 20;
+/// Largest range, in bytes, that a reader gets before the slice with it is full.
+const SHORT_BYTES: u64 = 64 << 10;
 /// Time to wait for a reader's next demand after its last one was satisfied. After it, parts without a demand are
 /// requested.
 pub(super) const NEXT_DEMAND_WAIT: Duration = Duration::from_millis(20);
@@ -143,8 +145,8 @@ impl PartialFile {
         self.received.borrow().current() == Some(generation)
     }
 
-    /// Records that `range` is written into the file of `generation` and, if there is a ladder, verified. Has no effect
-    /// if `generation` is not current.
+    /// Records that `range`, a part or a slice of one, is written into the file of `generation` and, if there is a
+    /// ladder, verified. Has no effect if `generation` is not current.
     pub(super) fn range_received(&self, generation: u64, range: &Range<u64>) {
         self.received.send_if_modified(|received| {
             let is_current = received.current() == Some(generation);
@@ -217,11 +219,13 @@ impl PartialFile {
         }
     }
 
-    /// Returns true if a reader that accepts unverified bytes waits for the byte at `offset`.
-    pub(super) fn is_waited_for(&self, offset: u64) -> bool {
-        let waits =
-            |demand: &Demand| demand.unchecked && demand.range.as_ref().is_some_and(|range| range.contains(&offset));
-        self.demands.lock().values().any(waits)
+    /// Returns true if a reader of unverified bytes waits for a short range, which ends within `received`. A longer range
+    /// is not worth a slice of its own.
+    pub(super) fn is_waited_for(&self, received: &Range<u64>) -> bool {
+        let ends_here = |range: &Range<u64>| {
+            range.end - range.start <= SHORT_BYTES && range.end > received.start && range.end <= received.end
+        };
+        self.demands.lock().values().any(|demand| demand.unchecked && demand.range.as_ref().is_some_and(ends_here))
     }
 
     /// Waits until the demand of a reader changes.
