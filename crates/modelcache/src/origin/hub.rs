@@ -640,13 +640,19 @@ impl HubSource {
         }
         // 1. Request the last known location directly, which saves a redirect per part.
         if let Some(location) = self.location(path) {
-            let fetched = self.request_range(location.url.clone(), &range, location.etag.clone()).await?;
-            if !matches!(fetched.response.status().as_u16(), 401 | 403 | 404 | 410 | 412) {
+            let forget = || drop(self.answers.locations.lock().remove(path));
+            let fetched = self.request_range(location.url.clone(), &range, location.etag.clone()).await;
+            // The server at the location may be gone for good: the next attempt asks the endpoint.
+            let fetched = fetched.inspect_err(|_| forget())?;
+            let status = fetched.response.status().as_u16();
+            if status >= 400 {
+                forget();
+            }
+            if !matches!(status, 401 | 403 | 404 | 410 | 412) {
                 return self.body(path, &range, size, fetched).await;
             }
-            // 2. The signed URL expired, or the file changed there: forget it and let the endpoint redirect again.
-            tracing::debug!(%path, status = fetched.response.status().as_u16(), "signed URL refused; resolving again");
-            self.answers.locations.lock().remove(path);
+            // 2. The signed URL expired, or the file changed there: let the endpoint redirect again.
+            tracing::debug!(%path, status, "signed URL refused; resolving again");
             http::drain(fetched.response).await;
         }
         // 3. Request the file from the endpoint.

@@ -13,7 +13,7 @@ use modelcache::source::{Body, Source};
 use modelcache::transfer::Retry;
 use modelcache::{Error, ErrorKind, Reference, Result, Tier};
 use modelcache_testkit::hub::HubFault;
-use modelcache_testkit::{Hub, Place, content};
+use modelcache_testkit::{FaultProxy, Hub, Place, content};
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -163,6 +163,21 @@ async fn later_ranges_skip_the_redirect_until_the_address_expires() {
     assert_eq!(read(&source, "model.bin", 8..9).await, &want[8..9]);
     assert_eq!(resolves(&hub), 2, "renewed once, and remembered again");
     assert!(hub.tokens_at_cdn().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cdn_that_is_gone_is_forgotten() {
+    let (hub, source) = hub_with_model().await;
+    let start = || FaultProxy::start_on(hub.cdn_url(), 0).unwrap();
+    let proxy = start();
+    hub.use_cdn_proxy(&proxy.url());
+    assert_eq!(read(&source, "model.bin", 0..1).await, content::bytes(1, 1));
+    drop(proxy);
+    let proxy = start();
+    hub.use_cdn_proxy(&proxy.url());
+    // The signed URL of the first proxy fails once, and then the Hub is asked for another.
+    assert!(failure(source.read(&path("model.bin"), 0..1).await).is_transient());
+    assert_eq!(read(&source, "model.bin", 0..1).await, content::bytes(1, 1));
 }
 
 #[tokio::test]
