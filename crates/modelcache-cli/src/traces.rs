@@ -15,7 +15,8 @@ use opentelemetry_otlp::{
 };
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::error::{OTelSdkError, OTelSdkResult};
-use opentelemetry_sdk::trace::{SdkTracerProvider, SpanData};
+use opentelemetry_sdk::trace::{BatchConfig, BatchConfigBuilder, BatchSpanProcessor, SdkTracerProvider, SpanData};
+use std::ops::RangeInclusive;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -28,6 +29,10 @@ use tracing_subscriber::registry::LookupSpan;
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest time for which the end of the program waits for the last spans.
 const FLUSH_WAIT: Duration = Duration::from_secs(3);
+
+/// The warning for a collector that does not answer.
+const NO_TRACES: &str = "cannot send traces to the collector of OTEL_EXPORTER_OTLP_ENDPOINT; they are lost until it \
+                         answers (OTEL_SDK_DISABLED=true turns traces off)";
 
 static PROVIDER: OnceLock<SdkTracerProvider> = OnceLock::new();
 
@@ -49,7 +54,7 @@ where
         headers.split(',').filter_map(|header| header.split_once('=')).for_each(|(_, value)| redact::register(value));
     }
     let refused = |why: &str, hint| Error::invalid(format!("traces cannot be sent: {}", redact::text(why))).hint(hint);
-    if let Some(protocol) = protocol().filter(|protocol| protocol != "http/protobuf") {
+    if let Some(protocol) = protocol().filter(|protocol| !protocol.eq_ignore_ascii_case("http/protobuf")) {
         let hint = "set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf, and the port for HTTP (4318)";
         return Err(refused(&format!("the protocol {protocol:?} is not built in"), hint));
     }
@@ -66,8 +71,9 @@ where
         .build()
         .map_err(|why| invalid(&why))?;
     let exporter = SpanExporter::builder().with_http().with_http_client(client).build().map_err(|why| invalid(&why))?;
+    let exporter = WarningExporter { exporter, has_failed: AtomicBool::new(false) };
     let provider = SdkTracerProvider::builder()
-        .with_batch_exporter(WarningExporter { exporter, has_failed: AtomicBool::new(false) })
+        .with_span_processor(BatchSpanProcessor::builder(exporter).with_batch_config(batch_config()).build())
         .with_resource(resource())
         .build();
     let layer = tracing_opentelemetry::layer()
@@ -85,9 +91,25 @@ where
 /// Sends the spans that have ended, waiting for at most [`FLUSH_WAIT`], and stops tracing.
 pub(crate) fn finish() {
     if let Some(provider) = PROVIDER.get() {
-        // Failures are ignored: the exporter has logged them, and a collector that is silent costs only traces.
-        let _ = provider.shutdown_with_timeout(FLUSH_WAIT);
+        // The exporter has logged all other failures.
+        if let Err(OTelSdkError::Timeout(_)) = provider.shutdown_with_timeout(FLUSH_WAIT) {
+            tracing::warn!(wait = ?FLUSH_WAIT, "{NO_TRACES}");
+        }
     }
+}
+
+/// Returns the limits of the queue of ended spans. The SDK takes values from the environment as they are, also those that
+/// need all memory or a whole core.
+fn batch_config() -> BatchConfig {
+    let number = |name, default: u64, range: RangeInclusive<u64>| {
+        let number = variable(name).and_then(|value| value.parse().ok()).unwrap_or(default);
+        number.clamp(*range.start(), *range.end())
+    };
+    let queue = number("OTEL_BSP_MAX_QUEUE_SIZE", 2048, 1..=65_536) as usize;
+    let batch = number("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", 512, 1..=65_536) as usize;
+    let delay = Duration::from_millis(number("OTEL_BSP_SCHEDULE_DELAY", 5000, 50..=3_600_000));
+    let builder = BatchConfigBuilder::default().with_max_queue_size(queue).with_scheduled_delay(delay);
+    builder.with_max_export_batch_size(batch.min(queue)).build()
 }
 
 /// Returns true if the environment names a collector, and traces are not switched off.
@@ -96,7 +118,8 @@ fn is_requested() -> bool {
         .into_iter()
         .any(|name| variable(name).is_some());
     let is_disabled = variable("OTEL_SDK_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true"));
-    let has_other_exporter = variable("OTEL_TRACES_EXPORTER").is_some_and(|value| value != "otlp");
+    let is_otlp = |exporters: String| exporters.split(',').any(|exporter| exporter.trim() == "otlp");
+    let has_other_exporter = variable("OTEL_TRACES_EXPORTER").is_some_and(|exporters| !is_otlp(exporters));
     has_endpoint && !is_disabled && !has_other_exporter
 }
 
@@ -129,9 +152,7 @@ impl opentelemetry_sdk::trace::SpanExporter for WarningExporter {
         let result = self.exporter.export(batch).await;
         let had_failed = self.has_failed.swap(result.is_err(), Ordering::Relaxed);
         if let (Err(error), false) = (&result, had_failed) {
-            let message = "cannot send traces to the collector of OTEL_EXPORTER_OTLP_ENDPOINT; they are lost until it \
-                           answers (OTEL_SDK_DISABLED=true turns traces off)";
-            tracing::warn!(%error, "{message}");
+            tracing::warn!(%error, "{NO_TRACES}");
         }
         result
     }

@@ -7,7 +7,6 @@ use axum::middleware::Next;
 use axum::response::Response;
 use modelcache::metrics::{Descriptor, Sample};
 use modelcache::mutex::Mutex;
-use modelcache::printable;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -154,7 +153,7 @@ impl Drop for InFlight<'_> {
 pub(crate) async fn observe(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let id = request_id(&request);
     let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
-    let (method, path) = (request.method().clone(), printable::line(request.uri().path()).into_owned());
+    let (method, path) = (request.method().clone(), trace::shown_path(request.uri()));
     let started = Instant::now();
     let in_flight = InFlight::start(&app.http);
     let log_span = tracing::info_span!("request", id = %id);

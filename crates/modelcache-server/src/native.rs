@@ -181,7 +181,7 @@ pub(crate) async fn list(
 
 /// The manifest of one artifact: its files with sizes and digests, by tier
 #[utoipa::path(get, path = "/cache/artifacts/{key}", tag = "cache",
-    params(("key" = String, Path, description = "`name@version`; a slash in the name is written %2F")),
+    params(("key" = String, Path, description = "`name@version`, or the `reference` of a list; a slash is written %2F")),
     responses((status = 200, body = Object), (status = 400), (status = 401), (status = 403), (status = 404)))]
 pub(crate) async fn inspect(
     State(app): State<Arc<App>>,
@@ -243,7 +243,7 @@ pub(crate) async fn get(
 
 /// One file of an artifact, while it downloads if it is not on disk yet
 #[utoipa::path(get, path = "/cache/artifacts/{key}/files/{path}", tag = "cache",
-    params(("key" = String, Path, description = "`name@version`; a slash in the name is written %2F"),
+    params(("key" = String, Path, description = "`name@version`, or the `reference` of a list; a slash is written %2F"),
         ("path" = String, Path, description = "The path of the file in the artifact")),
     responses((status = 200, content_type = "application/octet-stream"), (status = 206), (status = 304), (status = 400),
         (status = 401), (status = 403), (status = 404), (status = 416), (status = 502), (status = 503)))]
@@ -284,7 +284,7 @@ pub(crate) async fn file(
 
 /// Evict an artifact from the named tier
 #[utoipa::path(delete, path = "/cache/artifacts/{key}", tag = "cache",
-    params(("key" = String, Path, description = "`name@version`; a slash in the name is written %2F"), EvictQuery),
+    params(("key" = String, Path, description = "`name@version`, or the `reference` of a list; a slash is written %2F"), EvictQuery),
     responses((status = 200, body = Object), (status = 400), (status = 401), (status = 403), (status = 404),
         (status = 409)))]
 pub(crate) async fn evict(

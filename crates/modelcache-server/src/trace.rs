@@ -3,9 +3,10 @@
 
 use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::Request;
-use axum::http::{Method, StatusCode};
+use axum::http::{Method, StatusCode, Uri};
 use hyper::body::{Frame, SizeHint};
 use modelcache::{printable, redact};
+use percent_encoding::percent_decode_str;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use tracing::Span;
@@ -20,8 +21,8 @@ pub(crate) fn span(request: &Request, id: &str) -> Span {
         http.request.method = known(request.method()),
         http.response.status_code = Empty,
         http.route = Empty,
-        request.id = id,
-        url.path = %redact::text(&printable::line(request.uri().path())),
+        request.id = %redact::text(id),
+        url.path = shown_path(request.uri()),
     );
     #[cfg(feature = "otel")]
     {
@@ -33,6 +34,15 @@ pub(crate) fn span(request: &Request, id: &str) -> Span {
         let _ = span.set_parent(client);
     }
     span
+}
+
+/// Returns the path of a request without credentials. A reference in a path is percent-encoded, and credentials in it are
+/// recognised only once it is decoded.
+pub(crate) fn shown_path(uri: &Uri) -> String {
+    let path = printable::line(uri.path());
+    let decoded = percent_decode_str(&path).decode_utf8_lossy();
+    let redacted = redact::text(&decoded);
+    if redacted == decoded { redact::text(&path).into_owned() } else { printable::line(&redacted).into_owned() }
 }
 
 /// Returns the name of a method of HTTP; any other word of a client becomes `_OTHER`, so that names stay few.

@@ -56,6 +56,8 @@ fn a_request_to_the_daemon_continues_the_trace_of_its_client() {
     let daemon = Daemon::start(run.env("OTEL_EXPORTER_OTLP_HEADERS", "api-key=canary-key"), &[]);
     let header = format!("traceparent: 00-{TRACE}-{PARENT}-01\r\nX-Request-Id: request-1\r\n");
     let path = format!("/org/model/resolve/{commit}/model.bin");
+    let secret = "/cache/artifacts/https:%2F%2Fuser:canary-password@host%2Fa%3Ftoken%3Dcanary-query";
+    get_with(daemon.port, secret, "");
     let (head, body) = get_with(daemon.port, &path, &header);
     assert!(head.starts_with("HTTP/1.1 200"), "{head}");
     assert!(body == big().to_vec().unwrap(), "other bytes");
@@ -66,7 +68,7 @@ fn a_request_to_the_daemon_continues_the_trace_of_its_client() {
     send(daemon.port, "POST", "/cache/artifacts", &lines, body);
     daemon.get("/livez");
     daemon.running.signal("TERM");
-    daemon.running.wait().ok();
+    let outcome = daemon.running.wait().ok();
 
     let spans = collector.end();
     let request = named(&spans, "GET hub_file");
@@ -90,6 +92,8 @@ fn a_request_to_the_daemon_continues_the_trace_of_its_client() {
     assert!(took(fill) >= took(phase), "{fill:#} {phase:#}");
     assert_eq!(named(&spans, "GET /livez")["parent"], "", "another trace");
     assert!(spans.iter().all(|span| span["events"] == 0), "the log is not sent");
+    let printed = format!("{spans:?} {}", outcome.stderr);
+    assert!(!printed.contains("canary-password") && !printed.contains("canary-query"), "{printed}");
 }
 
 #[test]
@@ -136,6 +140,9 @@ fn without_a_collector_a_command_succeeds_and_says_so() {
     run("no address").run(["ls"]).ok().said(&["OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318"]);
     let grpc = run("http://127.0.0.1:4317").env("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc");
     grpc.run(["ls"]).ok().said(&["OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf"]);
+    // Values that the SDK itself would follow into an abort.
+    let odd = run("http://127.0.0.1:9").env("OTEL_BSP_MAX_QUEUE_SIZE", "1000000000000");
+    odd.env("OTEL_BSP_SCHEDULE_DELAY", "0").run(["ls"]).ok();
     let outcome = run("no address").env("OTEL_SDK_DISABLED", "true").run(["ls"]).ok();
     assert!(!outcome.stderr.contains("OTEL"), "{outcome}");
 }
