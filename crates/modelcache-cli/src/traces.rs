@@ -98,8 +98,8 @@ pub(crate) fn finish() {
     }
 }
 
-/// Returns the limits of the queue of ended spans. The SDK takes values from the environment as they are, also those that
-/// need all memory or a whole core.
+/// Returns the limits of the queue of ended spans. The SDK takes values from the environment as they are, also those
+/// that need all memory or a whole core.
 fn batch_config() -> BatchConfig {
     let number = |name, default: u64, range: RangeInclusive<u64>| {
         let number = variable(name).and_then(|value| value.parse().ok()).unwrap_or(default);

@@ -36,8 +36,8 @@ pub(crate) fn span(request: &Request, id: &str) -> Span {
     span
 }
 
-/// Returns the path of a request without credentials. A reference in a path is percent-encoded, and credentials in it are
-/// recognised only once it is decoded.
+/// Returns the path of a request without credentials. A reference in a path is percent-encoded, and credentials in it
+/// are recognised only once it is decoded.
 pub(crate) fn shown_path(uri: &Uri) -> String {
     let path = printable::line(uri.path());
     let decoded = percent_decode_str(&path).decode_utf8_lossy();

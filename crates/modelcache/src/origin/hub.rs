@@ -54,8 +54,8 @@ enum ApiAnswer {
     UnknownCall(Error),
 }
 
-/// Time for which the list of files of a commit is cached. A client that fetches many files one by one causes one request
-/// for the list, not one for each.
+/// Time for which the list of files of a commit is cached. A client that fetches many files one by one causes one
+/// request for the list, not one for each.
 const COMMIT_CACHE_TTL: Duration = Duration::from_secs(60);
 /// Maximum number of files in all cached lists, and of lists.
 const CACHED_FILES_MAX: usize = 20_000;
