@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Memory for the chunks of all responses together. With more responses the chunks become smaller.
-const CHUNK_MEMORY: usize = 64 << 20;
+const CHUNK_MEMORY: usize = 32 << 20;
 /// Largest and smallest chunk. A larger one saves no more time; a smaller one costs a system call for little.
 const CHUNK_MAX: usize = 512 << 10;
 const CHUNK_MIN: usize = 32 << 10;
