@@ -25,7 +25,7 @@ use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::Layer;
 use tracing_subscriber::registry::LookupSpan;
 
-/// Time for one request to the collector, as the specification of OTLP says.
+/// Timeout of a request to the collector: the default of the OTLP specification.
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest time for which the end of the program waits for the last spans.
 const FLUSH_WAIT: Duration = Duration::from_secs(3);
@@ -127,7 +127,7 @@ fn protocol() -> Option<String> {
     variable("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL").or_else(|| variable("OTEL_EXPORTER_OTLP_PROTOCOL"))
 }
 
-/// Returns the value of a variable. An empty one counts as not set, as the specification of OpenTelemetry says.
+/// Returns the value of a variable. By the OpenTelemetry specification, an empty value counts as not set.
 fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok().map(|value| value.trim().to_owned()).filter(|value| !value.is_empty())
 }

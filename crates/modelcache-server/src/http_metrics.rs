@@ -153,7 +153,9 @@ impl Drop for InFlight<'_> {
 pub(crate) async fn observe(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let id = request_id(&request);
     let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
-    let (method, path) = (request.method().clone(), trace::shown_path(request.uri()));
+    let (method, uri) = (request.method().clone(), request.uri().clone());
+    // Called only for a line that is logged.
+    let path = || trace::shown_path(&uri);
     let started = Instant::now();
     let in_flight = InFlight::start(&app.http);
     let log_span = tracing::info_span!("request", id = %id);
@@ -170,11 +172,11 @@ pub(crate) async fn observe(State(app): State<Arc<App>>, request: Request, next:
     let failure = response.extensions().get::<Failure>().map(|Failure(error)| error.clone());
     match &failure {
         Some(error) if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS => {
-            tracing::warn!(%method, path, status = status.as_u16(), ms, %error, "request failed");
+            tracing::warn!(%method, path = path(), status = status.as_u16(), ms, %error, "request failed");
             app.activity.record_error("request", error);
         }
-        Some(error) => tracing::info!(%method, path, status = status.as_u16(), ms, %error, "request refused"),
-        None => tracing::debug!(%method, path, status = status.as_u16(), ms, "request"),
+        Some(error) => tracing::info!(%method, path = path(), status = status.as_u16(), ms, %error, "request refused"),
+        None => tracing::debug!(%method, path = path(), status = status.as_u16(), ms, "request"),
     }
     let mut response = response.map(|body| trace::until_sent(body, trace_span));
     response.headers_mut().insert(X_REQUEST_ID, header::value(&id));

@@ -25,7 +25,7 @@ pub(crate) fn span(request: &Request, id: &str) -> Span {
         url.path = shown_path(request.uri()),
     );
     #[cfg(feature = "otel")]
-    {
+    if !span.is_disabled() {
         use opentelemetry::propagation::TextMapPropagator as _;
         use tracing_opentelemetry::OpenTelemetrySpanExt as _;
         let client = opentelemetry_sdk::propagation::TraceContextPropagator::new()
@@ -100,7 +100,7 @@ impl Drop for SpanBody {
 #[cfg_attr(not(feature = "otel"), expect(unused_variables, reason = "the name of the span is only for traces"))]
 pub(crate) fn record(span: &Span, method: &Method, route: &str, status: StatusCode) {
     #[cfg(feature = "otel")]
-    {
+    if !span.is_disabled() {
         use opentelemetry::trace::TraceContextExt as _;
         use tracing_opentelemetry::OpenTelemetrySpanExt as _;
         // The field `otel.name` no longer renames a span that has children.

@@ -175,13 +175,13 @@ impl Progress {
         self.0.phase.store(phase as u8, Ordering::Relaxed);
         // `tracing` needs a constant name, so the name of the phase is in `otel.name`.
         let span = self.0.span.as_ref().map(|parent| {
-            debug_span!(
+            let span = debug_span!(
                 parent: parent, "phase", otel.name = phase.name(), total_bytes = total_bytes as i64,
                 remote_bytes = Empty, origin_bytes = Empty, retries = Empty
-            )
+            );
+            (span, self.received_and_retries())
         });
-        let before = self.received_and_retries();
-        PhaseGuard { progress: self.clone(), phase, entered: Instant::now(), span, before }
+        PhaseGuard { progress: self.clone(), phase, entered: Instant::now(), span }
     }
 
     /// Returns the bytes received from the remote and from origins, and the number of retries, so far.
@@ -246,9 +246,8 @@ pub(crate) struct PhaseGuard {
     progress: Progress,
     phase: Phase,
     entered: Instant,
-    span: Option<Span>,
-    /// [`Progress::received_and_retries`] when the phase began.
-    before: [u64; 3],
+    /// The span of the phase, and [`Progress::received_and_retries`] when the phase began.
+    span: Option<(Span, [u64; 3])>,
 }
 
 impl Drop for PhaseGuard {
@@ -256,11 +255,11 @@ impl Drop for PhaseGuard {
         // At least 1 ns, because 0 stands for a phase that was not entered.
         let spent = u64::try_from(self.entered.elapsed().as_nanos()).unwrap_or(u64::MAX).max(1);
         self.progress.0.phase_ns[self.phase as usize].fetch_add(spent, Ordering::Relaxed);
-        if let Some(span) = &self.span {
+        if let Some((span, before)) = &self.span {
             let now = self.progress.received_and_retries();
             for (at, name) in ["remote_bytes", "origin_bytes", "retries"].into_iter().enumerate() {
                 // OpenTelemetry has no unsigned numbers.
-                span.record(name, now[at].saturating_sub(self.before[at]) as i64);
+                span.record(name, now[at].saturating_sub(before[at]) as i64);
             }
         }
     }

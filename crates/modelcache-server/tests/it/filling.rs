@@ -77,8 +77,8 @@ async fn a_closed_range_waits_only_for_its_own_verified_part() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_first_bytes_of_a_file_arrive_while_the_rest_downloads() {
     let house = house().await;
-    // The first part has not arrived either.
-    let stall = HubFault::stall_at(MIB, Duration::from_secs(600)).on("model.bin");
+    // Not even the first slice of the first part is full.
+    let stall = HubFault::stall_at(100 << 10, Duration::from_secs(600)).on("model.bin");
     house.hub.faults().add(stall);
     let served = Served::start(patient(house.config("a")), Options::default());
     for path in
