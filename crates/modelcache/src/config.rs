@@ -44,6 +44,8 @@ pub struct Config {
     pub lower_dir: Option<PathBuf>,
     /// How files are written to disk.
     pub write_mode: WriteMode,
+    /// The layout in which artifacts are made available, unless a get states another one.
+    pub layout: DirLayout,
     /// The remote tier, if one is configured.
     pub remote: Option<RemoteConfig>,
     /// How to reach the buckets of `s3://` references.
@@ -96,6 +98,7 @@ impl Config {
             shared: Sharing::default(),
             lower_dir: None,
             write_mode: WriteMode::default(),
+            layout: DirLayout::default(),
             remote: None,
             buckets: BucketConfig::default(),
             require_checksum: false,
@@ -171,6 +174,16 @@ pub enum WriteMode {
     Buffered,
     /// With direct I/O (O_DIRECT), for large files on filesystems that support it.
     Direct,
+}
+
+/// The layout in which the files of an artifact are made available.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DirLayout {
+    /// A folder of the artifact's own.
+    #[default]
+    Files,
+    /// As [`Files`](Self::Files), and an artifact of the Hugging Face Hub also in the layout of a Hugging Face cache.
+    Hub,
 }
 
 /// The location of the remote, and how to reach it.

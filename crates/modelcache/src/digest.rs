@@ -111,6 +111,11 @@ impl GitOid {
     }
 }
 
+/// Returns the text that git has in place of a large file on the Hub. See the specification of git-lfs, "The Pointer".
+pub fn lfs_pointer(sha256: Digest, size: u64) -> String {
+    format!("version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n")
+}
+
 /// The provenance of a digest, in descending order of trust: the smallest value is trusted most.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -12,8 +12,8 @@ mod registries;
 mod values;
 
 use crate::config::{
-    Backfill, BucketConfig, ByteBound, Config, Durable, Environment, HubConfig, OnRemoteDown, OriginTemplate,
-    RemoteConfig, RemoteMode, Secret, Sharing, WriteMode,
+    Backfill, BucketConfig, ByteBound, Config, DirLayout, Durable, Environment, HubConfig, OnRemoteDown,
+    OriginTemplate, RemoteConfig, RemoteMode, Secret, Sharing, WriteMode,
 };
 use crate::credentials::Credentials;
 use crate::error::{Error, Result};
@@ -179,6 +179,25 @@ pub const SETTINGS: &[Setting] = &[
         accepts: "a cache directory of an earlier run, or none",
         set: |value, draft| {
             draft.config.lower_dir = (value.text != "none").then(|| draft.expand_home(&value.text));
+            Ok(())
+        },
+    },
+    Setting {
+        key: "layout",
+        variable: Some("MODEL_CACHE_LAYOUT"),
+        flag: Some("layout"),
+        value_name: "files|hub",
+        default: "`files`",
+        description: "With `hub`, artifacts of the Hugging Face Hub are also made available as a Hugging Face cache in \
+                  the folder `hub` of the cache directory, by hard links. Programs read it with `HF_HUB_CACHE` set to \
+                  that folder, and `HF_HUB_OFFLINE=1`. Other artifacts are not affected.",
+        accepts: "files or hub",
+        set: |value, draft| {
+            draft.config.layout = match value.text.as_str() {
+                "files" => DirLayout::Files,
+                "hub" => DirLayout::Hub,
+                _ => return Err(Error::invalid("unknown value")),
+            };
             Ok(())
         },
     },

@@ -12,9 +12,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
 /// The sources of the types, below `crates/`.
-const SOURCES: [&str; 15] = [
+const SOURCES: [&str; 16] = [
     "modelcache/src/cache/report.rs",
     "modelcache/src/digest.rs",
+    "modelcache/src/disk/hub_layout.rs",
     "modelcache/src/disk/link.rs",
     "modelcache/src/disk/materialize.rs",
     "modelcache/src/disk/misplaced.rs",

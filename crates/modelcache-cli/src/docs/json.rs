@@ -5,7 +5,7 @@
 use crate::output::{ErrorJson, Failure, WithReference};
 use crate::verbs::{backfill::Outcome, doctor, pin::UnpinReport};
 use modelcache::cache::{
-    BytesByTier, EvictReport, GetAnswer, GetPlan, GetReport, Holder, InspectedFile, Inspection, KeepReason,
+    BytesByTier, EvictReport, GetAnswer, GetPlan, GetReport, Holder, HubLayout, InspectedFile, Inspection, KeepReason,
     KeptArtifact, Leftovers, Link, ListedArtifact, Materialized, PendingBackfill, Pin, PinReport, PlannedFile,
     PruneReport, PrunedArtifact, PutReport, ResolvedReference, Stats, TagReport,
 };
@@ -15,6 +15,7 @@ use modelcache::finding::{BadPart, Finding, Problem, VerifyReport};
 use modelcache::key::FilePath;
 use modelcache::manifest::Shape;
 use modelcache::progress::Phase;
+use modelcache::reference::RepoKind;
 use modelcache::{ArtifactKey, Error, Reference, Result, Tier};
 use serde::Serialize;
 use serde_json::Value;
@@ -70,7 +71,14 @@ pub fn reports() -> Result<Vec<Report>> {
     };
     let made =
         Materialized { dir: "/srv/model".into(), path: "/srv/model".into(), links: BTreeMap::from([(Link::Hard, 2)]) };
-    let answer = GetAnswer { key: &key, path: Path::new("/srv/model"), report: &got, into: Some(&made) };
+    let hub = HubLayout {
+        cache_dir: "/cache/hub".into(),
+        kind: RepoKind::Model,
+        repo_id: "org/model".into(),
+        snapshot: "/cache/hub/models--org--model/snapshots/4f5c".into(),
+    };
+    let answer =
+        GetAnswer { key: &key, path: Path::new("/srv/model"), hub: Some(&hub), report: &got, into: Some(&made) };
     let planned = PlannedFile { path: weights.clone(), size: 4_000_000, from: Tier::Remote };
     let plan = GetPlan::new(key.clone(), vec![planned]);
     let tagged = TagReport {

@@ -26,13 +26,19 @@ use tracing::Instrument as _;
 /// MODEL_CACHE_PATH (the first), MODEL_CACHE_PATH_1, MODEL_CACHE_PATH_2, and so on. The artifacts are not evicted while
 /// the command runs. If one reference fails, the command is not run.
 ///
-/// Example: modelcache exec hf://org/model -- vllm serve {}
+/// Artifacts of the Hugging Face Hub are also made available under their names: the command gets HF_HUB_CACHE,
+/// HF_HUB_OFFLINE=1 and VLLM_MODEL_REDIRECT_PATH, so that its own command line stays as it is.
+///
+/// Example: modelcache exec hf://org/model -- vllm serve org/model
 #[derive(Debug, Args)]
 pub(crate) struct Exec {
     #[arg(required = true, value_name = "REF", help = reference_forms())]
     pub(crate) references: Vec<String>,
     #[command(flatten)]
     pub(crate) arguments: GetArguments,
+    /// Do not set HF_HUB_CACHE, HF_HUB_OFFLINE and VLLM_MODEL_REDIRECT_PATH
+    #[arg(long)]
+    pub(crate) no_env: bool,
     /// The command and its arguments, after `--`
     #[arg(last = true, required = true, value_name = "CMD")]
     pub(crate) command: Vec<OsString>,
@@ -48,7 +54,11 @@ impl Exec {
         let artifacts = self.arguments.with_timeout(getting).await;
         crate::record_exit(&span, artifacts.as_ref().map_or_else(|error| exit::code(error.kind()), |_| exit::DONE));
         drop(span);
-        let artifacts = artifacts?;
+        let mut artifacts = artifacts?;
+        let hub_variables = match self.no_env {
+            true => Vec::new(),
+            false => hub_variables(&cache, &references, &mut artifacts).await,
+        };
         let paths: Vec<PathBuf> = artifacts.iter().map(|artifact| artifact.path.clone()).collect();
         let words: Vec<OsString> = self.command.iter().map(|word| substitute_paths(word, &paths)).collect();
         let [program, arguments @ ..] = &words[..] else {
@@ -56,7 +66,7 @@ impl Exec {
         };
         let numbered = (1..).zip(&paths).map(|(number, path)| (format!("MODEL_CACHE_PATH_{number}"), path));
         let mut command = Command::new(program);
-        command.args(arguments).envs(numbered).env("MODEL_CACHE_PATH", &paths[0]);
+        command.args(arguments).envs(hub_variables).envs(numbered).env("MODEL_CACHE_PATH", &paths[0]);
         small_memory::remove_from(&mut command);
         artifacts.iter().try_for_each(Artifact::hold_through_exec)?;
         // `exec` ends this program, so clean up and write the metrics before it.
@@ -106,6 +116,43 @@ impl Exec {
 fn open_cache(mut config: Config) -> Result<Cache> {
     config.backfill = config.backfill.map(|mode| if mode == Backfill::Background { Backfill::Later } else { mode });
     Cache::open(config)
+}
+
+/// Makes the artifacts of the Hub available under their names. Returns the variables by which programs find them.
+///
+/// A failure is only a warning: the command may use the paths.
+async fn hub_variables(
+    cache: &Cache,
+    references: &[Reference],
+    artifacts: &mut [Artifact],
+) -> Vec<(&'static str, PathBuf)> {
+    for (reference, artifact) in references.iter().zip(artifacts.iter_mut()) {
+        if let Err(error) = cache.link_hub_layout(reference, artifact).await {
+            let message = "the command does not find the model under its name on the Hub, only by its path";
+            tracing::warn!(artifact = %artifact.key, %error, hint = error.hint_text(), "{message}");
+            return Vec::new();
+        }
+    }
+    let mut cache_dirs: Vec<_> =
+        artifacts.iter().filter_map(|artifact| artifact.hub.as_ref()).map(|hub| hub.cache_dir.clone()).collect();
+    cache_dirs.dedup();
+    match &cache_dirs[..] {
+        [] => return Vec::new(),
+        [_] => {}
+        // Programs read one Hugging Face cache only.
+        _ => {
+            tracing::warn!(
+                "some models are in the lower directory and some are not; the command finds them by path only"
+            );
+            return Vec::new();
+        }
+    }
+    let mut variables = vec![("HF_HUB_CACHE", cache_dirs.remove(0)), ("HF_HUB_OFFLINE", "1".into())];
+    match cache.write_model_map(artifacts).await {
+        Ok(map) => variables.extend(map.map(|map| ("VLLM_MODEL_REDIRECT_PATH", map))),
+        Err(error) => tracing::warn!(%error, "VLLM_MODEL_REDIRECT_PATH is not set; vLLM uses HF_HUB_CACHE"),
+    }
+    variables
 }
 
 /// Returns the exit code of a shell for a command that cannot be run, and the error.
@@ -197,6 +244,7 @@ mod tests {
         let exec = |command: &[&str]| Exec {
             references: vec!["a@1".into(), "b@1".into()],
             arguments: GetArguments::default(),
+            no_env: false,
             command: command.iter().map(OsString::from).collect(),
         };
         assert!(exec(&["x", "{}", "{2}", "{{3}}", "{x}"]).reject_unknown_placeholders().is_ok());

@@ -203,7 +203,7 @@ mod tests {
     #[test]
     fn the_json_object_has_flat_fields() {
         let (key, report) = (key(), report(Tier::Origin, Duration::from_secs(4)));
-        let answer = GetAnswer { key: &key, path: Path::new("/c/x"), report: &report, into: None };
+        let answer = GetAnswer { key: &key, path: Path::new("/c/x"), hub: None, report: &report, into: None };
         let object = json!(WithReference { reference: "team/model@3", report: answer });
         assert_eq!(object["reference"], "team/model@3");
         assert_eq!((&object["name"], &object["version"]), (&json!("team/model"), &json!("3")));

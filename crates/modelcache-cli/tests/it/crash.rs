@@ -180,6 +180,23 @@ fn an_evict_survives_a_kill_at_any_call() {
 }
 
 #[test]
+fn a_get_in_the_layout_of_the_hub_survives_a_kill_at_any_call() {
+    let before: &[&[&str]] = &[&["get", V1]];
+    crash(Operation { name: "get layout", before, act: &["get", V1, "--layout", "hub"], right: &[(V1, v1)], ..ROW });
+}
+
+#[test]
+fn an_evict_of_the_layout_of_the_hub_survives_a_kill_at_any_call() {
+    let before: &[&[&str]] = &[&["get", V1, "--layout", "hub"], &["get", V2, "--layout", "hub"]];
+    let repeated = |bench: &CrashTest, dir: &str| {
+        let snapshots = bench.house.path(dir).join("hub/models--org--model/snapshots");
+        assert_eq!(fs::read_dir(snapshots).unwrap().count(), 1, "the links of the evicted version are gone");
+    };
+    let row = Operation { name: "evict layout", before, repeated, codes: &[0, 3], evicts: true, ..ROW };
+    crash(Operation { act: &["evict", V2, "--tier", "disk"], right: &[(V1, v1)], ..row });
+}
+
+#[test]
 fn a_prune_survives_a_kill_at_any_call() {
     let before: &[&[&str]] = &[&["get", OTHER], &["put", "gone@1", "v1"], &["get", V1, "--include", "*.json"]];
     let prepare = |bench: &CrashTest, dir: &str| bench.litter(dir);

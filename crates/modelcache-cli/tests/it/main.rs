@@ -11,6 +11,7 @@ mod doctor;
 mod durability;
 mod foreign;
 mod healing;
+mod hub_layout;
 mod io_errors;
 mod limits;
 mod lower;

@@ -3,7 +3,7 @@
 //! They have no `xetHash`: a client that sees one contacts a server of the Hub that this daemon does not stand for.
 
 use super::route::{Repo, is_set, values};
-use modelcache::digest::{Digest, GitOid};
+use modelcache::digest::{Digest, GitOid, lfs_pointer};
 use modelcache::key::FilePath;
 use modelcache::manifest::{FileEntry, Manifest};
 use serde_json::{Map, Value, json};
@@ -39,11 +39,6 @@ impl Storage {
             Self::Unknown => None,
         }
     }
-}
-
-/// The text that git has in place of a large file. See the specification of git-lfs, "The Pointer".
-fn lfs_pointer(sha256: Digest, size: u64) -> String {
-    format!("version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n")
 }
 
 /// Returns the description of a revision. The sizes and digests of its files are left out unless the query asks for

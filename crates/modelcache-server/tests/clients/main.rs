@@ -5,5 +5,6 @@
 
 mod faults;
 mod harness;
+mod layout;
 mod repositories;
 mod transformers;

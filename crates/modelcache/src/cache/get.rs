@@ -10,6 +10,7 @@ use super::fill::{FillOutcome, FillPublisher, JoinOutcome};
 use super::plan::FillPlan;
 use super::resolve::FetchRequest;
 use super::{Artifact, BytesByTier, Cache, GetOptions, GetReport};
+use crate::config::DirLayout;
 use crate::disk::{
     AcquireOutcome, Destination, LOCK_WAIT_MAX, LeasedArtifact, MissingFiles, Purpose, RootedPath, StagedFile, Staging,
     format_name, staged_name,
@@ -63,6 +64,12 @@ impl Cache {
             }
             outcome => outcome,
         };
+        if self.0.config.layout == DirLayout::Hub
+            && let Ok(artifact) = &mut outcome
+            && let Err(error) = self.link_hub_layout(reference, artifact).await
+        {
+            outcome = Err(error.artifact(reference));
+        }
         if let Ok(artifact) = &mut outcome {
             artifact.report.took = started.elapsed();
         }
@@ -434,5 +441,5 @@ pub(super) fn artifact(request: &FetchRequest, outcome: FillOutcome, progress: &
     let took = Duration::ZERO;
     let report = GetReport { from, bytes, backfilled_bytes, copied_bytes, files, selected_bytes, link, phases, took };
     let (path, selection) = (leased.path(&request.selection), request.selection.clone());
-    Ok(Artifact { key: request.key.clone(), path, report, selection, lease: leased })
+    Ok(Artifact { key: request.key.clone(), path, hub: None, report, selection, lease: leased })
 }

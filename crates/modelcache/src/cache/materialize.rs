@@ -44,7 +44,8 @@ impl Artifact {
         });
         let mut made = made.await?;
         // The artifact or the selection is one file: return its path in the new folder, not the folder.
-        if let Ok(inside) = self.path.strip_prefix(self.lease.dir.files().full()).map(Path::to_owned)
+        if let Ok(inside) =
+            self.lease.path(&self.selection).strip_prefix(self.lease.dir.files().full()).map(Path::to_owned)
             && inside != Path::new("")
         {
             made.path = made.dir.join(inside);

@@ -13,6 +13,7 @@ mod evict;
 mod fast_path;
 mod fill;
 mod get;
+mod hub_layout;
 mod lease;
 mod listing;
 mod lower;
@@ -52,7 +53,7 @@ pub use uncached::UncachedFile;
 pub use verify::{Verification, VerifyOptions, VerifyTarget, VerifyTier};
 
 pub use crate::disk::{
-    Destination, Holder, KeepReason, KeptArtifact, Leftovers, Link, LinkMode, Materialized, Misplaced, Pin,
+    Destination, Holder, HubLayout, KeepReason, KeptArtifact, Leftovers, Link, LinkMode, Materialized, Misplaced, Pin,
     PruneOptions, PruneReport, PrunedArtifact, Purpose,
 };
 

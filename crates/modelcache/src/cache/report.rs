@@ -4,7 +4,7 @@
 //! and what the Python package parses. `docs/json.md` is generated from the field names, types and comments here.
 
 use crate::digest::{Digest, GitOid, Provenance};
-use crate::disk::{Destination, Holder, LeasedArtifact, Link, Materialized, Pin, Purpose};
+use crate::disk::{Destination, Holder, HubLayout, LeasedArtifact, Link, Materialized, Pin, Purpose};
 use crate::error::Tier;
 use crate::format::Format;
 use crate::json;
@@ -63,6 +63,8 @@ pub struct Artifact {
     pub key: ArtifactKey,
     /// The path of the file, if the artifact or the selection is a single file; otherwise the path of the folder.
     pub path: PathBuf,
+    /// The Hugging Face cache with the files, if they were requested in that layout. `path` is in it.
+    pub hub: Option<HubLayout>,
     /// The sources of the bytes, and the time spent.
     pub report: GetReport,
     /// The files that were requested.
@@ -74,7 +76,7 @@ pub struct Artifact {
 impl Artifact {
     /// Returns the report with the key and the path of the artifact, to be serialized.
     pub fn answer(&self) -> GetAnswer<'_> {
-        GetAnswer { key: &self.key, path: &self.path, report: &self.report, into: None }
+        GetAnswer { key: &self.key, path: &self.path, hub: self.hub.as_ref(), report: &self.report, into: None }
     }
 }
 
@@ -87,6 +89,9 @@ pub struct GetAnswer<'a> {
     /// The path of the file, if the artifact or the selection is a single file; otherwise the path of the folder.
     #[serde(serialize_with = "json::path")]
     pub path: &'a Path,
+    /// The Hugging Face cache with the files. Absent unless the files were requested in that layout.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hub: Option<&'a HubLayout>,
     /// The sources of the bytes, and the time spent.
     #[serde(flatten)]
     pub report: &'a GetReport,

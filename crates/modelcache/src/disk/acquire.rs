@@ -270,6 +270,7 @@ impl Disk {
             let recording = manifest.files.iter().filter(|(_, entry)| records(entry));
             let recording: Vec<_> = recording.map(|(path, _)| (manifest.key.clone(), path.clone())).collect();
             if !recording.is_empty() {
+                recording.iter().try_for_each(|(_, path)| self.remove_hub_link(&artifact.dir, path, inode))?;
                 withdrawn.extend(recording);
                 self.edit_manifest(&artifact.dir, |manifest| {
                     manifest.files.values_mut().filter(|entry| records(entry)).map(|entry| entry.held = None).count()

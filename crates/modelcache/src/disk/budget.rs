@@ -450,6 +450,10 @@ impl BudgetGuard<'_> {
     /// inode) were removed before. Adds the artifact's own links to `removed_links`.
     fn bytes_freed_by(&self, artifact: &ScannedArtifact, removed_links: &mut HashMap<u64, u64>) -> Result<u64> {
         let mut freed = 0;
+        self.disk.hub_links(&artifact.dir, &mut |_, metadata| {
+            *removed_links.entry(metadata.ino()).or_default() += 1;
+            Ok(())
+        })?;
         files::walk(&artifact.dir.files(), &mut |view, metadata| {
             let links = removed_links.entry(metadata.ino()).or_default();
             *links += 1;
@@ -561,8 +565,8 @@ impl BudgetGuard<'_> {
         Ok(held.then_some(KeepReason::LinkedOutside))
     }
 
-    /// Returns the number of links to `inode` inside the cache: the blob of `digest`, staged and quarantined files, and
-    /// the views that manifests record.
+    /// Returns the number of links to `inode` inside the cache: the blob of `digest`, staged and quarantined files, the
+    /// views that manifests record, and the links below `hub/`.
     fn links_inside(&mut self, inode: u64, digest: Option<Digest>) -> Result<u64> {
         if self.private_links.is_none() {
             let mut links: HashMap<u64, u64> = HashMap::new();
@@ -588,6 +592,8 @@ impl BudgetGuard<'_> {
             return Ok(0);
         }
         let manifest = self.disk.read_manifest(dir).unwrap_or(None);
+        // While the manifest exists: after a crash, the artifact is complete, and only links to it are missing.
+        self.remove_hub_layout(dir)?;
         let mut freed = self.subtract_copies(dir, manifest.as_ref())?;
         // Remove the manifest first: after a crash, a sweep removes the rest as a leftover.
         files::remove_file(&dir.manifest())?;

@@ -31,7 +31,7 @@ pub(super) struct Index {
     at: Option<Position>,
     artifacts: HashMap<Arc<Path>, IndexedArtifact>,
     by_use: BTreeSet<LastUseOrder>,
-    /// Number of views that manifests record, by inode.
+    /// Number of views that manifests record, and of links to them below `hub/`, by inode.
     views: HashMap<u64, u32>,
     /// Number of manifests that record a file with this digest and identity, as durable or as unsynced in this boot.
     vouched: HashMap<(Digest, FileIdentity), u32>,
@@ -41,6 +41,8 @@ pub(super) struct Index {
 struct IndexedArtifact {
     last_used: Option<SystemTime>,
     files: Box<[RecordedFile]>,
+    /// The inode of each link below `hub/`.
+    hub_links: Box<[u64]>,
 }
 
 /// A held file, as a manifest records it.
@@ -99,21 +101,32 @@ impl Index {
         let folder: Arc<Path> = folder.into();
         let files: Box<[RecordedFile]> =
             artifact.manifest.iter().flat_map(|manifest| recorded(disk, manifest)).collect();
+        let mut hub_links = Vec::new();
+        // The index is a hint: links that cannot be listed count as links outside the cache.
+        let _ = disk.hub_links(&artifact.dir, &mut |_, metadata| {
+            hub_links.push(metadata.ino());
+            Ok(())
+        });
+        for inode in files.iter().map(|file| &file.identity.inode).chain(&hub_links) {
+            *self.views.entry(*inode).or_default() += 1;
+        }
         for file in &files {
-            *self.views.entry(file.identity.inode).or_default() += 1;
             if let Some(digest) = file.digest {
                 *self.vouched.entry((digest, file.identity)).or_default() += 1;
             }
         }
         self.by_use.insert((artifact.last_used, folder.clone()));
-        self.artifacts.insert(folder, IndexedArtifact { last_used: artifact.last_used, files });
+        let hub_links = hub_links.into();
+        self.artifacts.insert(folder, IndexedArtifact { last_used: artifact.last_used, files, hub_links });
     }
 
     /// Removes an artifact and its files.
     fn remove(&mut self, folder: &Path) {
         let Some((folder, known)) = self.artifacts.remove_entry(folder) else { return };
+        for inode in known.files.iter().map(|file| &file.identity.inode).chain(&known.hub_links) {
+            decrement(&mut self.views, inode);
+        }
         for file in &known.files {
-            decrement(&mut self.views, &file.identity.inode);
             if let Some(digest) = file.digest {
                 decrement(&mut self.vouched, &(digest, file.identity));
             }
@@ -136,7 +149,7 @@ impl Index {
         self.by_use.insert((last_used, folder.clone()));
     }
 
-    /// Returns the number of views of `inode` that manifests record.
+    /// Returns the number of views of `inode` that manifests record, and of links to it below `hub/`.
     pub(super) fn views(&self, inode: u64) -> u64 {
         self.views.get(&inode).copied().unwrap_or_default().into()
     }

@@ -2,7 +2,7 @@
 
 use super::rooted::RootedPath;
 use crate::digest::Digest;
-use crate::key::{ArtifactKey, ArtifactName, FilePath, escape};
+use crate::key::{ArtifactKey, ArtifactName, FilePath, Version, escape, unescape};
 use crate::manifest::FileEntry;
 
 /// The paths under one cache directory.
@@ -126,6 +126,8 @@ impl Layout {
     }
 }
 
+/// Name of the Hugging Face cache folder.
+pub(super) const HUB: &str = "hub";
 /// Name of the folder of an artifact's views.
 pub(super) const FILES: &str = "files";
 /// Name of an artifact's manifest.
@@ -155,6 +157,14 @@ impl ArtifactDir {
     pub(super) fn hash(&self) -> String {
         let parent = self.0.parent();
         ArtifactKey::hash_of_folders(parent.as_ref().map_or("", RootedPath::name), self.0.name())
+    }
+
+    /// Derives the key from the folder names; `None` if a name was shortened because of its length.
+    pub(super) fn key(&self) -> Option<ArtifactKey> {
+        let decoded = |path: &RootedPath| unescape(path.name());
+        let (name, version) = (decoded(&self.0.parent()?)?, decoded(&self.0)?);
+        let key = ArtifactKey::new(name.parse().ok()?, Version::new(&version).ok()?);
+        (key.hash() == self.hash()).then_some(key)
     }
 
     pub(crate) fn manifest(&self) -> RootedPath {

@@ -19,6 +19,7 @@ mod fast_acquire;
 mod files;
 mod hashing;
 mod holders;
+mod hub_layout;
 mod index;
 mod input;
 mod io_error;
@@ -56,6 +57,7 @@ pub(crate) use budget::{EvictOutcome, Usage};
 pub(crate) use capacity::content_name;
 pub(crate) use doctor::examine;
 pub(crate) use files::identity;
+pub use hub_layout::HubLayout;
 pub(crate) use input::{InputFile, InputReader, copy_input, format_name, format_of, hash_input, list_input};
 pub(crate) use io_error::fault;
 pub(crate) use layout::{ArtifactDir, Layout, staged_name};
@@ -428,6 +430,12 @@ impl Disk {
         let mut views: BTreeMap<u64, (u64, Metadata)> = BTreeMap::new();
         files::walk(&dir.files(), &mut |_, metadata| {
             views.entry(metadata.ino()).or_insert((0, *metadata)).0 += 1;
+            Ok(())
+        })?;
+        self.hub_links(&dir, &mut |_, metadata| {
+            if let Some((links, _)) = views.get_mut(&metadata.ino()) {
+                *links += 1;
+            }
             Ok(())
         })?;
         // The blob of a file is removed with its last view.

@@ -420,7 +420,11 @@ impl PruneActions for DryRun<'_> {
                 return Ok(EvictOutcome::Kept(why));
             }
         }
-        let freed = self.unlink_below(&artifact.dir.files())?;
+        let (disk, mut freed) = (self.disk, self.unlink_below(&artifact.dir.files())?);
+        disk.hub_links(&artifact.dir, &mut |_, metadata| {
+            freed += self.unlink(metadata.ino());
+            Ok(())
+        })?;
         self.used = self.used.saturating_sub(freed);
         Ok(EvictOutcome::Freed(freed))
     }

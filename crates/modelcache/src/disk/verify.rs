@@ -18,7 +18,7 @@ use super::rooted::{Metadata, RootedPath};
 use crate::digest::Digest;
 use crate::error::{Error, Result, Tier};
 use crate::finding::{BadPart, Finding, Problem, VerifyReport};
-use crate::key::{ArtifactKey, FilePath, Version, unescape};
+use crate::key::{ArtifactKey, FilePath};
 use crate::ladder::{Ladder, PartHasher};
 use crate::manifest::{FileEntry, FileIdentity, Manifest};
 use crate::mutex::Mutex;
@@ -120,7 +120,7 @@ impl Disk {
     pub(crate) fn verify_items(&self) -> Result<Vec<VerifyItem>> {
         let (mut keys, mut nameless) = (Vec::new(), Vec::new());
         for artifact in self.scan()? {
-            match artifact.manifest.map(|manifest| manifest.key).or_else(|| self.key_of(&artifact.dir)) {
+            match artifact.manifest.map(|manifest| manifest.key).or_else(|| artifact.dir.key()) {
                 // Without a manifest no file is held.
                 _ if files::stat(&artifact.dir.manifest())?.is_none() => {}
                 Some(key) => keys.push(key),
@@ -129,14 +129,6 @@ impl Disk {
         }
         keys.sort();
         Ok(keys.into_iter().map(VerifyItem::Artifact).chain(nameless).collect())
-    }
-
-    /// Derives the key from the folder names; `None` if a name was shortened because of its length.
-    fn key_of(&self, dir: &ArtifactDir) -> Option<ArtifactKey> {
-        let decoded = |path: &RootedPath| unescape(path.name());
-        let (name, version) = (decoded(&dir.path().parent()?)?, decoded(dir.path())?);
-        let key = ArtifactKey::new(name.parse().ok()?, Version::new(&version).ok()?);
-        (self.layout().artifact(&key) == *dir).then_some(key)
     }
 
     /// Returns the maximum number of bytes that a verification of the selected files of `key` reads.

@@ -71,6 +71,21 @@ impl HubRepo {
         ArtifactName::from_uri("hf", segments)
     }
 
+    /// Returns the repository and commit of a key that [`key_at`](Self::key_at) returned; `None` for any other key.
+    pub fn of_key(key: &ArtifactKey) -> Option<Self> {
+        let path = key.name.as_str().strip_prefix("hf/")?;
+        let kinds = [RepoKind::Dataset, RepoKind::Space];
+        let prefixed = kinds.iter().find_map(|kind| Some((*kind, path.strip_prefix(kind.prefix())?)));
+        let (kind, id) = prefixed.unwrap_or((RepoKind::Model, path));
+        let repo = Self { kind, id: id.to_owned(), revision: key.version.as_str().to_owned() };
+        repo.exact_key().is_some_and(|own| own == *key).then_some(repo)
+    }
+
+    /// Returns the name of the repository's folder in a Hugging Face cache, such as `models--org--name`.
+    pub fn cache_folder(&self) -> String {
+        format!("{}--{}", self.kind.api_segment(), self.id.replace('/', "--"))
+    }
+
     /// Returns the key of this repository at `commit` (40 hex digits).
     pub fn key_at(&self, commit: &str) -> Result<ArtifactKey> {
         let commit: GitOid = commit.parse()?;

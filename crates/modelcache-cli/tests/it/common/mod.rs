@@ -252,7 +252,7 @@ pub fn files_below(folder: &Path) -> Vec<PathBuf> {
     files
 }
 
-fn entries(folder: &Path) -> Vec<PathBuf> {
+pub fn entries(folder: &Path) -> Vec<PathBuf> {
     fs::read_dir(folder).into_iter().flatten().map(|entry| entry.unwrap().path()).collect()
 }
 

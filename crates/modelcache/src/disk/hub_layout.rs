@@ -1,0 +1,341 @@
+//! The Hugging Face cache folder `hub/`: artifacts of the Hub in the layout of `huggingface_hub`, for programs that run
+//! with `HF_HUB_CACHE` and `HF_HUB_OFFLINE=1`.
+//!
+//! ```text
+//! hub/models--org--name/snapshots/<commit>/<path…>   hard links to the views of the artifact
+//!                      /refs/<revision>              the commit, 40 hex digits without a newline
+//!                      /trees/<commit>.json          all files of the commit, for huggingface_hub 1.x and later
+//!                      /model-maps/<digest>.json     model names and snapshots, for `VLLM_MODEL_REDIRECT_PATH`
+//! ```
+//!
+//! A link takes no space, so these files do not count against the budget a second time. While a link exists, its inode
+//! is that of the view: the links are created and replaced under the budget lock, and are removed before the view is.
+//! A program may remove files below `hub/` (`hf cache rm`); that removes the links only. Files of other programs below
+//! `hub/` are never touched, except that a file at the path of a link is replaced.
+
+use super::budget::BudgetGuard;
+use super::files;
+use super::io_error::IoContext;
+use super::layout::{ArtifactDir, HUB};
+use super::link;
+use super::modes;
+use super::rooted::{Folders, Metadata, RootedPath};
+use super::{Disk, LeasedArtifact};
+use crate::digest::{Digest, GitOid, lfs_pointer};
+use crate::error::{Error, ErrorKind, Result, Tier};
+use crate::key::FilePath;
+use crate::manifest::{FileEntry, Manifest};
+use crate::reference::{HubRepo, RepoKind};
+use crate::selection::Selection;
+use serde::Serialize;
+use std::collections::{BTreeMap, HashSet};
+use std::path::PathBuf;
+
+/// The version of the format of `trees/<commit>.json`.
+const TREE_FORMAT: u32 = 1;
+/// Maximum size of a model map in bytes.
+const MODEL_MAP_BYTES_MAX: u64 = 1 << 20;
+
+/// The folder of one repository below `hub/`, and a commit of it.
+#[derive(Debug)]
+pub(super) struct HubFolder {
+    repo: RootedPath,
+    commit: String,
+}
+
+/// An artifact in the Hugging Face cache layout.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct HubLayout {
+    /// The Hugging Face cache folder: the value for `HF_HUB_CACHE`.
+    #[serde(serialize_with = "crate::json::path")]
+    pub cache_dir: PathBuf,
+    /// The kind of the repository.
+    #[serde(skip)]
+    pub kind: RepoKind,
+    /// The repository, such as `org/name`.
+    pub repo_id: String,
+    /// The folder with the files of the commit.
+    #[serde(serialize_with = "crate::json::path")]
+    pub snapshot: PathBuf,
+}
+
+/// The content of `trees/<commit>.json`, as `huggingface_hub` writes it.
+#[derive(Serialize)]
+struct Tree {
+    format_version: u32,
+    files: BTreeMap<FilePath, TreeEntry>,
+}
+
+#[derive(Serialize)]
+struct TreeEntry {
+    size: u64,
+    blob_id: GitOid,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lfs_sha256: Option<Digest>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lfs_size: Option<u64>,
+}
+
+impl HubFolder {
+    /// Returns the place of the artifact in `dir` below `hub/`; `None` if it is not from the Hub.
+    fn of(dir: &ArtifactDir) -> Option<(HubRepo, Self)> {
+        let repo = HubRepo::of_key(&dir.key()?)?;
+        let root = dir.path().ancestors().last()?;
+        let folder = Self { repo: root.join(HUB).join(repo.cache_folder()), commit: repo.revision.clone() };
+        Some((repo, folder))
+    }
+
+    fn snapshot(&self) -> RootedPath {
+        self.repo.join("snapshots").join(&self.commit)
+    }
+
+    fn tree(&self) -> RootedPath {
+        self.repo.join("trees").join(format!("{}.json", self.commit))
+    }
+
+    fn refs(&self) -> RootedPath {
+        self.repo.join("refs")
+    }
+
+    fn model_maps(&self) -> RootedPath {
+        self.repo.join("model-maps")
+    }
+}
+
+impl Disk {
+    /// Makes the selected files of a leased artifact from the Hub readable below `hub/`. With `revision`, a client
+    /// finds the commit under that name.
+    ///
+    /// # Errors
+    /// `Directory` if the directory cannot be written or the filesystem refuses hard links.
+    pub(crate) fn link_hub_layout(
+        &self,
+        leased: &LeasedArtifact,
+        selection: &Selection,
+        revision: Option<&str>,
+    ) -> Result<HubLayout> {
+        let (repo, folder) = HubFolder::of(&leased.dir).ok_or_else(not_from_the_hub)?;
+        let selected: Vec<_> = leased.manifest.selected(selection).map(|(path, _)| path).collect();
+        let tree = tree_of(&leased.manifest)?;
+        if !is_complete(&leased.dir, &folder, &selected, tree.as_deref(), revision)? {
+            if leased.is_lower {
+                return Err(Error::new(
+                    ErrorKind::Directory,
+                    "the artifact is in the lower directory, without the layout of the Hugging Face cache",
+                )
+                .tier(Tier::Disk)
+                .hint("get it with --layout hub when the lower directory is made"));
+            }
+            self.ensure_writable()?;
+            let mut guard = self.lock_budget()?;
+            // The index of every process counts the links, so the change is logged.
+            guard.begin_change_of(&leased.dir)?;
+            for path in &selected {
+                guard.link_into_hub(&leased.dir, &folder, path)?;
+            }
+            if let Some(tree) = &tree {
+                self.write_hub_file(&folder.tree(), tree)?;
+            }
+            // The ref comes last: a client that finds it finds the files.
+            if let Some(revision) = revision {
+                self.write_hub_file(&folder.refs().join(revision), folder.commit.as_bytes())?;
+            }
+            guard.release()?;
+        }
+        let cache_dir = folder.repo.parent().map_or_else(PathBuf::new, |hub| hub.full());
+        Ok(HubLayout { cache_dir, kind: repo.kind, repo_id: repo.id, snapshot: folder.snapshot().full() })
+    }
+
+    /// Writes the model map: a file with the snapshot of each model by the model's name. Returns its path. The file is
+    /// removed with the artifact of the first model.
+    pub(crate) fn write_model_map(&self, leased: &LeasedArtifact, models: &[HubLayout]) -> Result<PathBuf> {
+        let (_, folder) = HubFolder::of(&leased.dir).ok_or_else(not_from_the_hub)?;
+        let snapshots: BTreeMap<_, _> = models.iter().map(|model| (&model.repo_id, &model.snapshot)).collect();
+        let map = serde_json::to_vec(&snapshots).map_err(|cause| {
+            Error::invalid("the path of the cache directory is not UTF-8, so it cannot be in a model map").cause(cause)
+        })?;
+        let path = folder.model_maps().join(format!("{}.json", Digest::of(&map)));
+        self.write_hub_file(&path, &map)?;
+        Ok(path.full())
+    }
+
+    /// Writes a small file below `hub/`, unless it has this content.
+    fn write_hub_file(&self, path: &RootedPath, content: &[u8]) -> Result<()> {
+        if has_content(path, content)? {
+            return Ok(());
+        }
+        if let Some(folder) = path.parent() {
+            modes::make_dirs(&folder).at("make", &folder)?;
+        }
+        files::replace_unsynced(path, content, &self.layout().stagings())
+    }
+
+    /// Calls `visit` for every link below `hub/` to a view of the artifact in `dir`.
+    pub(super) fn hub_links(
+        &self,
+        dir: &ArtifactDir,
+        visit: &mut dyn FnMut(&RootedPath, &Metadata) -> Result<()>,
+    ) -> Result<()> {
+        let Some((_, folder)) = HubFolder::of(dir) else { return Ok(()) };
+        let snapshot = folder.snapshot();
+        // The usual case: the artifact has no links.
+        if !files::is_folder(&snapshot)? {
+            return Ok(());
+        }
+        let mut views = HashSet::new();
+        files::walk(&dir.files(), &mut |_, metadata| {
+            views.insert(metadata.ino());
+            Ok(())
+        })?;
+        files::walk(&snapshot, &mut |path, metadata| match views.contains(&metadata.ino()) {
+            true => visit(path, metadata),
+            false => Ok(()),
+        })
+    }
+
+    /// Removes the link below `hub/` to the view of `path`, if it is a link to `inode`.
+    pub(super) fn remove_hub_link(&self, dir: &ArtifactDir, path: &FilePath, inode: u64) -> Result<()> {
+        let Some((_, folder)) = HubFolder::of(dir) else { return Ok(()) };
+        let link = folder.snapshot().join(path.as_str());
+        match files::stat(&link)?.is_some_and(|metadata| metadata.ino() == inode) {
+            true => files::remove_file(&link),
+            false => Ok(()),
+        }
+    }
+}
+
+impl BudgetGuard<'_> {
+    /// Links the view of `path` below `hub/`, replacing what is there.
+    fn link_into_hub(&self, dir: &ArtifactDir, folder: &HubFolder, path: &FilePath) -> Result<()> {
+        let (view, target) = (dir.view(path), folder.snapshot().join(path.as_str()));
+        let inode = |path: &RootedPath| files::stat(path).map(|found| found.map(|metadata| metadata.ino()));
+        let present = inode(&target)?;
+        if present.is_some() && present == inode(&view)? {
+            return Ok(());
+        }
+        if let Some(parent) = target.parent() {
+            modes::make_dirs(&parent).at("make", &parent)?;
+        }
+        let linked = match link::hard_link(&view, &target) {
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+                let stagings = self.disk().layout().stagings();
+                let temporary = stagings.join(format!("{}{}", files::TEMPORARY_PREFIX, files::random_name()));
+                let linked = link::hard_link(&view, &temporary).at("link", &temporary)?;
+                if linked {
+                    temporary.rename(&target).at("link", &target)?;
+                }
+                linked
+            }
+            linked => linked.at("link", &target)?,
+        };
+        if linked {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Directory, "the filesystem refuses hard links, which the Hugging Face layout needs")
+            .tier(Tier::Disk)
+            .hint("put the cache directory on one local filesystem, or get the artifact without --layout hub"))
+    }
+
+    /// Replaces the links below `hub/` whose views were replaced. Called under the lock that replaced the views.
+    pub(super) fn refresh_hub_links<'a>(
+        &self,
+        dir: &ArtifactDir,
+        paths: impl Iterator<Item = &'a FilePath>,
+    ) -> Result<()> {
+        let Some((_, folder)) = HubFolder::of(dir) else { return Ok(()) };
+        if !files::is_folder(&folder.snapshot())? {
+            return Ok(());
+        }
+        for path in paths {
+            if files::stat(&folder.snapshot().join(path.as_str()))?.is_some_and(|found| found.is_file()) {
+                self.link_into_hub(dir, &folder, path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the links below `hub/` to the views of `dir`, and the refs and the list of files of its commit.
+    pub(super) fn remove_hub_layout(&self, dir: &ArtifactDir) -> Result<()> {
+        let Some((_, folder)) = HubFolder::of(dir) else { return Ok(()) };
+        if !files::is_folder(&folder.repo)? {
+            return Ok(());
+        }
+        // First the refs, so that a client does not find a commit without files.
+        files::walk(&folder.refs(), &mut |path, _| match has_content(path, folder.commit.as_bytes())? {
+            true => remove_with_folders(path, &folder.repo),
+            false => Ok(()),
+        })?;
+        self.disk().hub_links(dir, &mut |link, _| remove_with_folders(link, &folder.repo))?;
+        remove_with_folders(&folder.tree(), &folder.repo)?;
+        files::walk(&folder.model_maps(), &mut |path, _| {
+            let map = files::read_small(path, MODEL_MAP_BYTES_MAX)?.unwrap_or_default();
+            match String::from_utf8_lossy(&map).contains(&folder.commit) {
+                true => remove_with_folders(path, &folder.repo),
+                false => Ok(()),
+            }
+        })?;
+        // Fails while the folder has another commit, or files of another program.
+        let _ = folder.repo.remove_dir();
+        Ok(())
+    }
+}
+
+fn not_from_the_hub() -> Error {
+    Error::invalid("only artifacts of the Hugging Face Hub have the layout of its cache")
+}
+
+/// Removes a file, and the folders above it below `top` that are empty then.
+fn remove_with_folders(path: &RootedPath, top: &RootedPath) -> Result<()> {
+    files::remove_file(path)?;
+    for folder in path.ancestors().skip(1).take_while(|folder| folder != top) {
+        if folder.remove_dir().is_err() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Returns true if the links, the list of files and the ref are all there.
+fn is_complete(
+    dir: &ArtifactDir,
+    folder: &HubFolder,
+    selected: &[&FilePath],
+    tree: Option<&[u8]>,
+    revision: Option<&str>,
+) -> Result<bool> {
+    let (snapshot, mut views, mut links) = (folder.snapshot(), Folders::default(), Folders::default());
+    for path in selected {
+        let (view, link) = (dir.view(path), snapshot.join(path.as_str()));
+        let link = links.metadata(&link).at("examine", &link)?;
+        if link.is_none()
+            || link.map(|found| found.ino()) != views.metadata(&view).at("examine", &view)?.map(|v| v.ino())
+        {
+            return Ok(false);
+        }
+    }
+    let tree_is_there = tree.map_or(Ok(true), |tree| has_content(&folder.tree(), tree))?;
+    let ref_is_there = |revision: &str| has_content(&folder.refs().join(revision), folder.commit.as_bytes());
+    Ok(tree_is_there && revision.map_or(Ok(true), ref_is_there)?)
+}
+
+fn has_content(path: &RootedPath, content: &[u8]) -> Result<bool> {
+    Ok(files::read_small(path, content.len() as u64)?.is_some_and(|found| found == content))
+}
+
+/// Returns the list of files in the form of `huggingface_hub`; `None` if a digest is unknown.
+fn tree_of(manifest: &Manifest) -> Result<Option<Vec<u8>>> {
+    fn row((path, entry): (&FilePath, &FileEntry)) -> Option<(FilePath, TreeEntry)> {
+        let size = entry.size;
+        let row = match (entry.git_oid, entry.sha256) {
+            (Some(blob_id), _) => TreeEntry { size, blob_id, lfs_sha256: None, lfs_size: None },
+            (None, sha256) => {
+                let blob_id = GitOid::of(lfs_pointer(sha256?, size).as_bytes());
+                TreeEntry { size, blob_id, lfs_sha256: sha256, lfs_size: Some(size) }
+            }
+        };
+        Some((path.clone(), row))
+    }
+    let Some(files) = manifest.files.iter().map(row).collect::<Option<_>>() else { return Ok(None) };
+    let tree = serde_json::to_vec(&Tree { format_version: TREE_FORMAT, files });
+    tree.map(Some).map_err(|cause| Error::new(ErrorKind::Other, "the list of files cannot be written").cause(cause))
+}
