@@ -59,7 +59,9 @@ const LAYERS: [&[&str]; 7] = [
     &[
         "digest",
         "error",
+        "extract",
         "finding",
+        "forbid",
         "format",
         "human",
         "json",

@@ -93,7 +93,11 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
     if let verbs::Verb::Doctor(doctor) = &arguments.verb {
         return doctor.run(&arguments.global, output);
     }
-    let settings = environment::gather(&arguments.global)?;
+    let settings = environment::gather_with(&arguments.global, |environment| {
+        if let verbs::Verb::StorageInitializer(verb) = &arguments.verb {
+            verb.complete_environment(&arguments.global, environment);
+        }
+    })?;
     logs::start(&settings.log, output)?;
     settings.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
 

@@ -131,6 +131,7 @@ impl ProgressSample {
             Phase::Publish => "publishing",
             Phase::Backfill => "uploading to remote",
             Phase::Materialize => "writing files",
+            Phase::Extract => "extracting",
             Phase::Verify => "verifying",
         };
         words.to_owned()

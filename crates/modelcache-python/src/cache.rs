@@ -12,7 +12,7 @@ use modelcache::cache::{
     Artifact, EvictTier, GetOptions, LinkMode, OpenOptions, Pin, PruneOptions, Purpose, PutOptions, PutTier,
     VerifyOptions, VerifyTier,
 };
-use modelcache::config::{Backfill, Environment, Secret};
+use modelcache::config::{Backfill, Environment, Extract, Secret};
 use modelcache::doctor::{self, DoctorOptions, Severity};
 use modelcache::format::Format;
 use modelcache::key::{FilePath, Version};
@@ -73,6 +73,8 @@ struct GetArguments {
     local_files_only: bool,
     refresh: bool,
     verify: bool,
+    /// `auto`, `always` or `never`; `None` for the configured value.
+    extract: Option<String>,
     timeout_seconds: Option<f64>,
     /// If true, the cache keeps the lease until it is closed, and the output is a path. If false, the output is a
     /// `Lease`.
@@ -102,6 +104,7 @@ impl GetArguments {
             refresh: self.refresh,
             max_tier: max_tier(self.local_files_only),
             verify: self.verify,
+            extract: self.extract.as_deref().map(Extract::parse).transpose()?,
             // A call with `into` returns when the files are durable, in the caller's folder and in the cache.
             durable: self.into.is_some(),
             ..GetOptions::default()

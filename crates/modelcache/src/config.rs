@@ -5,6 +5,7 @@
 
 use crate::credentials::Credentials;
 use crate::error::{Error, Result};
+use crate::forbid::Forbid;
 use crate::key::ArtifactKey;
 use crate::origin::Origin;
 use crate::redact;
@@ -46,12 +47,18 @@ pub struct Config {
     pub write_mode: WriteMode,
     /// The layout in which artifacts are made available, unless a get states another one.
     pub layout: DirLayout,
+    /// Whether archives are extracted, unless a get states otherwise.
+    pub extract: Extract,
+    /// Keeps an archive on disk after it was extracted.
+    pub keep_archive: bool,
     /// The remote tier, if one is configured.
     pub remote: Option<RemoteConfig>,
     /// How to reach the buckets of `s3://` references.
     pub buckets: BucketConfig,
     /// Refuse files without a published checksum.
     pub require_checksum: bool,
+    /// Files that are neither published nor downloaded nor returned.
+    pub forbid: Forbid,
     /// The policy for an unavailable remote.
     pub on_remote_down: OnRemoteDown,
     /// Whether the remote may be written to.
@@ -99,9 +106,12 @@ impl Config {
             lower_dir: None,
             write_mode: WriteMode::default(),
             layout: DirLayout::default(),
+            extract: Extract::default(),
+            keep_archive: false,
             remote: None,
             buckets: BucketConfig::default(),
             require_checksum: false,
+            forbid: Forbid::default(),
             on_remote_down: OnRemoteDown::default(),
             remote_mode: RemoteMode::default(),
             backfill: None,
@@ -174,6 +184,37 @@ pub enum WriteMode {
     Buffered,
     /// With direct I/O (O_DIRECT), for large files on filesystems that support it.
     Direct,
+}
+
+/// Whether an archive is extracted, so that a get returns the folder of its files.
+///
+/// A get extracts an archive only if it selects no other file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Extract {
+    /// Never: an archive is a file like any other.
+    #[default]
+    Never,
+    /// If the content of the file is an archive (tar, tar.gz, tar.zst or zip), and its name has the extension of one,
+    /// or no extension. Anything else is returned as it is.
+    Auto,
+    /// Always: anything that is not an archive is an error.
+    Always,
+}
+
+impl Extract {
+    /// Returns the value with this name: `never`, `auto` or `always`.
+    ///
+    /// # Errors
+    /// `Invalid` for any other name.
+    pub fn parse(name: &str) -> Result<Self> {
+        match name {
+            "never" => Ok(Self::Never),
+            "auto" => Ok(Self::Auto),
+            "always" => Ok(Self::Always),
+            _ => Err(Error::invalid(format!("{name:?} says not whether to extract archives"))
+                .hint("accepted: auto, always or never")),
+        }
+    }
 }
 
 /// The layout in which the files of an artifact are made available.

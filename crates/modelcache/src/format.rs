@@ -87,8 +87,10 @@ impl Format {
             return Empty;
         }
         // From the most specific test to the least specific one.
-        by_magic(head)
-            .or_else(|| is_tar(head).then_some(Tar))
+        // A tar archive begins with the name of its first file, which may look like the magic of another format.
+        is_tar(head)
+            .then_some(Tar)
+            .or_else(|| by_magic(head))
             .or_else(|| is_safetensors(head, size).then_some(Safetensors))
             .or_else(|| is_pickle(head).then_some(Pickle))
             .or_else(|| by_text(head, size))
@@ -117,6 +119,17 @@ impl Format {
             Parquet => "parquet",
             LfsPointer | Html | Xml | Json | Text | Empty | Unknown => return None,
         })
+    }
+
+    /// Returns the format with this [`name`](Self::name).
+    pub fn named(name: &str) -> Option<Self> {
+        let others = [Gzip, Hdf5, Numpy, Xz, Bzip2, SevenZip, Parquet];
+        EXPECTABLE.into_iter().chain(others).find(|format| format.name() == Some(name))
+    }
+
+    /// Returns true if a file of this format has content of the format `other`. A PyTorch file contains a pickle.
+    pub fn contains(self, other: Self) -> bool {
+        self.meets(other) || (self == PyTorch && other == Pickle)
     }
 
     /// Returns the format of [`EXPECTABLE`] with this name.

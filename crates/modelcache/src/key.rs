@@ -61,6 +61,9 @@ fn segment_fault(segment: &str, forbidden: &[char]) -> Option<String> {
 /// Characters with a meaning in a reference, and the backslash, which separates paths on other systems.
 const NAME_FORBIDDEN: [char; 4] = ['@', '#', '?', '\\'];
 
+/// The first segment of the names of files that were extracted from archives.
+const EXTRACTED: &str = "extracted";
+
 /// Hint for an invalid name or version.
 const NAME_HINT: &str = "write NAME@VERSION: a name of segments separated by '/', a version of one segment, and no \
                          @ # ? or \\ in either";
@@ -126,11 +129,25 @@ impl ArtifactName {
         }
     }
 
+    /// Returns the name of the files that are extracted from archives of this name.
+    ///
+    /// # Errors
+    /// `Invalid` if the name is too long.
+    pub(crate) fn extracted(&self) -> Result<Self> {
+        Self::from_uri(EXTRACTED, self.0.split('/'))
+    }
+
+    /// Returns true for a name of [`extracted`](Self::extracted) files.
+    pub(crate) fn is_extracted(&self) -> bool {
+        self.0.split('/').next() == Some(EXTRACTED)
+    }
+
     /// Returns the scheme word if the name comes from a URI: a word of a built-in scheme, or `origin+word` for an
-    /// application's scheme. No bare name begins with one.
+    /// application's scheme. The files of archives have such a word, too. No bare name begins with one.
     pub fn scheme(&self) -> Option<&str> {
         let first = self.0.split('/').next()?;
-        (first.starts_with(OWN_ORIGIN) || scheme_of_word(first).is_some()).then_some(first)
+        let is_word = first == EXTRACTED || first.starts_with(OWN_ORIGIN) || scheme_of_word(first).is_some();
+        is_word.then_some(first)
     }
 
     /// Returns true if the name comes from a URI whose origin keeps old versions, so that a version can be downloaded
@@ -234,7 +251,9 @@ impl ArtifactKey {
     fn is_uri_name_listed_with_version(name: &str) -> bool {
         let first = name.split_once('/').map(|(first, _)| first);
         first.is_some_and(|first| {
-            first.starts_with(OWN_ORIGIN) || scheme_of_word(first).is_some_and(|scheme| !scheme.prints_keys_as_uri)
+            first == EXTRACTED
+                || first.starts_with(OWN_ORIGIN)
+                || scheme_of_word(first).is_some_and(|scheme| !scheme.prints_keys_as_uri)
         })
     }
 

@@ -118,6 +118,7 @@ pub mod config;
 pub mod digest;
 pub mod error;
 pub mod finding;
+pub mod forbid;
 pub mod format;
 pub mod key;
 pub mod manifest;
@@ -137,6 +138,7 @@ pub mod credentials;
 pub mod disk;
 #[doc(hidden)]
 pub mod doctor;
+mod extract;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 #[doc(hidden)]

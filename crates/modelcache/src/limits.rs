@@ -43,6 +43,22 @@ pub const UNKNOWN_ENTRY_BYTES_MAX: usize = 16 << 10;
 /// Maximum nesting depth of a manifest. The known fields have six levels; unknown fields may have more.
 pub const MANIFEST_DEPTH_MAX: usize = 40;
 
+/// Maximum size of the extracted files of an archive, as a multiple of its own size. Weights compress to half at best;
+/// zeros compress to a thousandth.
+pub const ARCHIVE_RATIO_MAX: u64 = 200;
+
+/// The extracted files of an archive may always have this many bytes, whatever its own size.
+pub const ARCHIVE_FREE_BYTES: u64 = 64 * MIB;
+
+/// Maximum number of folders in the path of a file in an archive.
+pub const ARCHIVE_DEPTH_MAX: usize = 40;
+
+/// Maximum size of the header of a file in a tar archive, with its long name and its fields, in bytes.
+pub const ARCHIVE_HEADER_BYTES_MAX: u64 = MIB;
+
+/// Maximum size of the list of files in a zip archive, in bytes. Reading it takes about ten times as much memory.
+pub const ARCHIVE_LIST_BYTES_MAX: u64 = 8 * MIB;
+
 /// Maximum size of a single metadata response (a revision, a claim, an error body), in bytes.
 pub const RESPONSE_BYTES_MAX: u64 = 16 * MIB;
 

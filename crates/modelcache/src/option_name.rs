@@ -82,6 +82,7 @@ macro_rules! options {
 pub mod setting {
     options! { Setting:
         DIR = "dir",
+        FORBID = "forbid",
         LOWER_DIR = "lower_dir",
         MAX_BYTES = "max_bytes",
         MIN_FREE_BYTES = "min_free_bytes",
@@ -107,6 +108,7 @@ pub mod call {
         CONFIG = "config",
         EXCLUDE = "exclude",
         EXPECT = "expect",
+        EXTRACT = "extract",
         FOLLOW_LINKS = "follow_links" switch,
         FORCE = "force" switch,
         INCLUDE = "include",

@@ -33,11 +33,13 @@ pub enum Phase {
     Backfill,
     /// Linking or copying files into a folder of the caller.
     Materialize,
+    /// Extracting an archive: the time after its download.
+    Extract,
     /// Reading stored files, and comparing them with their digests.
     Verify,
 }
 
-const PHASES: [Phase; 10] = [
+const PHASES: [Phase; 11] = [
     Phase::Resolve,
     Phase::Acquire,
     Phase::Join,
@@ -47,6 +49,7 @@ const PHASES: [Phase; 10] = [
     Phase::Publish,
     Phase::Backfill,
     Phase::Materialize,
+    Phase::Extract,
     Phase::Verify,
 ];
 
@@ -63,6 +66,7 @@ impl Phase {
             Self::Publish => "publish",
             Self::Backfill => "backfill",
             Self::Materialize => "materialize",
+            Self::Extract => "extract",
             Self::Verify => "verify",
         }
     }

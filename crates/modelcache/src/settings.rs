@@ -12,11 +12,12 @@ mod registries;
 mod values;
 
 use crate::config::{
-    Backfill, BucketConfig, ByteBound, Config, DirLayout, Durable, Environment, HubConfig, OnRemoteDown,
+    Backfill, BucketConfig, ByteBound, Config, DirLayout, Durable, Environment, Extract, HubConfig, OnRemoteDown,
     OriginTemplate, RemoteConfig, RemoteMode, Secret, Sharing, WriteMode,
 };
 use crate::credentials::Credentials;
 use crate::error::{Error, Result};
+use crate::forbid::Forbid;
 use crate::human::nearest;
 use crate::option_name::setting::{DIR, REMOTE};
 use crate::option_name::{OptionName, Scope};
@@ -202,6 +203,37 @@ pub const SETTINGS: &[Setting] = &[
         },
     },
     Setting {
+        key: "extract",
+        variable: Some("MODEL_CACHE_EXTRACT"),
+        flag: Some("extract"),
+        value_name: "auto|always|never",
+        default: "`never`",
+        description: "Whether an archive (tar, tar.gz, tar.zst, zip) is extracted, so that a command gets the folder of \
+                      its files. It concerns gets of one file. `auto` extracts a file whose content is an archive and \
+                      whose name has the extension of one, or no extension, and returns anything else as it is. For \
+                      `always`, anything else is an error. The extracted files are an artifact of their own, \
+                      `extracted/NAME`: they count in the budget, and are verified, leased and evicted like others.",
+        accepts: "auto, always or never",
+        set: |value, draft| {
+            draft.config.extract = Extract::parse(&value.text)?;
+            Ok(())
+        },
+    },
+    Setting {
+        key: "keep_archive",
+        variable: Some("MODEL_CACHE_KEEP_ARCHIVE"),
+        flag: Some("keep-archive"),
+        value_name: SWITCH,
+        default: "`0`",
+        description: "Keep an archive on disk after it was extracted. Without it, the archive is removed from this disk, \
+                      unless this disk has the only copy, or the archive is pinned or in use.",
+        accepts: SWITCH_ACCEPTS,
+        set: |value, draft| {
+            draft.config.keep_archive = parse_switch(&value.text)?;
+            Ok(())
+        },
+    },
+    Setting {
         key: "write_mode",
         variable: Some("MODEL_CACHE_WRITE_MODE"),
         flag: Some("write-mode"),
@@ -278,6 +310,23 @@ pub const SETTINGS: &[Setting] = &[
         accepts: SWITCH_ACCEPTS,
         set: |value, draft| {
             draft.config.require_checksum = parse_switch(&value.text)?;
+            Ok(())
+        },
+    },
+    Setting {
+        key: "forbid",
+        variable: Some("MODEL_CACHE_FORBID"),
+        flag: Some("forbid"),
+        value_name: "LIST",
+        default: "none",
+        description: "Files that are neither published nor downloaded nor returned, separated by commas: formats of \
+                      content (`pickle`, `pytorch`, `onnx`, …) and patterns of names (`*.pkl`). `pickle` includes PyTorch \
+                      files, which contain one. A name is checked before a download, and so is a format that is known \
+                      already; otherwise the format is checked before the file becomes visible.",
+        accepts: "formats and patterns, or none",
+        set: |value, draft| {
+            let list = if value.text == "none" { "" } else { &value.text };
+            draft.config.forbid = Forbid::parse(list.split(','))?;
             Ok(())
         },
     },

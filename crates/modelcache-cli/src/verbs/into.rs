@@ -84,7 +84,7 @@ impl IntoFolder {
 }
 
 /// Formats the number of files by kind of link: `3 files hard-linked (read-only), 1 copied`.
-fn links_text(materialized: &Materialized) -> String {
+pub(super) fn links_text(materialized: &Materialized) -> String {
     let word = |link: &Link| match link {
         Link::Hard => "hard-linked (read-only)",
         Link::Reflink => "reflinked",

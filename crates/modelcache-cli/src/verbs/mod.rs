@@ -21,6 +21,7 @@ pub(crate) mod put;
 pub(crate) mod resolve;
 pub(crate) mod serve;
 pub(crate) mod stats;
+pub(crate) mod storage_initializer;
 pub(crate) mod tag;
 pub(crate) mod verify;
 
@@ -56,6 +57,7 @@ pub(crate) enum Verb {
     Stats(stats::Stats),
     Verify(verify::Verify),
     Serve(serve::Serve),
+    StorageInitializer(storage_initializer::StorageInitializer),
     Doctor(doctor::Doctor),
     Completions(completions::Completions),
     Man(man::Man),
@@ -162,6 +164,7 @@ impl Verb {
             Self::Resolve(_) => "resolve",
             Self::Verify(_) => "verify",
             Self::Serve(_) => "serve",
+            Self::StorageInitializer(_) => "storage-initializer",
             Self::Doctor(_) => "doctor",
             Self::Completions(_) => "completions",
             Self::Man(_) => "man",
@@ -188,6 +191,7 @@ impl Verb {
             Self::Stats(verb) => verb.run(session).await,
             Self::Verify(verb) => return verb.run(session).await,
             Self::Serve(verb) => return verb.run(session).await,
+            Self::StorageInitializer(verb) => return verb.run(session).await,
             // `execute` in `lib.rs` has already run these.
             Self::Completions(_) | Self::Man(_) | Self::Help(_) | Self::Doctor(_) => Ok(()),
         }

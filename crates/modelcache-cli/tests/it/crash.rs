@@ -186,6 +186,22 @@ fn a_get_in_the_layout_of_the_hub_survives_a_kill_at_any_call() {
 }
 
 #[test]
+fn a_get_that_extracts_survives_a_kill_at_any_call() {
+    let before: &[&[&str]] = &[&["put", "archive@1", "v1.tar.gz"]];
+    let repeated = |bench: &CrashTest, dir: &str| {
+        let found = bench.run(&ROW, dir).run(["get", "archive@1", "--extract", "auto"]).path();
+        v1().iter().for_each(|(path, content)| common::assert_same(&found.join(path), content));
+    };
+    crash(Operation {
+        name: "get extracting",
+        before,
+        repeated,
+        act: &["get", "archive@1", "--extract", "auto"],
+        ..ROW
+    });
+}
+
+#[test]
 fn an_evict_of_the_layout_of_the_hub_survives_a_kill_at_any_call() {
     let before: &[&[&str]] = &[&["get", V1, "--layout", "hub"], &["get", V2, "--layout", "hub"]];
     let repeated = |bench: &CrashTest, dir: &str| {
@@ -315,6 +331,9 @@ impl CrashTest {
         for (folder, files) in [("v1", v1()), ("v2", v2())] {
             files.into_iter().for_each(|(path, content)| drop(house.write(&format!("{folder}/{path}"), content)));
         }
+        let tar = ["-czf", "v1.tar.gz", "-C", "v1", "."];
+        let made = std::process::Command::new("tar").args(tar).current_dir(house.path("")).status();
+        assert!(made.unwrap().success());
         Self { house, shim }
     }
 

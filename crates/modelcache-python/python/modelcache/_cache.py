@@ -110,12 +110,19 @@ class ModelCache:
     :param min_free_bytes: free space to leave on the filesystem, in bytes or as a percentage.
     :param lower_dir: a second cache directory that is only read.
     :param shared: the users that share the directory: ``"off"``, ``"group"`` or ``"world"``.
+    :param layout: with ``"hub"``, make artifacts of the Hugging Face Hub available as a Hugging Face cache in the folder
+        ``hub`` of the directory; paths of such artifacts are in that folder.
+    :param extract: whether :meth:`get` extracts an archive and returns the folder of its files: ``"never"``, ``"auto"``
+        (if the file is one) or ``"always"`` (anything else is an error).
+    :param keep_archive: keep an archive on disk after it was extracted.
     :param remote_mode: ``"rw"``, or ``"ro"`` to only read the remote.
     :param remote_options: options of the object store by name, such as ``region`` or ``endpoint``.
     :param on_remote_down: while the remote is unavailable, use the origin (``"origin"``) or fail (``"fail"``).
     :param backfill: when to upload artifacts from an origin to the remote: ``"wait"`` (before the call returns),
         ``"background"`` (the default in Python), ``"later"`` (in a later run) or ``"never"``.
     :param require_checksum: refuse files for which no checksum is available.
+    :param forbid: files that are neither published nor returned: formats of content such as ``"pickle"``, and patterns of
+        names such as ``"*.pkl"``.
     :param offline: do not contact origins over the network.
     :param ref_ttl: seconds for which a resolved revision or tag is considered current.
     :param start_jitter: upper bound in seconds of a random delay before the first request to a remote or origin.
@@ -138,11 +145,15 @@ class ModelCache:
         min_free_bytes: int | str | None = None,
         lower_dir: _StrPath | None = None,
         shared: Literal["off", "group", "world"] | None = None,
+        layout: Literal["files", "hub"] | None = None,
+        extract: Literal["auto", "always", "never"] | None = None,
+        keep_archive: bool | None = None,
         remote_mode: Literal["rw", "ro"] | None = None,
         remote_options: Mapping[str, str | int | bool] | None = None,
         on_remote_down: Literal["origin", "fail"] | None = None,
         backfill: Literal["wait", "background", "later", "never"] | None = None,
         require_checksum: bool | None = None,
+        forbid: str | Sequence[str] | None = None,
         offline: bool | None = None,
         ref_ttl: float | str | None = None,
         start_jitter: float | str | None = None,
@@ -220,6 +231,7 @@ class ModelCache:
         local_files_only: bool = False,
         force_refresh: bool = False,
         verify: bool = False,
+        extract: Literal["auto", "always", "never"] | None = None,
         timeout: float | None = None,
         progress: ProgressArgument | None = None,
     ) -> Pending[Path]:
@@ -241,6 +253,8 @@ class ModelCache:
         :param local_files_only: use only the local disk, and contact neither remote nor origin.
         :param force_refresh: resolve the revision or tag again, even if the last resolution is still current.
         :param verify: first read the files on disk in full and compare them with their digests.
+        :param extract: whether an archive is extracted, and the folder of its files returned; ``None`` for the value of
+            the cache.
         :param timeout: seconds after which the call fails. The bytes received are kept for the next call.
         :param progress: a function that is called with a :class:`Progress` about ten times a second on the calling
             thread, or a class such as ``tqdm.tqdm``. The function may use the cache. An exception in it ends the call.
@@ -255,7 +269,7 @@ class ModelCache:
         """
         call = self._get(
             reference, version, revision, allow_patterns, ignore_patterns, local_dir, token, local_files_only,
-            force_refresh, verify, timeout, True,
+            force_refresh, verify, extract, timeout, True,
         )  # fmt: skip
         return Pending(call, Path, progress, _reference_text(reference, version))
 
@@ -274,6 +288,7 @@ class ModelCache:
         ignore_patterns: _Patterns = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
+        extract: Literal["auto", "always", "never"] | None = None,
         timeout: float | None = None,
         progress: ProgressArgument | None = None,
     ) -> Pending[Lease]:
@@ -285,7 +300,7 @@ class ModelCache:
         """
         call = self._get(
             reference, version, revision, allow_patterns, ignore_patterns, None, token, local_files_only,
-            False, False, timeout, False,
+            False, False, extract, timeout, False,
         )  # fmt: skip
         return Pending(call, Lease, progress, _reference_text(reference, version))
 
@@ -303,6 +318,7 @@ class ModelCache:
         local_files_only: bool,
         refresh: bool,
         verify: bool,
+        extract: str | None,
         timeout: float | None,
         keep_lease: bool,
     ) -> _native.Call:
@@ -318,6 +334,7 @@ class ModelCache:
                 "local_files_only": local_files_only,
                 "refresh": refresh,
                 "verify": verify,
+                "extract": extract,
                 "timeout_seconds": timeout,
                 "keep_lease": keep_lease,
             }

@@ -106,11 +106,23 @@ impl Cache {
     async fn evict_disk(&self, key: &ArtifactKey, dry_run: bool) -> Result<Option<(u64, u64)>> {
         let key = key.clone();
         self.on_disk(move |disk| {
-            let expected = disk.bytes_of_eviction(&key)?;
-            if dry_run {
-                return Ok(expected);
+            let evict = |key: &ArtifactKey| {
+                let expected = disk.bytes_of_eviction(key)?;
+                if dry_run {
+                    return Ok(expected);
+                }
+                Ok(disk.evict(key)?.map(|freed| (freed, expected.map_or(0, |(_, shared)| shared))))
+            };
+            // The files that were extracted from an archive go with it.
+            let mut evicted = Vec::new();
+            for (extracted, revision) in Self::extracted_from(disk, &key)? {
+                evicted.extend(evict(&extracted)?);
+                if !dry_run {
+                    disk.forget_ref(&extracted.name, &revision)?;
+                }
             }
-            Ok(disk.evict(&key)?.map(|freed| (freed, expected.map_or(0, |(_, shared)| shared))))
+            evicted.extend(evict(&key)?);
+            Ok(evicted.into_iter().reduce(|sum, one| (sum.0 + one.0, sum.1 + one.1)))
         })
         .await
     }

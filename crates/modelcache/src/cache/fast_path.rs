@@ -18,6 +18,19 @@ impl Cache {
         options: &GetOptions,
         progress: &Progress,
     ) -> Option<Result<Artifact>> {
+        let request = self.local_request(reference, options)?;
+        let leased = {
+            let _phase = progress.enter(Phase::Acquire, 0);
+            self.0.disk.try_acquire_fast(&request.key, &request.selection)?
+        };
+        let checked = self.check_policy(&request, &leased.manifest);
+        let artifact = checked.and_then(|()| artifact(&request, FillOutcome::local(leased), progress));
+        Some(artifact.map_err(|error| error.artifact(&request.key)))
+    }
+
+    /// Returns the request that the reference or a cached resolution determines, without contacting any tier; `None` if
+    /// the reference has to be resolved.
+    pub(super) fn local_request(&self, reference: &Reference, options: &GetOptions) -> Option<FetchRequest> {
         // The slow path reports the conflict between a file in the reference and a selection.
         let selection = match &reference.file {
             Some(_) if !options.selection.is_all() => return None,
@@ -30,15 +43,8 @@ impl Cache {
         if options.refresh && key.name.scheme().is_none() {
             return None;
         }
-        let leased = {
-            let _phase = progress.enter(Phase::Acquire, 0);
-            self.0.disk.try_acquire_fast(&key, &selection)?
-        };
         let plain = FetchRequest::new(key, selection, policy.max_tier);
         let (digest, purpose, durable) = (reference.digest, options.purpose, options.durable);
-        let request = FetchRequest { digest, purpose, durable, ..plain };
-        let checked = self.require_checksums(&request, &leased.manifest);
-        let artifact = checked.and_then(|()| artifact(&request, FillOutcome::local(leased), progress));
-        Some(artifact.map_err(|error| error.artifact(&request.key)))
+        Some(FetchRequest { digest, purpose, durable, ..plain })
     }
 }

@@ -10,7 +10,7 @@ use super::fill::{FillOutcome, FillPublisher, JoinOutcome};
 use super::plan::FillPlan;
 use super::resolve::FetchRequest;
 use super::{Artifact, BytesByTier, Cache, GetOptions, GetReport};
-use crate::config::DirLayout;
+use crate::config::{DirLayout, Extract};
 use crate::disk::{
     AcquireOutcome, Destination, LOCK_WAIT_MAX, LeasedArtifact, MissingFiles, Purpose, RootedPath, StagedFile, Staging,
     format_name, staged_name,
@@ -79,8 +79,13 @@ impl Cache {
 
     /// Makes one attempt of [`get_with`](Self::get_with).
     async fn get_once(&self, reference: &Reference, options: &GetOptions, progress: &Progress) -> Result<Artifact> {
+        let extract = options.extract.unwrap_or(self.0.config.extract);
         // Steps 1 and 2 in a few microseconds, for an ordinary hit.
-        if let Some(hit) = self.try_fast_hit(reference, options, progress) {
+        let hit = match extract {
+            Extract::Never => self.try_fast_hit(reference, options, progress),
+            _ => self.try_extracted_hit(reference, options, progress).await?.map(Ok),
+        };
+        if let Some(hit) = hit {
             return hit;
         }
         // Step 1: resolve the reference to a key, a selection and an origin.
@@ -88,6 +93,12 @@ impl Cache {
         // Local files with wrong bytes are withdrawn here, so that the get downloads them again.
         if options.verify {
             self.verify_hit(&request, progress).await.map_err(|error| error.artifact(&request.key))?;
+        }
+        if extract != Extract::Never {
+            let extracted = self.get_extracted(&request, extract, options, progress).await;
+            if let Some(artifact) = extracted.map_err(|error| error.artifact(&request.key))? {
+                return Ok(artifact);
+            }
         }
         self.get_resolved(&request, progress).await.map_err(|error| error.artifact(&request.key))
     }
@@ -108,7 +119,7 @@ impl Cache {
             },
         };
         // Also for files that were downloaded under a less strict configuration.
-        self.require_checksums(request, &outcome.leased.manifest)?;
+        self.check_policy(request, &outcome.leased.manifest)?;
         self.wait_until_durable(request, &outcome.leased).await?;
         artifact(request, outcome, progress)
     }
@@ -286,7 +297,14 @@ impl Cache {
             streaming_upload,
         };
         // The digests of all files are known only now. A mismatch must not be published.
-        request.check_demanded_digest(&staged_fill.completed_listing())?;
+        let listing = staged_fill.completed_listing();
+        request.check_demanded_digest(&listing)?;
+        // Their formats as well. Forbidden files do not stay in staging.
+        if let Err(error) = self.check_policy(request, &listing) {
+            publisher.invalidate_partial_files();
+            blocking(move || staged_fill.staging.discard()).await?;
+            return Err(error);
+        }
         Ok(staged_fill)
     }
 

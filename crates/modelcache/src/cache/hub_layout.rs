@@ -19,6 +19,10 @@ impl Cache {
     /// `Directory` if the directory cannot be written, or its filesystem refuses hard links.
     pub async fn link_hub_layout(&self, reference: &Reference, artifact: &mut Artifact) -> Result<()> {
         let Target::Hub(repo) = &reference.target else { return Ok(()) };
+        // The files of an archive are not files of the repository.
+        if artifact.key.name.is_extracted() {
+            return Ok(());
+        }
         let revision = (!repo.is_commit()).then(|| repo.revision.clone());
         let (disk, lease, selection) = (self.0.disk.clone(), artifact.lease.clone(), artifact.selection.clone());
         let hub = blocking(move || disk.link_hub_layout(&lease, &selection, revision.as_deref())).await?;

@@ -10,6 +10,7 @@ mod counters;
 mod digest_alerts;
 mod durable;
 mod evict;
+mod extract;
 mod fast_path;
 mod fill;
 mod get;

@@ -128,17 +128,23 @@ impl Cache {
     async fn open_once(&self, reference: &Reference, options: &OpenOptions, progress: &Progress) -> Result<OpenFile> {
         let get = options.as_get(reference)?;
         if let Some(hit) = self.try_fast_hit(reference, &get, progress) {
-            return self.open_leased(hit?, progress).await.map_err(|error| error.artifact(reference));
+            return self.open_leased(hit?, true, progress).await.map_err(|error| error.artifact(reference));
         }
         let request = self.resolve(reference, &get, progress).await.map_err(|error| error.artifact(reference))?;
-        self.open_resolved(request, options.unchecked, progress).await.map_err(|error| error.artifact(reference))
+        self.open_resolved(request, options.unchecked, true, progress).await.map_err(|error| error.artifact(reference))
     }
 
-    /// Opens the file of a resolved reference.
-    async fn open_resolved(&self, mut request: FetchRequest, unchecked: bool, progress: &Progress) -> Result<OpenFile> {
+    /// Opens the file of a resolved reference. With `counts`, the open counts as a get.
+    pub(super) async fn open_resolved(
+        &self,
+        mut request: FetchRequest,
+        unchecked: bool,
+        counts: bool,
+        progress: &Progress,
+    ) -> Result<OpenFile> {
         // The file is on disk: lease it, as step 2 of the main path does.
         if let Some(leased) = self.try_acquire(&request).await? {
-            return self.open_filled(&request, FillOutcome::local(leased), progress).await;
+            return self.open_filled(&request, FillOutcome::local(leased), counts, progress).await;
         }
         let file = match request.selection.one_file() {
             Some(file) => file.clone(),
@@ -167,7 +173,7 @@ impl Cache {
         };
         let partial_file = match partial_file {
             Ok(partial_file) => partial_file,
-            Err(outcome) => return self.open_filled(&request, outcome, progress).await,
+            Err(outcome) => return self.open_filled(&request, outcome, counts, progress).await,
         };
         let opened = OpenFile {
             key: request.key.clone(),
@@ -186,20 +192,27 @@ impl Cache {
             shared: opened.shared.clone(),
             progress: progress.clone(),
             started,
+            counts,
         };
         tokio::spawn(follower.follow(states));
         Ok(opened)
     }
 
     /// Opens the file after the artifact is published.
-    async fn open_filled(&self, request: &FetchRequest, outcome: FillOutcome, progress: &Progress) -> Result<OpenFile> {
-        self.require_checksums(request, &outcome.leased.manifest)?;
+    async fn open_filled(
+        &self,
+        request: &FetchRequest,
+        outcome: FillOutcome,
+        counts: bool,
+        progress: &Progress,
+    ) -> Result<OpenFile> {
+        self.check_policy(request, &outcome.leased.manifest)?;
         self.wait_until_durable(request, &outcome.leased).await?;
-        self.open_leased(artifact(request, outcome, progress)?, progress).await
+        self.open_leased(artifact(request, outcome, progress)?, counts, progress).await
     }
 
-    /// Opens the file of a leased artifact, and counts the get.
-    async fn open_leased(&self, artifact: Artifact, progress: &Progress) -> Result<OpenFile> {
+    /// Opens the file of a leased artifact. With `counts`, counts the get.
+    async fn open_leased(&self, artifact: Artifact, counts: bool, progress: &Progress) -> Result<OpenFile> {
         let (key, leased) = (artifact.key.clone(), artifact.lease.clone());
         let path = only_file(leased.manifest.selected(&artifact.selection).map(|(path, _)| path))?;
         let shared = Arc::new(Shared::default());
@@ -207,7 +220,9 @@ impl Cache {
         shared.finish(&path, leased);
         let size = shared.bound.get().map_or(Ok(0), |bound| bound.file.metadata().map(|found| found.len()));
         let size = size.map_err(|cause| Error::new(ErrorKind::Directory, "cannot read the file size").cause(cause))?;
-        self.count_get(&Ok(artifact));
+        if counts {
+            self.count_get(&Ok(artifact));
+        }
         Ok(OpenFile { key, path, size, progress: progress.clone(), shared, filling: None })
     }
 }
@@ -223,6 +238,8 @@ struct Follower {
     progress: Progress,
     /// True if the open started the fill, false if it joined one.
     started: bool,
+    /// True if the open counts as a get.
+    counts: bool,
 }
 
 impl Follower {
@@ -250,7 +267,9 @@ impl Follower {
         let Ok(outcome) = outcome else { return };
         let (cache, leased) = (&self.cache, outcome.leased.clone());
         let outcome = if self.started { outcome } else { outcome.without_transfers() };
-        cache.count_get(&artifact(&self.request, outcome, &self.progress));
+        if self.counts {
+            cache.count_get(&artifact(&self.request, outcome, &self.progress));
+        }
         // Step 4: sync, if the configuration requires it. Readers do not wait for this.
         if let Err(error) = cache.wait_until_durable(&self.request, &leased).await {
             tracing::warn!(artifact = %self.request.key, %error, "cannot sync an opened file to stable storage");

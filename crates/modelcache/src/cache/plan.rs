@@ -14,6 +14,7 @@ use crate::config::OnRemoteDown;
 use crate::digest::Provenance;
 use crate::disk::DiskSource;
 use crate::error::{Error, ErrorKind, Result, Tier};
+use crate::format::Format;
 use crate::human::first_few;
 use crate::key::FilePath;
 use crate::ladder::Ladder;
@@ -166,7 +167,7 @@ impl Cache {
         if selected.is_empty() && !listing.files.is_empty() {
             return Err(nothing_selected(request, &listing));
         }
-        self.require_checksums(request, &listing)?;
+        self.check_policy(request, &listing)?;
         // 4d: find the sources of each file, and when it may be read.
         let local = self.local_sources(request, &selected).await?;
         let sources = selected
@@ -233,12 +234,22 @@ impl Cache {
         Ok(tier_manifests)
     }
 
+    /// Fails if the configuration does not allow a selected file, as far as `listing` knows the files.
+    ///
+    /// # Errors
+    /// `Corrupt`, with the names of the files.
+    pub(super) fn check_policy(&self, request: &FetchRequest, listing: &Manifest) -> Result<()> {
+        self.require_checksums(request, listing)?;
+        let format = |entry: &FileEntry| entry.format.as_deref().and_then(Format::named);
+        self.0.config.forbid.check(listing.selected(&request.selection).map(|(path, entry)| (path, format(entry))))
+    }
+
     /// Fails if `require_checksum` is configured and a selected file has no published checksum. A digest that the
     /// caller demands counts as one.
     ///
     /// # Errors
     /// `Corrupt`, with the names of the files.
-    pub(super) fn require_checksums(&self, request: &FetchRequest, listing: &Manifest) -> Result<()> {
+    fn require_checksums(&self, request: &FetchRequest, listing: &Manifest) -> Result<()> {
         if !self.0.config.require_checksum || request.digest.is_some() {
             return Ok(());
         }

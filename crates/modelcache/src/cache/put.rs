@@ -14,6 +14,7 @@ use crate::disk::{
     hash_input, list_input, staged_name,
 };
 use crate::error::{Context, Error, ErrorKind, Result, Tier};
+use crate::forbid::Forbid;
 use crate::format::{self, Format};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, FileIdentity, Manifest, Shape};
@@ -72,8 +73,10 @@ impl Cache {
         let remote = self.remote_for_put(options)?;
         let (source, expected, follow_links) = (path.to_owned(), options.expect, options.follow_links);
         let excluded = Selection::globs(&[], &options.exclude)?;
+        let forbid = self.0.config.forbid.clone();
         let (shape, inputs) = blocking(move || {
             let (shape, inputs) = list_input(&source, &excluded, follow_links)?;
+            refuse_forbidden(&forbid, &inputs)?;
             expected.map_or(Ok(()), |expected| check_formats(expected, shape, &inputs)).map(|()| (shape, inputs))
         })
         .await?;
@@ -381,6 +384,17 @@ async fn read_and_upload(
     }
     let (entry, copy) = blocking(move || copying.finish()).await?;
     Ok(InputRead { path, entry, copy, upload: Some(upload) })
+}
+
+/// Fails if a file is forbidden.
+fn refuse_forbidden(forbid: &Forbid, inputs: &[InputFile]) -> Result<()> {
+    forbid.check(inputs.iter().map(|input| (&input.path, None)))?;
+    if forbid.has_formats() {
+        for input in inputs {
+            forbid.check([(&input.path, Some(format_of(&input.from)?))])?;
+        }
+    }
+    Ok(())
 }
 
 /// Fails if the files do not have the expected format.

@@ -3,6 +3,7 @@
 //! Sizes are in bytes, and digests are SHA-256. The serialized form of a report is what `modelcache --json` prints
 //! and what the Python package parses. `docs/json.md` is generated from the field names, types and comments here.
 
+use crate::config::Extract;
 use crate::digest::{Digest, GitOid, Provenance};
 use crate::disk::{Destination, Holder, HubLayout, LeasedArtifact, Link, Materialized, Pin, Purpose};
 use crate::error::Tier;
@@ -37,6 +38,8 @@ pub struct GetOptions {
     pub purpose: Purpose,
     /// Wait until the files are on stable storage, so that they survive a power cut.
     pub durable: bool,
+    /// Whether an archive is extracted; `None` for the configured value.
+    pub extract: Option<Extract>,
     /// The folder into which the artifact will be materialized. Before a download, the get fails if it has no room.
     pub destination: Option<Destination>,
 }
@@ -50,6 +53,7 @@ impl Default for GetOptions {
             verify: false,
             purpose: Purpose::default(),
             durable: false,
+            extract: None,
             destination: None,
         }
     }

@@ -59,8 +59,12 @@ impl Layout {
         self.root.join("lower")
     }
 
+    pub(crate) fn refs_of(&self, name: &ArtifactName) -> RootedPath {
+        self.refs().join(escape(name.as_str()))
+    }
+
     pub(crate) fn ref_file(&self, name: &ArtifactName, revision: &str) -> RootedPath {
-        self.refs().join(escape(name.as_str())).join(escape(revision))
+        self.refs_of(name).join(escape(revision))
     }
 
     pub(crate) fn stagings(&self) -> RootedPath {

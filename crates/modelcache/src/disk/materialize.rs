@@ -37,6 +37,8 @@ use std::path::{Path, PathBuf};
 
 /// Name of the marker file, which lists the files of a materialized folder. No artifact has a file of this name.
 pub(super) const MARKER: &str = ".modelcache.json";
+/// Name of a cache directory in a mount point that is a destination.
+pub const CACHE_IN_MOUNT: &str = ".modelcache";
 /// Suffix of the temporary name of the old folder, where the filesystem cannot exchange two folders.
 const OLD: &str = "-old";
 /// Prefix of the name of the temporary folder in a mount point.
@@ -45,6 +47,12 @@ const IN_PLACE_PREFIX: &str = ".modelcache-";
 const MARKER_BYTES_MAX: u64 = 64 << 20;
 /// Buffer size for copying, in bytes.
 const COPY_BYTES: usize = 1 << 20;
+
+/// Returns true if `dir` is a folder at which a filesystem is mounted.
+pub fn is_mount_point(dir: &Path) -> bool {
+    let (Some(parent), Some(name)) = (dir.parent(), dir.file_name()) else { return true };
+    RootedPath::root(parent).join(name).is_mount().unwrap_or(false)
+}
 
 /// How the files of the folder are created.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -135,7 +143,9 @@ impl Destination {
                 "name a folder in it, or run the command elsewhere",
             );
         }
-        if real.starts_with(&cache_root) || cache_root.starts_with(&real) {
+        // A mount point may have the cache directory in it, under a name that no artifact has.
+        let cache_in_mount = cache_root == real.join(CACHE_IN_MOUNT) && is_mount_point(&real);
+        if !cache_in_mount && (real.starts_with(&cache_root) || cache_root.starts_with(&real)) {
             return refuse(
                 "contains the cache directory or is inside it",
                 "choose a folder outside the cache directory",
@@ -381,7 +391,8 @@ impl Destination {
         };
         for path in files::entries(dir)? {
             // `mkfs` creates `lost+found` in a new filesystem, and only root may list it.
-            let is_skipped = built.contains(&path) || self.in_place && path.name() == "lost+found";
+            let is_skipped =
+                built.contains(&path) || self.in_place && matches!(path.name(), "lost+found" | CACHE_IN_MOUNT);
             match files::stat(&path)? {
                 _ if is_skipped => {}
                 Some(metadata) if metadata.is_dir() => files::walk_all(&path, &mut visit)?,

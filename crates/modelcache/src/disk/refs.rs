@@ -6,7 +6,7 @@ use super::files;
 use super::io_error::IoContext;
 use super::modes;
 use crate::error::Result;
-use crate::key::{ArtifactName, Version};
+use crate::key::{ArtifactName, Version, unescape};
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -56,6 +56,12 @@ impl Disk {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let stored = StoredRef { version: version.clone(), resolved_at_unix: now.saturating_sub(age).as_secs() };
         files::replace_hint(&path, &serde_json::to_vec(&stored).unwrap_or_default(), &self.layout().stagings())
+    }
+
+    /// Returns the revisions of `name` that are remembered. A name that was shortened because of its length is left out.
+    pub(crate) fn remembered_revisions(&self, name: &ArtifactName) -> Result<Vec<String>> {
+        let paths = files::entries(&self.layout().refs_of(name))?;
+        Ok(paths.iter().filter_map(|path| unescape(path.name())).collect())
     }
 
     /// Forgets the version of `revision` of `name`, because the revision no longer exists.

@@ -135,6 +135,23 @@ impl StagingUse {
     }
 }
 
+/// Calls `attempt` until it no longer fails because of leases or other fills that may release room, for up to
+/// [`ROOM_WAIT_MAX`]. Each attempt is one critical section; between attempts the budget lock is free.
+fn wait_for_room<T>(mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
+    let started = Instant::now();
+    loop {
+        match attempt() {
+            Err(error) if error.kind() == ErrorKind::Full && error.is_transient() => {
+                if started.elapsed() > ROOM_WAIT_MAX {
+                    return Err(error.transient(false));
+                }
+                thread::sleep(POLL_INTERVAL);
+            }
+            ended => return ended,
+        }
+    }
+}
+
 /// Removes a staging folder, its journal last.
 fn remove_staging(dir: &RootedPath) -> Result<()> {
     let journal = dir.join(JOURNAL);
@@ -173,20 +190,10 @@ impl Disk {
     pub(crate) fn begin_fill(&self, key: &ArtifactKey, wanted: &[(FilePath, FileEntry)]) -> Result<Staging> {
         self.ensure_writable()?;
         self.refuse_beyond_budget(key, wanted)?;
-        let started = Instant::now();
-        loop {
+        wait_for_room(|| {
             let verified_before = self.hash_unvouched(wanted)?;
-            // Each attempt is one critical section. Between attempts the budget lock is free.
-            match self.try_begin_fill(key, wanted, verified_before).map_err(|error| error.artifact(key)) {
-                Err(error) if error.kind() == ErrorKind::Full && error.is_transient() => {
-                    if started.elapsed() > ROOM_WAIT_MAX {
-                        return Err(error.transient(false));
-                    }
-                    thread::sleep(POLL_INTERVAL);
-                }
-                begun => return begun,
-            }
-        }
+            self.try_begin_fill(key, wanted, verified_before).map_err(|error| error.artifact(key))
+        })
     }
 
     /// Hashes the wanted blobs for which no manifest vouches, for instance because they were not synced before a
@@ -446,6 +453,20 @@ impl Staging {
         Ok(kept)
     }
 
+    /// Makes room for `extra` bytes more than the journal reserves, and reserves `reserved` bytes in all.
+    pub(super) fn try_extend_reservation(&self, key: &ArtifactKey, extra: u64, reserved: u64) -> Result<()> {
+        let mut guard = self.disk.lock_budget()?;
+        guard.make_space(extra, key).map_err(|error| error.artifact(key))?;
+        self.write_journal(key, reserved)?;
+        guard.release()
+    }
+
+    /// Like [`try_extend_reservation`](Self::try_extend_reservation), but waits up to [`ROOM_WAIT_MAX`] for room that
+    /// leases or other fills may release.
+    pub(super) fn extend_reservation(&self, key: &ArtifactKey, extra: u64, reserved: u64) -> Result<()> {
+        wait_for_room(|| self.try_extend_reservation(key, extra, reserved))
+    }
+
     /// Ends the reservation, when all bytes are written. From then on, only the allocated bytes of the folder count.
     pub(crate) fn end_reservation(&self, key: &ArtifactKey) -> Result<()> {
         self.write_journal(key, 0)
@@ -565,7 +586,7 @@ fn is_temporary(path: &RootedPath) -> bool {
 }
 
 /// Returns the bytes that a staged file of `size` bytes and its parts journal take.
-fn space_to_stage(size: u64) -> u64 {
+pub(super) fn space_to_stage(size: u64) -> u64 {
     allocated_for(size) + allocated_for(journal_bytes(size, part_size(size)))
 }
 

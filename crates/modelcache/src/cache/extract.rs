@@ -1,0 +1,477 @@
+//! Extraction: a get of an archive that returns the folder of its files.
+//!
+//! The extracted files are an artifact of their own: `extracted/<name of the archive>`, with the digest of the archive
+//! as version. So they are verified, leased, counted and evicted like any other artifact, and different versions share
+//! equal files. The version of the archive is a revision of it, which the local directory remembers: a hit needs no
+//! archive.
+//!
+//! A tar archive is extracted while it is downloaded, from bytes that may not be verified yet. Its files are published
+//! only after the whole archive was verified.
+
+use super::fill::FillOutcome;
+use super::get::artifact;
+use super::open::OpenFile;
+use super::resolve::FetchRequest;
+use super::{Artifact, Cache, GetOptions};
+use crate::config::Extract;
+use crate::digest::Digest;
+use crate::disk::{Disk, StreamedFill};
+use crate::error::{Error, ErrorKind, Result};
+use crate::extract::{Archive, is_archive, is_named_as_archive};
+use crate::format::{Format, HEAD_BYTES};
+use crate::key::{ArtifactKey, ArtifactName, FilePath, Version};
+use crate::manifest::{FileEntry, Manifest, Shape};
+use crate::mutex::Mutex;
+use crate::option_name::call::EXTRACT;
+use crate::progress::{Phase, Progress};
+use crate::reference::Reference;
+use crate::runtime::blocking;
+use crate::selection::Selection;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt as _;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+
+/// Number of bytes of an archive that are read at once.
+const READ_BYTES: u64 = 1 << 20;
+/// Number of attempts to extract an archive that failed verification and is downloaded again.
+const ATTEMPTS_MAX: usize = 3;
+
+/// The artifact of the files that one request extracts.
+struct Extraction {
+    name: ArtifactName,
+    /// The revision under which the digest of the archive is remembered: the version of the archive, and a digest of
+    /// the selection unless it selects all files.
+    revision: String,
+}
+
+impl Extraction {
+    fn of(request: &FetchRequest) -> Result<Self> {
+        let version = &request.key.version;
+        let revision = match request.selection.is_all() {
+            true => version.to_string(),
+            false => {
+                let selection = Digest::of(format!("{:?}", request.selection.identity()).as_bytes());
+                format!("{version}{SELECTION}{}", selection.short())
+            }
+        };
+        Ok(Self { name: request.key.name.extracted()?, revision })
+    }
+
+    /// Returns the key of the files of the archive with this digest.
+    fn key(&self, archive: Digest) -> Result<ArtifactKey> {
+        Ok(ArtifactKey::new(self.name.clone(), Version::new(&archive.to_string())?))
+    }
+
+    /// Returns the key whose locks and staging folder the extraction uses: the digest may not be known yet.
+    fn lock_key(&self) -> Result<ArtifactKey> {
+        let revision = Digest::of(self.revision.as_bytes());
+        Ok(ArtifactKey::new(self.name.clone(), Version::new(&format!("archive-{revision}"))?))
+    }
+}
+
+/// Separates the version of an archive from the digest of a selection. Not part of a version.
+const SELECTION: char = '#';
+
+/// What came of an attempt to extract a file.
+enum Outcome {
+    Extracted(StreamedFill),
+    /// The file is not an archive.
+    NotAnArchive(Format),
+}
+
+impl Cache {
+    /// Returns the leased files of the archive that `request` selects, and extracts them first if they are not on disk.
+    /// Returns `None` if nothing is to be extracted.
+    ///
+    /// # Errors
+    /// `Corrupt` if the archive is damaged, breaks a rule, or exceeds a limit; with [`Extract::Always`], also if it is
+    /// not an archive. Those of a get.
+    pub(super) async fn get_extracted(
+        &self,
+        request: &FetchRequest,
+        how: Extract,
+        options: &GetOptions,
+        progress: &Progress,
+    ) -> Result<Option<Artifact>> {
+        if request.key.name.is_extracted() {
+            return Ok(None);
+        }
+        let extraction = Extraction::of(request)?;
+        if let Some(hit) = self.remembered_hit(request, &extraction, options, progress).await? {
+            return Ok(Some(hit));
+        }
+        // Is it one file, and may it be an archive?
+        let mut request = request.clone();
+        let Some((path, entry)) = self.only_selected(&mut request, progress).await? else {
+            return match how {
+                Extract::Always => Err(Error::invalid("it has several files, so there is no archive to extract")
+                    .hint(format!("name the archive in the reference, or omit {EXTRACT}"))),
+                _ => Ok(None),
+            };
+        };
+        if how == Extract::Auto && !is_named_as_archive(path.file_name()) {
+            return Ok(None);
+        }
+        // A demanded digest was compared with the manifest of the archive.
+        if let Some(archive) = entry.sha256
+            && let Some(hit) = self.extracted_hit(&request, extraction.key(archive)?, options, progress).await?
+        {
+            self.remember_archive(&extraction, archive).await?;
+            return Ok(Some(hit));
+        }
+        // Only one process extracts. The others wait, and then find the files.
+        let lead = self.wait_to_lead(&extraction.lock_key()?, progress).await?;
+        if let Some(hit) = self.remembered_hit(&request, &extraction, options, progress).await? {
+            return Ok(Some(hit));
+        }
+        let extracted = self.extract(&request, &path, &extraction, how, progress).await;
+        drop(lead);
+        extracted
+    }
+
+    /// Returns the leased files of an archive if the reference or a cached resolution determines the key, and the files
+    /// are on disk. Contacts no tier: the archive itself may be on none of them.
+    pub(super) async fn try_extracted_hit(
+        &self,
+        reference: &Reference,
+        options: &GetOptions,
+        progress: &Progress,
+    ) -> Result<Option<Artifact>> {
+        let Some(request) = self.local_request(reference, options) else { return Ok(None) };
+        if request.key.name.is_extracted() {
+            return Ok(None);
+        }
+        let hit = self.remembered_hit(&request, &Extraction::of(&request)?, options, progress).await;
+        hit.map_err(|error| error.artifact(&request.key))
+    }
+
+    /// Returns the digest of the archive, if the local directory knows it.
+    async fn remembered_archive(
+        &self,
+        request: &FetchRequest,
+        extraction: &Extraction,
+        options: &GetOptions,
+    ) -> Result<Option<Digest>> {
+        let (key, selection) = (request.key.clone(), request.selection.clone());
+        let (name, revision) = (extraction.name.clone(), extraction.revision.clone());
+        let refresh = options.refresh;
+        self.on_disk(move |disk| {
+            // What the archive's own manifest says is newer than what was remembered.
+            if let Some(manifest) = disk.manifest(&key)? {
+                let mut selected = manifest.selected(&selection);
+                let only = selected.next().filter(|_| selected.next().is_none());
+                return Ok(only.and_then(|(_, entry)| entry.sha256));
+            }
+            let remembered = if refresh { None } else { disk.remembered_ref(&name, &revision)? };
+            Ok(remembered.and_then(|remembered| remembered.version.as_str().parse().ok()))
+        })
+        .await
+    }
+
+    /// Returns the extracted files, leased, if the local directory knows the archive and has all of them.
+    async fn remembered_hit(
+        &self,
+        request: &FetchRequest,
+        extraction: &Extraction,
+        options: &GetOptions,
+        progress: &Progress,
+    ) -> Result<Option<Artifact>> {
+        let remembered = self.remembered_archive(request, extraction, options).await?;
+        // A demanded digest may also be that of the list of files, which only the manifest of the archive has.
+        let is_demanded = |archive: &Digest| request.digest.is_none_or(|demanded| demanded == *archive);
+        let Some(archive) = remembered.filter(is_demanded) else { return Ok(None) };
+        self.extracted_hit(request, extraction.key(archive)?, options, progress).await
+    }
+
+    async fn remember_archive(&self, extraction: &Extraction, archive: Digest) -> Result<()> {
+        let (name, revision, version) =
+            (extraction.name.clone(), extraction.revision.clone(), extraction.key(archive)?.version);
+        self.on_disk(move |disk| match disk.is_read_only() {
+            true => Ok(()),
+            false => disk.remember_ref(&name, &revision, &version, Duration::ZERO),
+        })
+        .await
+    }
+
+    /// Returns the extracted files, leased, if all of them are on disk.
+    async fn extracted_hit(
+        &self,
+        archive: &FetchRequest,
+        key: ArtifactKey,
+        options: &GetOptions,
+        progress: &Progress,
+    ) -> Result<Option<Artifact>> {
+        let request = extracted_request(archive, key);
+        if options.verify {
+            self.verify_hit(&request, progress).await?;
+        }
+        let Some(leased) = self.try_acquire(&request).await? else { return Ok(None) };
+        self.wait_until_durable(&request, &leased).await?;
+        artifact(&request, FillOutcome::local(leased), progress).map(Some)
+    }
+
+    /// Returns the selected file, if it is only one.
+    async fn only_selected(
+        &self,
+        request: &mut FetchRequest,
+        progress: &Progress,
+    ) -> Result<Option<(FilePath, FileEntry)>> {
+        let selected: Vec<_> = match self.try_acquire(request).await? {
+            Some(leased) => {
+                request.check_demanded_digest(&leased.manifest)?;
+                let selected = leased.manifest.selected(&request.selection).take(2);
+                selected.map(|(path, entry)| (path.clone(), entry.clone())).collect()
+            }
+            None => self.plan_ahead(request, progress).await?.selected,
+        };
+        Ok(<[_; 1]>::try_from(selected).ok().map(|[only]| only))
+    }
+
+    /// Downloads and extracts the archive at `path`, and publishes its files.
+    async fn extract(
+        &self,
+        request: &FetchRequest,
+        path: &FilePath,
+        extraction: &Extraction,
+        how: Extract,
+        progress: &Progress,
+    ) -> Result<Option<Artifact>> {
+        let mut attempts_left = ATTEMPTS_MAX;
+        let (fill, _phase) = loop {
+            let open = Arc::new(self.open_resolved(request.clone(), true, false, progress).await?);
+            let lock_key = extraction.lock_key()?;
+            let verified = async {
+                let verified = open.whole().await;
+                // From here on, only the extraction is left.
+                (verified, progress.enter(Phase::Extract, 0))
+            };
+            let (outcome, (verified, phase)) =
+                tokio::join!(self.extract_open(&open, path, &lock_key, progress), verified);
+            attempts_left -= 1;
+            match (outcome, verified) {
+                (Ok(Outcome::NotAnArchive(format)), Ok(_)) if how == Extract::Always => {
+                    return Err(Error::corrupt(format!("{path} is not an archive: it is {format}"))
+                        .hint(format!("omit {EXTRACT}, or use {} for files and archives", EXTRACT.set_to("auto"))));
+                }
+                (Ok(Outcome::NotAnArchive(_)), Ok(_)) => return self.as_it_is(request, progress).await,
+                (Ok(Outcome::Extracted(fill)), Ok(_)) => break (fill, phase),
+                // The bytes that were extracted were wrong, and were downloaded again: the archive is on disk now.
+                (_, Err(error))
+                    if error.kind() == ErrorKind::Corrupt
+                        && attempts_left > 0
+                        && self.try_acquire(request).await?.is_some() =>
+                {
+                    tracing::warn!(%error, "the archive was wrong while it was extracted; extracting it again");
+                }
+                // If the archive itself is wrong, that is the reason for any other failure.
+                (_, Err(error)) | (Err(error), _) => return Err(error),
+            }
+        };
+        // The archive is on disk and verified now. Its manifest has the digest.
+        let (digest, provenance) = {
+            let leased = self.try_acquire(request).await?;
+            let archive = leased.as_ref().and_then(|leased| leased.manifest.files.get(path));
+            let (Some(leased), Some(archive)) = (&leased, archive) else {
+                return Err(Error::unavailable("the archive was removed while it was extracted"));
+            };
+            request.check_demanded_digest(&leased.manifest)?;
+            (
+                archive.sha256.ok_or_else(|| Error::new(ErrorKind::Other, "the archive has no digest"))?,
+                archive.provenance,
+            )
+        };
+        let extracted = extracted_request(request, extraction.key(digest)?);
+        let key = extracted.key.clone();
+        let (staging, listing, files) = blocking(move || {
+            let (staging, mut files) = fill.finish()?;
+            let mut listing = Manifest::new(key, Shape::Tree);
+            for (path, file) in &mut files {
+                file.entry.provenance = provenance;
+                listing.files.insert(path.clone(), file.entry.clone());
+            }
+            listing.check()?;
+            Ok((staging, listing, files))
+        })
+        .await?;
+        self.check_policy(&extracted, &listing)?;
+        let published = self.on_disk(move |disk| disk.publish(staging, &listing, &files)).await?;
+        self.spawn_background_sync();
+        self.remember_archive(extraction, digest).await?;
+        self.wait_until_durable(&extracted, &published).await?;
+        self.drop_archive(&request.key).await;
+        let fetched_bytes = published.manifest.bytes();
+        artifact(&extracted, FillOutcome { fetched_bytes, ..FillOutcome::local(published) }, progress).map(Some)
+    }
+
+    /// Returns the file that was downloaded and is not an archive.
+    async fn as_it_is(&self, request: &FetchRequest, progress: &Progress) -> Result<Option<Artifact>> {
+        let Some(leased) = self.try_acquire(request).await? else { return Ok(None) };
+        self.check_policy(request, &leased.manifest)?;
+        self.wait_until_durable(request, &leased).await?;
+        let received = progress.snapshot();
+        let fetched_bytes = received.remote_bytes + received.origin_bytes;
+        artifact(request, FillOutcome { fetched_bytes, ..FillOutcome::local(leased) }, progress).map(Some)
+    }
+
+    /// Extracts the archive in `open` into staging, on a thread for blocking calls. The download goes on meanwhile.
+    async fn extract_open(
+        &self,
+        open: &Arc<OpenFile>,
+        path: &FilePath,
+        key: &ArtifactKey,
+        progress: &Progress,
+    ) -> Result<Outcome> {
+        // `stop` is closed if the caller is cancelled.
+        let (stop, _running) = watch::channel(());
+        let reader = ArchiveReader {
+            open: open.clone(),
+            handle: Handle::current(),
+            stop,
+            position: 0,
+            buffer: Vec::new(),
+            read: 0,
+            failure: Arc::default(),
+        };
+        let (disk, path, key, progress) = (self.0.disk.clone(), path.clone(), key.clone(), progress.clone());
+        blocking(move || {
+            let failure = reader.failure.clone();
+            let outcome = reader.extract(&disk, &path, &key, &progress);
+            // If the download failed, the archive could not be read, which says nothing about the archive.
+            let failed = failure.lock().take();
+            failed.map_or(outcome, Err)
+        })
+        .await
+    }
+
+    /// Removes the archive from disk after its files were extracted, unless it is to be kept.
+    async fn drop_archive(&self, key: &ArtifactKey) {
+        if self.0.config.keep_archive {
+            return;
+        }
+        // A backfill may still read it.
+        self.wait_for_fills().await;
+        let owned_key = key.clone();
+        let dropped = self.on_disk(move |disk| {
+            let is_alone = disk.manifest(&owned_key)?.is_some_and(|manifest| manifest.files.len() == 1);
+            if is_alone && !disk.is_only_copy(&owned_key)? { disk.evict(&owned_key).map(drop) } else { Ok(()) }
+        });
+        if let Err(error) = dropped.await {
+            tracing::debug!(%key, %error, "the extracted archive stays on disk");
+        }
+    }
+
+    /// Returns the keys of the files that were extracted from versions of archive `key`, with the revisions under which
+    /// they are remembered.
+    pub(super) fn extracted_from(disk: &Disk, key: &ArtifactKey) -> Result<Vec<(ArtifactKey, String)>> {
+        let Ok(name) = key.name.extracted() else { return Ok(Vec::new()) };
+        let version = key.version.as_str();
+        let is_of_version = |revision: &String| {
+            revision.strip_prefix(version).is_some_and(|rest| rest.is_empty() || rest.starts_with(SELECTION))
+        };
+        let mut keys = Vec::new();
+        for revision in disk.remembered_revisions(&name)?.into_iter().filter(is_of_version) {
+            if let Some(remembered) = disk.remembered_ref(&name, &revision)? {
+                keys.push((ArtifactKey::new(name.clone(), remembered.version), revision));
+            }
+        }
+        Ok(keys)
+    }
+}
+
+/// Returns the request for the extracted files `key` of an archive.
+fn extracted_request(archive: &FetchRequest, key: ArtifactKey) -> FetchRequest {
+    let request = FetchRequest::new(key, Selection::all(), archive.max_tier);
+    FetchRequest { purpose: archive.purpose, durable: archive.durable, ..request }
+}
+
+/// Reads an archive from beginning to end while it is downloaded.
+struct ArchiveReader {
+    open: Arc<OpenFile>,
+    handle: Handle,
+    /// Closed when the caller no longer waits.
+    stop: watch::Sender<()>,
+    /// Offset in the archive of the next byte after the buffer.
+    position: u64,
+    buffer: Vec<u8>,
+    /// Number of bytes of the buffer that were returned.
+    read: usize,
+    /// The error of the download, which `Read` cannot return.
+    failure: Arc<Mutex<Option<Error>>>,
+}
+
+impl ArchiveReader {
+    fn extract(mut self, disk: &Disk, path: &FilePath, key: &ArtifactKey, progress: &Progress) -> Result<Outcome> {
+        let size = self.open.size();
+        let head_bytes = size.min(HEAD_BYTES as u64);
+        let mut head = vec![0; usize::try_from(head_bytes).unwrap_or(HEAD_BYTES)];
+        let file = self.wait(0..head_bytes)?;
+        file.read_exact_at(&mut head, 0)
+            .map_err(|cause| Error::new(ErrorKind::Directory, format!("cannot read {path}")).cause(cause))?;
+        let format = Format::of(&head, size);
+        if !is_archive(format) {
+            return Ok(Outcome::NotAnArchive(format));
+        }
+        let archive = Archive { format, size, name: path.as_str() };
+        let mut fill = disk.begin_streamed_fill(key, progress)?;
+        if format == Format::Zip {
+            // The list of files is at the end of a zip archive.
+            let zip = self.wait(0..size)?;
+            let zip = zip
+                .try_clone()
+                .map_err(|cause| Error::new(ErrorKind::Directory, format!("cannot read {path}")).cause(cause))?;
+            archive.extract_zip(zip, &mut fill)?;
+        } else if !archive.extract_stream(&mut self, &mut fill)? {
+            return Ok(Outcome::NotAnArchive(format));
+        }
+        Ok(Outcome::Extracted(fill))
+    }
+
+    /// Waits until `range` of the archive can be read.
+    fn wait(&self, range: std::ops::Range<u64>) -> Result<Arc<File>> {
+        if let Some(file) = self.open.try_wait(range.clone())? {
+            return Ok(file.clone());
+        }
+        self.handle.block_on(async {
+            tokio::select! {
+                biased;
+                file = self.open.wait(range) => file.cloned(),
+                () = self.stop.closed() => Err(Error::new(ErrorKind::Other, "the get was cancelled")),
+            }
+        })
+    }
+
+    /// Fills the buffer with the next bytes.
+    fn fill_buffer(&mut self) -> Result<()> {
+        let end = (self.position + READ_BYTES).min(self.open.size());
+        let file = self.wait(self.position..end)?;
+        self.buffer.resize(usize::try_from(end - self.position).unwrap_or_default(), 0);
+        file.read_exact_at(&mut self.buffer, self.position)
+            .map_err(|cause| Error::new(ErrorKind::Directory, "cannot read the archive on disk").cause(cause))?;
+        (self.position, self.read) = (end, 0);
+        Ok(())
+    }
+}
+
+impl Read for ArchiveReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.read == self.buffer.len() {
+            if self.stop.is_closed() {
+                return Err(io::Error::other("the get was cancelled"));
+            }
+            if let Err(error) = self.fill_buffer() {
+                let message = error.to_string();
+                *self.failure.lock() = Some(error);
+                return Err(io::Error::other(message));
+            }
+        }
+        let bytes = &self.buffer[self.read..];
+        let count = bytes.len().min(buffer.len());
+        buffer[..count].copy_from_slice(&bytes[..count]);
+        self.read += count;
+        Ok(count)
+    }
+}

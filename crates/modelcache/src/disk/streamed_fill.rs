@@ -1,0 +1,228 @@
+//! A fill whose files become known one by one: those of an archive. Room for each file is reserved before it is
+//! written. A thread of its own writes and hashes the files, so that the caller can decompress meanwhile.
+
+use super::Disk;
+use super::input::format_name;
+use super::layout::staged_name;
+use super::publish::StagedFile;
+use super::rooted::RootedPath;
+use super::staging::{Staging, space_to_stage};
+use super::writer::{StagedFileSpec, StagedWriter};
+use crate::error::{Error, ErrorKind, Result};
+use crate::extract::Extracted;
+use crate::key::{ArtifactKey, FilePath};
+use crate::ladder::part_size;
+use crate::manifest::{FileDetails, FileEntry};
+use crate::progress::Progress;
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::JoinHandle;
+
+/// Size of a buffer between reading and writing, in bytes.
+const BUFFER_BYTES: usize = 512 * 1024;
+/// Number of buffers between reading and writing.
+const BUFFERS: usize = 8;
+/// Room that is reserved at once for many small files, in bytes.
+const RESERVATION_STEP: u64 = 16 << 20;
+
+/// The files of a fill so far, in staging.
+pub(crate) struct StreamedFill {
+    staging: Option<Arc<Staging>>,
+    key: ArtifactKey,
+    progress: Progress,
+    /// Bytes that the journal reserves.
+    reserved: u64,
+    /// Reserved bytes that no file has taken yet.
+    room: u64,
+    to_writer: Option<SyncSender<Message>>,
+    /// Buffers that the writer is done with.
+    free_buffers: Receiver<Vec<u8>>,
+    writer: Option<JoinHandle<Result<BTreeMap<FilePath, StagedFile>>>>,
+}
+
+/// What the writer does next.
+enum Message {
+    Begin {
+        path: FilePath,
+        size: u64,
+        executable: bool,
+    },
+    Write(Vec<u8>),
+    /// The file is complete.
+    End,
+}
+
+impl Disk {
+    /// Begins a fill of `key` without any file yet.
+    pub(crate) fn begin_streamed_fill(&self, key: &ArtifactKey, progress: &Progress) -> Result<StreamedFill> {
+        let staging = Arc::new(self.begin_fill(key, &[])?);
+        let (to_writer, messages) = sync_channel(BUFFERS);
+        let (give_back, free_buffers) = sync_channel(BUFFERS);
+        let folder = staging.clone();
+        let writer = std::thread::Builder::new()
+            .name("extract".to_owned())
+            .spawn(move || write_files(&folder, &messages, &give_back))
+            .map_err(|cause| Error::new(ErrorKind::Other, "cannot start a thread").cause(cause))?;
+        Ok(StreamedFill {
+            staging: Some(staging),
+            key: key.clone(),
+            progress: progress.clone(),
+            reserved: 0,
+            room: 0,
+            to_writer: Some(to_writer),
+            free_buffers,
+            writer: Some(writer),
+        })
+    }
+}
+
+impl Extracted for StreamedFill {
+    fn file(&mut self, path: FilePath, size: u64, executable: bool, content: &mut dyn Read) -> Result<()> {
+        self.reserve(size)?;
+        self.send(Message::Begin { path, size, executable })?;
+        let mut left = size;
+        while left > 0 {
+            let mut buffer = self.free_buffers.try_recv().unwrap_or_default();
+            buffer.resize(usize::try_from(left).unwrap_or(BUFFER_BYTES).min(BUFFER_BYTES), 0);
+            content
+                .read_exact(&mut buffer)
+                .map_err(|cause| Error::corrupt("the content of a file cannot be read").cause(cause))?;
+            left -= buffer.len() as u64;
+            self.progress.done(buffer.len() as u64);
+            self.send(Message::Write(buffer))?;
+        }
+        self.send(Message::End)
+    }
+}
+
+impl StreamedFill {
+    /// Reserves room for a file of `size` bytes.
+    fn reserve(&mut self, size: u64) -> Result<()> {
+        let needed = space_to_stage(size);
+        if let Some(missing) = needed.checked_sub(self.room).filter(|missing| *missing > 0) {
+            // For many small files at once; if there is no room for that, for this file alone.
+            let step = missing.max(RESERVATION_STEP);
+            let staging = self.staging.as_ref().ok_or_else(writer_lost)?;
+            let extended = match staging.try_extend_reservation(&self.key, step, self.reserved + step) {
+                Err(error) if error.kind() == ErrorKind::Full => {
+                    staging.extend_reservation(&self.key, missing, self.reserved + missing).map(|()| missing)
+                }
+                extended => extended.map(|()| step),
+            }?;
+            self.reserved += extended;
+            self.room += extended;
+        }
+        self.room -= needed;
+        Ok(())
+    }
+
+    fn send(&mut self, message: Message) -> Result<()> {
+        let sent = self.to_writer.as_ref().is_some_and(|to_writer| to_writer.send(message).is_ok());
+        if sent {
+            return Ok(());
+        }
+        // The writer has ended, with an error.
+        self.written().and_then(|_| Err(writer_lost()))
+    }
+
+    /// Waits for the end of the writer, and returns the files that it wrote.
+    fn written(&mut self) -> Result<BTreeMap<FilePath, StagedFile>> {
+        self.to_writer = None;
+        let writer = self.writer.take().ok_or_else(writer_lost)?;
+        writer.join().map_err(|_| writer_lost())?
+    }
+
+    /// Returns the complete files and the staging folder, to be published.
+    pub(crate) fn finish(mut self) -> Result<(Staging, BTreeMap<FilePath, StagedFile>)> {
+        let files = self.written()?;
+        let staging = self.staging.take().and_then(Arc::into_inner).ok_or_else(writer_lost)?;
+        Ok((staging, files))
+    }
+}
+
+impl Drop for StreamedFill {
+    fn drop(&mut self) {
+        // The staging folder is removed with its last owner, so wait for the writer.
+        let _ = self.written();
+    }
+}
+
+fn writer_lost() -> Error {
+    Error::new(ErrorKind::Other, "the thread that writes extracted files ended unexpectedly")
+}
+
+/// Writes and hashes files, until all senders are dropped.
+fn write_files(
+    staging: &Staging,
+    messages: &Receiver<Message>,
+    give_back: &SyncSender<Vec<u8>>,
+) -> Result<BTreeMap<FilePath, StagedFile>> {
+    let mut files = BTreeMap::new();
+    let mut current: Option<FileInProgress> = None;
+    for message in messages {
+        match (message, current.as_mut()) {
+            (Message::Begin { path, size, executable }, _) => {
+                current = Some(FileInProgress::create(staging, path, size, executable)?);
+            }
+            (Message::Write(buffer), Some(file)) => {
+                file.writer.write(file.written, &buffer)?;
+                file.written += buffer.len() as u64;
+                // The caller allocates a new buffer if this one is lost.
+                let _ = give_back.try_send(buffer);
+            }
+            (Message::End, Some(_)) => {
+                if let Some(file) = current.take() {
+                    let (path, staged) = file.seal()?;
+                    files.insert(path, staged);
+                }
+            }
+            (Message::Write(_) | Message::End, None) => return Err(writer_lost()),
+        }
+    }
+    Ok(files)
+}
+
+/// A file that is being written.
+struct FileInProgress {
+    path: FilePath,
+    name: String,
+    target: RootedPath,
+    size: u64,
+    executable: bool,
+    writer: StagedWriter,
+    written: u64,
+}
+
+impl FileInProgress {
+    fn create(staging: &Staging, path: FilePath, size: u64, executable: bool) -> Result<Self> {
+        let name = staged_name(&path, &FileEntry::of(size));
+        let target = staging.file(&name);
+        let spec = StagedFileSpec {
+            path: target.clone(),
+            size,
+            part_size: part_size(size),
+            in_order: true,
+            git: false,
+            direct: false,
+        };
+        let writer = StagedWriter::create(spec, Some(staging.owner()))?;
+        Ok(Self { path, name, target, size, executable, writer, written: 0 })
+    }
+
+    fn seal(self) -> Result<(FilePath, StagedFile)> {
+        let hashed = self.writer.hashed();
+        let format = format_name(self.target.open(false));
+        let details = FileDetails {
+            sha256: Some(hashed.sha256),
+            ladder: Some(hashed.ladder),
+            format,
+            executable: self.executable,
+            ..FileDetails::default()
+        };
+        let identity = self.writer.seal()?;
+        let entry = FileEntry::with(self.size, details);
+        Ok((self.path, StagedFile { name: self.name, entry, identity }))
+    }
+}

@@ -1,0 +1,233 @@
+//! Archives: reads tar archives (plain, or compressed by gzip or Zstandard) and zip archives.
+//!
+//! An archive comes from outside, so nothing in it is trusted. Only regular files are extracted; folders follow from
+//! the paths of the files. Links, devices, and names that are absolute or leave the folder are refused, with the name
+//! of the entry. Of the mode only the executable bit is kept. Every limit is checked before it is exceeded.
+
+mod tar;
+mod zip;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::Format;
+use crate::human;
+use crate::key::FilePath;
+use crate::limits::{ARCHIVE_DEPTH_MAX, ARCHIVE_FREE_BYTES, ARCHIVE_RATIO_MAX, FILE_BYTES_MAX, FILES_MAX};
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::{self, Read};
+
+/// Buffer size for reading an archive, in bytes.
+const READ_BYTES: usize = 256 * 1024;
+/// Number of bytes at the beginning of decompressed content that show whether it is a tar archive.
+const TAR_HEAD_BYTES: usize = 512;
+
+/// Receives the files of an archive, in the order of the archive.
+pub(crate) trait Extracted {
+    /// Takes a file of `size` bytes, and reads its content to the end. A second file with the path of an earlier one
+    /// replaces it.
+    fn file(&mut self, path: FilePath, size: u64, executable: bool, content: &mut dyn Read) -> Result<()>;
+}
+
+/// An archive to extract: its format, size, and content.
+pub(crate) struct Archive<'a> {
+    pub(crate) format: Format,
+    /// Size in bytes.
+    pub(crate) size: u64,
+    /// The name, for messages.
+    pub(crate) name: &'a str,
+}
+
+/// Returns true if a file of this format may be an archive that this module reads. A Zstandard file is one only if it
+/// contains a tar archive.
+pub(crate) fn is_archive(format: Format) -> bool {
+    matches!(format, Format::Tar | Format::TarGz | Format::Zstd | Format::Zip)
+}
+
+/// Returns true if a file with this name is meant to be extracted, and not read as it is: it has the extension of an
+/// archive, or none. Other formats of models are archives by content, for example `.nemo`, `.keras` and `.npz`.
+pub(crate) fn is_named_as_archive(name: &str) -> bool {
+    const ENDINGS: [&str; 6] = [".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst", ".zip"];
+    let name = name.to_ascii_lowercase();
+    ENDINGS.iter().any(|ending| name.ends_with(ending)) || !name.contains('.')
+}
+
+impl Archive<'_> {
+    /// Extracts a tar archive from a stream, which is read to its end. Returns false if the content is not a tar
+    /// archive, although its compression is known.
+    pub(crate) fn extract_stream(&self, stream: impl Read, into: &mut dyn Extracted) -> Result<bool> {
+        let stream = io::BufReader::with_capacity(READ_BYTES, stream);
+        let mut guard = Guard::new(self, into);
+        let is_tar = match self.format {
+            Format::Tar => tar::extract(stream, &mut guard)?,
+            Format::TarGz => tar::extract(flate2::bufread::MultiGzDecoder::new(stream), &mut guard)?,
+            Format::Zstd => {
+                let decoder = zstd::stream::read::Decoder::with_buffer(stream);
+                tar::extract(decoder.map_err(|cause| self.damaged(&cause))?, &mut guard)?
+            }
+            format => return Err(Error::invalid(format!("{} is {format}, not a tar archive", self.name))),
+        };
+        if is_tar {
+            guard.finish()?;
+        }
+        Ok(is_tar)
+    }
+
+    /// Extracts a zip archive from a complete file. Its list of files is at the end.
+    pub(crate) fn extract_zip(&self, file: File, into: &mut dyn Extracted) -> Result<()> {
+        let mut guard = Guard::new(self, into);
+        zip::extract(file, &mut guard)?;
+        guard.finish()
+    }
+
+    /// Returns the error for an archive that cannot be read to its end.
+    fn damaged(&self, cause: &dyn std::fmt::Display) -> Error {
+        Error::corrupt(format!("the archive {} is damaged or cut off: {cause}", self.name))
+            .hint("make the archive again, and check it with `tar -tf` or `unzip -t`")
+    }
+}
+
+/// Checks the entries of one archive before they are extracted.
+struct Guard<'a> {
+    archive: &'a Archive<'a>,
+    into: &'a mut dyn Extracted,
+    /// The extracted bytes so far.
+    bytes: u64,
+    /// The paths of the files.
+    paths: BTreeSet<FilePath>,
+    /// The paths of the folders that are entries of their own.
+    folders: BTreeSet<FilePath>,
+}
+
+impl<'a> Guard<'a> {
+    fn new(archive: &'a Archive<'a>, into: &'a mut dyn Extracted) -> Self {
+        Self { archive, into, bytes: 0, paths: BTreeSet::new(), folders: BTreeSet::new() }
+    }
+
+    /// Extracts a regular file. `content` has at least `size` bytes.
+    fn file(&mut self, name: &[u8], size: u64, executable: bool, content: &mut dyn Read) -> Result<()> {
+        let path = self.path(name)?.filter(|_| !name.ends_with(b"/.") && !name.ends_with(b"/"));
+        let path = path.ok_or_else(|| self.refuse(name, "it is a file, and its name is that of a folder"))?;
+        self.bytes = self.bytes.saturating_add(size);
+        let allowed = ARCHIVE_FREE_BYTES.max(self.archive.size.saturating_mul(ARCHIVE_RATIO_MAX));
+        if self.bytes > allowed || size > FILE_BYTES_MAX {
+            return Err(self.over_limit(&format!(
+                "its {} become more than {}, {ARCHIVE_RATIO_MAX} times as much",
+                human::bytes(self.archive.size),
+                human::bytes(allowed)
+            )));
+        }
+        self.paths.insert(path.clone());
+        self.check_count()?;
+        let mut content = Content { content: content.take(size), left: size, ends_early: false, failure: None };
+        let taken = self.into.file(path, size, executable, &mut content);
+        match content {
+            // Whatever was made of it: the archive cannot be read.
+            Content { failure: Some(cause), .. } => Err(self.damaged(&cause)),
+            Content { ends_early: true, .. } => Err(self.damaged(&format!("the file {} ends early", shown(name)))),
+            _ => taken,
+        }
+    }
+
+    /// Returns the path of an entry, without `.` segments; `None` for the folder itself.
+    fn path(&self, name: &[u8]) -> Result<Option<FilePath>> {
+        let text = std::str::from_utf8(name).map_err(|_| self.refuse(name, "its name is not UTF-8"))?;
+        if text.starts_with('/') {
+            return Err(self.refuse(name, "its name is an absolute path"));
+        }
+        let segments: Vec<&str> = text.split('/').filter(|segment| !matches!(*segment, "" | ".")).collect();
+        if segments.contains(&"..") {
+            return Err(self.refuse(name, "its name leads out of the folder"));
+        }
+        if segments.len() > ARCHIVE_DEPTH_MAX {
+            return Err(self.over_limit(&format!("{} is more than {ARCHIVE_DEPTH_MAX} folders deep", shown(name))));
+        }
+        if segments.is_empty() {
+            return Ok(None);
+        }
+        FilePath::new(&segments.join("/")).map(Some).map_err(|error| self.refuse(name, error.message()))
+    }
+
+    /// Checks the name of a folder. Folders are not extracted: they follow from the paths of the files.
+    fn folder(&mut self, name: &[u8]) -> Result<()> {
+        let folder = self.path(name)?;
+        self.folders.extend(folder);
+        self.check_count()
+    }
+
+    fn check_count(&self) -> Result<()> {
+        match self.paths.len().max(self.folders.len()) > FILES_MAX {
+            true => Err(self.over_limit(&format!("it has more than {FILES_MAX} files or folders"))),
+            false => Ok(()),
+        }
+    }
+
+    /// Checks what can only be checked at the end.
+    fn finish(&self) -> Result<()> {
+        if self.paths.is_empty() {
+            return Err(Error::corrupt(format!("the archive {} has no files", self.archive.name))
+                .hint("make the archive again, from a folder with files"));
+        }
+        // A path cannot be that of a file and that of a folder.
+        if let Some(path) = self.paths.intersection(&self.folders).next() {
+            return Err(self.refuse(path.as_str().as_bytes(), "it is a file and also a folder"));
+        }
+        for path in self.paths.iter().chain(&self.folders).map(FilePath::as_str) {
+            let above = path.match_indices('/').map(|(at, _)| &path[..at]);
+            if above.into_iter().any(|above| FilePath::new(above).is_ok_and(|above| self.paths.contains(&above))) {
+                return Err(self.refuse(path.as_bytes(), "a folder above it is also a file"));
+            }
+        }
+        Ok(())
+    }
+
+    fn refuse(&self, name: &[u8], reason: &str) -> Error {
+        Error::corrupt(format!("the archive {} is refused because of its entry {}: {reason}", self.archive.name, shown(name)))
+            .hint("make the archive again with `tar -czhf model.tar.gz -C FOLDER .`: relative names, and files in the place of links")
+    }
+
+    fn over_limit(&self, what: &str) -> Error {
+        Error::new(ErrorKind::Corrupt, format!("the archive {} exceeds a limit: {what}", self.archive.name))
+            .hint("if the archive is right, extract it yourself and put the folder")
+    }
+
+    fn damaged(&self, cause: &dyn std::fmt::Display) -> Error {
+        self.archive.damaged(cause)
+    }
+}
+
+/// The content of one file. Records what happened while it was read.
+struct Content<R> {
+    content: R,
+    /// Bytes that are still to come.
+    left: u64,
+    /// True if the content ended before that.
+    ends_early: bool,
+    failure: Option<io::Error>,
+}
+
+impl<R: Read> Read for Content<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self.content.read(buffer) {
+            Ok(read) => {
+                self.ends_early |= read == 0 && self.left > 0 && !buffer.is_empty();
+                self.left -= read as u64;
+                Ok(read)
+            }
+            Err(cause) => {
+                let kind = cause.kind();
+                if kind != io::ErrorKind::Interrupted {
+                    self.failure = Some(cause);
+                }
+                Err(kind.into())
+            }
+        }
+    }
+}
+
+/// Returns the name of an entry for messages.
+fn shown(name: &[u8]) -> String {
+    format!("{:?}", String::from_utf8_lossy(name))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,89 @@
+//! Reads tar archives: those of GNU tar, of POSIX (pax) and the old formats.
+
+use super::{Guard, TAR_HEAD_BYTES};
+use crate::error::Result;
+use crate::format::Format;
+use crate::limits::{ARCHIVE_FREE_BYTES, ARCHIVE_HEADER_BYTES_MAX};
+use std::cell::Cell;
+use std::io::{self, Read};
+use std::rc::Rc;
+use tar::EntryType;
+
+/// Mode bit: the owner may execute the file.
+const EXECUTE: u32 = 0o100;
+
+/// Extracts a tar archive. Reads `stream` to its end, so that a checksum at the end is checked. Returns false if the
+/// stream is not a tar archive.
+pub(super) fn extract(mut stream: impl Read, guard: &mut Guard<'_>) -> Result<bool> {
+    let mut head = Vec::with_capacity(TAR_HEAD_BYTES);
+    let read = stream.by_ref().take(TAR_HEAD_BYTES as u64).read_to_end(&mut head);
+    read.map_err(|cause| guard.damaged(&cause))?;
+    if Format::of(&head, u64::MAX) != Format::Tar {
+        return Ok(false);
+    }
+    let header_bytes = Rc::new(Cell::new(0));
+    let mut stream = HeaderLimit { stream: io::Cursor::new(head).chain(stream), header_bytes: header_bytes.clone() };
+    let mut archive = tar::Archive::new(&mut stream);
+    for entry in archive.entries().map_err(|cause| guard.damaged(&cause))? {
+        let mut entry = entry.map_err(|cause| guard.damaged(&cause))?;
+        header_bytes.set(0);
+        let name = entry.path_bytes().into_owned();
+        let kind = entry.header().entry_type();
+        // GNU tar and pax describe a file with holes in a header that this reader does not know.
+        let pax = entry.pax_extensions().map_err(|cause| guard.damaged(&cause))?;
+        let is_pax_sparse =
+            pax.into_iter().flatten().flatten().any(|field| field.key_bytes().starts_with(b"GNU.sparse."));
+        match kind {
+            _ if is_pax_sparse => return Err(guard.refuse(&name, "it is a sparse file in the pax format")),
+            EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
+                let executable = entry.header().mode().map_err(|cause| guard.damaged(&cause))? & EXECUTE != 0;
+                // A name with a slash at the end is that of a folder in archives older than POSIX.
+                if name.ends_with(b"/") {
+                    guard.folder(&name)?;
+                } else {
+                    // Content may have any length.
+                    header_bytes.set(u64::MAX);
+                    let size = entry.size();
+                    guard.file(&name, size, executable, &mut entry)?;
+                    header_bytes.set(0);
+                }
+            }
+            EntryType::Directory => guard.folder(&name)?,
+            EntryType::XGlobalHeader => {}
+            EntryType::Symlink => return Err(guard.refuse(&name, "it is a symbolic link")),
+            EntryType::Link => return Err(guard.refuse(&name, "it is a hard link")),
+            EntryType::Char | EntryType::Block => return Err(guard.refuse(&name, "it is a device")),
+            EntryType::Fifo => return Err(guard.refuse(&name, "it is a pipe")),
+            _ => return Err(guard.refuse(&name, "it is of an unknown type")),
+        }
+    }
+    // Behind the files are blocks of zeros, and the checksum of the compression.
+    header_bytes.set(u64::MAX);
+    let rest =
+        io::copy(&mut stream.take(ARCHIVE_FREE_BYTES), &mut io::sink()).map_err(|cause| guard.damaged(&cause))?;
+    match rest == ARCHIVE_FREE_BYTES {
+        true => Err(guard.over_limit("it goes on after its end")),
+        false => Ok(true),
+    }
+}
+
+/// Limits the bytes between the contents of two files: long names and pax fields are kept in memory.
+struct HeaderLimit<R> {
+    stream: R,
+    /// Bytes of headers since the last content; [`u64::MAX`] while content is read.
+    header_bytes: Rc<Cell<u64>>,
+}
+
+impl<R: Read> Read for HeaderLimit<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.stream.read(buffer)?;
+        match self.header_bytes.get() {
+            u64::MAX => {}
+            so_far if so_far + read as u64 > ARCHIVE_HEADER_BYTES_MAX => {
+                return Err(io::Error::other(format!("a header has more than {ARCHIVE_HEADER_BYTES_MAX} bytes")));
+            }
+            so_far => self.header_bytes.set(so_far + read as u64),
+        }
+        Ok(read)
+    }
+}
