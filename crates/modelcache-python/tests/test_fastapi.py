@@ -64,6 +64,26 @@ def unknown(path: Annotated[Path, Depends(ready("n", "1"))]) -> str:
     return str(path)
 """
 
+ARCHIVES = """
+import json
+from pathlib import Path
+from typing import Annotated, Any
+from fastapi import Depends, FastAPI
+from modelcache.fastapi import Artifact, ModelCacheLifespan, value
+
+def load_model_from_artifact(artifact: Artifact) -> Any:
+    # An archive is a folder here, and a raw file is a file.
+    path = artifact.path
+    assert path is not None
+    return json.loads((path / "model.json" if path.is_dir() else path).read_text())
+
+app = FastAPI(lifespan=ModelCacheLifespan([("archive", "1"), ("raw", "1")], on_ready=load_model_from_artifact))
+
+@app.get("/models")
+def models(archive: Annotated[Any, Depends(value("archive", "1"))], raw: Annotated[Any, Depends(value("raw", "1"))]) -> Any:
+    return [archive, raw]
+"""
+
 STARLETTE = """
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -448,3 +468,24 @@ def test_the_daemon_serves_the_same_reports(
     finally:
         daemon.client.close()
         daemon.kill()
+
+
+def test_an_archive_and_a_raw_file_are_loaded_by_one_function(
+    s3: str, serve: Callable[..., Application], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "model.json").write_text('"from an archive"')
+    subprocess.run(["tar", "-czf", "model.tar.gz", "model.json"], cwd=tmp_path, check=True)
+    # By its name an archive as well.
+    (tmp_path / "raw.tar.gz").write_text('"from a raw file"')
+    with ModelCache() as cache:
+        cache.put("archive", "1", tmp_path / "model.tar.gz", tier="remote")
+        cache.put("raw", "1", tmp_path / "raw.tar.gz", tier="remote")
+        assert (cache.get("archive", "1", extract="auto") / "model.json").exists()
+        assert cache.get("raw", "1", extract="auto").is_file()
+        with cache.lease("archive", "1", extract="always") as path, pytest.raises(modelcache.IntegrityError):
+            assert path.is_dir()
+            cache.get("raw", "1", extract="always")
+    monkeypatch.setenv("MODEL_CACHE_EXTRACT", "auto")
+    app = serve(ARCHIVES)
+    app.wait_until(lambda: app.client.get("/models").status_code == 200)
+    assert app.client.get("/models").json() == ["from an archive", "from a raw file"]

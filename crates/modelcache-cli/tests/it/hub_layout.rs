@@ -160,7 +160,7 @@ fn files_of_other_programs_below_hub_stay() {
         "models--org--model/snapshots/0000/own.txt".into(),
         format!("models--org--model/snapshots/{commit}/extra.txt"),
     ];
-    assert_eq!(paths, kept.map(|path| PathBuf::from(path)));
+    assert_eq!(paths, kept.map(PathBuf::from));
 
     // Nothing is linked or removed through a symbolic link.
     fs::remove_dir_all(house.path("a/hub")).unwrap();

@@ -54,15 +54,15 @@ _MESSAGES = {
 }
 
 
-@functools.cache
-def _opened() -> ModelCache:
-    return ModelCache(layout="hub")
+_opened: list[ModelCache] = []
 
 
 def _cache() -> ModelCache:
     """Return the cache of this module, opened at the first call."""
     with _LOCK:
-        return _opened()
+        if not _opened:
+            _opened.append(ModelCache(layout="hub"))
+        return _opened[0]
 
 
 def snapshot_download(
@@ -144,7 +144,7 @@ def patch() -> None:
 
     :raises ModuleNotFoundError: huggingface_hub is not installed.
     """
-    constants = importlib.import_module("huggingface_hub.constants")
+    constants: Any = importlib.import_module("huggingface_hub.constants")
     folder = str(_cache().cache_dir / "hub")
     if constants.HF_HUB_CACHE == folder:
         return

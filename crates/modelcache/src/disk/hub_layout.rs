@@ -23,6 +23,7 @@ use super::rooted::{Folders, Metadata, RootedPath};
 use super::{Disk, LeasedArtifact};
 use crate::digest::{Digest, GitOid, lfs_pointer};
 use crate::error::{Error, ErrorKind, Result, Tier};
+use crate::json;
 use crate::key::FilePath;
 use crate::manifest::{FileEntry, Manifest};
 use crate::reference::{HubRepo, RepoKind};
@@ -47,7 +48,7 @@ pub(super) struct HubFolder {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct HubLayout {
     /// The Hugging Face cache folder: the value for `HF_HUB_CACHE`.
-    #[serde(serialize_with = "crate::json::path")]
+    #[serde(serialize_with = "json::path")]
     pub cache_dir: PathBuf,
     /// The kind of the repository.
     #[serde(skip)]
@@ -55,7 +56,7 @@ pub struct HubLayout {
     /// The repository, such as `org/name`.
     pub repo_id: String,
     /// The folder with the files of the commit.
-    #[serde(serialize_with = "crate::json::path")]
+    #[serde(serialize_with = "json::path")]
     pub snapshot: PathBuf,
 }
 
