@@ -145,12 +145,16 @@ enum Row {
     Hub,
     /// 50 processes that get the same file at the same time
     Herd,
+    /// An archive in S3, until its files are on disk
+    Archive,
     /// Upload of one large file to S3
     Upload,
     /// Verification of a cached file
     Verify,
     /// Hits: artifacts that are on disk
     Warm,
+    /// A hit as a Hugging Face cache
+    Layout,
     /// Peak memory
     Memory,
     /// SHA-256 without I/O
@@ -197,9 +201,11 @@ impl Row {
             Self::Shaped => rows::shaped::section(setup),
             Self::Hub => rows::hub::section(setup),
             Self::Herd => rows::herd::section(setup),
+            Self::Archive => rows::archive::section(setup),
             Self::Upload => rows::upload::section(setup),
             Self::Verify => rows::verify::section(setup),
             Self::Warm => rows::warm::section(setup),
+            Self::Layout => rows::layout::section(setup),
             Self::Memory => rows::memory::section(setup),
             Self::Hash => rows::hash::section(setup),
             Self::PythonWarm => rows::python::warm::section(setup),

@@ -112,6 +112,37 @@ print(json.dumps(found))
     assert "elsewhere" in found["elsewhere"]
 
 
+def test_a_patched_child_process_is_patched_itself(hub: Path, tmp_path: Path) -> None:
+    script = COLLECT + """
+import os, subprocess, sys
+if "CHILD" not in os.environ:
+    import huggingface_hub
+    from modelcache import hf
+    hf.patch()
+    print(subprocess.run([sys.executable, "-c", os.environ["SCRIPT"]], env=os.environ | {"CHILD": "1"},
+                         check=True, capture_output=True, text=True).stdout)
+    sys.exit()
+from modelcache import hf
+hf.patch()
+from huggingface_hub import hf_hub_download
+found["patched"] = hf_hub_download.__closure__ is not None
+attempt("file", hf_hub_download, "org/model", "config.json")
+print(json.dumps(found))
+"""
+    found = python(script, SCRIPT=script)
+    assert found["patched"] is True
+    assert Path(found["file"]).stat().st_nlink > 1, "a link into the cache"
+
+
+def test_a_refused_credential_is_not_an_absent_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from modelcache import UnauthorizedError
+
+    refused = UnauthorizedError("the bucket refuses the credentials")
+    assert hf._translated(refused, True, False) is None
+    gated = hf._translated(UnauthorizedError("org/model is gated"), True, False)
+    assert type(gated).__name__ == "GatedRepoError"
+
+
 def test_without_huggingface_hub_the_errors_are_those_of_the_cache(hub: Path) -> None:
     script = COLLECT + """
 import sys

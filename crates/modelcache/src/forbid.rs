@@ -1,7 +1,8 @@
-//! The policy which files are forbidden, by their names and by the formats of their content.
+//! The policy that forbids files by name or by the format of their content.
 
 use crate::error::{Error, Result};
 use crate::format::Format;
+use crate::human::nearest;
 use crate::key::FilePath;
 use crate::option_name::call::EXCLUDE;
 use crate::option_name::setting::FORBID;
@@ -20,20 +21,26 @@ impl Forbid {
     /// as in `--include`. `pickle` also forbids PyTorch files, which contain one.
     ///
     /// # Errors
-    /// `Invalid` for a pattern that cannot be parsed.
+    /// `Invalid` for a pattern that cannot be parsed, and for a word that is neither a format nor looks like a pattern.
     pub fn parse<'a>(list: impl IntoIterator<Item = &'a str>) -> Result<Self> {
         let (mut patterns, mut formats) = (Vec::new(), Vec::new());
         for item in list.into_iter().map(str::trim).filter(|item| !item.is_empty()) {
             match Format::named(item) {
                 Some(format) => formats.push(format),
-                None => patterns.push(item),
+                None if item.contains(['*', '?', '[', '.', '/']) => patterns.push(item),
+                None => {
+                    let names = Format::names();
+                    let similar = nearest(item, names.iter().copied()).map(|name| format!("did you mean {name:?}? "));
+                    return Err(Error::invalid(format!("{item:?} is neither a format nor a pattern of names"))
+                        .hint(format!("{}formats: {}", similar.unwrap_or_default(), names.join(", "))));
+                }
             }
         }
         let names = (!patterns.is_empty()).then(|| Selection::globs(&patterns, &[])).transpose()?;
         Ok(Self { names, formats })
     }
 
-    /// Returns true if the format of a file has to be known.
+    /// Returns true if any format is forbidden, so that the content of each file must be examined.
     pub(crate) fn has_formats(&self) -> bool {
         !self.formats.is_empty()
     }
@@ -48,7 +55,7 @@ impl Forbid {
             {
                 Some(format) => format!("it is {format}"),
                 None if self.names.as_ref().is_some_and(|names| names.matches(path)) => {
-                    "because of its name".to_owned()
+                    "its name matches a forbidden pattern".to_owned()
                 }
                 None => continue,
             };
@@ -69,7 +76,7 @@ mod tests {
         let check = |path: &str, format| forbid.check([(&FilePath::new(path).expect("path"), format)]);
         assert!(check("a.bin", None).is_ok() && check("a.bin", Some(Format::Safetensors)).is_ok());
         for (path, format, part) in [
-            ("d/a.pkl", None, "because of its name"),
+            ("d/a.pkl", None, "its name matches"),
             ("a.bin", Some(Format::Pickle), "a Python pickle"),
             ("a.bin", Some(Format::PyTorch), "a pickle in it"),
             ("a.bin", Some(Format::Onnx), "an ONNX model"),
@@ -77,6 +84,9 @@ mod tests {
             let error = check(path, format).expect_err(part);
             assert!(error.to_string().contains(part) && error.to_string().contains(path), "{error}");
         }
+        assert!(
+            Forbid::parse(["pickel"]).is_err_and(|error| error.hint_text().is_some_and(|hint| hint.contains("pickle")))
+        );
         assert!(Forbid::default().check([(&FilePath::new("a.pkl").expect("path"), Some(Format::Pickle))]).is_ok());
     }
 }

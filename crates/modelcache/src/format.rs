@@ -121,10 +121,19 @@ impl Format {
         })
     }
 
+    /// Iterates over the formats that have a [`name`](Self::name).
+    fn all_named() -> impl Iterator<Item = Self> {
+        EXPECTABLE.into_iter().chain([Gzip, Hdf5, Numpy, Xz, Bzip2, SevenZip, Parquet])
+    }
+
+    /// Returns the names of all formats that have one.
+    pub fn names() -> Vec<&'static str> {
+        Self::all_named().filter_map(Self::name).collect()
+    }
+
     /// Returns the format with this [`name`](Self::name).
     pub fn named(name: &str) -> Option<Self> {
-        let others = [Gzip, Hdf5, Numpy, Xz, Bzip2, SevenZip, Parquet];
-        EXPECTABLE.into_iter().chain(others).find(|format| format.name() == Some(name))
+        Self::all_named().find(|format| format.name() == Some(name))
     }
 
     /// Returns true if a file of this format has content of the format `other`. A PyTorch file contains a pickle.

@@ -50,6 +50,12 @@ pub const ARCHIVE_RATIO_MAX: u64 = 200;
 /// The extracted files of an archive may always have this many bytes, whatever its own size.
 pub const ARCHIVE_FREE_BYTES: u64 = 64 * MIB;
 
+/// Maximum number of entries in an archive. Each takes about 2 KiB of memory until the files are published.
+pub const ARCHIVE_ENTRIES_MAX: usize = 200_000;
+
+/// Maximum size of the names of all entries in an archive, in bytes. They are in memory several times.
+pub const ARCHIVE_NAME_BYTES_MAX: usize = 32 << 20;
+
 /// Maximum number of folders in the path of a file in an archive.
 pub const ARCHIVE_DEPTH_MAX: usize = 40;
 

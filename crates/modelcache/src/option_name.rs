@@ -83,6 +83,7 @@ pub mod setting {
     options! { Setting:
         DIR = "dir",
         FORBID = "forbid",
+        LAYOUT = "layout",
         LOWER_DIR = "lower_dir",
         MAX_BYTES = "max_bytes",
         MIN_FREE_BYTES = "min_free_bytes",

@@ -33,7 +33,7 @@ const BLOCKING_MAX: usize = 512;
 /// Bytes of a file that are read at a time: a compromise between the number of system calls and memory.
 const CHUNK_BYTES: u64 = 1 << 20;
 /// Stack size of each thread, in bytes.
-const STACK_BYTES: usize = 1 << 20;
+pub(crate) const STACK_BYTES: usize = 1 << 20;
 /// Address space that must be free when the runtime starts, in bytes: for stacks, buffers, concurrent requests and a
 /// small manifest.
 const ADDRESS_SPACE_MIN: u64 = 96 << 20;

@@ -1,5 +1,6 @@
 //! The rows of the page: one file each, or one file for several similar rows.
 
+pub(super) mod archive;
 mod calls;
 pub(super) mod daemon;
 pub(super) mod files;
@@ -7,6 +8,7 @@ pub(super) mod hash;
 pub(super) mod herd;
 pub(super) mod hub;
 pub(super) mod large_file;
+pub(super) mod layout;
 pub(super) mod memory;
 pub(super) mod python;
 pub(super) mod shaped;

@@ -26,8 +26,8 @@ use tracing::Instrument as _;
 /// MODEL_CACHE_PATH (the first), MODEL_CACHE_PATH_1, MODEL_CACHE_PATH_2, and so on. The artifacts are not evicted while
 /// the command runs. If one reference fails, the command is not run.
 ///
-/// Artifacts of the Hugging Face Hub are also made available under their names: the command gets HF_HUB_CACHE,
-/// HF_HUB_OFFLINE=1 and VLLM_MODEL_REDIRECT_PATH, so that its own command line stays as it is.
+/// For artifacts of the Hugging Face Hub, HF_HUB_CACHE, HF_HUB_OFFLINE=1 and VLLM_MODEL_REDIRECT_PATH are set, so that
+/// the command can name the model as on the Hub.
 ///
 /// Example: modelcache exec hf://org/model -- vllm serve org/model
 #[derive(Debug, Args)]
@@ -128,7 +128,7 @@ async fn hub_variables(
 ) -> Vec<(&'static str, PathBuf)> {
     for (reference, artifact) in references.iter().zip(artifacts.iter_mut()) {
         if let Err(error) = cache.link_hub_layout(reference, artifact).await {
-            let message = "the command does not find the model under its name on the Hub, only by its path";
+            let message = "HF_HUB_CACHE is not set, because the model cannot be linked as a Hugging Face cache; the command finds it only by its path";
             tracing::warn!(artifact = %artifact.key, %error, hint = error.hint_text(), "{message}");
             return Vec::new();
         }
@@ -142,7 +142,7 @@ async fn hub_variables(
         // Programs read one Hugging Face cache only.
         _ => {
             tracing::warn!(
-                "some models are in the lower directory and some are not; the command finds them by path only"
+                "HF_HUB_CACHE is not set: some models are in the lower directory and others are not, and a program reads one Hugging Face cache only"
             );
             return Vec::new();
         }

@@ -11,13 +11,15 @@ use modelcache::cache::{GetAnswer, GetOptions, LinkMode, Materialized};
 use modelcache::config::{Config, Environment};
 use modelcache::digest::Digest;
 use modelcache::progress::Progress;
+use modelcache::settings::{self, ConfigFiles, read_files};
 use modelcache::{Cache, Error, Reference, Result, Selection};
 use serde_json::{Map, Value};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-/// The name of the cache directory in the volume of the destination, if no cache directory is configured.
-const OWN_CACHE: &str = modelcache::disk::CACHE_IN_MOUNT;
+/// The name of the temporary cache directory in a volume. Beside a destination that is no mount point, a dash and the
+/// name of the destination follow.
+const TEMPORARY_CACHE: &str = modelcache::disk::CACHE_IN_MOUNT;
 
 /// The variable that names the cache directory.
 const CACHE_DIR: &str = "MODEL_CACHE_DIR";
@@ -28,23 +30,23 @@ const VERIFICATION_DIGEST: &str = "VERIFICATION_DIGEST";
 /// Download models into folders, as the storage initializer of KServe
 ///
 /// Runs in place of KServe's own image, see docs/kserve.md. Each SRC is a reference, a path, or a URI as KServe writes
-/// it. Its files are put into the folder DEST, and an archive is extracted there. Without a cache directory
-/// (MODEL_CACHE_DIR or a configuration file), the files are downloaded into the volume of the first DEST. Any failure
-/// ends with exit code 1.
+/// it. Its files are put into the folder DEST, and an archive is extracted there. Without MODEL_CACHE_DIR and a
+/// configuration file, the files are downloaded into a temporary cache directory in the volume of the first DEST. A
+/// failed download ends with exit code 1.
 #[derive(Debug, Args)]
 pub(crate) struct StorageInitializer {
-    /// Sources and destinations in turn
+    /// Pairs of a source and a destination folder
     #[arg(required = true, num_args = 2.., value_names = ["SRC", "DEST"])]
     paths: Vec<String>,
 }
 
 impl StorageInitializer {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
-        let own = self.own_cache().filter(|own| *own == session.config.dir && !is_dir_configured(session.global));
-        // A failed run leaves its own cache directory: the container is started again, and resumes.
+        let own = self.temporary_cache().filter(|own| *own == session.config.dir && !is_dir_configured(session.global));
+        // A failed run leaves the temporary cache directory: the container is started again, and resumes.
         let outcome = self.get_all(session).await.and_then(|()| match own {
             // The files in the destinations are hard links or copies, which stay.
-            Some(own) => remove_own_cache(&own),
+            Some(own) => remove_temporary_cache(&own),
             None => Ok(()),
         });
         if let Err(error) = outcome {
@@ -54,13 +56,16 @@ impl StorageInitializer {
         Ok(exit::DONE)
     }
 
-    /// Returns the cache directory for a container without one: in the volume of the first destination, so that the
-    /// files can be linked there.
-    fn own_cache(&self) -> Option<PathBuf> {
+    /// Returns the temporary cache directory, for a container without a configured one: in the volume of the first
+    /// destination, so that the files can be linked there.
+    fn temporary_cache(&self) -> Option<PathBuf> {
         let destination = std::path::absolute(self.paths.get(1)?).ok()?;
         Some(match destination.parent() {
-            Some(parent) if !modelcache::disk::is_mount_point(&destination) => parent.join(OWN_CACHE),
-            _ => destination.join(OWN_CACHE),
+            Some(parent) if !modelcache::disk::is_mount_point(&destination) => {
+                let name = destination.file_name()?.to_str()?;
+                parent.join(format!("{TEMPORARY_CACHE}-{name}"))
+            }
+            _ => destination.join(TEMPORARY_CACHE),
         })
     }
 
@@ -68,7 +73,7 @@ impl StorageInitializer {
     /// if none is configured.
     pub(crate) fn complete_environment(&self, global: &Global, environment: &mut Environment) {
         translate(&mut environment.0);
-        if let Some(own) = self.own_cache().filter(|_| !is_dir_configured(global)) {
+        if let Some(own) = self.temporary_cache().filter(|_| !is_dir_configured(global)) {
             environment.0.insert(CACHE_DIR.to_owned(), own.display().to_string());
         }
     }
@@ -144,10 +149,15 @@ fn patterns(text: &str) -> Vec<String> {
     list.iter().map(|pattern| pattern.trim().to_owned()).filter(|pattern| !pattern.is_empty()).collect()
 }
 
-/// Returns true if a variable or a configuration file may name the cache directory.
+/// Returns true if a variable names the cache directory, or if there is a configuration file, which may do so.
 fn is_dir_configured(global: &Global) -> bool {
     let is_set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
-    global.config.is_some() || is_set("MODEL_CACHE_CONFIG") || is_set(CACHE_DIR)
+    let has_file = || {
+        let environment = settings::environment(std::env::vars_os()).unwrap_or_default();
+        // A file that cannot be read is reported when the settings are gathered.
+        !read_files(ConfigFiles::choose(global.config.as_deref(), &environment)).is_ok_and(|files| files.is_empty())
+    };
+    is_set(CACHE_DIR) || has_file()
 }
 
 /// Adds the variables of this program that follow from those of KServe. Variables that are set already stay.
@@ -156,7 +166,11 @@ fn translate(variables: &mut HashMap<String, String>) {
     for name in ["STORAGE_OVERRIDE_CONFIG", "STORAGE_CONFIG"] {
         let config = variables.get(name).and_then(|text| serde_json::from_str::<Map<String, Value>>(text).ok());
         let config = config.unwrap_or_default();
-        let text = |key: &str| config.get(key).and_then(Value::as_str).map(str::to_owned);
+        let text = |key: &str| match config.get(key)? {
+            Value::String(text) => Some(text.clone()),
+            Value::Bool(is_set) => Some(is_set.to_string()),
+            _ => None,
+        };
         if config.get("type").is_some_and(|kind| kind != "s3") {
             continue;
         }
@@ -185,7 +199,7 @@ fn translate(variables: &mut HashMap<String, String>) {
 }
 
 /// Removes the cache directory that only this run used.
-fn remove_own_cache(dir: &Path) -> Result<()> {
+fn remove_temporary_cache(dir: &Path) -> Result<()> {
     std::fs::remove_dir_all(dir).map_err(|cause| {
         Error::new(modelcache::ErrorKind::Other, format!("cannot remove {}", dir.display())).cause(cause)
     })

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import os
 import sys
 import threading
@@ -46,7 +47,7 @@ _TRANSPORT = frozenset(
         "user_agent",
     }
 )
-# What a message of the library says, and the exception of huggingface_hub.
+# Text in a message of the library, and the exception of huggingface_hub.
 _MESSAGES = {
     "is gated": "GatedRepoError",
     "there is no revision": "RevisionNotFoundError",
@@ -55,6 +56,8 @@ _MESSAGES = {
 
 
 _opened: list[ModelCache] = []
+# Not empty once `patch` has run in this process. A child process inherits the variable, but not the functions.
+_patched: list[bool] = []
 
 
 def _cache() -> ModelCache:
@@ -137,8 +140,8 @@ def hf_hub_download(
 def patch() -> None:
     """Let huggingface_hub, and programs that use it, download through the cache.
 
-    Replaces ``snapshot_download`` and ``hf_hub_download`` in all modules that are loaded, and in those that are loaded
-    later. Sets ``HF_HUB_CACHE`` to the Hugging Face cache below the cache directory. Calls with an argument that the
+    Replaces ``snapshot_download`` and ``hf_hub_download`` under these names in all loaded modules, and in those that are
+    loaded later. Sets ``HF_HUB_CACHE`` to the Hugging Face cache below the cache directory. Calls with an argument that the
     cache does not support (``cache_dir``, ``local_dir``, ``endpoint``, ``dry_run``) go to the original functions. Other
     requests to the Hub, such as ``model_info``, are not affected. A second call has no effect.
 
@@ -146,8 +149,9 @@ def patch() -> None:
     """
     constants: Any = importlib.import_module("huggingface_hub.constants")
     folder = str(_cache().cache_dir / "hub")
-    if constants.HF_HUB_CACHE == folder:
+    if _patched:
         return
+    _patched.append(True)
     defaults = (constants.HF_HUB_CACHE, folder)
     for module, ours in (
         ("huggingface_hub._snapshot_download", snapshot_download),
@@ -165,11 +169,14 @@ def patch() -> None:
 def _replacement(ours: Callable[..., str], original: Callable[..., Any], defaults: tuple[str, str]) -> Callable[..., Any]:
     """Return the function that replaces ``original``. ``defaults`` are the cache folders that mean "the default one"."""
 
+    supported = _TRANSPORT | {"endpoint", "dry_run"} | set(inspect.signature(ours).parameters)
+
     @functools.wraps(original)
     def download(*args: Any, **kwargs: Any) -> Any:
         cache_dir = kwargs.pop("cache_dir", None)
         is_default = cache_dir is None or str(cache_dir) in defaults
-        if is_default and not any(kwargs.get(name) for name in ("local_dir", "endpoint", "dry_run")):
+        is_known = all(name in supported for name in kwargs)
+        if is_default and is_known and not any(kwargs.get(name) for name in ("local_dir", "endpoint", "dry_run")):
             return ours(*args, **kwargs)
         if not is_default:
             kwargs["cache_dir"] = cache_dir
@@ -218,6 +225,8 @@ def _get(
             local_files_only=local_files_only,
             token=token,
             progress=progress,
+            # The caller wants the files of the repository, whatever the setting.
+            extract="never",
             **arguments,
         )
     except ModelCacheError as error:
@@ -233,8 +242,13 @@ def _translated(error: ModelCacheError, has_file: bool, local_files_only: bool) 
     if isinstance(error, UnavailableError) or (local_files_only and isinstance(error, NotFoundError)):
         name = "LocalEntryNotFoundError"
     elif isinstance(error, (NotFoundError, UnauthorizedError)):
-        otherwise = "EntryNotFoundError" if has_file else "RepositoryNotFoundError"
-        name = next((kind for part, kind in _MESSAGES.items() if part in error.message), otherwise)
+        # A refused credential must not look like a file that does not exist.
+        absent = "EntryNotFoundError" if has_file else "RepositoryNotFoundError"
+        otherwise = absent if isinstance(error, NotFoundError) else None
+        found = next((kind for part, kind in _MESSAGES.items() if part in error.message), otherwise)
+        if found is None:
+            return None
+        name = found
     else:
         return None
     try:

@@ -4,6 +4,7 @@
 
 use super::resolve::LookupPolicy;
 use super::{Cache, EvictReport, EvictTier, GetOptions};
+use crate::disk::Disk;
 use crate::error::{Context, Error, ErrorKind, Result, Tier};
 use crate::key::ArtifactKey;
 use crate::option_name::call::TIER;
@@ -105,26 +106,28 @@ impl Cache {
     /// if the artifact is not on disk.
     async fn evict_disk(&self, key: &ArtifactKey, dry_run: bool) -> Result<Option<(u64, u64)>> {
         let key = key.clone();
-        self.on_disk(move |disk| {
-            let evict = |key: &ArtifactKey| {
-                let expected = disk.bytes_of_eviction(key)?;
-                if dry_run {
-                    return Ok(expected);
-                }
-                Ok(disk.evict(key)?.map(|freed| (freed, expected.map_or(0, |(_, shared)| shared))))
-            };
-            // The files that were extracted from an archive go with it.
-            let mut evicted = Vec::new();
-            for (extracted, revision) in Self::extracted_from(disk, &key)? {
-                evicted.extend(evict(&extracted)?);
-                if !dry_run {
-                    disk.forget_ref(&extracted.name, &revision)?;
-                }
+        self.on_disk(move |disk| Self::evict_with_extracted(disk, &key, dry_run)).await
+    }
+
+    /// Evicts `key` and the files that were extracted from it. Returns the bytes as [`evict_disk`](Self::evict_disk).
+    pub(super) fn evict_with_extracted(disk: &Disk, key: &ArtifactKey, dry_run: bool) -> Result<Option<(u64, u64)>> {
+        let evict = |key: &ArtifactKey| {
+            let expected = disk.bytes_of_eviction(key)?;
+            if dry_run {
+                return Ok(expected);
             }
-            evicted.extend(evict(&key)?);
-            Ok(evicted.into_iter().reduce(|sum, one| (sum.0 + one.0, sum.1 + one.1)))
-        })
-        .await
+            Ok(disk.evict(key)?.map(|freed| (freed, expected.map_or(0, |(_, shared)| shared))))
+        };
+        // The files that were extracted from an archive go with it.
+        let mut evicted = Vec::new();
+        for (extracted, revision) in Self::extracted_from(disk, key)? {
+            evicted.extend(evict(&extracted)?);
+            if !dry_run {
+                disk.forget_ref(&extracted.name, &revision)?;
+            }
+        }
+        evicted.extend(evict(key)?);
+        Ok(evicted.into_iter().reduce(|sum, one| (sum.0 + one.0, sum.1 + one.1)))
     }
 
     /// Returns the key that a reference last resolved to on this machine, and its origin. If no version is cached, the

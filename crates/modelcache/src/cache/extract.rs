@@ -13,7 +13,7 @@ use super::get::artifact;
 use super::open::OpenFile;
 use super::resolve::FetchRequest;
 use super::{Artifact, Cache, GetOptions};
-use crate::config::Extract;
+use crate::config::{Backfill, Extract};
 use crate::digest::Digest;
 use crate::disk::{Disk, StreamedFill};
 use crate::error::{Error, ErrorKind, Result};
@@ -23,42 +23,58 @@ use crate::key::{ArtifactKey, ArtifactName, FilePath, Version};
 use crate::manifest::{FileEntry, Manifest, Shape};
 use crate::mutex::Mutex;
 use crate::option_name::call::EXTRACT;
+use crate::option_name::setting::FORBID;
 use crate::progress::{Phase, Progress};
 use crate::reference::Reference;
-use crate::runtime::blocking;
+use crate::runtime::{STACK_BYTES, blocking};
 use crate::selection::Selection;
 use std::fs::File;
 use std::io::{self, Read};
+use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::runtime::Handle;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
-/// Number of bytes of an archive that are read at once.
-const READ_BYTES: u64 = 1 << 20;
-/// Number of attempts to extract an archive that failed verification and is downloaded again.
+/// Maximum number of attempts, if the bytes that were read during the download fail verification.
 const ATTEMPTS_MAX: usize = 3;
 
-/// The artifact of the files that one request extracts.
+/// Name and revisions under which the files of an archive are stored.
 struct Extraction {
     name: ArtifactName,
     /// The revision under which the digest of the archive is remembered: the version of the archive, and a digest of
     /// the selection unless it selects all files.
     revision: String,
+    how: Extract,
 }
 
 impl Extraction {
-    fn of(request: &FetchRequest) -> Result<Self> {
+    fn of(request: &FetchRequest, how: Extract) -> Result<Self> {
         let version = &request.key.version;
         let revision = match request.selection.is_all() {
             true => version.to_string(),
             false => {
                 let selection = Digest::of(format!("{:?}", request.selection.identity()).as_bytes());
-                format!("{version}{SELECTION}{}", selection.short())
+                format!("{version}{SELECTION}{selection}")
             }
         };
-        Ok(Self { name: request.key.name.extracted()?, revision })
+        Ok(Self { name: request.key.name.extracted()?, revision, how })
+    }
+
+    /// Returns true if an archive with this name is extracted.
+    fn concerns(&self, path: &FilePath) -> bool {
+        self.how == Extract::Always || is_named_as_archive(path.file_name())
+    }
+
+    /// Returns the revisions under which the digest may be remembered. An archive whose name only `always` accepts has a
+    /// revision of its own, which `auto` does not look for.
+    fn revisions(&self) -> Vec<String> {
+        match self.how {
+            Extract::Always => vec![self.revision.clone(), format!("{}{SELECTION}always", self.revision)],
+            Extract::Auto | Extract::Never => vec![self.revision.clone()],
+        }
     }
 
     /// Returns the key of the files of the archive with this digest.
@@ -76,8 +92,8 @@ impl Extraction {
 /// Separates the version of an archive from the digest of a selection. Not part of a version.
 const SELECTION: char = '#';
 
-/// What came of an attempt to extract a file.
-enum Outcome {
+/// The result of one attempt to extract a file.
+enum ExtractOutcome {
     Extracted(StreamedFill),
     /// The file is not an archive.
     NotAnArchive(Format),
@@ -100,27 +116,34 @@ impl Cache {
         if request.key.name.is_extracted() {
             return Ok(None);
         }
-        let extraction = Extraction::of(request)?;
+        let extraction = match (Extraction::of(request, how), how) {
+            (Ok(extraction), _) => extraction,
+            // The name is too long to have another one derived from it.
+            (Err(_), Extract::Auto) => return Ok(None),
+            (Err(error), _) => return Err(error),
+        };
         if let Some(hit) = self.remembered_hit(request, &extraction, options, progress).await? {
             return Ok(Some(hit));
         }
-        // Is it one file, and may it be an archive?
+        // Only a single selected file can be an archive.
         let mut request = request.clone();
         let Some((path, entry)) = self.only_selected(&mut request, progress).await? else {
             return match how {
-                Extract::Always => Err(Error::invalid("it has several files, so there is no archive to extract")
-                    .hint(format!("name the archive in the reference, or omit {EXTRACT}"))),
+                Extract::Always => {
+                    Err(Error::invalid("the reference selects several files; only a single archive can be extracted")
+                        .hint(format!("name the archive in the reference, or omit {EXTRACT}")))
+                }
                 _ => Ok(None),
             };
         };
-        if how == Extract::Auto && !is_named_as_archive(path.file_name()) {
+        if !extraction.concerns(&path) {
             return Ok(None);
         }
         // A demanded digest was compared with the manifest of the archive.
         if let Some(archive) = entry.sha256
             && let Some(hit) = self.extracted_hit(&request, extraction.key(archive)?, options, progress).await?
         {
-            self.remember_archive(&extraction, archive).await?;
+            self.remember_archive(&extraction, &path, archive).await?;
             return Ok(Some(hit));
         }
         // Only one process extracts. The others wait, and then find the files.
@@ -128,16 +151,17 @@ impl Cache {
         if let Some(hit) = self.remembered_hit(&request, &extraction, options, progress).await? {
             return Ok(Some(hit));
         }
-        let extracted = self.extract(&request, &path, &extraction, how, progress).await;
+        let extracted = self.extract(&request, &path, &extraction, progress).await;
         drop(lead);
         extracted
     }
 
     /// Returns the leased files of an archive if the reference or a cached resolution determines the key, and the files
-    /// are on disk. Contacts no tier: the archive itself may be on none of them.
+    /// are on disk. Contacts no tier; the archive itself need not be on disk any more.
     pub(super) async fn try_extracted_hit(
         &self,
         reference: &Reference,
+        how: Extract,
         options: &GetOptions,
         progress: &Progress,
     ) -> Result<Option<Artifact>> {
@@ -145,7 +169,8 @@ impl Cache {
         if request.key.name.is_extracted() {
             return Ok(None);
         }
-        let hit = self.remembered_hit(&request, &Extraction::of(&request)?, options, progress).await;
+        let Ok(extraction) = Extraction::of(&request, how) else { return Ok(None) };
+        let hit = self.remembered_hit(&request, &extraction, options, progress).await;
         hit.map_err(|error| error.artifact(&request.key))
     }
 
@@ -157,17 +182,22 @@ impl Cache {
         options: &GetOptions,
     ) -> Result<Option<Digest>> {
         let (key, selection) = (request.key.clone(), request.selection.clone());
-        let (name, revision) = (extraction.name.clone(), extraction.revision.clone());
+        let (name, revisions, how) = (extraction.name.clone(), extraction.revisions(), extraction.how);
         let refresh = options.refresh;
         self.on_disk(move |disk| {
-            // What the archive's own manifest says is newer than what was remembered.
+            // The manifest of the archive takes precedence over the remembered digest.
             if let Some(manifest) = disk.manifest(&key)? {
                 let mut selected = manifest.selected(&selection);
                 let only = selected.next().filter(|_| selected.next().is_none());
-                return Ok(only.and_then(|(_, entry)| entry.sha256));
+                let is_concerned = |path: &FilePath| how == Extract::Always || is_named_as_archive(path.file_name());
+                return Ok(only.filter(|(path, _)| is_concerned(path)).and_then(|(_, entry)| entry.sha256));
             }
-            let remembered = if refresh { None } else { disk.remembered_ref(&name, &revision)? };
-            Ok(remembered.and_then(|remembered| remembered.version.as_str().parse().ok()))
+            for revision in revisions.iter().filter(|_| !refresh) {
+                if let Some(remembered) = disk.remembered_ref(&name, revision)? {
+                    return Ok(remembered.version.as_str().parse().ok());
+                }
+            }
+            Ok(None)
         })
         .await
     }
@@ -187,9 +217,12 @@ impl Cache {
         self.extracted_hit(request, extraction.key(archive)?, options, progress).await
     }
 
-    async fn remember_archive(&self, extraction: &Extraction, archive: Digest) -> Result<()> {
-        let (name, revision, version) =
-            (extraction.name.clone(), extraction.revision.clone(), extraction.key(archive)?.version);
+    /// Remembers the digest of the archive at `path`.
+    async fn remember_archive(&self, extraction: &Extraction, path: &FilePath, archive: Digest) -> Result<()> {
+        let revisions = extraction.revisions();
+        let revision = if is_named_as_archive(path.file_name()) { revisions.first() } else { revisions.last() };
+        let revision = revision.cloned().unwrap_or_default();
+        let (name, version) = (extraction.name.clone(), extraction.key(archive)?.version);
         self.on_disk(move |disk| match disk.is_read_only() {
             true => Ok(()),
             false => disk.remember_ref(&name, &revision, &version, Duration::ZERO),
@@ -210,11 +243,12 @@ impl Cache {
             self.verify_hit(&request, progress).await?;
         }
         let Some(leased) = self.try_acquire(&request).await? else { return Ok(None) };
+        self.check_policy(&request, &leased.manifest)?;
         self.wait_until_durable(&request, &leased).await?;
         artifact(&request, FillOutcome::local(leased), progress).map(Some)
     }
 
-    /// Returns the selected file, if it is only one.
+    /// Returns the selected file if exactly one is selected. Requests manifests if necessary.
     async fn only_selected(
         &self,
         request: &mut FetchRequest,
@@ -237,7 +271,6 @@ impl Cache {
         request: &FetchRequest,
         path: &FilePath,
         extraction: &Extraction,
-        how: Extract,
         progress: &Progress,
     ) -> Result<Option<Artifact>> {
         let mut attempts_left = ATTEMPTS_MAX;
@@ -249,17 +282,40 @@ impl Cache {
                 // From here on, only the extraction is left.
                 (verified, progress.enter(Phase::Extract, 0))
             };
-            let (outcome, (verified, phase)) =
-                tokio::join!(self.extract_open(&open, path, &lock_key, progress), verified);
+            let extracted = self.extract_open(&open, path, &lock_key, progress);
+            let (mut verified, mut extracted, mut known) = (pin!(verified), pin!(extracted), None);
+            let outcome = loop {
+                tokio::select! {
+                    outcome = &mut extracted => break outcome,
+                    verified = &mut verified, if known.is_none() => known = Some(verified),
+                }
+            };
+            // A refusal of the archive is reported only if its bytes are right. Any other failure is certain.
+            if let Err(error) = &outcome
+                && error.kind() != ErrorKind::Corrupt
+            {
+                return Err(error.clone());
+            }
+            let (verified, phase) = match known {
+                Some(known) => known,
+                None => verified.await,
+            };
             attempts_left -= 1;
             match (outcome, verified) {
-                (Ok(Outcome::NotAnArchive(format)), Ok(_)) if how == Extract::Always => {
-                    return Err(Error::corrupt(format!("{path} is not an archive: it is {format}"))
+                (Ok(ExtractOutcome::NotAnArchive(format)), Ok(_)) if extraction.how == Extract::Always => {
+                    let message = match format {
+                        Format::Xz | Format::Bzip2 | Format::SevenZip => {
+                            format!("{path} is {format}, which is not extracted; tar, tar.gz, tar.zst and zip are")
+                        }
+                        _ => format!("{path} is not an archive: it is {format}"),
+                    };
+                    return Err(Error::corrupt(message)
                         .hint(format!("omit {EXTRACT}, or use {} for files and archives", EXTRACT.set_to("auto"))));
                 }
-                (Ok(Outcome::NotAnArchive(_)), Ok(_)) => return self.as_it_is(request, progress).await,
-                (Ok(Outcome::Extracted(fill)), Ok(_)) => break (fill, phase),
-                // The bytes that were extracted were wrong, and were downloaded again: the archive is on disk now.
+                (Ok(ExtractOutcome::NotAnArchive(_)), Ok(_)) => return self.as_it_is(request, progress).await,
+                (Ok(ExtractOutcome::Extracted(fill)), Ok(_)) => break (fill, phase),
+                // The bytes read during the download failed verification, and the archive was downloaded again. Extract
+                // it from disk.
                 (_, Err(error))
                     if error.kind() == ErrorKind::Corrupt
                         && attempts_left > 0
@@ -267,7 +323,7 @@ impl Cache {
                 {
                     tracing::warn!(%error, "the archive was wrong while it was extracted; extracting it again");
                 }
-                // If the archive itself is wrong, that is the reason for any other failure.
+                // Report the download error first: it explains any other failure.
                 (_, Err(error)) | (Err(error), _) => return Err(error),
             }
         };
@@ -297,10 +353,11 @@ impl Cache {
             Ok((staging, listing, files))
         })
         .await?;
-        self.check_policy(&extracted, &listing)?;
+        self.check_policy(&extracted, &listing)
+            .map_err(|error| error.hint(format!("make the archive without that file, or change {FORBID}")))?;
         let published = self.on_disk(move |disk| disk.publish(staging, &listing, &files)).await?;
         self.spawn_background_sync();
-        self.remember_archive(extraction, digest).await?;
+        self.remember_archive(extraction, path, digest).await?;
         self.wait_until_durable(&extracted, &published).await?;
         self.drop_archive(&request.key).await;
         let fetched_bytes = published.manifest.bytes();
@@ -317,50 +374,61 @@ impl Cache {
         artifact(request, FillOutcome { fetched_bytes, ..FillOutcome::local(leased) }, progress).map(Some)
     }
 
-    /// Extracts the archive in `open` into staging, on a thread for blocking calls. The download goes on meanwhile.
+    /// Extracts the archive in `open` into staging, on a thread of its own. The download goes on meanwhile.
+    ///
+    /// The thread waits for the download, which needs the threads for blocking calls, so it must not be one of them.
     async fn extract_open(
         &self,
         open: &Arc<OpenFile>,
         path: &FilePath,
         key: &ArtifactKey,
         progress: &Progress,
-    ) -> Result<Outcome> {
+    ) -> Result<ExtractOutcome> {
         // `stop` is closed if the caller is cancelled.
         let (stop, _running) = watch::channel(());
+        let (stop, failure) = (Arc::new(stop), Arc::<Mutex<Option<Error>>>::default());
         let reader = ArchiveReader {
             open: open.clone(),
             handle: Handle::current(),
-            stop,
+            stop: stop.clone(),
             position: 0,
-            buffer: Vec::new(),
-            read: 0,
-            failure: Arc::default(),
+            failure: failure.clone(),
         };
         let (disk, path, key, progress) = (self.0.disk.clone(), path.clone(), key.clone(), progress.clone());
-        blocking(move || {
-            let failure = reader.failure.clone();
-            let outcome = reader.extract(&disk, &path, &key, &progress);
-            // If the download failed, the archive could not be read, which says nothing about the archive.
+        let (send, outcome) = oneshot::channel();
+        let started = std::thread::Builder::new().name("extract".to_owned()).stack_size(STACK_BYTES).spawn(move || {
+            let outcome = reader.extract(&disk, &path, &key, stop, &progress);
+            // A download error is the cause of the read error: report it instead.
             let failed = failure.lock().take();
-            failed.map_or(outcome, Err)
-        })
-        .await
+            let _ = send.send(failed.map_or(outcome, Err));
+        });
+        started.map_err(|cause| Error::new(ErrorKind::Limits, "cannot start a thread").cause(cause))?;
+        outcome.await.map_err(|_| Error::new(ErrorKind::Other, "the extraction ended unexpectedly"))?
     }
 
-    /// Removes the archive from disk after its files were extracted, unless it is to be kept.
+    /// Removes the archive from disk after its files were extracted, unless it is to be kept. With uploads in the
+    /// background, this happens there.
     async fn drop_archive(&self, key: &ArtifactKey) {
         if self.0.config.keep_archive {
             return;
         }
-        // A backfill may still read it.
-        self.wait_for_fills().await;
-        let owned_key = key.clone();
-        let dropped = self.on_disk(move |disk| {
-            let is_alone = disk.manifest(&owned_key)?.is_some_and(|manifest| manifest.files.len() == 1);
-            if is_alone && !disk.is_only_copy(&owned_key)? { disk.evict(&owned_key).map(drop) } else { Ok(()) }
-        });
-        if let Err(error) = dropped.await {
-            tracing::debug!(%key, %error, "the extracted archive stays on disk");
+        let (cache, key) = (self.clone(), key.clone());
+        let drop_it = async move {
+            // An upload may still read it.
+            cache.wait_for_fills().await;
+            let owned_key = key.clone();
+            let dropped = cache.on_disk(move |disk| {
+                let is_alone = disk.manifest(&owned_key)?.is_some_and(|manifest| manifest.files.len() == 1);
+                let is_pending = disk.pending_hashes()?.contains(&owned_key.hash());
+                if is_alone && !is_pending { disk.evict(&owned_key).map(drop) } else { Ok(()) }
+            });
+            if let Err(error) = dropped.await {
+                tracing::debug!(%key, %error, "the extracted archive stays on disk");
+            }
+        };
+        match self.0.config.backfill {
+            Some(Backfill::Background) => drop(tokio::spawn(drop_it)),
+            _ => drop_it.await,
         }
     }
 
@@ -393,45 +461,46 @@ struct ArchiveReader {
     open: Arc<OpenFile>,
     handle: Handle,
     /// Closed when the caller no longer waits.
-    stop: watch::Sender<()>,
-    /// Offset in the archive of the next byte after the buffer.
+    stop: Arc<watch::Sender<()>>,
+    /// Offset of the next byte.
     position: u64,
-    buffer: Vec<u8>,
-    /// Number of bytes of the buffer that were returned.
-    read: usize,
     /// The error of the download, which `Read` cannot return.
     failure: Arc<Mutex<Option<Error>>>,
 }
 
 impl ArchiveReader {
-    fn extract(mut self, disk: &Disk, path: &FilePath, key: &ArtifactKey, progress: &Progress) -> Result<Outcome> {
+    fn extract(
+        mut self,
+        disk: &Disk,
+        path: &FilePath,
+        key: &ArtifactKey,
+        stop: Arc<watch::Sender<()>>,
+        progress: &Progress,
+    ) -> Result<ExtractOutcome> {
+        let unreadable =
+            |cause: io::Error| Error::new(ErrorKind::Directory, format!("cannot read {path}")).cause(cause);
         let size = self.open.size();
         let head_bytes = size.min(HEAD_BYTES as u64);
         let mut head = vec![0; usize::try_from(head_bytes).unwrap_or(HEAD_BYTES)];
-        let file = self.wait(0..head_bytes)?;
-        file.read_exact_at(&mut head, 0)
-            .map_err(|cause| Error::new(ErrorKind::Directory, format!("cannot read {path}")).cause(cause))?;
+        self.wait(0..head_bytes)?.read_exact_at(&mut head, 0).map_err(unreadable)?;
         let format = Format::of(&head, size);
         if !is_archive(format) {
-            return Ok(Outcome::NotAnArchive(format));
+            return Ok(ExtractOutcome::NotAnArchive(format));
         }
         let archive = Archive { format, size, name: path.as_str() };
-        let mut fill = disk.begin_streamed_fill(key, progress)?;
+        let mut fill = disk.begin_streamed_fill(key, Box::new(move || stop.is_closed()), progress)?;
         if format == Format::Zip {
-            // The list of files is at the end of a zip archive.
-            let zip = self.wait(0..size)?;
-            let zip = zip
-                .try_clone()
-                .map_err(|cause| Error::new(ErrorKind::Directory, format!("cannot read {path}")).cause(cause))?;
+            // The central directory is at the end of a zip archive.
+            let zip = self.wait(0..size)?.try_clone().map_err(unreadable)?;
             archive.extract_zip(zip, &mut fill)?;
         } else if !archive.extract_stream(&mut self, &mut fill)? {
-            return Ok(Outcome::NotAnArchive(format));
+            return Ok(ExtractOutcome::NotAnArchive(format));
         }
-        Ok(Outcome::Extracted(fill))
+        Ok(ExtractOutcome::Extracted(fill))
     }
 
     /// Waits until `range` of the archive can be read.
-    fn wait(&self, range: std::ops::Range<u64>) -> Result<Arc<File>> {
+    fn wait(&self, range: Range<u64>) -> Result<Arc<File>> {
         if let Some(file) = self.open.try_wait(range.clone())? {
             return Ok(file.clone());
         }
@@ -443,35 +512,18 @@ impl ArchiveReader {
             }
         })
     }
-
-    /// Fills the buffer with the next bytes.
-    fn fill_buffer(&mut self) -> Result<()> {
-        let end = (self.position + READ_BYTES).min(self.open.size());
-        let file = self.wait(self.position..end)?;
-        self.buffer.resize(usize::try_from(end - self.position).unwrap_or_default(), 0);
-        file.read_exact_at(&mut self.buffer, self.position)
-            .map_err(|cause| Error::new(ErrorKind::Directory, "cannot read the archive on disk").cause(cause))?;
-        (self.position, self.read) = (end, 0);
-        Ok(())
-    }
 }
 
 impl Read for ArchiveReader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.read == self.buffer.len() {
-            if self.stop.is_closed() {
-                return Err(io::Error::other("the get was cancelled"));
-            }
-            if let Err(error) = self.fill_buffer() {
-                let message = error.to_string();
-                *self.failure.lock() = Some(error);
-                return Err(io::Error::other(message));
-            }
-        }
-        let bytes = &self.buffer[self.read..];
-        let count = bytes.len().min(buffer.len());
-        buffer[..count].copy_from_slice(&bytes[..count]);
-        self.read += count;
-        Ok(count)
+        let end = self.open.size().min(self.position + buffer.len() as u64);
+        let file = self.wait(self.position..end).map_err(|error| {
+            let message = error.to_string();
+            *self.failure.lock() = Some(error);
+            io::Error::other(message)
+        })?;
+        let read = file.read_at(&mut buffer[..(end - self.position) as usize], self.position)?;
+        self.position += read as u64;
+        Ok(read)
     }
 }

@@ -83,7 +83,7 @@ impl Cache {
         // Steps 1 and 2 in a few microseconds, for an ordinary hit.
         let hit = match extract {
             Extract::Never => self.try_fast_hit(reference, options, progress),
-            _ => self.try_extracted_hit(reference, options, progress).await?.map(Ok),
+            _ => self.try_extracted_hit(reference, extract, options, progress).await?.map(Ok),
         };
         if let Some(hit) = hit {
             return hit;
@@ -151,6 +151,12 @@ impl Cache {
         publisher.share_leadership(&lead);
         // Steps 4 and 5.
         let (plan, mut staged) = self.plan_and_download(request, progress, publisher).await?;
+        // The formats of all files are known only now. Forbidden files do not stay in staging.
+        if let Err(error) = self.check_policy(request, &staged.completed_listing()) {
+            publisher.invalidate_partial_files();
+            blocking(move || staged.staging.discard()).await?;
+            return Err(error);
+        }
         let backfill_job = self.backfill_job(&plan, &mut staged);
         let fetched_bytes = staged.fetched_bytes;
         // Record the pending upload before publishing, so that a crash after the publish cannot lose it.
@@ -287,7 +293,7 @@ impl Cache {
             };
             files.insert(path.clone(), staged);
         }
-        let files = detect_formats(&staging, files).await?;
+        let files = detect_formats(&staging, files, self.0.config.forbid.has_formats()).await?;
         let staged_fill = StagedFill {
             staging,
             listing: plan.listing.clone(),
@@ -297,14 +303,7 @@ impl Cache {
             streaming_upload,
         };
         // The digests of all files are known only now. A mismatch must not be published.
-        let listing = staged_fill.completed_listing();
-        request.check_demanded_digest(&listing)?;
-        // Their formats as well. Forbidden files do not stay in staging.
-        if let Err(error) = self.check_policy(request, &listing) {
-            publisher.invalidate_partial_files();
-            blocking(move || staged_fill.staging.discard()).await?;
-            return Err(error);
-        }
+        request.check_demanded_digest(&staged_fill.completed_listing())?;
         Ok(staged_fill)
     }
 
@@ -393,14 +392,16 @@ fn files_to_download(staging: &Staging, plan: &FillPlan) -> Result<(PartialFiles
     Ok((partial_files, to_download))
 }
 
-/// Detects the format of each file whose format is unknown, from its first bytes.
+/// Detects the format of each file whose format is unknown, from its first bytes. With `of_all`, of each file: a manifest
+/// may state another format.
 async fn detect_formats(
     staging: &Staging,
     mut files: BTreeMap<FilePath, StagedFile>,
+    of_all: bool,
 ) -> Result<BTreeMap<FilePath, StagedFile>> {
     let folder = staging.file("");
     blocking(move || {
-        for file in files.values_mut().filter(|file| file.entry.format.is_none()) {
+        for file in files.values_mut().filter(|file| of_all || file.entry.format.is_none()) {
             file.entry.format = format_name(folder.join(&file.name).open(false));
         }
         Ok(files)
@@ -422,6 +423,10 @@ impl StagedFill {
         for (path, file) in &self.files {
             if let Some(entry) = listing.files.get_mut(path) {
                 entry.learn(&file.entry);
+                // What was detected counts, not what a manifest states.
+                if file.entry.format.is_some() {
+                    entry.format.clone_from(&file.entry.format);
+                }
             }
         }
         listing

@@ -45,7 +45,13 @@ impl Cache {
     pub async fn write_model_map(&self, artifacts: &[Artifact]) -> Result<Option<PathBuf>> {
         let is_model = |hub: &&HubLayout| hub.kind == RepoKind::Model;
         let of_model = |artifact: &Artifact| artifact.hub.as_ref().filter(is_model).cloned();
-        let models: Vec<_> = artifacts.iter().filter_map(of_model).collect();
+        let mut models: Vec<_> = artifacts.iter().filter_map(of_model).collect();
+        // Two revisions of one model have one name: the program finds them by revision only.
+        let all = models.clone();
+        models.retain(|model| all.iter().filter(|other| other.repo_id == model.repo_id).count() == 1);
+        if models.is_empty() {
+            return Ok(None);
+        }
         let Some(first) = artifacts.iter().find(|artifact| of_model(artifact).is_some()) else { return Ok(None) };
         let (disk, lease) = (self.0.disk.clone(), first.lease.clone());
         blocking(move || disk.write_model_map(&lease, &models)).await.map(Some)

@@ -131,7 +131,9 @@ impl Cache {
             return self.open_leased(hit?, true, progress).await.map_err(|error| error.artifact(reference));
         }
         let request = self.resolve(reference, &get, progress).await.map_err(|error| error.artifact(reference))?;
-        self.open_resolved(request, options.unchecked, true, progress).await.map_err(|error| error.artifact(reference))
+        // Forbidden content is found when the file is complete.
+        let unchecked = options.unchecked && !self.0.config.forbid.has_formats();
+        self.open_resolved(request, unchecked, true, progress).await.map_err(|error| error.artifact(reference))
     }
 
     /// Opens the file of a resolved reference. With `counts`, the open counts as a get.

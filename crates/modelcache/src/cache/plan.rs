@@ -19,6 +19,7 @@ use crate::human::first_few;
 use crate::key::FilePath;
 use crate::ladder::Ladder;
 use crate::manifest::{FileEntry, Manifest};
+use crate::option_name::call::EXTRACT;
 use crate::option_name::setting::{ORIGIN, REMOTE, REQUIRE_CHECKSUM};
 use crate::progress::{Phase, Progress};
 use crate::reference::Reference;
@@ -79,6 +80,10 @@ impl FillPlan {
         let sources = self.sources.get(path).cloned().unwrap_or_default();
         if sources.is_empty() {
             return Err(match self.policy.max_tier {
+                Tier::Origin if self.listing.key.name.is_extracted() => {
+                    Error::not_found(format!("{path} was extracted from an archive, and is damaged or missing"))
+                        .hint(format!("get the archive again, with {}", EXTRACT.set_to("auto")))
+                }
                 Tier::Origin => Error::not_found(format!("{path} is in the manifest, but no tier has its bytes"))
                     .hint(format!("put the artifact again, or configure {ORIGIN}")),
                 _ => {
@@ -174,8 +179,14 @@ impl Cache {
             .iter()
             .map(|(path, entry)| (path.clone(), sources(path, entry, &local, &tier_manifests, request)))
             .collect();
+        // Forbidden content is found when the file is complete.
+        let has_forbidden_formats = self.0.config.forbid.has_formats();
         let read_gate = |(path, entry): &(FilePath, FileEntry)| {
-            (path.clone(), read_gate(path, entry, &tier_manifests, request, &listing))
+            let read_gate = match has_forbidden_formats {
+                true => ReadGate::Published,
+                false => read_gate(path, entry, &tier_manifests, request, &listing),
+            };
+            (path.clone(), read_gate)
         };
         let read_gates = selected.iter().map(read_gate).collect();
         // After `selected` was copied: this fill may use ladders of other tiers, but only ladders from this disk are

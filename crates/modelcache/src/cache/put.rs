@@ -309,7 +309,7 @@ impl Cache {
     /// fails.
     async fn evict_replaced(&self, key: &ArtifactKey) -> Result<()> {
         let key = key.clone();
-        self.on_disk(move |disk| disk.evict(&key).map(|_| ())).await
+        self.on_disk(move |disk| Self::evict_with_extracted(disk, &key, false).map(|_| ())).await
     }
 
     /// Uploads the remaining files, and publishes the manifest on the remote.

@@ -40,7 +40,7 @@ impl Cache {
             )));
         }
         let owned_key = key.clone();
-        self.on_disk(move |disk| disk.evict(&owned_key)).await.map_err(|error| {
+        self.on_disk(move |disk| Self::evict_with_extracted(disk, &owned_key, false)).await.map_err(|error| {
             let message = format!("the version was replaced on the remote ({what}), but {}", error.message());
             let hint = error.hint_text().unwrap_or("try again").to_owned();
             Error::new(error.kind(), message).tier(Tier::Disk).hint(hint)

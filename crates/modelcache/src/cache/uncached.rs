@@ -3,6 +3,7 @@
 use super::{Cache, OpenOptions};
 use crate::digest::{Digest, GitOid};
 use crate::error::{Error, Result};
+use crate::format::{Format, HEAD_BYTES};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::FileEntry;
 use crate::progress::Progress;
@@ -44,7 +45,13 @@ impl Cache {
             let sources = plan.sources_of(&path)?;
             let entry = plan.selected.iter().find(|(selected, _)| *selected == path).map(|(_, entry)| entry.clone());
             let (key, entry) = (plan.listing.key.clone(), entry.unwrap_or_default());
-            Ok(UncachedFile { key, path, entry, sources, retry: self.0.downloader.retry().clone() })
+            let file = UncachedFile { key, path, entry, sources, retry: self.0.downloader.retry().clone() };
+            if self.0.config.forbid.has_formats() {
+                let head_range = 0..file.size().min(HEAD_BYTES as u64);
+                let head: Vec<Bytes> = file.read(head_range).try_collect().await?;
+                self.0.config.forbid.check([(&file.path, Some(Format::of(&head.concat(), file.size())))])?;
+            }
+            Ok(file)
         };
         opened.await.map_err(|error: Error| error.artifact(reference))
     }

@@ -270,12 +270,13 @@ impl Disk {
             let recording = manifest.files.iter().filter(|(_, entry)| records(entry));
             let recording: Vec<_> = recording.map(|(path, _)| (manifest.key.clone(), path.clone())).collect();
             if !recording.is_empty() {
-                recording.iter().try_for_each(|(_, path)| self.remove_hub_link(&artifact.dir, path, inode))?;
-                withdrawn.extend(recording);
+                withdrawn.extend(recording.clone());
                 self.edit_manifest(&artifact.dir, |manifest| {
                     manifest.files.values_mut().filter(|entry| records(entry)).map(|entry| entry.held = None).count()
                         > 0
                 })?;
+                // Only now: as long as the manifest records the file, it may be linked again.
+                recording.iter().for_each(|(_, path)| self.remove_hub_link(&artifact.dir, path, inode));
             }
         }
         // The manifest of `dir` may record another inode than the one that was hashed. Clear that entry as well.

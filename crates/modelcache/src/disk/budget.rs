@@ -593,7 +593,7 @@ impl BudgetGuard<'_> {
         }
         let manifest = self.disk.read_manifest(dir).unwrap_or(None);
         // While the manifest exists: after a crash, the artifact is complete, and only links to it are missing.
-        self.remove_hub_layout(dir)?;
+        self.remove_hub_layout(dir, manifest.as_ref())?;
         let mut freed = self.subtract_copies(dir, manifest.as_ref())?;
         // Remove the manifest first: after a crash, a sweep removes the rest as a leftover.
         files::remove_file(&dir.manifest())?;

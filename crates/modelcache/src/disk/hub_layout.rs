@@ -8,10 +8,13 @@
 //!                      /model-maps/<digest>.json     model names and snapshots, for `VLLM_MODEL_REDIRECT_PATH`
 //! ```
 //!
-//! A link takes no space, so these files do not count against the budget a second time. While a link exists, its inode
-//! is that of the view: the links are created and replaced under the budget lock, and are removed before the view is.
-//! A program may remove files below `hub/` (`hf cache rm`); that removes the links only. Files of other programs below
-//! `hub/` are never touched, except that a file at the path of a link is replaced.
+//! Each hard link shares the inode of a view, so the budget counts it once. Links are made and replaced under the budget
+//! lock, and an eviction removes them before the views. A program may remove links (`hf cache rm`). A file of another
+//! program is replaced only if it has the path of a link. A ref or model map that names an evicted commit is removed,
+//! whoever wrote it.
+//!
+//! Other programs and users write below `hub/`, so an entry there that cannot be read is skipped: it must not stop a
+//! fill or an eviction.
 
 use super::budget::BudgetGuard;
 use super::files;
@@ -26,6 +29,7 @@ use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::json;
 use crate::key::FilePath;
 use crate::manifest::{FileEntry, Manifest};
+use crate::option_name::setting::LAYOUT;
 use crate::reference::{HubRepo, RepoKind};
 use crate::selection::Selection;
 use serde::Serialize;
@@ -78,12 +82,16 @@ struct TreeEntry {
 }
 
 impl HubFolder {
-    /// Returns the place of the artifact in `dir` below `hub/`; `None` if it is not from the Hub.
+    /// Returns the repository and its folder below `hub/` for the artifact in `dir`; `None` if it is not from the Hub.
     fn of(dir: &ArtifactDir) -> Option<(HubRepo, Self)> {
         let repo = HubRepo::of_key(&dir.key()?)?;
-        let root = dir.path().ancestors().last()?;
-        let folder = Self { repo: root.join(HUB).join(repo.cache_folder()), commit: repo.revision.clone() };
+        let folder = Self::below(&dir.path().ancestors().last()?, &repo);
         Some((repo, folder))
+    }
+
+    /// Returns the folder of a repository, whose revision is a commit, below `hub/` of the cache directory `root`.
+    fn below(root: &RootedPath, repo: &HubRepo) -> Self {
+        Self { repo: root.join(HUB).join(repo.cache_folder()), commit: repo.revision.clone() }
     }
 
     fn snapshot(&self) -> RootedPath {
@@ -122,16 +130,23 @@ impl Disk {
             if leased.is_lower {
                 return Err(Error::new(
                     ErrorKind::Directory,
-                    "the artifact is in the lower directory, without the layout of the Hugging Face cache",
+                    "the artifact is in the lower directory, which has no Hugging Face cache of it",
                 )
                 .tier(Tier::Disk)
-                .hint("get it with --layout hub when the lower directory is made"));
+                .hint(format!("create it when the lower directory is made, with {}", LAYOUT.set_to("hub"))));
             }
             self.ensure_writable()?;
             let mut guard = self.lock_budget()?;
             // The index of every process counts the links, so the change is logged.
             guard.begin_change_of(&leased.dir)?;
+            // Read the manifest again: a file may have been withdrawn since it was leased.
+            let manifest = self.read_manifest(&leased.dir)?;
+            let recorded = |path: &FilePath| manifest.as_ref()?.files.get(path)?.recorded_on_disk();
             for path in &selected {
+                let view = leased.dir.view(path);
+                if files::stat(&view)?.map(|found| found.identity()) != recorded(path) {
+                    return Err(Error::unavailable(format!("{path} was changed on disk")).tier(Tier::Disk));
+                }
                 guard.link_into_hub(&leased.dir, &folder, path)?;
             }
             if let Some(tree) = &tree {
@@ -147,10 +162,13 @@ impl Disk {
         Ok(HubLayout { cache_dir, kind: repo.kind, repo_id: repo.id, snapshot: folder.snapshot().full() })
     }
 
-    /// Writes the model map: a file with the snapshot of each model by the model's name. Returns its path. The file is
-    /// removed with the artifact of the first model.
+    /// Writes the model map: a JSON object from model name to snapshot folder. Returns its path. The file is removed with
+    /// the artifact of the first model.
     pub(crate) fn write_model_map(&self, leased: &LeasedArtifact, models: &[HubLayout]) -> Result<PathBuf> {
-        let (_, folder) = HubFolder::of(&leased.dir).ok_or_else(not_from_the_hub)?;
+        self.ensure_writable()?;
+        let (repo, _) = HubFolder::of(&leased.dir).ok_or_else(not_from_the_hub)?;
+        // In this directory, also if the artifact is in the lower one, which is never written.
+        let folder = HubFolder::below(self.layout().root(), &repo);
         let snapshots: BTreeMap<_, _> = models.iter().map(|model| (&model.repo_id, &model.snapshot)).collect();
         let map = serde_json::to_vec(&snapshots).map_err(|cause| {
             Error::invalid("the path of the cache directory is not UTF-8, so it cannot be in a model map").cause(cause)
@@ -180,7 +198,7 @@ impl Disk {
         let Some((_, folder)) = HubFolder::of(dir) else { return Ok(()) };
         let snapshot = folder.snapshot();
         // The usual case: the artifact has no links.
-        if !files::is_folder(&snapshot)? {
+        if !is_readable_folder(&snapshot) {
             return Ok(());
         }
         let mut views = HashSet::new();
@@ -188,19 +206,22 @@ impl Disk {
             views.insert(metadata.ino());
             Ok(())
         })?;
-        files::walk(&snapshot, &mut |path, metadata| match views.contains(&metadata.ino()) {
-            true => visit(path, metadata),
-            false => Ok(()),
-        })
+        let mut links = Vec::new();
+        skip_unreadable(files::walk(&snapshot, &mut |path, metadata| {
+            if views.contains(&metadata.ino()) {
+                links.push((path.clone(), *metadata));
+            }
+            Ok(())
+        }));
+        links.iter().try_for_each(|(path, metadata)| visit(path, metadata))
     }
 
     /// Removes the link below `hub/` to the view of `path`, if it is a link to `inode`.
-    pub(super) fn remove_hub_link(&self, dir: &ArtifactDir, path: &FilePath, inode: u64) -> Result<()> {
-        let Some((_, folder)) = HubFolder::of(dir) else { return Ok(()) };
+    pub(super) fn remove_hub_link(&self, dir: &ArtifactDir, path: &FilePath, inode: u64) {
+        let Some((_, folder)) = HubFolder::of(dir) else { return };
         let link = folder.snapshot().join(path.as_str());
-        match files::stat(&link)?.is_some_and(|metadata| metadata.ino() == inode) {
-            true => files::remove_file(&link),
-            false => Ok(()),
+        if files::stat(&link).is_ok_and(|found| found.is_some_and(|found| found.ino() == inode)) {
+            skip_unreadable(files::remove_file(&link));
         }
     }
 }
@@ -209,6 +230,14 @@ impl BudgetGuard<'_> {
     /// Links the view of `path` below `hub/`, replacing what is there.
     fn link_into_hub(&self, dir: &ArtifactDir, folder: &HubFolder, path: &FilePath) -> Result<()> {
         let (view, target) = (dir.view(path), folder.snapshot().join(path.as_str()));
+        if files::is_folder(&target)? {
+            return Err(Error::new(
+                ErrorKind::Directory,
+                format!("{target} is a folder of another program, not a file"),
+            )
+            .tier(Tier::Disk)
+            .hint("remove that folder"));
+        }
         let inode = |path: &RootedPath| files::stat(path).map(|found| found.map(|metadata| metadata.ino()));
         let present = inode(&target)?;
         if present.is_some() && present == inode(&view)? {
@@ -222,8 +251,9 @@ impl BudgetGuard<'_> {
                 let stagings = self.disk().layout().stagings();
                 let temporary = stagings.join(format!("{}{}", files::TEMPORARY_PREFIX, files::random_name()));
                 let linked = link::hard_link(&view, &temporary).at("link", &temporary)?;
-                if linked {
-                    temporary.rename(&target).at("link", &target)?;
+                if linked && let Err(error) = temporary.rename(&target).at("link", &target) {
+                    files::remove_file(&temporary)?;
+                    return Err(error);
                 }
                 linked
             }
@@ -232,57 +262,87 @@ impl BudgetGuard<'_> {
         if linked {
             return Ok(());
         }
-        Err(Error::new(ErrorKind::Directory, "the filesystem refuses hard links, which the Hugging Face layout needs")
-            .tier(Tier::Disk)
-            .hint("put the cache directory on one local filesystem, or get the artifact without --layout hub"))
+        Err(Error::new(
+            ErrorKind::Directory,
+            "hard links are refused, which a Hugging Face cache needs: the filesystem has none, the folder hub is a mount \
+             of its own, or another user owns the file",
+        )
+        .tier(Tier::Disk)
+        .hint(format!(
+            "keep the cache directory on one local filesystem, or let the owner of the files get them with {}; without it, \
+             the artifact has a path",
+            LAYOUT.set_to("hub")
+        )))
     }
 
     /// Replaces the links below `hub/` whose views were replaced. Called under the lock that replaced the views.
-    pub(super) fn refresh_hub_links<'a>(
-        &self,
-        dir: &ArtifactDir,
-        paths: impl Iterator<Item = &'a FilePath>,
-    ) -> Result<()> {
-        let Some((_, folder)) = HubFolder::of(dir) else { return Ok(()) };
-        if !files::is_folder(&folder.snapshot())? {
-            return Ok(());
+    pub(super) fn refresh_hub_links<'a>(&self, dir: &ArtifactDir, paths: impl Iterator<Item = &'a FilePath>) {
+        let Some((_, folder)) = HubFolder::of(dir) else { return };
+        if !is_readable_folder(&folder.snapshot()) {
+            return;
         }
         for path in paths {
-            if files::stat(&folder.snapshot().join(path.as_str()))?.is_some_and(|found| found.is_file()) {
-                self.link_into_hub(dir, &folder, path)?;
+            let link = folder.snapshot().join(path.as_str());
+            if files::stat(&link).is_ok_and(|found| found.is_some_and(|found| found.is_file())) {
+                skip_unreadable(self.link_into_hub(dir, &folder, path));
             }
         }
-        Ok(())
     }
 
     /// Removes the links below `hub/` to the views of `dir`, and the refs and the list of files of its commit.
-    pub(super) fn remove_hub_layout(&self, dir: &ArtifactDir) -> Result<()> {
+    pub(super) fn remove_hub_layout(&self, dir: &ArtifactDir, manifest: Option<&Manifest>) -> Result<()> {
         let Some((_, folder)) = HubFolder::of(dir) else { return Ok(()) };
-        if !files::is_folder(&folder.repo)? {
+        if !is_readable_folder(&folder.repo) {
             return Ok(());
         }
+        let mut unwanted = Vec::new();
         // First the refs, so that a client does not find a commit without files.
-        files::walk(&folder.refs(), &mut |path, _| match has_content(path, folder.commit.as_bytes())? {
-            true => remove_with_folders(path, &folder.repo),
-            false => Ok(()),
-        })?;
-        self.disk().hub_links(dir, &mut |link, _| remove_with_folders(link, &folder.repo))?;
-        remove_with_folders(&folder.tree(), &folder.repo)?;
-        files::walk(&folder.model_maps(), &mut |path, _| {
-            let map = files::read_small(path, MODEL_MAP_BYTES_MAX)?.unwrap_or_default();
-            match String::from_utf8_lossy(&map).contains(&folder.commit) {
-                true => remove_with_folders(path, &folder.repo),
-                false => Ok(()),
+        skip_unreadable(files::walk(&folder.refs(), &mut |path, metadata| {
+            if metadata.is_file() && has_content(path, folder.commit.as_bytes()).unwrap_or(false) {
+                unwanted.push(path.clone());
             }
+            Ok(())
+        }));
+        // The links. One whose view is missing or was replaced is found by its path.
+        self.disk().hub_links(dir, &mut |link, _| {
+            unwanted.push(link.clone());
+            Ok(())
         })?;
+        for path in manifest.iter().flat_map(|manifest| manifest.files.keys()) {
+            let link = folder.snapshot().join(path.as_str());
+            if files::stat(&link).is_ok_and(|found| found.is_some_and(|found| found.is_file())) {
+                unwanted.push(link);
+            }
+        }
+        unwanted.push(folder.tree());
+        skip_unreadable(files::walk(&folder.model_maps(), &mut |path, metadata| {
+            let map = if metadata.is_file() { files::read_small(path, MODEL_MAP_BYTES_MAX) } else { Ok(None) };
+            let map = map.ok().flatten().unwrap_or_default();
+            if String::from_utf8_lossy(&map).contains(&folder.commit) {
+                unwanted.push(path.clone());
+            }
+            Ok(())
+        }));
+        unwanted.iter().for_each(|path| skip_unreadable(remove_with_folders(path, &folder.repo)));
         // Fails while the folder has another commit, or files of another program.
         let _ = folder.repo.remove_dir();
         Ok(())
     }
 }
 
+/// Logs an error about an entry below `hub/`, which other programs and users write, and goes on.
+fn skip_unreadable(result: Result<()>) {
+    if let Err(error) = result {
+        tracing::debug!(%error, "an entry of the Hugging Face cache is skipped");
+    }
+}
+
+fn is_readable_folder(path: &RootedPath) -> bool {
+    files::is_folder(path).unwrap_or(false)
+}
+
 fn not_from_the_hub() -> Error {
-    Error::invalid("only artifacts of the Hugging Face Hub have the layout of its cache")
+    Error::invalid("the artifact is not from the Hugging Face Hub, so it cannot be linked as a Hugging Face cache")
 }
 
 /// Removes a file, and the folders above it below `top` that are empty then.

@@ -38,7 +38,7 @@ use std::path::{Path, PathBuf};
 /// Name of the marker file, which lists the files of a materialized folder. No artifact has a file of this name.
 pub(super) const MARKER: &str = ".modelcache.json";
 /// Name of a cache directory in a mount point that is a destination.
-pub const CACHE_IN_MOUNT: &str = ".modelcache";
+pub const CACHE_IN_MOUNT: &str = ".modelcache-storage-initializer";
 /// Suffix of the temporary name of the old folder, where the filesystem cannot exchange two folders.
 const OLD: &str = "-old";
 /// Prefix of the name of the temporary folder in a mount point.

@@ -166,7 +166,7 @@ impl Disk {
     }
 
     /// Returns the key hashes of the artifacts with a record of any user.
-    pub(super) fn pending_hashes(&self) -> Result<HashSet<String>> {
+    pub(crate) fn pending_hashes(&self) -> Result<HashSet<String>> {
         let hash = |path: RootedPath| path.name().split('-').next().map(str::to_owned);
         Ok(files::entries(&self.layout().pending_uploads())?.into_iter().filter_map(hash).collect())
     }

@@ -168,7 +168,7 @@ impl Disk {
                 }
             }
         }
-        guard.refresh_hub_links(dir, staged.keys())?;
+        guard.refresh_hub_links(dir, staged.keys());
         // Set the time of last use before the commit: without it, the artifact would be the first to be evicted.
         self.touch_last_used(dir, true)?;
         // Commit point. The new manifest is synced only if it replaces another one: a power cut may lose an artifact

@@ -1,4 +1,4 @@
-//! A fill whose files become known one by one: those of an archive. Room for each file is reserved before it is
+//! A fill that learns its files one by one, while an archive is extracted. Room for each file is reserved before it is
 //! written. A thread of its own writes and hashes the files, so that the caller can decompress meanwhile.
 
 use super::Disk;
@@ -9,11 +9,12 @@ use super::rooted::RootedPath;
 use super::staging::{Staging, space_to_stage};
 use super::writer::{StagedFileSpec, StagedWriter};
 use crate::error::{Error, ErrorKind, Result};
-use crate::extract::Extracted;
+use crate::extract::FileSink;
 use crate::key::{ArtifactKey, FilePath};
 use crate::ladder::part_size;
 use crate::manifest::{FileDetails, FileEntry};
 use crate::progress::Progress;
+use crate::runtime::STACK_BYTES;
 use std::collections::BTreeMap;
 use std::io::Read;
 use std::sync::Arc;
@@ -36,6 +37,8 @@ pub(crate) struct StreamedFill {
     reserved: u64,
     /// Reserved bytes that no file has taken yet.
     room: u64,
+    /// Returns true if nobody waits for the fill any more.
+    is_cancelled: Box<dyn Fn() -> bool + Send>,
     to_writer: Option<SyncSender<Message>>,
     /// Buffers that the writer is done with.
     free_buffers: Receiver<Vec<u8>>,
@@ -55,22 +58,30 @@ enum Message {
 }
 
 impl Disk {
-    /// Begins a fill of `key` without any file yet.
-    pub(crate) fn begin_streamed_fill(&self, key: &ArtifactKey, progress: &Progress) -> Result<StreamedFill> {
+    /// Begins a fill of `key` without any file yet. It fails at the next file or buffer after `is_cancelled` returns
+    /// true.
+    pub(crate) fn begin_streamed_fill(
+        &self,
+        key: &ArtifactKey,
+        is_cancelled: Box<dyn Fn() -> bool + Send>,
+        progress: &Progress,
+    ) -> Result<StreamedFill> {
         let staging = Arc::new(self.begin_fill(key, &[])?);
         let (to_writer, messages) = sync_channel(BUFFERS);
         let (give_back, free_buffers) = sync_channel(BUFFERS);
         let folder = staging.clone();
         let writer = std::thread::Builder::new()
-            .name("extract".to_owned())
+            .name("extract-write".to_owned())
+            .stack_size(STACK_BYTES)
             .spawn(move || write_files(&folder, &messages, &give_back))
-            .map_err(|cause| Error::new(ErrorKind::Other, "cannot start a thread").cause(cause))?;
+            .map_err(|cause| Error::new(ErrorKind::Limits, "cannot start a thread").cause(cause))?;
         Ok(StreamedFill {
             staging: Some(staging),
             key: key.clone(),
             progress: progress.clone(),
             reserved: 0,
             room: 0,
+            is_cancelled,
             to_writer: Some(to_writer),
             free_buffers,
             writer: Some(writer),
@@ -78,7 +89,7 @@ impl Disk {
     }
 }
 
-impl Extracted for StreamedFill {
+impl FileSink for StreamedFill {
     fn file(&mut self, path: FilePath, size: u64, executable: bool, content: &mut dyn Read) -> Result<()> {
         self.reserve(size)?;
         self.send(Message::Begin { path, size, executable })?;
@@ -102,7 +113,8 @@ impl StreamedFill {
     fn reserve(&mut self, size: u64) -> Result<()> {
         let needed = space_to_stage(size);
         if let Some(missing) = needed.checked_sub(self.room).filter(|missing| *missing > 0) {
-            // For many small files at once; if there is no room for that, for this file alone.
+            // Reserve a larger step, so that many small files share one critical section. If it does not fit, reserve for
+            // this file only.
             let step = missing.max(RESERVATION_STEP);
             let staging = self.staging.as_ref().ok_or_else(writer_lost)?;
             let extended = match staging.try_extend_reservation(&self.key, step, self.reserved + step) {
@@ -119,6 +131,9 @@ impl StreamedFill {
     }
 
     fn send(&mut self, message: Message) -> Result<()> {
+        if (self.is_cancelled)() {
+            return Err(Error::new(ErrorKind::Other, "the get was cancelled"));
+        }
         let sent = self.to_writer.as_ref().is_some_and(|to_writer| to_writer.send(message).is_ok());
         if sent {
             return Ok(());

@@ -7,11 +7,14 @@
 mod tar;
 mod zip;
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::human;
 use crate::key::FilePath;
-use crate::limits::{ARCHIVE_DEPTH_MAX, ARCHIVE_FREE_BYTES, ARCHIVE_RATIO_MAX, FILE_BYTES_MAX, FILES_MAX};
+use crate::limits::{
+    ARCHIVE_DEPTH_MAX, ARCHIVE_ENTRIES_MAX, ARCHIVE_FREE_BYTES, ARCHIVE_NAME_BYTES_MAX, ARCHIVE_RATIO_MAX,
+    FILE_BYTES_MAX,
+};
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Read};
@@ -22,13 +25,13 @@ const READ_BYTES: usize = 256 * 1024;
 const TAR_HEAD_BYTES: usize = 512;
 
 /// Receives the files of an archive, in the order of the archive.
-pub(crate) trait Extracted {
+pub(crate) trait FileSink {
     /// Takes a file of `size` bytes, and reads its content to the end. A second file with the path of an earlier one
     /// replaces it.
     fn file(&mut self, path: FilePath, size: u64, executable: bool, content: &mut dyn Read) -> Result<()>;
 }
 
-/// An archive to extract: its format, size, and content.
+/// An archive to extract: its format, size and name.
 pub(crate) struct Archive<'a> {
     pub(crate) format: Format,
     /// Size in bytes.
@@ -52,11 +55,11 @@ pub(crate) fn is_named_as_archive(name: &str) -> bool {
 }
 
 impl Archive<'_> {
-    /// Extracts a tar archive from a stream, which is read to its end. Returns false if the content is not a tar
-    /// archive, although its compression is known.
-    pub(crate) fn extract_stream(&self, stream: impl Read, into: &mut dyn Extracted) -> Result<bool> {
+    /// Extracts a tar archive from a stream, which is read to its end. Returns false if the decompressed content is
+    /// not a tar archive.
+    pub(crate) fn extract_stream(&self, stream: impl Read, into: &mut dyn FileSink) -> Result<bool> {
         let stream = io::BufReader::with_capacity(READ_BYTES, stream);
-        let mut guard = Guard::new(self, into);
+        let mut guard = CheckedEntries::new(self, into);
         let is_tar = match self.format {
             Format::Tar => tar::extract(stream, &mut guard)?,
             Format::TarGz => tar::extract(flate2::bufread::MultiGzDecoder::new(stream), &mut guard)?,
@@ -73,55 +76,61 @@ impl Archive<'_> {
     }
 
     /// Extracts a zip archive from a complete file. Its list of files is at the end.
-    pub(crate) fn extract_zip(&self, file: File, into: &mut dyn Extracted) -> Result<()> {
-        let mut guard = Guard::new(self, into);
+    pub(crate) fn extract_zip(&self, file: File, into: &mut dyn FileSink) -> Result<()> {
+        let mut guard = CheckedEntries::new(self, into);
         zip::extract(file, &mut guard)?;
         guard.finish()
     }
 
     /// Returns the error for an archive that cannot be read to its end.
     fn damaged(&self, cause: &dyn std::fmt::Display) -> Error {
-        Error::corrupt(format!("the archive {} is damaged or cut off: {cause}", self.name))
+        Error::corrupt(format!("the archive {} is damaged or truncated: {cause}", self.name))
             .hint("make the archive again, and check it with `tar -tf` or `unzip -t`")
     }
 }
 
 /// Checks the entries of one archive before they are extracted.
-struct Guard<'a> {
+struct CheckedEntries<'a> {
     archive: &'a Archive<'a>,
-    into: &'a mut dyn Extracted,
+    into: &'a mut dyn FileSink,
     /// The extracted bytes so far.
     bytes: u64,
+    /// The number of entries so far, and the size of their names.
+    entries: usize,
+    name_bytes: usize,
     /// The paths of the files.
     paths: BTreeSet<FilePath>,
     /// The paths of the folders that are entries of their own.
     folders: BTreeSet<FilePath>,
 }
 
-impl<'a> Guard<'a> {
-    fn new(archive: &'a Archive<'a>, into: &'a mut dyn Extracted) -> Self {
-        Self { archive, into, bytes: 0, paths: BTreeSet::new(), folders: BTreeSet::new() }
+impl<'a> CheckedEntries<'a> {
+    fn new(archive: &'a Archive<'a>, into: &'a mut dyn FileSink) -> Self {
+        Self { archive, into, bytes: 0, entries: 0, name_bytes: 0, paths: BTreeSet::new(), folders: BTreeSet::new() }
     }
 
-    /// Extracts a regular file. `content` has at least `size` bytes.
+    /// Extracts a regular file. Reads `size` bytes of `content`; a shorter one is an error.
     fn file(&mut self, name: &[u8], size: u64, executable: bool, content: &mut dyn Read) -> Result<()> {
         let path = self.path(name)?.filter(|_| !name.ends_with(b"/.") && !name.ends_with(b"/"));
         let path = path.ok_or_else(|| self.refuse(name, "it is a file, and its name is that of a folder"))?;
         self.bytes = self.bytes.saturating_add(size);
-        let allowed = ARCHIVE_FREE_BYTES.max(self.archive.size.saturating_mul(ARCHIVE_RATIO_MAX));
-        if self.bytes > allowed || size > FILE_BYTES_MAX {
+        let allowed = self.bytes_max();
+        if size > FILE_BYTES_MAX {
+            return Err(self.over_limit(&format!("the file {} has {}", shown(name), human::bytes(size))));
+        }
+        if self.bytes > allowed {
             return Err(self.over_limit(&format!(
-                "its {} become more than {}, {ARCHIVE_RATIO_MAX} times as much",
-                human::bytes(self.archive.size),
-                human::bytes(allowed)
+                "its files take more than {}: the larger of {} and {ARCHIVE_RATIO_MAX} times its own {}",
+                human::bytes(allowed),
+                human::bytes(ARCHIVE_FREE_BYTES),
+                human::bytes(self.archive.size)
             )));
         }
         self.paths.insert(path.clone());
-        self.check_count()?;
         let mut content = Content { content: content.take(size), left: size, ends_early: false, failure: None };
         let taken = self.into.file(path, size, executable, &mut content);
         match content {
-            // Whatever was made of it: the archive cannot be read.
+            // A read error of the archive takes precedence over the error of the receiver.
             Content { failure: Some(cause), .. } => Err(self.damaged(&cause)),
             Content { ends_early: true, .. } => Err(self.damaged(&format!("the file {} ends early", shown(name)))),
             _ => taken,
@@ -130,7 +139,8 @@ impl<'a> Guard<'a> {
 
     /// Returns the path of an entry, without `.` segments; `None` for the folder itself.
     fn path(&self, name: &[u8]) -> Result<Option<FilePath>> {
-        let text = std::str::from_utf8(name).map_err(|_| self.refuse(name, "its name is not UTF-8"))?;
+        let rename = "rename that file, and make the archive again";
+        let text = std::str::from_utf8(name).map_err(|_| self.refusal(name, "its name is not UTF-8", rename))?;
         if text.starts_with('/') {
             return Err(self.refuse(name, "its name is an absolute path"));
         }
@@ -144,24 +154,36 @@ impl<'a> Guard<'a> {
         if segments.is_empty() {
             return Ok(None);
         }
-        FilePath::new(&segments.join("/")).map(Some).map_err(|error| self.refuse(name, error.message()))
+        let renamed = |error: Error| self.refusal(name, error.message(), rename);
+        FilePath::new(&segments.join("/")).map(Some).map_err(renamed)
     }
 
     /// Checks the name of a folder. Folders are not extracted: they follow from the paths of the files.
     fn folder(&mut self, name: &[u8]) -> Result<()> {
-        let folder = self.path(name)?;
-        self.folders.extend(folder);
-        self.check_count()
+        self.folders.extend(self.path(name)?);
+        Ok(())
     }
 
-    fn check_count(&self) -> Result<()> {
-        match self.paths.len().max(self.folders.len()) > FILES_MAX {
-            true => Err(self.over_limit(&format!("it has more than {FILES_MAX} files or folders"))),
-            false => Ok(()),
+    /// Counts an entry of any kind before it is examined. Entries are counted, not paths, which may be repeated.
+    fn count_entry(&mut self, name: &[u8]) -> Result<()> {
+        (self.entries, self.name_bytes) = (self.entries + 1, self.name_bytes + name.len());
+        if self.entries > ARCHIVE_ENTRIES_MAX {
+            return Err(self.over_limit(&format!("it has more than {ARCHIVE_ENTRIES_MAX} entries")));
         }
+        if self.name_bytes > ARCHIVE_NAME_BYTES_MAX {
+            return Err(
+                self.over_limit(&format!("the names of its entries take more than {ARCHIVE_NAME_BYTES_MAX} bytes"))
+            );
+        }
+        Ok(())
     }
 
-    /// Checks what can only be checked at the end.
+    /// Returns the number of bytes that all files together may take.
+    fn bytes_max(&self) -> u64 {
+        ARCHIVE_FREE_BYTES.max(self.archive.size.saturating_mul(ARCHIVE_RATIO_MAX))
+    }
+
+    /// Checks that no path is both a file and a folder, which needs all entries.
     fn finish(&self) -> Result<()> {
         if self.paths.is_empty() {
             return Err(Error::corrupt(format!("the archive {} has no files", self.archive.name))
@@ -180,14 +202,24 @@ impl<'a> Guard<'a> {
         Ok(())
     }
 
+    /// Returns the error for an entry that is not extracted.
     fn refuse(&self, name: &[u8], reason: &str) -> Error {
-        Error::corrupt(format!("the archive {} is refused because of its entry {}: {reason}", self.archive.name, shown(name)))
-            .hint("make the archive again with `tar -czhf model.tar.gz -C FOLDER .`: relative names, and files in the place of links")
+        self.refusal(
+            name,
+            reason,
+            "make the archive again from inside the folder, with files in the place of links: `tar --dereference \
+             --hard-dereference -czf model.tar.gz -C FOLDER .`",
+        )
+    }
+
+    fn refusal(&self, name: &[u8], reason: &str, hint: &str) -> Error {
+        let (archive, name) = (self.archive.name, shown(name));
+        Error::corrupt(format!("the archive {archive} is refused because of its entry {name}: {reason}")).hint(hint)
     }
 
     fn over_limit(&self, what: &str) -> Error {
-        Error::new(ErrorKind::Corrupt, format!("the archive {} exceeds a limit: {what}", self.archive.name))
-            .hint("if the archive is right, extract it yourself and put the folder")
+        Error::corrupt(format!("the archive {} exceeds a limit: {what}", self.archive.name))
+            .hint("if you trust the archive, extract it and publish the folder with `modelcache put`")
     }
 
     fn damaged(&self, cause: &dyn std::fmt::Display) -> Error {

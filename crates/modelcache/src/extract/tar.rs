@@ -1,6 +1,6 @@
 //! Reads tar archives: those of GNU tar, of POSIX (pax) and the old formats.
 
-use super::{Guard, TAR_HEAD_BYTES};
+use super::{CheckedEntries, TAR_HEAD_BYTES};
 use crate::error::Result;
 use crate::format::Format;
 use crate::limits::{ARCHIVE_FREE_BYTES, ARCHIVE_HEADER_BYTES_MAX};
@@ -14,7 +14,7 @@ const EXECUTE: u32 = 0o100;
 
 /// Extracts a tar archive. Reads `stream` to its end, so that a checksum at the end is checked. Returns false if the
 /// stream is not a tar archive.
-pub(super) fn extract(mut stream: impl Read, guard: &mut Guard<'_>) -> Result<bool> {
+pub(super) fn extract(mut stream: impl Read, guard: &mut CheckedEntries<'_>) -> Result<bool> {
     let mut head = Vec::with_capacity(TAR_HEAD_BYTES);
     let read = stream.by_ref().take(TAR_HEAD_BYTES as u64).read_to_end(&mut head);
     read.map_err(|cause| guard.damaged(&cause))?;
@@ -22,14 +22,18 @@ pub(super) fn extract(mut stream: impl Read, guard: &mut Guard<'_>) -> Result<bo
         return Ok(false);
     }
     let header_bytes = Rc::new(Cell::new(0));
-    let mut stream = HeaderLimit { stream: io::Cursor::new(head).chain(stream), header_bytes: header_bytes.clone() };
+    // Headers count as well: a header may be repeated. All together may take as much as the files.
+    let left = guard.bytes_max().saturating_mul(2);
+    let stream = io::Cursor::new(head).chain(stream);
+    let mut stream = HeaderLimit { stream, left, header_bytes: header_bytes.clone() };
     let mut archive = tar::Archive::new(&mut stream);
     for entry in archive.entries().map_err(|cause| guard.damaged(&cause))? {
         let mut entry = entry.map_err(|cause| guard.damaged(&cause))?;
         header_bytes.set(0);
         let name = entry.path_bytes().into_owned();
+        guard.count_entry(&name)?;
         let kind = entry.header().entry_type();
-        // GNU tar and pax describe a file with holes in a header that this reader does not know.
+        // Sparse files in the pax format are described by GNU.sparse.* fields, which the crate `tar` does not read.
         let pax = entry.pax_extensions().map_err(|cause| guard.damaged(&cause))?;
         let is_pax_sparse =
             pax.into_iter().flatten().flatten().any(|field| field.key_bytes().starts_with(b"GNU.sparse."));
@@ -37,7 +41,7 @@ pub(super) fn extract(mut stream: impl Read, guard: &mut Guard<'_>) -> Result<bo
             _ if is_pax_sparse => return Err(guard.refuse(&name, "it is a sparse file in the pax format")),
             EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
                 let executable = entry.header().mode().map_err(|cause| guard.damaged(&cause))? & EXECUTE != 0;
-                // A name with a slash at the end is that of a folder in archives older than POSIX.
+                // Archives older than POSIX mark a folder by a trailing slash.
                 if name.ends_with(b"/") {
                     guard.folder(&name)?;
                 } else {
@@ -57,12 +61,12 @@ pub(super) fn extract(mut stream: impl Read, guard: &mut Guard<'_>) -> Result<bo
             _ => return Err(guard.refuse(&name, "it is of an unknown type")),
         }
     }
-    // Behind the files are blocks of zeros, and the checksum of the compression.
+    // After the last file follow blocks of zeros, and the checksum of the compression.
     header_bytes.set(u64::MAX);
     let rest =
         io::copy(&mut stream.take(ARCHIVE_FREE_BYTES), &mut io::sink()).map_err(|cause| guard.damaged(&cause))?;
     match rest == ARCHIVE_FREE_BYTES {
-        true => Err(guard.over_limit("it goes on after its end")),
+        true => Err(guard.over_limit("more than 64 MiB follow the end of the tar archive")),
         false => Ok(true),
     }
 }
@@ -70,6 +74,8 @@ pub(super) fn extract(mut stream: impl Read, guard: &mut Guard<'_>) -> Result<bo
 /// Limits the bytes between the contents of two files: long names and pax fields are kept in memory.
 struct HeaderLimit<R> {
     stream: R,
+    /// Bytes that may still be read, of headers and contents.
+    left: u64,
     /// Bytes of headers since the last content; [`u64::MAX`] while content is read.
     header_bytes: Rc<Cell<u64>>,
 }
@@ -77,6 +83,10 @@ struct HeaderLimit<R> {
 impl<R: Read> Read for HeaderLimit<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = self.stream.read(buffer)?;
+        self.left = self
+            .left
+            .checked_sub(read as u64)
+            .ok_or_else(|| io::Error::other("its headers and files take too many times the size of the archive"))?;
         match self.header_bytes.get() {
             u64::MAX => {}
             so_far if so_far + read as u64 > ARCHIVE_HEADER_BYTES_MAX => {

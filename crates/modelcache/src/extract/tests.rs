@@ -1,4 +1,5 @@
 use super::*;
+use crate::error::ErrorKind;
 use ::tar::{Builder, EntryType, Header};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
@@ -13,7 +14,7 @@ type Files = BTreeMap<String, (Vec<u8>, bool)>;
 #[derive(Default)]
 struct Memory(Files);
 
-impl Extracted for Memory {
+impl FileSink for Memory {
     fn file(&mut self, path: FilePath, size: u64, executable: bool, content: &mut dyn Read) -> Result<()> {
         let mut bytes = vec![0; usize::try_from(size).unwrap()];
         content.read_exact(&mut bytes).map_err(|cause| Error::corrupt("cannot be read").cause(cause))?;
@@ -147,15 +148,15 @@ fn the_last_of_several_files_with_one_name_counts() {
 #[test]
 fn a_damaged_or_cut_archive_is_refused() {
     let tar = tar_of(&[(EntryType::Regular, "a", &[7; 100_000]), (EntryType::Regular, "b", b"b")]);
-    refused(&tar[..50_000], "damaged or cut off");
+    refused(&tar[..50_000], "damaged or truncated");
     let compressed = gzip(&tar);
-    refused(&compressed[..compressed.len() - 9], "damaged or cut off");
+    refused(&compressed[..compressed.len() - 9], "damaged or truncated");
     // The checksum at the end is checked, although all files were read before it.
     let mut flipped = compressed.clone();
     *flipped.iter_mut().nth_back(5).unwrap() ^= 1;
-    refused(&flipped, "damaged or cut off");
+    refused(&flipped, "damaged or truncated");
     let zstd = zstd::encode_all(&tar[..], 1).unwrap();
-    refused(&zstd[..zstd.len() - 2], "damaged or cut off");
+    refused(&zstd[..zstd.len() - 2], "damaged or truncated");
     // Without the blocks of zeros at the end, as some programs write it.
     assert_eq!(extract(&tar[..tar.len() - 1024]).unwrap().len(), 2);
 }
@@ -171,7 +172,7 @@ fn limits_are_checked_before_they_are_exceeded() {
     refused(&[header.as_bytes().to_vec(), vec![0; 1024]].concat(), "exceeds a limit");
     // A small archive of zeros that becomes large.
     let zeros = vec![0; 80 << 20];
-    refused(&gzip(&tar_of(&[(EntryType::Regular, "zeros", &zeros)])), "200 times");
+    refused(&gzip(&tar_of(&[(EntryType::Regular, "zeros", &zeros)])), "and 200 times its own");
     // A long name is kept in memory, so it has a limit of its own.
     let long = vec![b'n'; 2 << 20];
     let mut builder = Builder::new(Vec::new());
@@ -181,7 +182,7 @@ fn limits_are_checked_before_they_are_exceeded() {
     // What follows the end is read only so far.
     let mut endless = tar_of(&[(EntryType::Regular, "a", b"a")]);
     endless.resize(endless.len() + (65 << 20), 0);
-    refused(&endless, "after its end");
+    refused(&endless, "follow the end");
 }
 
 #[test]
@@ -200,14 +201,14 @@ fn zip_archives_have_the_same_rules() {
     let mut links = ::zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
     links.add_symlink("link", "/etc/passwd", plain).unwrap();
     refused(&links.finish().unwrap().into_inner(), "link or a device");
-    refused(&zip_of("zeros", plain, &vec![0; 80 << 20]), "200 times");
+    refused(&zip_of("zeros", plain, &vec![0; 80 << 20]), "and 200 times its own");
     let sound = zip_of("a", plain.compression_method(::zip::CompressionMethod::Stored), b"content of a file");
     // One wrong bit in the content: the checksum of the entry finds it.
     let mut flipped = sound.clone();
     let at = flipped.windows(7).position(|window| window == b"content").unwrap();
     flipped[at] ^= 1;
-    refused(&flipped, "damaged or cut off");
-    refused(&sound[..sound.len() - 30], "damaged or cut off");
+    refused(&flipped, "damaged or truncated");
+    refused(&sound[..sound.len() - 30], "damaged or truncated");
 }
 
 /// An entry of a generated archive: its kind, name, mode and content.
