@@ -14,6 +14,7 @@ use crate::s3::create_bucket_unsigned;
 use crate::wire::request;
 
 const START_DEADLINE: Duration = Duration::from_secs(30);
+const ATTEMPTS: u32 = 3;
 
 /// A running moto server.
 #[derive(Debug)]
@@ -24,11 +25,18 @@ pub struct Moto {
 
 impl Moto {
     /// Starts `<venv>/bin/moto_server` on a free port and blocks until it answers, at most 30 s. Fails if the program
-    /// is missing, exits early or does not answer in time.
+    /// is missing, ends each time, or does not answer in time.
     pub fn start(venv: impl AsRef<Path>) -> anyhow::Result<Self> {
         let program = venv.as_ref().join("bin/moto_server");
+        // Another process may take the port before the server does. Then the server ends, or another one answers.
+        let started = (0..ATTEMPTS).find_map(|_| Self::try_start(&program).transpose());
+        started.unwrap_or_else(|| Err(anyhow::anyhow!("moto_server found no free port in {ATTEMPTS} attempts")))
+    }
+
+    /// Returns `None` if the port was taken by another process.
+    fn try_start(program: &Path) -> anyhow::Result<Option<Self>> {
         let addr = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
-        let child = Command::new(&program)
+        let child = Command::new(program)
             .args(["-H", "127.0.0.1", "-p", &addr.port().to_string()])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -37,12 +45,14 @@ impl Moto {
             .with_context(|| format!("cannot start {}", program.display()))?;
         let mut moto = Self { child, addr };
         let deadline = Instant::now() + START_DEADLINE;
-        while status_of(addr, "GET", "/moto-api/").is_err() {
-            anyhow::ensure!(moto.child.try_wait()?.is_none(), "moto_server ended before it answered");
+        while status_of(addr, "GET", "/moto-api/").ok() != Some(200) {
+            if moto.child.try_wait()?.is_some() {
+                return Ok(None);
+            }
             anyhow::ensure!(Instant::now() < deadline, "moto_server did not answer within {START_DEADLINE:?}");
             std::thread::sleep(Duration::from_millis(50));
         }
-        Ok(moto)
+        Ok(Some(moto))
     }
 
     /// The value for `AWS_ENDPOINT_URL`, without a trailing slash.
