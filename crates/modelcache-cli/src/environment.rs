@@ -9,13 +9,13 @@ use std::path::{Path, PathBuf};
 
 /// Gathers the settings from flags, environment and files.
 pub(crate) fn gather(global: &Global) -> Result<Settings> {
-    gather_with(global, |_| {})
+    gather_with(global, |_| Ok(()))
 }
 
 /// Like [`gather`], with a change to the environment before it is interpreted.
-pub(crate) fn gather_with(global: &Global, complete: impl FnOnce(&mut Environment)) -> Result<Settings> {
+pub(crate) fn gather_with(global: &Global, complete: impl FnOnce(&mut Environment) -> Result<()>) -> Result<Settings> {
     let mut environment = settings::environment(std::env::vars_os())?;
-    complete(&mut environment);
+    complete(&mut environment)?;
     let files = read_files(ConfigFiles::choose(global.config.as_deref(), &environment))?;
     Settings::gather(&global.settings.0, &environment, &files, read_if_there)?.completed_on_this_machine(&environment)
 }

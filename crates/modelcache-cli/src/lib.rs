@@ -74,7 +74,7 @@ fn run_command(args: &[OsString]) -> u8 {
             let output = Output::new(&arguments.global);
             execute(&arguments, &output).unwrap_or_else(|error| {
                 output.error(&error, None);
-                exit::code(error.kind())
+                arguments.verb.exit_code(error.kind())
             })
         }
         Err(error) => arguments::print_parse_error(error, args),
@@ -93,10 +93,9 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
     if let verbs::Verb::Doctor(doctor) = &arguments.verb {
         return doctor.run(&arguments.global, output);
     }
-    let settings = environment::gather_with(&arguments.global, |environment| {
-        if let verbs::Verb::StorageInitializer(verb) = &arguments.verb {
-            verb.complete_environment(&arguments.global, environment);
-        }
+    let settings = environment::gather_with(&arguments.global, |environment| match &arguments.verb {
+        verbs::Verb::StorageInitializer(verb) => verb.complete_environment(&arguments.global, environment),
+        _ => Ok(()),
     })?;
     logs::start(&settings.log, output)?;
     settings.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
@@ -128,7 +127,7 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
         Ok(Ok(code)) => *code,
         Ok(Err(error)) => {
             session.metrics.record_failure(error.kind());
-            exit::code(error.kind())
+            arguments.verb.exit_code(error.kind())
         }
         Err(signal) => signal.exit_code(),
     };

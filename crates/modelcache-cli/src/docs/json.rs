@@ -284,6 +284,8 @@ mod tests {
     /// The objects that scripts read. A field may be added. A field that is renamed or removed breaks scripts.
     const PRINTED: &str = r##"{
         "get REF…": {"backfilled_bytes": 0, "bytes": {"disk": 8, "origin": 0, "remote": 4000000},
+            "hub": {"cache_dir": "/cache/hub", "repo_id": "org/model",
+            "snapshot": "/cache/hub/models--org--model/snapshots/4f5c"},
             "copied_bytes": 0, "files": 2,
             "from": "remote", "into": {"dir": "/srv/model", "links": {"hard": 2}}, "link": "hard", "name": "team/model",
             "path": "/srv/model", "reference": "team/model@prod", "seconds": {"download": 3.0, "resolve": 0.02},

@@ -33,7 +33,7 @@ use modelcache::cache::Artifact;
 use modelcache::config::Durable;
 use modelcache::progress::Phase;
 use modelcache::settings::ServeSettings;
-use modelcache::{Cache, Config, Error, Result};
+use modelcache::{Cache, Config, Error, ErrorKind, Result};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -145,6 +145,11 @@ impl Verb {
         }
     }
 
+    /// Returns the exit code of a failure. The contract of KServe knows only 1.
+    pub(crate) fn exit_code(&self, kind: ErrorKind) -> u8 {
+        if let Self::StorageInitializer(_) = self { exit::OTHER } else { exit::code(kind) }
+    }
+
     /// Returns the name of the command on the command line.
     pub(crate) fn name(&self) -> &'static str {
         match self {
@@ -191,7 +196,7 @@ impl Verb {
             Self::Stats(verb) => verb.run(session).await,
             Self::Verify(verb) => return verb.run(session).await,
             Self::Serve(verb) => return verb.run(session).await,
-            Self::StorageInitializer(verb) => return verb.run(session).await,
+            Self::StorageInitializer(verb) => verb.run(session).await,
             // `execute` in `lib.rs` has already run these.
             Self::Completions(_) | Self::Man(_) | Self::Help(_) | Self::Doctor(_) => Ok(()),
         }

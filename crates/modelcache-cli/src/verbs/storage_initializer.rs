@@ -5,7 +5,7 @@
 
 use super::Session;
 use crate::arguments::Global;
-use crate::{exit, progress};
+use crate::progress;
 use clap::Args;
 use modelcache::cache::{GetAnswer, GetOptions, LinkMode, Materialized};
 use modelcache::config::{Config, Environment};
@@ -41,19 +41,12 @@ pub(crate) struct StorageInitializer {
 }
 
 impl StorageInitializer {
-    pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
+    pub(crate) async fn run(&self, session: &Session<'_>) -> Result<()> {
         let own = self.temporary_cache().filter(|own| *own == session.config.dir && !is_dir_configured(session.global));
         // A failed run leaves the temporary cache directory: the container is started again, and resumes.
-        let outcome = self.get_all(session).await.and_then(|()| match own {
-            // The files in the destinations are hard links or copies, which stay.
-            Some(own) => remove_temporary_cache(&own),
-            None => Ok(()),
-        });
-        if let Err(error) = outcome {
-            session.report_failure(&error, None);
-            return Ok(exit::OTHER);
-        }
-        Ok(exit::DONE)
+        self.get_all(session).await?;
+        // The files in the destinations are hard links or copies, which stay.
+        own.map_or(Ok(()), |own| remove_temporary_cache(&own))
     }
 
     /// Returns the temporary cache directory, for a container without a configured one: in the volume of the first
@@ -71,11 +64,15 @@ impl StorageInitializer {
 
     /// Adds to `environment` the variables of this program that follow from those of KServe, and the cache directory
     /// if none is configured.
-    pub(crate) fn complete_environment(&self, global: &Global, environment: &mut Environment) {
-        translate(&mut environment.0);
+    ///
+    /// # Errors
+    /// `Invalid` for a variable that cannot be parsed.
+    pub(crate) fn complete_environment(&self, global: &Global, environment: &mut Environment) -> Result<()> {
+        translate(&mut environment.0)?;
         if let Some(own) = self.temporary_cache().filter(|_| !is_dir_configured(global)) {
             environment.0.insert(CACHE_DIR.to_owned(), own.display().to_string());
         }
+        Ok(())
     }
 
     async fn get_all(&self, session: &Session<'_>) -> Result<()> {
@@ -83,6 +80,7 @@ impl StorageInitializer {
         let (pairs, []) = self.paths.as_chunks::<2>() else {
             return Err(Error::invalid("the last source has no destination").hint("write SRC DEST [SRC DEST]..."));
         };
+        check_destinations(pairs.iter().map(|[_, destination]| destination.as_str()))?;
         let digest = variables.get(VERIFICATION_DIGEST).map(|text| demanded_digest(text)).transpose()?;
         if digest.is_some() && pairs.len() > 1 {
             return Err(Error::invalid(format!("{VERIFICATION_DIGEST} is set, and there are several sources"))
@@ -131,6 +129,25 @@ impl StorageInitializer {
     }
 }
 
+/// Checks that no destination is empty, occurs twice, or is inside another one: the later download would replace the
+/// files of the earlier one.
+fn check_destinations<'a>(destinations: impl Iterator<Item = &'a str>) -> Result<()> {
+    let mut folders: Vec<PathBuf> = Vec::new();
+    for text in destinations {
+        let folder = std::path::absolute(text).map_err(|_| Error::invalid("a destination is empty"))?;
+        if let Some(other) = folders.iter().find(|other| folder.starts_with(other) || other.starts_with(&folder)) {
+            return Err(Error::invalid(format!(
+                "the destinations {} and {} are the same folder, or one contains the other",
+                other.display(),
+                folder.display()
+            ))
+            .hint("give each source a folder of its own"));
+        }
+        folders.push(folder);
+    }
+    Ok(())
+}
+
 /// Parses a source as KServe writes it: a reference, or the absolute path of a mounted volume.
 fn reference(source: &str) -> Result<Reference> {
     if source.starts_with('/') { Reference::parse(&format!("file://{source}")) } else { Reference::parse(source) }
@@ -161,11 +178,15 @@ fn is_dir_configured(global: &Global) -> bool {
 }
 
 /// Adds the variables of this program that follow from those of KServe. Variables that are set already stay.
-fn translate(variables: &mut HashMap<String, String>) {
+fn translate(variables: &mut HashMap<String, String>) -> Result<()> {
     // The secret of a data connection, as JSON.
     for name in ["STORAGE_OVERRIDE_CONFIG", "STORAGE_CONFIG"] {
-        let config = variables.get(name).and_then(|text| serde_json::from_str::<Map<String, Value>>(text).ok());
-        let config = config.unwrap_or_default();
+        let Some(config) = variables.get(name).filter(|text| !text.trim().is_empty()) else { continue };
+        // The text of the parse error could contain a secret.
+        let config: Map<String, Value> = serde_json::from_str(config).map_err(|_| {
+            Error::invalid(format!("{name} is not a JSON object"))
+                .hint(r#"write {"type": "s3", "access_key_id": "...", ...}, as in the secret of a data connection"#)
+        })?;
         let text = |key: &str| match config.get(key)? {
             Value::String(text) => Some(text.clone()),
             Value::Bool(is_set) => Some(is_set.to_string()),
@@ -196,6 +217,7 @@ fn translate(variables: &mut HashMap<String, String>) {
         }
     }
     variables.entry("MODEL_CACHE_EXTRACT".to_owned()).or_insert_with(|| "auto".to_owned());
+    Ok(())
 }
 
 /// Removes the cache directory that only this run used.
@@ -240,11 +262,27 @@ mod tests {
         let secret = r#"{"type": "s3", "access_key_id": "id", "secret_access_key": "key", "region": "eu"}"#;
         let variables = [("STORAGE_CONFIG", secret), ("AWS_DEFAULT_REGION", "us")];
         let mut variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned())).into_iter().collect();
-        translate(&mut variables);
+        translate(&mut variables).expect("valid JSON");
         let value = |name: &str| variables.get(name).map(String::as_str);
         assert_eq!((value("AWS_ACCESS_KEY_ID"), value("AWS_SECRET_ACCESS_KEY")), (Some("id"), Some("key")));
         // What is set already stays.
         assert_eq!(value("AWS_DEFAULT_REGION"), Some("us"));
         assert_eq!(value("MODEL_CACHE_EXTRACT"), Some("auto"));
+        variables.insert("STORAGE_CONFIG".to_owned(), "{secret".to_owned());
+        let error = translate(&mut variables).expect_err("no JSON").to_string();
+        assert!(error.contains("STORAGE_CONFIG is not a JSON object") && !error.contains("{secret"), "{error}");
+    }
+
+    #[test]
+    fn destinations_are_separate_folders() {
+        for (pair, is_right) in [
+            (["/m/a", "/m/b"], true),
+            (["/m/a", "/m/ab"], true),
+            (["/m/a", "/m/a/"], false),
+            (["/m/a/b", "/m/a"], false),
+        ] {
+            assert_eq!(check_destinations(pair.into_iter()).is_ok(), is_right, "{pair:?}");
+        }
+        assert!(check_destinations(["a", ""].into_iter()).is_err_and(|error| error.message().contains("is empty")));
     }
 }

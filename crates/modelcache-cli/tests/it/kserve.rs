@@ -157,6 +157,9 @@ fn the_digest_and_the_patterns_of_kserve_are_obeyed() {
     let pairs = ["storage-initializer", &source, "a", &source, "b"];
     with(&digest).run(pairs).failed(1, &["several sources"]);
 
+    let run = initializer(&house).env("STORAGE_CONFIG", "{secret");
+    run.run(["storage-initializer", &source, "x"]).failed(1, &["STORAGE_CONFIG is not a JSON object"]);
+
     let run = initializer(&house).env("STORAGE_IGNORE_PATTERNS", json!(["*.bin"]).to_string());
     run.run(["storage-initializer", &format!("s3://{BUCKET}/tree"), "some"]).ok();
     assert_eq!(sums(&house.path("some")).into_keys().collect::<Vec<_>>(), [PathBuf::from("config.json")]);
@@ -175,6 +178,7 @@ fn several_pairs_are_filled_and_every_failure_ends_with_1() {
         (&["gs://bucket/model", "x"], "gs://"),
         (&[&format!("s3://{BUCKET}/none"), "x"], "none"),
         (&["hf://org/none", "x"], "no repository"),
+        (&[&tree, "x", &tree, "x/y"], "one contains the other"),
     ] {
         initializer(&house).run(["storage-initializer"].iter().chain(args)).failed(1, &[part]);
     }
