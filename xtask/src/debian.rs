@@ -24,6 +24,10 @@ pub struct Package {
 pub(crate) const REGISTRY: Package =
     Package { name: "docker-registry", program: "usr/bin/docker-registry", libraries: &[] };
 
+/// The tar program of libarchive, to which extracted archives are compared.
+pub(crate) const BSDTAR: Package =
+    Package { name: "libarchive-tools", program: "usr/bin/bsdtar", libraries: &["libarchive13"] };
+
 /// A program that can be run.
 #[derive(Debug)]
 pub struct Program {

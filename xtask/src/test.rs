@@ -37,7 +37,7 @@ impl Test {
     /// The first step that fails.
     pub fn run(&self) -> Result<()> {
         let mut stages = Stages::default();
-        let (mut venv, mut registry) = (None, None);
+        let (mut venv, mut registry, mut bsdtar) = (None, None, None);
         if !self.quick {
             stages.run("format", || run(cargo().args(["fmt", "--all", "--check"])));
             stages.run("tidy", tidy::check);
@@ -63,12 +63,24 @@ impl Test {
                 }
                 Ok(())
             });
+            stages.run("bsdtar", || {
+                bsdtar = debian::BSDTAR.program()?;
+                match &bsdtar {
+                    Some(program) => println!("{}", program.path.display()),
+                    None => println!("archives are not compared with bsdtar; install libarchive-tools for that"),
+                }
+                Ok(())
+            });
         }
         stages.run("doc tests", || run(cargo().args(["test", "--workspace", "--doc"])));
         stages.run("tests", || {
             let mut runner = test_runner(None);
             registry.iter().for_each(|program| {
                 runner.env("MODELCACHE_TEST_REGISTRY", &program.path);
+            });
+            bsdtar.iter().for_each(|program| {
+                runner.env("MODELCACHE_TEST_BSDTAR", &program.path);
+                runner.envs(program.libraries.iter().map(|folder| ("MODELCACHE_TEST_BSDTAR_LIBRARIES", folder)));
             });
             run(with_venv(&mut runner, venv.as_deref()))
         });

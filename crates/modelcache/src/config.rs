@@ -194,7 +194,7 @@ pub enum Extract {
     /// Never: an archive is a file like any other.
     #[default]
     Never,
-    /// If the content of the file is an archive (tar, tar.gz, tar.zst or zip), and its name has the extension of one,
+    /// If the content of the file is an archive (tar, plain or compressed, or zip), and its name has the extension of one,
     /// or no extension. Anything else is returned as it is.
     Auto,
     /// Always: anything that is not an archive is an error.

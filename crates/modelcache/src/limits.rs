@@ -65,6 +65,9 @@ pub const ARCHIVE_HEADER_BYTES_MAX: u64 = MIB;
 /// Maximum size of the list of files in a zip archive, in bytes. Reading it takes about ten times as much memory.
 pub const ARCHIVE_LIST_BYTES_MAX: u64 = 8 * MIB;
 
+/// Maximum memory for the decompression of an xz archive, in KiB. `xz -9` needs 65 MiB.
+pub const ARCHIVE_XZ_KIB_MAX: u32 = 128 << 10;
+
 /// Maximum size of a single metadata response (a revision, a claim, an error body), in bytes.
 pub const RESPONSE_BYTES_MAX: u64 = 16 * MIB;
 

@@ -208,7 +208,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: Some("extract"),
         value_name: "auto|always|never",
         default: "`never`",
-        description: "Whether an archive (tar, tar.gz, tar.zst, zip) is extracted, so that a command gets the folder of \
+        description: "Whether an archive (tar, plain or compressed, or zip) is extracted, so that a command gets the folder of \
                       its files. It concerns gets of one file. `auto` extracts a file whose content is an archive and \
                       whose name has the extension of one, or no extension, and returns anything else as it is. For \
                       `always`, anything else is an error. The extracted files are an artifact of their own, \

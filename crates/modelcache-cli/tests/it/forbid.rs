@@ -23,7 +23,9 @@ fn a_put_is_refused_before_anything_is_stored() {
     house.assert_no_artifact_or_staging("a");
     house.write("n/model.pkl", "no pickle");
     let named = house.path("n");
-    strict(house.on("a")).run(["put", "n@1", named.to_str().unwrap()]).failed(5, &["because of its name"]);
+    strict(house.on("a"))
+        .run(["put", "n@1", named.to_str().unwrap()])
+        .failed(5, &["its name matches a forbidden pattern"]);
     strict(house.on("a")).run(["put", "n@1", named.to_str().unwrap(), "--exclude", "*.pkl"]).failed(2, &["no files"]);
     strict(house.on("a")).run(["put", "m@1", folder.to_str().unwrap(), "--exclude", "*.bin"]).ok();
 }
@@ -65,4 +67,7 @@ fn a_forbidden_file_in_an_archive_is_found() {
     strict(house.on_local("a")).run(["get", "--extract", "auto", "m@1"]).failed(5, &["weights.bin is forbidden"]);
     assert_eq!(house.listed("a"), ["m@1"]);
     assert_eq!(house.staging("a"), Vec::<PathBuf>::new());
+    // Nor is what a less strict command extracted.
+    house.on_local("a").run(["get", "--extract", "auto", "m@1"]).path();
+    strict(house.on_local("a")).run(["get", "--extract", "auto", "m@1"]).failed(5, &["weights.bin is forbidden"]);
 }

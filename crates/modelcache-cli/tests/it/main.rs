@@ -9,6 +9,7 @@ mod common;
 mod crash;
 mod doctor;
 mod durability;
+mod engines;
 mod extract;
 mod forbid;
 mod foreign;

@@ -304,8 +304,8 @@ impl Cache {
             match (outcome, verified) {
                 (Ok(ExtractOutcome::NotAnArchive(format)), Ok(_)) if extraction.how == Extract::Always => {
                     let message = match format {
-                        Format::Xz | Format::Bzip2 | Format::SevenZip => {
-                            format!("{path} is {format}, which is not extracted; tar, tar.gz, tar.zst and zip are")
+                        Format::SevenZip => {
+                            format!("{path} is {format}, which is not extracted; tar, compressed tar and zip are")
                         }
                         _ => format!("{path} is not an archive: it is {format}"),
                     };

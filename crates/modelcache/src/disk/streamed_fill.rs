@@ -2,12 +2,14 @@
 //! written. A thread of its own writes and hashes the files, so that the caller can decompress meanwhile.
 
 use super::Disk;
+use super::files;
 use super::input::format_name;
 use super::layout::staged_name;
 use super::publish::StagedFile;
 use super::rooted::RootedPath;
 use super::staging::{Staging, space_to_stage};
 use super::writer::{StagedFileSpec, StagedWriter};
+use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extract::FileSink;
 use crate::key::{ArtifactKey, FilePath};
@@ -15,7 +17,8 @@ use crate::ladder::part_size;
 use crate::manifest::{FileDetails, FileEntry};
 use crate::progress::Progress;
 use crate::runtime::STACK_BYTES;
-use std::collections::BTreeMap;
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap};
 use std::io::Read;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -151,8 +154,20 @@ impl StreamedFill {
 
     /// Returns the complete files and the staging folder, to be published.
     pub(crate) fn finish(mut self) -> Result<(Staging, BTreeMap<FilePath, StagedFile>)> {
-        let files = self.written()?;
+        let mut files = self.written()?;
         let staging = self.staging.take().and_then(Arc::into_inner).ok_or_else(writer_lost)?;
+        // Files with equal content share the first staged file. Executable files have no blob, so they share nothing.
+        let mut firsts: HashMap<Digest, StagedFile> = HashMap::new();
+        for file in files.values_mut().filter(|file| !file.entry.executable) {
+            let Some(digest) = file.entry.sha256 else { continue };
+            match firsts.entry(digest) {
+                Entry::Vacant(vacant) => drop(vacant.insert(file.clone())),
+                Entry::Occupied(first) => {
+                    files::remove_file(&staging.file(&file.name))?;
+                    (file.name, file.identity) = (first.get().name.clone(), first.get().identity);
+                }
+            }
+        }
         Ok((staging, files))
     }
 }

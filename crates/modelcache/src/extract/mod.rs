@@ -1,4 +1,4 @@
-//! Archives: reads tar archives (plain, or compressed by gzip or Zstandard) and zip archives.
+//! Archives: reads tar archives (plain, or compressed by gzip, Zstandard, bzip2 or xz) and zip archives.
 //!
 //! An archive comes from outside, so nothing in it is trusted. Only regular files are extracted; folders follow from
 //! the paths of the files. Links, devices, and names that are absolute or leave the folder are refused, with the name
@@ -13,7 +13,7 @@ use crate::human;
 use crate::key::FilePath;
 use crate::limits::{
     ARCHIVE_DEPTH_MAX, ARCHIVE_ENTRIES_MAX, ARCHIVE_FREE_BYTES, ARCHIVE_NAME_BYTES_MAX, ARCHIVE_RATIO_MAX,
-    FILE_BYTES_MAX,
+    ARCHIVE_XZ_KIB_MAX, FILE_BYTES_MAX,
 };
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -40,16 +40,17 @@ pub(crate) struct Archive<'a> {
     pub(crate) name: &'a str,
 }
 
-/// Returns true if a file of this format may be an archive that this module reads. A Zstandard file is one only if it
-/// contains a tar archive.
+/// Returns true if a file of this format may be an archive that this module reads. A Zstandard, bzip2 or xz file is one
+/// only if it contains a tar archive.
 pub(crate) fn is_archive(format: Format) -> bool {
-    matches!(format, Format::Tar | Format::TarGz | Format::Zstd | Format::Zip)
+    matches!(format, Format::Tar | Format::TarGz | Format::Zstd | Format::Bzip2 | Format::Xz | Format::Zip)
 }
 
 /// Returns true if a file with this name is meant to be extracted, and not read as it is: it has the extension of an
 /// archive, or none. Other formats of models are archives by content, for example `.nemo`, `.keras` and `.npz`.
 pub(crate) fn is_named_as_archive(name: &str) -> bool {
-    const ENDINGS: [&str; 6] = [".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst", ".zip"];
+    const ENDINGS: [&str; 10] =
+        [".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip"];
     let name = name.to_ascii_lowercase();
     ENDINGS.iter().any(|ending| name.ends_with(ending)) || !name.contains('.')
 }
@@ -66,6 +67,10 @@ impl Archive<'_> {
             Format::Zstd => {
                 let decoder = zstd::stream::read::Decoder::with_buffer(stream);
                 tar::extract(decoder.map_err(|cause| self.damaged(&cause))?, &mut guard)?
+            }
+            Format::Bzip2 => tar::extract(bzip2::bufread::MultiBzDecoder::new(stream), &mut guard)?,
+            Format::Xz => {
+                tar::extract(lzma_rust2::XzReader::new_mem_limit(stream, true, ARCHIVE_XZ_KIB_MAX), &mut guard)?
             }
             format => return Err(Error::invalid(format!("{} is {format}, not a tar archive", self.name))),
         };
@@ -162,6 +167,15 @@ impl<'a> CheckedEntries<'a> {
     fn folder(&mut self, name: &[u8]) -> Result<()> {
         self.folders.extend(self.path(name)?);
         Ok(())
+    }
+
+    /// Checks the name of a folder in a tar archive, and the size in its header. Some programs skip the content of a
+    /// folder, and others read it as further headers.
+    fn empty_folder(&mut self, name: &[u8], size: u64) -> Result<()> {
+        match size {
+            0 => self.folder(name),
+            _ => Err(self.refuse(name, "it is a folder, and its header states a size")),
+        }
     }
 
     /// Counts an entry of any kind before it is examined. Entries are counted, not paths, which may be repeated.

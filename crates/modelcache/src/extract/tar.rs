@@ -43,7 +43,7 @@ pub(super) fn extract(mut stream: impl Read, guard: &mut CheckedEntries<'_>) -> 
                 let executable = entry.header().mode().map_err(|cause| guard.damaged(&cause))? & EXECUTE != 0;
                 // Archives older than POSIX mark a folder by a trailing slash.
                 if name.ends_with(b"/") {
-                    guard.folder(&name)?;
+                    guard.empty_folder(&name, entry.size())?;
                 } else {
                     // Content may have any length.
                     header_bytes.set(u64::MAX);
@@ -52,7 +52,7 @@ pub(super) fn extract(mut stream: impl Read, guard: &mut CheckedEntries<'_>) -> 
                     header_bytes.set(0);
                 }
             }
-            EntryType::Directory => guard.folder(&name)?,
+            EntryType::Directory => guard.empty_folder(&name, entry.size())?,
             EntryType::XGlobalHeader => {}
             EntryType::Symlink => return Err(guard.refuse(&name, "it is a symbolic link")),
             EntryType::Link => return Err(guard.refuse(&name, "it is a hard link")),
