@@ -2,7 +2,7 @@ use super::*;
 use crate::error::ErrorKind;
 use ::tar::{Builder, EntryType, Header};
 use proptest::prelude::*;
-use proptest::test_runner::TestRunner;
+use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
 use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::process::Command;
@@ -356,12 +356,16 @@ fn by_program(program: &mut Command, archive: &[u8]) -> Option<Files> {
     output.status.success().then_some(files)
 }
 
-/// `EXTRACT_CASES` sets the number of archives; a failure prints the archive.
+/// `EXTRACT_CASES` sets the number of archives, `EXTRACT_SEED` repeats a run. A failure prints the archive.
 #[test]
 #[allow(clippy::print_stderr)]
 fn an_archive_gives_the_files_of_other_programs_or_is_refused() {
-    let cases = std::env::var("EXTRACT_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(200);
-    let mut runner = TestRunner::new(ProptestConfig { cases, ..ProptestConfig::default() });
+    let number = |variable: &str| std::env::var(variable).ok().map(|text| text.parse::<u64>().unwrap());
+    let cases = number("EXTRACT_CASES").map_or(200, |cases| u32::try_from(cases).unwrap());
+    let seed = number("EXTRACT_SEED").unwrap_or_else(rand::random);
+    eprintln!("EXTRACT_SEED={seed}");
+    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[seed.to_le_bytes(); 4].concat());
+    let mut runner = TestRunner::new_with_rng(ProptestConfig { cases, ..ProptestConfig::default() }, rng);
     let accepted = std::cell::Cell::new(0);
     let compared = runner.run(&prop::collection::vec(any_entry(), 1..8), |entries| {
         let Some(archive) = archive_of(&entries) else { return Ok(()) };
