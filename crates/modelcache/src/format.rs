@@ -262,7 +262,6 @@ fn by_magic(head: &[u8]) -> Option<Format> {
         (b"\x89HDF\r\n\x1a\n", Hdf5),
         (b"\x93NUMPY", Numpy),
         (b"\xfd7zXZ\0", Xz),
-        (b"BZh", Bzip2),
         (b"7z\xbc\xaf\x27\x1c", SevenZip),
         (b"PAR1", Parquet),
         (b"version https://git-lfs.github.com/spec/", LfsPointer),
@@ -276,6 +275,12 @@ fn by_magic(head: &[u8]) -> Option<Format> {
     }
     if head.starts_with(b"GGUF") && le_u32(head, 4).is_some_and(|version| (1..=0xffff).contains(&version)) {
         return Some(Gguf);
+    }
+    // The level, then the magic number of a block, or of the end of an empty file.
+    if let [b'B', b'Z', b'h', b'1'..=b'9', rest @ ..] = head
+        && (rest.starts_with(b"1AY&SY") || rest.starts_with(b"\x17\x72\x45\x38\x50\x90"))
+    {
+        return Some(Bzip2);
     }
     MAGICS.iter().find(|(magic, _)| head.starts_with(magic)).map(|(_, format)| *format)
 }

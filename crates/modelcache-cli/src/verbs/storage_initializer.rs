@@ -30,9 +30,9 @@ const VERIFICATION_DIGEST: &str = "VERIFICATION_DIGEST";
 /// Download models into folders, as the storage initializer of KServe
 ///
 /// Runs in place of KServe's own image, see docs/kserve.md. Each SRC is a reference, a path, or a URI as KServe writes
-/// it. Its files are put into the folder DEST, and an archive is extracted there. Without MODEL_CACHE_DIR and a
-/// configuration file, the files are downloaded into a temporary cache directory in the volume of the first DEST. A
-/// failed download ends with exit code 1.
+/// it. Its files are put into the folder DEST, and an archive is extracted there. If there is neither MODEL_CACHE_DIR
+/// nor a configuration file, the files are downloaded into a temporary cache directory in the volume of the first DEST.
+/// Every failure ends with exit code 1; a command line that cannot be parsed ends with 2.
 #[derive(Debug, Args)]
 pub(crate) struct StorageInitializer {
     /// Pairs of a source and a destination folder

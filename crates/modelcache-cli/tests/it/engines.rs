@@ -58,9 +58,9 @@ fn nothing_of_an_image_is_copied_up_by_its_overlay() {
     let image = files_below(&house.path("image"));
     house.hub.down(true);
     let script = format!(
-        "mount -t tmpfs none layers; mkdir layers/upper layers/work root\n\
-         mount -t overlay -o lowerdir=image,upperdir=layers/upper,workdir=layers/work overlay root\n\
-         export MODEL_CACHE_DIR=$PWD/root/cache MODEL_CACHE_LOWER_DIR=$PWD/root/models\n\
+        "mount -t tmpfs none layers; mkdir layers/upper layers/work overlay\n\
+         mount -t overlay -o lowerdir=image,upperdir=layers/upper,workdir=layers/work overlay overlay\n\
+         export MODEL_CACHE_DIR=$PWD/overlay/cache MODEL_CACHE_LOWER_DIR=$PWD/overlay/models\n\
          {BIN} get hf://org/model@main\n\
          cat $({BIN} get hf://org/model@main)/model.safetensors | wc -c\n\
          {BIN} ls > listed\n\
@@ -69,7 +69,7 @@ fn nothing_of_an_image_is_copied_up_by_its_overlay() {
     fs::create_dir(house.path("layers")).unwrap();
     let found = house.on_local("unused").script(&script, &[]).ok().stdout;
     let lines: Vec<&str> = found.lines().collect();
-    assert!(lines[0].contains("/root/models/"), "the files of the image are used: {found}");
+    assert!(lines[0].contains("/overlay/models/"), "the files of the image are used: {found}");
     assert_eq!(lines[1], (9 * MIB).to_string());
     let up = fs::read_to_string(house.path("up")).unwrap();
     assert!(up.lines().all(|path| path.starts_with("layers/upper/cache/")), "copied up: {up}");

@@ -143,6 +143,44 @@ fn a_pin_of_an_archive_protects_its_files() {
 }
 
 #[test]
+fn versions_with_one_archive_share_its_files_until_the_last_is_evicted() {
+    let house = House::new();
+    let files = folder(&house, "m", 1);
+    let path = archive(&house, "model.tar.gz", "m");
+    let evict = |version: &str| house.on("a").run(["evict", version, "--tier", "disk"]);
+    for version in ["m@1", "m@2"] {
+        house.on("a").run(["put", version, path.to_str().unwrap()]).ok();
+        extracted(house.on("a"), version);
+    }
+    evict("m@1").ok();
+    assert_files(&house.on("a").run(["get", "--extract", "auto", "--local-files-only", "m@2"]).path(), &files);
+    evict("m@2").ok();
+    assert_eq!(house.listed("a"), Vec::<String>::new());
+}
+
+#[test]
+fn an_archive_whose_files_are_in_use_is_neither_evicted_nor_replaced() {
+    let house = House::new();
+    let files = folder(&house, "m", 1);
+    folder(&house, "other", 2);
+    let (path, other) = (archive(&house, "model.tar.gz", "m"), archive(&house, "model.tar", "other"));
+    house.on("a").env("MODEL_CACHE_KEEP_ARCHIVE", "1").run(["put", "m@1", path.to_str().unwrap()]).ok();
+    // A pin of the archive protects the files that are extracted later.
+    house.on("a").run(["pin", "m@1"]).ok();
+    let found = extracted(house.on("a"), "m@1");
+    let digest = Content::on_disk(&path).unwrap().sha256().unwrap();
+    house.on("a").run(["unpin", &format!("extracted/m@{digest}")]).ok();
+    house.on("a").run(["evict", "m@1", "--tier", "disk"]).failed(1, &["m@1"]);
+    house.on("a").run(["unpin", "m@1"]).ok();
+    house.on("a").run(["pin", &format!("extracted/m@{digest}")]).ok();
+    house.on("a").run(["evict", "m@1", "--tier", "disk"]).failed(1, &["extracted/m"]);
+    house.on("a").run(["put", "--force", "m@1", other.to_str().unwrap()]).failed(1, &["extracted/m"]);
+    // Neither this disk nor the remote was changed.
+    assert_files(&found, &files);
+    assert_files(&extracted(house.on("b"), "m@1"), &files);
+}
+
+#[test]
 fn what_is_no_archive_is_returned_as_it_is_or_refused() {
     let house = House::new();
     folder(&house, "m", 1);
@@ -151,6 +189,9 @@ fn what_is_no_archive_is_returned_as_it_is_or_refused() {
     let raw = house.write("raw.tar.gz", Content::generated(4, MIB));
     house.on("a").run(["put", "--tier", "remote", "raw@1", raw.to_str().unwrap()]).ok();
     assert_same(&extracted(house.on("a"), "raw@1"), &Content::generated(4, MIB));
+    let text = house.write("text.tar.bz2", Content::from("BZhello, a text"));
+    house.on("a").run(["put", "text@1", text.to_str().unwrap()]).ok();
+    assert_same(&extracted(house.on("a"), "text@1"), &Content::from("BZhello, a text"));
     house
         .on("a")
         .run(["get", "--extract", "always", "raw@1"])

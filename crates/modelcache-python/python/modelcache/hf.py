@@ -56,7 +56,7 @@ _MESSAGES = {
 
 
 _opened: list[ModelCache] = []
-# Not empty once `patch` has run in this process. A child process inherits the variable, but not the functions.
+# Not empty once `patch` has run in this process. A child that was not forked inherits `HF_HUB_CACHE` only.
 _patched: list[bool] = []
 
 
@@ -151,7 +151,6 @@ def patch() -> None:
     folder = str(_cache().cache_dir / "hub")
     if _patched:
         return
-    _patched.append(True)
     defaults = (constants.HF_HUB_CACHE, folder)
     for module, ours in (
         ("huggingface_hub._snapshot_download", snapshot_download),
@@ -164,6 +163,7 @@ def patch() -> None:
                 setattr(loaded, ours.__name__, replacement)
     constants.HF_HUB_CACHE = constants.HUGGINGFACE_HUB_CACHE = folder
     os.environ["HF_HUB_CACHE"] = folder
+    _patched.append(True)
 
 
 def _replacement(ours: Callable[..., str], original: Callable[..., Any], defaults: tuple[str, str]) -> Callable[..., Any]:

@@ -118,16 +118,34 @@ impl Cache {
             }
             Ok(disk.evict(key)?.map(|freed| (freed, expected.map_or(0, |(_, shared)| shared))))
         };
-        // The files that were extracted from an archive go with it.
+        // If one of them cannot be evicted, none is.
+        if !dry_run {
+            Self::ensure_evictable_with_extracted(disk, key)?;
+        }
+        // The files that were extracted from an archive go with it, unless another version is the same archive.
         let mut evicted = Vec::new();
         for (extracted, revision) in Self::extracted_from(disk, key)? {
-            evicted.extend(evict(&extracted)?);
+            match Self::is_shared(disk, key, &extracted)? {
+                // All bytes stay.
+                true => evicted.extend(disk.bytes_of_eviction(&extracted)?.map(|(freed, shared)| (0, freed + shared))),
+                false => evicted.extend(evict(&extracted)?),
+            }
             if !dry_run {
                 disk.forget_ref(&extracted.name, &revision)?;
             }
         }
         evicted.extend(evict(key)?);
         Ok(evicted.into_iter().reduce(|sum, one| (sum.0 + one.0, sum.1 + one.1)))
+    }
+
+    /// Fails if `key`, or files that were extracted from it, cannot be evicted at this moment. Changes nothing.
+    pub(super) fn ensure_evictable_with_extracted(disk: &Disk, key: &ArtifactKey) -> Result<()> {
+        for (extracted, _) in Self::extracted_from(disk, key)? {
+            if !Self::is_shared(disk, key, &extracted)? {
+                disk.ensure_evictable(&extracted)?;
+            }
+        }
+        disk.ensure_evictable(key)
     }
 
     /// Returns the key that a reference last resolved to on this machine, and its origin. If no version is cached, the

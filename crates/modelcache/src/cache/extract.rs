@@ -190,7 +190,15 @@ impl Cache {
                 let mut selected = manifest.selected(&selection);
                 let only = selected.next().filter(|_| selected.next().is_none());
                 let is_concerned = |path: &FilePath| how == Extract::Always || is_named_as_archive(path.file_name());
-                return Ok(only.filter(|(path, _)| is_concerned(path)).and_then(|(_, entry)| entry.sha256));
+                let Some((path, entry)) = only.filter(|(path, _)| is_concerned(path)) else { return Ok(None) };
+                // Evictions and pins find the files of this version by the remembered digest.
+                if let Some(archive) = entry.sha256
+                    && let Some(revision) = revision_of(&revisions, path)
+                    && disk.manifest(&ArtifactKey::new(name.clone(), Version::new(&archive.to_string())?))?.is_some()
+                {
+                    remember(disk, &name, revision, archive)?;
+                }
+                return Ok(entry.sha256);
             }
             for revision in revisions.iter().filter(|_| !refresh) {
                 if let Some(remembered) = disk.remembered_ref(&name, revision)? {
@@ -219,15 +227,9 @@ impl Cache {
 
     /// Remembers the digest of the archive at `path`.
     async fn remember_archive(&self, extraction: &Extraction, path: &FilePath, archive: Digest) -> Result<()> {
-        let revisions = extraction.revisions();
-        let revision = if is_named_as_archive(path.file_name()) { revisions.first() } else { revisions.last() };
-        let revision = revision.cloned().unwrap_or_default();
-        let (name, version) = (extraction.name.clone(), extraction.key(archive)?.version);
-        self.on_disk(move |disk| match disk.is_read_only() {
-            true => Ok(()),
-            false => disk.remember_ref(&name, &revision, &version, Duration::ZERO),
-        })
-        .await
+        let Some(revision) = revision_of(&extraction.revisions(), path).cloned() else { return Ok(()) };
+        let name = extraction.name.clone();
+        self.on_disk(move |disk| remember(disk, &name, &revision, archive)).await
     }
 
     /// Returns the extracted files, leased, if all of them are on disk.
@@ -355,7 +357,16 @@ impl Cache {
         .await?;
         self.check_policy(&extracted, &listing)
             .map_err(|error| error.hint(format!("make the archive without that file, or change {FORBID}")))?;
-        let published = self.on_disk(move |disk| disk.publish(staging, &listing, &files)).await?;
+        let archive_key = request.key.clone();
+        let published = self.on_disk(move |disk| {
+            let published = disk.publish(staging, &listing, &files)?;
+            // A pin of the archive protects its files.
+            if let Some(pin) = disk.pin_in(&disk.layout().artifact(&archive_key))? {
+                disk.pin(&listing.key, &pin)?;
+            }
+            Ok(published)
+        });
+        let published = published.await?;
         self.spawn_background_sync();
         self.remember_archive(extraction, path, digest).await?;
         self.wait_until_durable(&extracted, &published).await?;
@@ -435,19 +446,47 @@ impl Cache {
     /// Returns the keys of the files that were extracted from versions of archive `key`, with the revisions under which
     /// they are remembered.
     pub(super) fn extracted_from(disk: &Disk, key: &ArtifactKey) -> Result<Vec<(ArtifactKey, String)>> {
-        let Ok(name) = key.name.extracted() else { return Ok(Vec::new()) };
-        let version = key.version.as_str();
-        let is_of_version = |revision: &String| {
-            revision.strip_prefix(version).is_some_and(|rest| rest.is_empty() || rest.starts_with(SELECTION))
-        };
+        let all = Self::extracted_by_name(disk, key)?;
+        Ok(all.into_iter().filter(|(_, revision)| is_of_version(revision, key)).collect())
+    }
+
+    /// Returns true if a version other than `archive` is remembered to have the same extracted files.
+    pub(super) fn is_shared(disk: &Disk, archive: &ArtifactKey, extracted: &ArtifactKey) -> Result<bool> {
+        let all = Self::extracted_by_name(disk, archive)?;
+        Ok(all.iter().any(|(key, revision)| key == extracted && !is_of_version(revision, archive)))
+    }
+
+    /// Returns the keys of the files that were extracted from all versions of an archive, with their revisions.
+    fn extracted_by_name(disk: &Disk, archive: &ArtifactKey) -> Result<Vec<(ArtifactKey, String)>> {
+        let Ok(name) = archive.name.extracted() else { return Ok(Vec::new()) };
         let mut keys = Vec::new();
-        for revision in disk.remembered_revisions(&name)?.into_iter().filter(is_of_version) {
+        for revision in disk.remembered_revisions(&name)? {
             if let Some(remembered) = disk.remembered_ref(&name, &revision)? {
                 keys.push((ArtifactKey::new(name.clone(), remembered.version), revision));
             }
         }
         Ok(keys)
     }
+}
+
+/// Returns the one of `revisions` under which the digest of the archive at `path` is remembered.
+fn revision_of<'a>(revisions: &'a [String], path: &FilePath) -> Option<&'a String> {
+    if is_named_as_archive(path.file_name()) { revisions.first() } else { revisions.last() }
+}
+
+/// Remembers the digest of an archive, unless it is remembered already or the directory is only read.
+fn remember(disk: &Disk, name: &ArtifactName, revision: &str, archive: Digest) -> Result<()> {
+    let version = Version::new(&archive.to_string())?;
+    if disk.is_read_only() || disk.remembered_ref(name, revision)?.is_some_and(|known| known.version == version) {
+        return Ok(());
+    }
+    disk.remember_ref(name, revision, &version, Duration::ZERO)
+}
+
+/// Returns true if the digest remembered under `revision` is that of a file of `archive`.
+fn is_of_version(revision: &str, archive: &ArtifactKey) -> bool {
+    let rest = revision.strip_prefix(archive.version.as_str());
+    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(SELECTION))
 }
 
 /// Returns the request for the extracted files `key` of an archive.

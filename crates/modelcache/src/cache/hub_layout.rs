@@ -52,7 +52,8 @@ impl Cache {
         if models.is_empty() {
             return Ok(None);
         }
-        let Some(first) = artifacts.iter().find(|artifact| of_model(artifact).is_some()) else { return Ok(None) };
+        let has_entry = |artifact: &&Artifact| of_model(artifact).is_some_and(|model| models.contains(&model));
+        let Some(first) = artifacts.iter().find(has_entry) else { return Ok(None) };
         let (disk, lease) = (self.0.disk.clone(), first.lease.clone());
         blocking(move || disk.write_model_map(&lease, &models)).await.map(Some)
     }

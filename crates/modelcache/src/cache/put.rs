@@ -289,7 +289,7 @@ impl Cache {
         };
         self.on_disk(move |disk| match disk.manifest(&manifest.key)?.map(|present| agrees(present, &manifest)) {
             // Checked before the remote is changed: if the local content cannot be replaced, nothing is.
-            Some(Err(_)) if force => disk.ensure_evictable(&manifest.key).map(|()| true),
+            Some(Err(_)) if force => Self::ensure_evictable_with_extracted(disk, &manifest.key).map(|()| true),
             Some(agreed) => agreed.context(&manifest.key, Tier::Disk).map(|()| false),
             None => Ok(false),
         })

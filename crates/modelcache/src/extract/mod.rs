@@ -136,7 +136,7 @@ impl<'a> CheckedEntries<'a> {
         let taken = self.into.file(path, size, executable, &mut content);
         match content {
             // A read error of the archive takes precedence over the error of the receiver.
-            Content { failure: Some(cause), .. } => Err(self.damaged(&cause)),
+            Content { failure: Some(cause), .. } => Err(self.unreadable(&cause)),
             Content { ends_early: true, .. } => Err(self.damaged(&format!("the file {} ends early", shown(name)))),
             _ => taken,
         }
@@ -238,6 +238,17 @@ impl<'a> CheckedEntries<'a> {
 
     fn damaged(&self, cause: &dyn std::fmt::Display) -> Error {
         self.archive.damaged(cause)
+    }
+
+    /// Returns the error for a stream that cannot be read further: it has reached a limit, or it is damaged.
+    fn unreadable(&self, cause: &io::Error) -> Error {
+        match cause.kind() {
+            io::ErrorKind::FileTooLarge => self.over_limit(&cause.to_string()),
+            io::ErrorKind::OutOfMemory => {
+                self.over_limit(&format!("its decompression needs more than {} MiB", ARCHIVE_XZ_KIB_MAX >> 10))
+            }
+            _ => self.damaged(cause),
+        }
     }
 }
 

@@ -17,7 +17,7 @@ const EXECUTE: u32 = 0o100;
 pub(super) fn extract(mut stream: impl Read, guard: &mut CheckedEntries<'_>) -> Result<bool> {
     let mut head = Vec::with_capacity(TAR_HEAD_BYTES);
     let read = stream.by_ref().take(TAR_HEAD_BYTES as u64).read_to_end(&mut head);
-    read.map_err(|cause| guard.damaged(&cause))?;
+    read.map_err(|cause| guard.unreadable(&cause))?;
     if Format::of(&head, u64::MAX) != Format::Tar {
         return Ok(false);
     }
@@ -27,20 +27,20 @@ pub(super) fn extract(mut stream: impl Read, guard: &mut CheckedEntries<'_>) -> 
     let stream = io::Cursor::new(head).chain(stream);
     let mut stream = HeaderLimit { stream, left, header_bytes: header_bytes.clone() };
     let mut archive = tar::Archive::new(&mut stream);
-    for entry in archive.entries().map_err(|cause| guard.damaged(&cause))? {
-        let mut entry = entry.map_err(|cause| guard.damaged(&cause))?;
+    for entry in archive.entries().map_err(|cause| guard.unreadable(&cause))? {
+        let mut entry = entry.map_err(|cause| guard.unreadable(&cause))?;
         header_bytes.set(0);
         let name = entry.path_bytes().into_owned();
         guard.count_entry(&name)?;
         let kind = entry.header().entry_type();
         // Sparse files in the pax format are described by GNU.sparse.* fields, which the crate `tar` does not read.
-        let pax = entry.pax_extensions().map_err(|cause| guard.damaged(&cause))?;
+        let pax = entry.pax_extensions().map_err(|cause| guard.unreadable(&cause))?;
         let is_pax_sparse =
             pax.into_iter().flatten().flatten().any(|field| field.key_bytes().starts_with(b"GNU.sparse."));
         match kind {
             _ if is_pax_sparse => return Err(guard.refuse(&name, "it is a sparse file in the pax format")),
             EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
-                let executable = entry.header().mode().map_err(|cause| guard.damaged(&cause))? & EXECUTE != 0;
+                let executable = entry.header().mode().map_err(|cause| guard.unreadable(&cause))? & EXECUTE != 0;
                 // Archives older than POSIX mark a folder by a trailing slash.
                 if name.ends_with(b"/") {
                     guard.empty_folder(&name, entry.size())?;
@@ -64,7 +64,7 @@ pub(super) fn extract(mut stream: impl Read, guard: &mut CheckedEntries<'_>) -> 
     // After the last file follow blocks of zeros, and the checksum of the compression.
     header_bytes.set(u64::MAX);
     let rest =
-        io::copy(&mut stream.take(ARCHIVE_FREE_BYTES), &mut io::sink()).map_err(|cause| guard.damaged(&cause))?;
+        io::copy(&mut stream.take(ARCHIVE_FREE_BYTES), &mut io::sink()).map_err(|cause| guard.unreadable(&cause))?;
     match rest == ARCHIVE_FREE_BYTES {
         true => Err(guard.over_limit("more than 64 MiB follow the end of the tar archive")),
         false => Ok(true),
@@ -86,14 +86,19 @@ impl<R: Read> Read for HeaderLimit<R> {
         self.left = self
             .left
             .checked_sub(read as u64)
-            .ok_or_else(|| io::Error::other("its headers and files take too many times the size of the archive"))?;
+            .ok_or_else(|| over_limit("its headers and files take too many times the size of the archive"))?;
         match self.header_bytes.get() {
             u64::MAX => {}
             so_far if so_far + read as u64 > ARCHIVE_HEADER_BYTES_MAX => {
-                return Err(io::Error::other(format!("a header has more than {ARCHIVE_HEADER_BYTES_MAX} bytes")));
+                return Err(over_limit(&format!("a header has more than {ARCHIVE_HEADER_BYTES_MAX} bytes")));
             }
             so_far => self.header_bytes.set(so_far + read as u64),
         }
         Ok(read)
     }
+}
+
+/// Returns the error of a reader that has reached a limit, which [`CheckedEntries::unreadable`] recognizes.
+fn over_limit(message: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::FileTooLarge, message)
 }

@@ -1,3 +1,5 @@
+//! Archives of every format, hostile ones, and generated ones beside GNU tar and bsdtar.
+
 use super::*;
 use crate::error::ErrorKind;
 use ::tar::{Builder, EntryType, Header};
@@ -74,8 +76,12 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
 
 /// Compresses by a module of Python, which has the compressors that this crate lacks.
 fn by_command(format: &str, bytes: &[u8]) -> Vec<u8> {
-    let module = if format == "xz" { "lzma" } else { format };
-    let script = format!("import {module}, sys; sys.stdout.buffer.write({module}.compress(sys.stdin.buffer.read()))");
+    let call = match format {
+        "xz" => "lzma.compress(content)",
+        "bz2" => "bz2.compress(content)",
+        _ => "lzma.compress(content, filters=[{'id': lzma.FILTER_LZMA2, 'dict_size': 256 << 20}])",
+    };
+    let script = format!("import bz2, lzma, sys; content = sys.stdin.buffer.read(); sys.stdout.buffer.write({call})");
     let mut child = Command::new("python3")
         .args(["-c", &script])
         .stdin(std::process::Stdio::piped())
@@ -203,6 +209,9 @@ fn limits_are_checked_before_they_are_exceeded() {
     entry(&mut builder, EntryType::GNULongName, b"././@LongLink", 0o644, &long);
     entry(&mut builder, EntryType::Regular, b"n", 0o644, b"x");
     refused(&builder.into_inner().unwrap(), "header has more than");
+    // Decompression with a dictionary of 256 MiB.
+    let archive = tar_of(&[(EntryType::Regular, "a", &[7; 10_000])]);
+    refused(&by_command("xz, filters", &archive), "needs more than 128 MiB");
     // What follows the end is read only so far.
     let mut endless = tar_of(&[(EntryType::Regular, "a", b"a")]);
     endless.resize(endless.len() + (65 << 20), 0);
