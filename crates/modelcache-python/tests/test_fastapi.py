@@ -69,7 +69,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 from fastapi import Depends, FastAPI
-from modelcache.fastapi import Artifact, ModelCacheLifespan, value
+from modelcache.fastapi import Artifact, ModelCacheLifespan, router, value
 
 def load_model_from_artifact(artifact: Artifact) -> Any:
     # An archive is a folder here, and a raw file is a file.
@@ -78,6 +78,7 @@ def load_model_from_artifact(artifact: Artifact) -> Any:
     return json.loads((path / "model.json" if path.is_dir() else path).read_text())
 
 app = FastAPI(lifespan=ModelCacheLifespan([("archive", "1"), ("raw", "1")], on_ready=load_model_from_artifact))
+app.include_router(router)
 
 @app.get("/models")
 def models(archive: Annotated[Any, Depends(value("archive", "1"))], raw: Annotated[Any, Depends(value("raw", "1"))]) -> Any:

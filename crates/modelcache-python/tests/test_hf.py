@@ -88,7 +88,7 @@ print(json.dumps(found))
 def test_a_patched_program_downloads_through_the_cache(hub: Path, tmp_path: Path) -> None:
     script = COLLECT + """
 import os
-import huggingface_hub
+import huggingface_hub.constants
 before = huggingface_hub.constants.HF_HUB_CACHE
 from modelcache import hf
 hf.patch()
