@@ -1,5 +1,5 @@
 //! A fill that learns its files one by one, while an archive is extracted. Room for each file is reserved before it is
-//! written. A thread of its own writes and hashes the files, so that the caller can decompress meanwhile.
+//! written. One thread writes the files and another one hashes them, so that the caller can decompress meanwhile.
 
 use super::Disk;
 use super::files;
@@ -13,16 +13,16 @@ use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extract::FileSink;
 use crate::key::{ArtifactKey, FilePath};
-use crate::ladder::part_size;
-use crate::manifest::{FileDetails, FileEntry};
+use crate::ladder::{Ladder, LadderHasher, part_size};
+use crate::manifest::{FileDetails, FileEntry, FileIdentity};
 use crate::progress::Progress;
 use crate::runtime::STACK_BYTES;
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
-use std::io::Read;
+use std::io::{self, Read};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::thread::JoinHandle;
+use std::thread::{Builder, JoinHandle};
 
 /// Size of a buffer between reading and writing, in bytes.
 const BUFFER_BYTES: usize = 512 * 1024;
@@ -73,11 +73,8 @@ impl Disk {
         let (to_writer, messages) = sync_channel(BUFFERS);
         let (give_back, free_buffers) = sync_channel(BUFFERS);
         let folder = staging.clone();
-        let writer = std::thread::Builder::new()
-            .name("extract-write".to_owned())
-            .stack_size(STACK_BYTES)
-            .spawn(move || write_files(&folder, &messages, &give_back))
-            .map_err(|cause| Error::new(ErrorKind::Limits, "cannot start a thread").cause(cause))?;
+        let writer = thread("extract-write").spawn(move || write_files(&folder, &messages, &give_back));
+        let writer = writer.map_err(no_thread)?;
         Ok(StreamedFill {
             staging: Some(staging),
             key: key.clone(),
@@ -183,35 +180,80 @@ fn writer_lost() -> Error {
     Error::new(ErrorKind::Other, "the thread that writes extracted files ended unexpectedly")
 }
 
-/// Writes and hashes files, until all senders are dropped.
+/// Writes and hashes files, until all senders are dropped. A thread of its own hashes what is written.
 fn write_files(
     staging: &Staging,
     messages: &Receiver<Message>,
     give_back: &SyncSender<Vec<u8>>,
 ) -> Result<BTreeMap<FilePath, StagedFile>> {
-    let mut files = BTreeMap::new();
+    std::thread::scope(|scope| {
+        let (to_hasher, bytes) = sync_channel(BUFFERS);
+        let hasher = thread("extract-hash").spawn_scoped(scope, move || hash_files(&bytes, give_back));
+        let hasher = hasher.map_err(no_thread)?;
+        let stored = store_files(staging, messages, &to_hasher);
+        drop(to_hasher);
+        let digests = hasher.join().map_err(|_| writer_lost())?;
+        // The later of two files with one path replaces the earlier one.
+        Ok(stored?.into_iter().zip(digests).map(|(file, digests)| file.with(digests)).collect())
+    })
+}
+
+/// What is hashed next.
+enum ToHash {
+    /// A new file, with parts of this size.
+    Begin(u64),
+    Bytes(Vec<u8>),
+    End,
+}
+
+/// Writes files, and sends their bytes to be hashed. Returns the files in the order of their ends.
+fn store_files(
+    staging: &Staging,
+    messages: &Receiver<Message>,
+    to_hasher: &SyncSender<ToHash>,
+) -> Result<Vec<SealedFile>> {
+    let hash = |bytes| to_hasher.send(bytes).map_err(|_| writer_lost());
+    let mut files = Vec::new();
     let mut current: Option<FileInProgress> = None;
     for message in messages {
         match (message, current.as_mut()) {
             (Message::Begin { path, size, executable }, _) => {
+                hash(ToHash::Begin(part_size(size)))?;
                 current = Some(FileInProgress::create(staging, path, size, executable)?);
             }
             (Message::Write(buffer), Some(file)) => {
-                file.writer.write(file.written, &buffer)?;
+                file.writer.store(file.written, &buffer)?;
                 file.written += buffer.len() as u64;
-                // The caller allocates a new buffer if this one is lost.
-                let _ = give_back.try_send(buffer);
+                hash(ToHash::Bytes(buffer))?;
             }
             (Message::End, Some(_)) => {
-                if let Some(file) = current.take() {
-                    let (path, staged) = file.seal()?;
-                    files.insert(path, staged);
-                }
+                hash(ToHash::End)?;
+                files.extend(current.take().map(FileInProgress::seal).transpose()?);
             }
             (Message::Write(_) | Message::End, None) => return Err(writer_lost()),
         }
     }
     Ok(files)
+}
+
+/// Hashes one file after the other, until the sender is dropped. Returns digests in the order of the files' ends.
+fn hash_files(messages: &Receiver<ToHash>, give_back: &SyncSender<Vec<u8>>) -> Vec<(Digest, Ladder)> {
+    let mut current: Option<LadderHasher> = None;
+    let mut digests = Vec::new();
+    for message in messages {
+        match message {
+            ToHash::Begin(part_size) => current = Some(LadderHasher::new(part_size)),
+            ToHash::Bytes(buffer) => {
+                if let Some(hasher) = &mut current {
+                    hasher.update(&buffer);
+                }
+                // The caller allocates a new buffer if this one is lost.
+                let _ = give_back.try_send(buffer);
+            }
+            ToHash::End => digests.extend(current.take().map(LadderHasher::finish)),
+        }
+    }
+    digests
 }
 
 /// A file that is being written.
@@ -225,6 +267,15 @@ struct FileInProgress {
     written: u64,
 }
 
+/// A complete file, whose digest is not known here.
+struct SealedFile {
+    path: FilePath,
+    name: String,
+    size: u64,
+    details: FileDetails,
+    identity: FileIdentity,
+}
+
 impl FileInProgress {
     fn create(staging: &Staging, path: FilePath, size: u64, executable: bool) -> Result<Self> {
         let name = staged_name(&path, &FileEntry::of(size));
@@ -233,7 +284,7 @@ impl FileInProgress {
             path: target.clone(),
             size,
             part_size: part_size(size),
-            in_order: true,
+            in_order: false,
             git: false,
             direct: false,
         };
@@ -241,18 +292,27 @@ impl FileInProgress {
         Ok(Self { path, name, target, size, executable, writer, written: 0 })
     }
 
-    fn seal(self) -> Result<(FilePath, StagedFile)> {
-        let hashed = self.writer.hashed();
+    fn seal(self) -> Result<SealedFile> {
         let format = format_name(self.target.open(false));
-        let details = FileDetails {
-            sha256: Some(hashed.sha256),
-            ladder: Some(hashed.ladder),
-            format,
-            executable: self.executable,
-            ..FileDetails::default()
-        };
+        let details = FileDetails { format, executable: self.executable, ..FileDetails::default() };
         let identity = self.writer.seal()?;
-        let entry = FileEntry::with(self.size, details);
-        Ok((self.path, StagedFile { name: self.name, entry, identity }))
+        Ok(SealedFile { path: self.path, name: self.name, size: self.size, details, identity })
     }
+}
+
+impl SealedFile {
+    fn with(self, (sha256, ladder): (Digest, Ladder)) -> (FilePath, StagedFile) {
+        let details = FileDetails { sha256: Some(sha256), ladder: Some(ladder), ..self.details };
+        let entry = FileEntry::with(self.size, details);
+        (self.path, StagedFile { name: self.name, entry, identity: self.identity })
+    }
+}
+
+/// Returns the builder of a thread that takes part in an extraction.
+fn thread(name: &str) -> Builder {
+    Builder::new().name(name.to_owned()).stack_size(STACK_BYTES)
+}
+
+fn no_thread(cause: io::Error) -> Error {
+    Error::new(ErrorKind::Limits, "cannot start a thread").cause(cause)
 }
