@@ -27,7 +27,7 @@ pub const INITIAL: State =
 const BLOCK: usize = 64;
 
 /// Returns the size of every part but the last, in bytes, for a file of `size` bytes. It is a power of two that grows
-/// with the file, so that ladders stay small and each request is worth its round trip.
+/// with the file, so that ladders stay small. One request may cover several parts.
 pub fn part_size(size: u64) -> u64 {
     let minimum = if size > limits::LARGE_FILE_BYTES { 2 * limits::PART_BYTES_MIN } else { limits::PART_BYTES_MIN };
     minimum.max(size.div_ceil(limits::PARTS_MAX).next_power_of_two())
@@ -368,9 +368,9 @@ mod tests {
 
     #[test]
     fn part_sizes_keep_ladders_small() {
-        assert_eq!(part_size(0), 8 << 20);
-        assert_eq!(part_size(1 << 30), 8 << 20);
-        assert_eq!(part_size((1 << 30) + 1), 16 << 20);
+        assert_eq!(part_size(0), 4 << 20);
+        assert_eq!(part_size(1 << 30), 4 << 20);
+        assert_eq!(part_size((1 << 30) + 1), 8 << 20);
         let huge = 800_000_000_000;
         let states = vec![INITIAL; usize::try_from(huge / part_size(huge)).expect("fits")];
         let ladder = Ladder::new(part_size(huge), states).expect("a ladder");

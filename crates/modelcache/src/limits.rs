@@ -74,13 +74,13 @@ pub const RESPONSE_BYTES_MAX: u64 = 16 * MIB;
 /// Maximum size of a file, in bytes: 5 TiB, the maximum size of an S3 object.
 pub const FILE_BYTES_MAX: u64 = 5 * 1024 * GIB;
 
-/// Minimum size of a part, in bytes, so that a request is worth its round trip.
-pub const PART_BYTES_MIN: u64 = 8 * MIB;
+/// Minimum size of a part, in bytes, so that ladders stay small.
+pub const PART_BYTES_MIN: u64 = 4 * MIB;
 
 /// Maximum number of parts in one file. Limits a ladder to 512 KiB of SHA-256 states.
 pub const PARTS_MAX: u64 = 16_384;
 
-/// A file above this size, in bytes, has parts of at least twice [`PART_BYTES_MIN`], so that it needs fewer requests.
+/// A file above this size, in bytes, has parts of at least twice [`PART_BYTES_MIN`], so that its ladder stays small.
 pub const LARGE_FILE_BYTES: u64 = GIB;
 
 /// Maximum number of redirects that one request follows.

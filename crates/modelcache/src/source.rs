@@ -57,6 +57,12 @@ pub trait Source: fmt::Debug + Send + Sync {
         false
     }
 
+    /// Returns a name for the server or bucket that sends the bytes, if it is known, without credentials. The number of
+    /// concurrent requests that was right for it is remembered under this name.
+    fn endpoint(&self) -> Option<String> {
+        self.store()
+    }
+
     /// Returns the bucket or folder that contains the files, as `s3://bucket` or `file:///folder`, if there is one and
     /// it is known. Files in the bucket or folder of the remote are not uploaded to the remote a second time.
     fn store(&self) -> Option<String> {

@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime};
 
 /// Number of parts of the large file. One can be missing while the others are staged.
 const PARTS: u64 = 5;
-const PART: u64 = 8 * MIB;
+const PART: u64 = 4 * MIB;
 
 fn large() -> Content {
     Content::generated(7, PARTS * PART - 1000)
@@ -29,11 +29,15 @@ fn run(house: &House, dir: &str) -> Run {
     house.on_local(dir).env("MODEL_CACHE_READ_TIMEOUT", "10m")
 }
 
-/// Starts a get and waits until all parts but one are in staging. That part stalls after its first MiB.
+/// Starts a get and waits until all parts but one are in staging. That part stalls after its first MiB, and after the
+/// second MiB on its second connection. A third one is never opened.
 fn stalled(house: &House) -> Running {
-    house.hub.faults().add(HubFault::stall(MIB, Duration::from_secs(600)).on("large.bin").once());
+    let stall = HubFault::stall(MIB, Duration::from_secs(600)).on("large.bin").after_skipping(PARTS - 1);
+    let stalls = house.hub.faults().add(stall);
     let running = run(house, "a").start(["get", "hf://org/large"]);
     wait_until("all parts but one are in staging", || house.marked_parts("a") == PARTS - 1);
+    wait_until("both connections have stalled", || stalls.count() == 2);
+    house.hub.faults().clear();
     running
 }
 
@@ -167,7 +171,7 @@ fn a_waiter_reports_the_progress_of_the_leader() {
     std::thread::sleep(Duration::from_millis(2500));
     waiter.signal("INT");
     let said = waiter.wait();
-    assert!(said.stderr.contains("waiting for another download") && said.stderr.contains("of 41.9 MB"), "{said}");
+    assert!(said.stderr.contains("waiting for another download") && said.stderr.contains("of 21.0 MB"), "{said}");
     leader.signal("KILL");
     leader.wait();
 }
@@ -197,7 +201,7 @@ fn leftovers_of_a_killed_fill_are_removed_before_a_published_artifact_is_evicted
     let house = house_with_large();
     house.hub.repo("org/small").commit().generated("s.bin", 3, 6 * MIB).publish().unwrap();
     house.hub.repo("org/other").commit().generated("o.bin", 4, 20 * MIB).publish().unwrap();
-    let small = |args: &[&str]| run(&house, "a").env("MODEL_CACHE_MAX_BYTES", "50MiB").run(args);
+    let small = |args: &[&str]| run(&house, "a").env("MODEL_CACHE_MAX_BYTES", "40MiB").run(args);
     small(&["get", "hf://org/small"]).path();
     let running = stalled(&house);
     running.signal("KILL");

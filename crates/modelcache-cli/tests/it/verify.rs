@@ -29,7 +29,7 @@ fn put(house: &House, dir: &str) -> PathBuf {
     house.on(dir).run(["get", "m@1"]).path()
 }
 
-/// Content of three parts of up to 8 MiB.
+/// Content of five parts of up to 4 MiB.
 fn weights() -> Content {
     Content::generated(5, 17 * MIB)
 }
@@ -75,7 +75,7 @@ fn silent_rot_is_found_with_its_part_and_not_served_any_more() {
     assert_eq!(found.code, Some(5), "{found}");
     let finding = finding(&found);
     assert_eq!((&finding["path"], &finding["problem"]), (&"weights.bin".into(), &"wrong-bytes".into()));
-    assert_eq!(finding["bad_parts"], serde_json::json!([{"index": 1, "start": 8 * MIB, "end": 16 * MIB}]));
+    assert_eq!(finding["bad_parts"], serde_json::json!([{"index": 2, "start": 8 * MIB, "end": 12 * MIB}]));
     assert_eq!(text(&finding["expected"]), weights().sha256().unwrap());
     assert_ne!(finding["found"], finding["expected"]);
     assert_eq!(finding["withdrawn"], true);
@@ -101,7 +101,7 @@ fn the_text_output_names_file_part_digests_and_remedy() {
     let found = house.on("a").run(["verify", "m@1"]);
     assert_eq!(found.code, Some(5), "{found}");
     for message_part in
-        ["bad ", "m@1", "weights.bin: wrong bytes in part 2 (bytes 16777216-17825791)", "expected sha256", "found "]
+        ["bad ", "m@1", "weights.bin: wrong bytes in part 4 (bytes 16777216-17825791)", "expected sha256", "found "]
     {
         assert!(found.stdout.contains(message_part), "{message_part:?}: {found}");
     }
@@ -330,7 +330,7 @@ fn a_flipped_bit_on_the_remote_is_found_by_reading_and_repaired_from_disk() {
     let finding = finding(&found);
     assert_eq!(
         (&finding["problem"], &finding["bad_parts"][0]["index"]),
-        (&"wrong-bytes".into(), &1.into()),
+        (&"wrong-bytes".into(), &2.into()),
         "{finding}"
     );
     assert_eq!(finding["withdrawn"], false);

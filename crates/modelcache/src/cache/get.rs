@@ -28,6 +28,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+/// The number of concurrent requests of a download of at least this many bytes is remembered.
+const REMEMBERED_BYTES_MIN: u64 = 64 << 20;
 /// Time between two attempts to acquire a lease during an eviction.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
@@ -316,11 +318,34 @@ impl Cache {
         progress: &Progress,
     ) -> Result<(Vec<DownloadedFile>, Option<StreamingUpload>)> {
         let streaming_upload = self.start_streaming_upload(plan, &mut to_download);
-        let _phase = progress.enter(Phase::Download, to_download.values().map(|file| file.entry.size).sum());
-        Ok((
-            self.0.downloader.download(to_download.into_values().collect(), purpose, progress).await?,
-            streaming_upload,
-        ))
+        let bytes = to_download.values().map(|file| file.entry.size).sum();
+        let _phase = progress.enter(Phase::Download, bytes);
+        // Small downloads neither need many connections nor show how many are right.
+        let large = to_download.values().next().filter(|_| bytes >= REMEMBERED_BYTES_MIN);
+        let endpoint = large.and_then(|file| file.sources.first()?.endpoint());
+        self.start_with_remembered_connections(endpoint.clone()).await;
+        let downloaded = self.0.downloader.download(to_download.into_values().collect(), purpose, progress).await?;
+        self.remember_connections(endpoint).await;
+        Ok((downloaded, streaming_upload))
+    }
+
+    /// Starts with the number of concurrent requests that was right for the endpoint before.
+    async fn start_with_remembered_connections(&self, endpoint: Option<String>) {
+        let Some(endpoint) = endpoint else { return };
+        let remembered = self.on_disk(move |disk| Ok(disk.remembered_connections(&endpoint))).await;
+        if let Ok(Some(connections)) = remembered {
+            self.0.downloader.start_at(connections);
+        }
+    }
+
+    /// Remembers the number of concurrent requests for the next process. Without it, that one starts more slowly.
+    async fn remember_connections(&self, endpoint: Option<String>) {
+        let Some(endpoint) = endpoint else { return };
+        let connections = self.0.downloader.proven_connections();
+        let remembered = self.on_disk(move |disk| disk.remember_connections(&endpoint, connections)).await;
+        if let Err(error) = remembered {
+            tracing::debug!(%error, "the number of concurrent requests was not remembered");
+        }
     }
 
     /// Step 6 of the main path.

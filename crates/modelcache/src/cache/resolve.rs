@@ -341,6 +341,11 @@ impl Source for TemplateOrigin {
         source.stated_by(path)
     }
 
+    fn endpoint(&self) -> Option<String> {
+        let (source, _) = self.located.get()?.as_ref()?;
+        source.endpoint()
+    }
+
     fn store(&self) -> Option<String> {
         let (source, _) = self.located.get()?.as_ref()?;
         source.store()

@@ -102,6 +102,11 @@ impl Layout {
         self.locks().join("changes")
     }
 
+    /// The number of concurrent requests that was right for each endpoint.
+    pub(crate) fn connections(&self) -> RootedPath {
+        self.locks().join("connections")
+    }
+
     /// A lock that is taken only to find out whether locks exclude other processes.
     pub(crate) fn probe_lock(&self) -> RootedPath {
         self.locks().join("probe")

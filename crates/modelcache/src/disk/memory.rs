@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 /// Returns the bytes that can be used before active memory is reclaimed; `None` if neither the machine nor a group
 /// reports a value.
-pub(super) fn free_bytes() -> Option<u64> {
+pub(crate) fn free_bytes() -> Option<u64> {
     let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|text| available(&text));
     let group =
         fs::read_to_string("/proc/self/cgroup").ok().and_then(|text| group_free(&text, Path::new("/sys/fs/cgroup")));

@@ -478,6 +478,10 @@ impl Source for HubSource {
         Tier::Origin
     }
 
+    fn endpoint(&self) -> Option<String> {
+        Some(Server(&self.hub.endpoint().ok()?).to_string())
+    }
+
     /// Returns `None` for a missing commit. A missing repository is an error, because it may be private and the message
     /// has a remedy.
     async fn manifest(&self) -> Result<Option<Manifest>> {

@@ -528,6 +528,10 @@ impl Source for WebSource {
         Tier::Origin
     }
 
+    fn endpoint(&self) -> Option<String> {
+        Some(Server(&self.file.url).to_string())
+    }
+
     /// A missing file is an error rather than `None`, because the message has a remedy.
     async fn manifest(&self) -> Result<Option<Manifest>> {
         let manifest = self.manifest.get_or_try_init(|| self.list()).await;

@@ -121,6 +121,10 @@ impl Source for RemoteSource {
         Tier::Remote
     }
 
+    fn endpoint(&self) -> Option<String> {
+        Some(self.remote.url().to_owned())
+    }
+
     async fn manifest(&self) -> Result<Option<Manifest>> {
         let contents = self.contents().await.context(&self.folder.key, Tier::Remote)?;
         Ok(contents.map(|contents| contents.manifest().clone()))

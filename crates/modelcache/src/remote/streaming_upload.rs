@@ -9,12 +9,13 @@
 //! were read from the generation that was verified.
 
 use super::Remote;
-use super::multipart::{Multipart, PartBuffer, SINGLE_BYTES_MAX};
+use super::multipart::{Multipart, PartBuffer};
 use super::pending_publish::PendingPublish;
 use crate::digest::Digest;
 use crate::disk::identity;
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::FilePath;
+use crate::limits::PART_BYTES_MIN;
 use crate::manifest::{FileIdentity, Manifest};
 use crate::runtime::blocking;
 use crate::transfer::{CompletedPart, PartSink, PartialFile, PartialFiles, spawn_cleanup};
@@ -27,7 +28,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 /// Unit of progress, in bytes. The part sizes of ladders and of uploads are multiples of it.
-const UNIT_BYTES: u64 = SINGLE_BYTES_MAX;
+const UNIT_BYTES: u64 = PART_BYTES_MIN;
 
 /// The files that a fill has verified, with their identity on disk and their digest.
 pub(crate) type VerifiedFiles = BTreeMap<FilePath, (FileIdentity, Digest)>;

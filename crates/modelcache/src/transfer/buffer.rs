@@ -1,8 +1,8 @@
 //! Pool of page-aligned buffers, shared by all fills: it bounds the memory of all downloads.
 //!
-//! The pool has [`BUFFERS_MAX`] buffers, or fewer if address space is limited. If all are in use, a task that needs a
-//! buffer waits, and bytes that arrive stay in the kernel. Deadlock cannot occur, because no task waits for a second
-//! buffer while it holds a first one.
+//! The pool has a fixed number of bytes, and gives smaller buffers if there are many connections. If all bytes are in
+//! use, a task that needs a buffer waits, and bytes that arrive stay in the kernel. Deadlock cannot occur, because no
+//! task waits for a second buffer while it holds a first one.
 
 use crate::disk::ALIGNMENT;
 use crate::mutex::Mutex;
@@ -10,86 +10,111 @@ use std::ops::Deref;
 use std::sync::Arc;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Size of a slice, the unit of I/O: the bytes that are received, hashed and written at a time.
+/// Largest size of a slice, the unit of I/O: the bytes that are received, hashed and written at a time.
 pub(crate) const SLICE_BYTES: usize = 512 << 10;
-/// Maximum number of buffers in the pool: 24 MiB in total.
-const BUFFERS_MAX: usize = 48;
-/// Lower bound on the number of buffers, however little address space is left.
-const BUFFERS_MIN: usize = 8;
+/// Smallest size of a slice that does not end a part. Smaller ones would cost too many system calls.
+const SLICE_BYTES_MIN: usize = 64 << 10;
+/// Lower bound on the size of the pool in bytes, however little address space is left.
+const POOL_BYTES_MIN: usize = 8 * SLICE_BYTES;
 
 /// A pool of reusable buffers. Clones share one pool.
 #[derive(Debug, Clone)]
 pub(crate) struct BufferPool {
     /// The memory of free buffers that were used before.
     idle: Arc<Mutex<Vec<Vec<u8>>>>,
-    /// One permit for each free buffer.
+    /// One permit for each [`SLICE_BYTES_MIN`] that are free.
     permits: Arc<Semaphore>,
-    /// Number of buffers, in use and free.
-    buffers: usize,
+    /// Bytes of all buffers, in use and free.
+    bytes: usize,
 }
 
-/// A buffer of [`SLICE_BYTES`]; its memory starts at a multiple of [`ALIGNMENT`].
+/// A buffer for one slice; its memory starts at a multiple of [`ALIGNMENT`].
 #[derive(Debug)]
 pub(crate) struct Buffer {
     storage: Vec<u8>,
     start: usize,
     len: usize,
     idle: Arc<Mutex<Vec<Vec<u8>>>>,
-    /// Returns the permit to the pool on drop. `None` only if the semaphore were closed, which never happens.
+    /// Returns the permits to the pool on drop. `None` only if the semaphore were closed, which never happens.
     _permit: Option<OwnedSemaphorePermit>,
 }
 
 impl BufferPool {
-    /// Creates a pool. If address space is limited, the pool takes at most a quarter of `address_space_left` (bytes).
-    pub(crate) fn new(address_space_left: Option<u64>) -> Self {
-        let fitting = |left: u64| usize::try_from(left / 4 / SLICE_BYTES as u64).unwrap_or(BUFFERS_MAX);
-        let buffers = address_space_left.map_or(BUFFERS_MAX, fitting).clamp(BUFFERS_MIN, BUFFERS_MAX);
-        Self { idle: Arc::default(), permits: Arc::new(Semaphore::new(buffers)), buffers }
+    /// Creates a pool of `bytes`. If address space is limited, it takes at most a quarter of `address_space_left`
+    /// (bytes).
+    pub(crate) fn new(bytes: usize, address_space_left: Option<u64>) -> Self {
+        let fitting = address_space_left.map_or(usize::MAX, |left| usize::try_from(left / 4).unwrap_or(usize::MAX));
+        let bytes = bytes.min(fitting).max(POOL_BYTES_MIN) / SLICE_BYTES * SLICE_BYTES;
+        Self { idle: Arc::default(), permits: Arc::new(Semaphore::new(bytes / SLICE_BYTES_MIN)), bytes }
     }
 
-    /// Returns an empty buffer. Waits until one is free.
-    pub(crate) async fn take(&self) -> Buffer {
-        self.buffer(self.permits.clone().acquire_owned().await.ok())
+    /// Returns the size of a slice for which `connections` connections get a buffer each, if that is possible.
+    pub(crate) fn slice_bytes(&self, connections: usize) -> usize {
+        let each = (self.bytes / connections.max(1)).clamp(SLICE_BYTES_MIN, SLICE_BYTES);
+        1 << each.ilog2()
+    }
+
+    /// Returns an empty buffer for a slice of `slice_bytes`. Waits until there is room for it.
+    pub(crate) async fn take(&self, slice_bytes: usize) -> Buffer {
+        self.buffer(slice_bytes, self.permits.clone().acquire_many_owned(permits_for(slice_bytes)).await.ok())
     }
 
     /// Returns a second buffer, for use while the workers have the first one, or `None` if half of the pool is in use:
     /// that half is reserved for first buffers.
-    pub(crate) fn spare(&self) -> Option<Buffer> {
+    pub(crate) fn spare(&self, slice_bytes: usize) -> Option<Buffer> {
         if self.is_half_used() {
             return None;
         }
-        Some(self.buffer(Some(self.permits.clone().try_acquire_owned().ok()?)))
+        let permit = self.permits.clone().try_acquire_many_owned(permits_for(slice_bytes)).ok()?;
+        Some(self.buffer(slice_bytes, Some(permit)))
     }
 
     /// Returns true if half of the pool or more is in use, so that second buffers should be returned.
     pub(crate) fn is_half_used(&self) -> bool {
-        self.permits.available_permits() <= self.buffers / 2
+        self.permits.available_permits() * SLICE_BYTES_MIN <= self.bytes / 2
     }
 
     /// Returns a buffer, reusing the memory of an earlier one if possible.
-    fn buffer(&self, permit: Option<OwnedSemaphorePermit>) -> Buffer {
-        let reused = self.idle.lock().pop();
-        let storage = reused.unwrap_or_else(|| vec![0; SLICE_BYTES + ALIGNMENT]);
+    fn buffer(&self, slice_bytes: usize, permit: Option<OwnedSemaphorePermit>) -> Buffer {
         // O_DIRECT needs aligned memory. The storage has `ALIGNMENT` spare bytes, so that an aligned start exists in
         // it.
+        let storage_bytes = slice_bytes + ALIGNMENT;
+        let reused = {
+            let mut idle = self.idle.lock();
+            // Memory of buffers of another size would not count against the size of the pool.
+            idle.retain(|storage| storage.len() == storage_bytes);
+            idle.pop()
+        };
+        let storage = reused.unwrap_or_else(|| vec![0; storage_bytes]);
         let start = storage.as_ptr().align_offset(ALIGNMENT);
         Buffer { storage, start, len: 0, idle: self.idle.clone(), _permit: permit }
     }
 }
 
+/// Returns the permits that a buffer of `slice_bytes` needs.
+fn permits_for(slice_bytes: usize) -> u32 {
+    slice_bytes.div_ceil(SLICE_BYTES_MIN) as u32
+}
+
 impl Buffer {
+    /// Returns the largest slice that fits, in bytes.
+    pub(crate) fn capacity(&self) -> usize {
+        self.storage.len() - ALIGNMENT
+    }
+
     /// Appends bytes until the buffer is full or holds `limit` bytes. Returns the number of bytes taken from `bytes`.
     pub(crate) fn fill(&mut self, bytes: &[u8], limit: usize) -> usize {
-        let taken = bytes.len().min(limit.min(SLICE_BYTES) - self.len);
+        let taken = bytes.len().min(limit.min(self.capacity()) - self.len);
         let end = self.start + self.len;
         self.storage[end..end + taken].copy_from_slice(&bytes[..taken]);
         self.len += taken;
         taken
     }
 
-    /// Returns a mutable slice of `len` bytes (at most [`SLICE_BYTES`]) to write into, replacing the previous content.
+    /// Returns a mutable slice of `len` bytes (at most [`capacity`](Self::capacity)) to write into, replacing the
+    /// previous content.
     pub(crate) fn space(&mut self, len: usize) -> &mut [u8] {
-        self.len = len.min(SLICE_BYTES);
+        self.len = len.min(self.capacity());
         &mut self.storage[self.start..self.start + self.len]
     }
 
@@ -118,34 +143,42 @@ impl Drop for Buffer {
 mod tests {
     use super::*;
 
+    const POOL_BYTES: usize = 24 << 20;
+
     #[test]
     fn buffers_are_aligned_bounded_and_reused() {
-        let pool = BufferPool::new(None);
-        for _ in 0..2 {
-            let mut buffer = pool.spare().expect("there is one");
+        let pool = BufferPool::new(POOL_BYTES, None);
+        for size in [SLICE_BYTES, SLICE_BYTES, SLICE_BYTES_MIN] {
+            let mut buffer = pool.spare(size).expect("there is one");
             assert_eq!(buffer.as_ptr() as usize % ALIGNMENT, 0);
             assert_eq!(buffer.fill(&[7; 10], 4), 4);
-            assert_eq!(buffer.fill(&vec![8; 2 * SLICE_BYTES], usize::MAX), SLICE_BYTES - 4);
-            assert_eq!((&buffer[..4], buffer.len()), (&[7; 4][..], SLICE_BYTES));
+            assert_eq!(buffer.fill(&vec![8; 2 * SLICE_BYTES], usize::MAX), size - 4);
+            assert_eq!((&buffer[..4], buffer.len()), (&[7; 4][..], size));
         }
-        assert_eq!(pool.idle.lock().len(), 1);
+        assert_eq!(pool.idle.lock().len(), 1, "memory of another size is released");
     }
 
     #[test]
     fn limited_address_space_makes_the_pool_smaller() {
-        let buffers = |left| BufferPool::new(left).buffers;
-        assert_eq!((buffers(Some(0)), buffers(Some(40 << 20)), buffers(Some(1 << 40))), (8, 20, 48));
+        let mib = |left| BufferPool::new(POOL_BYTES, left).bytes >> 20;
+        assert_eq!((mib(Some(0)), mib(Some(40 << 20)), mib(Some(1 << 40))), (4, 10, 24));
+    }
+
+    #[test]
+    fn many_connections_get_small_buffers() {
+        let kib = |connections| BufferPool::new(POOL_BYTES, None).slice_bytes(connections) >> 10;
+        assert_eq!([0, 16, 48, 49, 64, 192, 256, 10_000].map(kib), [512, 512, 512, 256, 256, 128, 64, 64]);
     }
 
     #[tokio::test]
-    async fn the_pool_never_has_more_than_its_maximum_of_buffers() {
-        let pool = BufferPool::new(None);
-        let mut all: Vec<_> = std::iter::from_fn(|| pool.spare()).take(2 * BUFFERS_MAX).collect();
-        assert_eq!(all.len(), BUFFERS_MAX / 2, "the other half is for first buffers");
-        for _ in 0..BUFFERS_MAX / 2 {
-            all.push(pool.take().await);
+    async fn the_pool_never_has_more_than_its_bytes() {
+        let (pool, all_buffers) = (BufferPool::new(POOL_BYTES, None), POOL_BYTES / SLICE_BYTES);
+        let mut all: Vec<_> = std::iter::from_fn(|| pool.spare(SLICE_BYTES)).take(2 * all_buffers).collect();
+        assert_eq!(all.len(), all_buffers / 2, "the other half is for first buffers");
+        for _ in 0..all_buffers / 2 {
+            all.push(pool.take(SLICE_BYTES).await);
         }
-        let mut waits = Box::pin(pool.take());
+        let mut waits = Box::pin(pool.take(SLICE_BYTES_MIN));
         assert!(futures::poll!(&mut waits).is_pending());
         all.pop();
         waits.await;

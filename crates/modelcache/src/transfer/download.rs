@@ -34,12 +34,18 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-/// Maximum number of parts between the in-order hash and the part to request next. Parts that arrive early are read
+/// Maximum number of bytes between the in-order hash and the part to request next. Parts that arrive early are read
 /// back for hashing. With this bound they are probably still in the page cache.
-const HASH_LAG_PARTS_MAX: u64 = 64;
-/// Maximum number of received parts that may wait for the in-order hash if hashing is slower than the network. Does not
+const HASH_LAG_BYTES_MAX: u64 = 1 << 30;
+/// Maximum number of received bytes that may wait for the in-order hash if hashing is slower than the network. Does not
 /// apply to a resumed file: its parts were received long ago.
-const UNHASHED_PARTS_MAX: usize = 8;
+const UNHASHED_BYTES_MAX: u64 = 128 << 20;
+/// Maximum number of bytes that one request covers.
+const REQUEST_BYTES_MAX: u64 = 16 << 20;
+/// Number of bytes that one request covers while the pace of the connections is unknown.
+const REQUEST_BYTES_FIRST: u64 = 8 << 20;
+/// How long one request should take. A shorter one is not worth its round trip, and a longer one ends after all others.
+const REQUEST_TIME: Duration = Duration::from_millis(250);
 /// How long a failed download waits for the files whose bytes are on the way. A file of one part is kept for the next
 /// fill only if it is complete.
 const SEAL_WAIT_MAX: Duration = Duration::from_secs(1);
@@ -139,6 +145,16 @@ impl Downloader {
     /// Returns the retry policy, which all requests of a cache share.
     pub(crate) fn retry(&self) -> &Retry {
         &self.retry
+    }
+
+    /// Allows this number of concurrent requests from the beginning, unless there was a download in this process.
+    pub(crate) fn start_at(&self, connections: usize) {
+        self.engine.limiter.start_at(connections);
+    }
+
+    /// Returns the number of concurrent requests that is known to be right.
+    pub(crate) fn proven_connections(&self) -> usize {
+        self.engine.limiter.proven_limit()
     }
 
     /// Downloads all `files`. Fails at the first file that no source delivers correctly.
@@ -453,11 +469,13 @@ async fn download_and_verify(task: PartTask, order: Order) -> Result<(FileEntry,
     Ok((entry, identity))
 }
 
-/// Downloads every part, as many concurrently as the limiter allows. Parts that a reader waits for come first.
+/// Downloads every part, with as many concurrent requests as the limiter allows. Parts that a reader waits for come
+/// first.
 async fn download_parts(task: &PartTask, order: Order) -> Result<(), PartFailure> {
     let size = task.file.entry.size;
-    let request_bytes = if task.one_stream { size.max(1) } else { task.part_size };
-    let mut queue = PartQueue::new(size.div_ceil(request_bytes), order);
+    let part_bytes = if task.one_stream { size.max(1) } else { task.part_size };
+    let group = (REQUEST_BYTES_MAX / part_bytes).max(1);
+    let mut queue = PartQueue::new(size.div_ceil(part_bytes), group, order);
     let mut running = JoinSet::new();
     while !queue.is_empty() {
         // Wait for a permit. Failed parts end the download meanwhile.
@@ -468,12 +486,12 @@ async fn download_parts(task: &PartTask, order: Order) -> Result<(), PartFailure
             }
         };
         // Choose the part only now, because a reader may have started while this task waited for the permit.
-        let (part, pause) = next_part(task, &mut queue, request_bytes, running.is_empty());
-        if let Some(part) = part {
-            queue.mark_requested(part);
-            let range = part * request_bytes..((part + 1) * request_bytes).min(size);
+        let (next, pause) = next_part(task, &mut queue, part_bytes, running.len());
+        if let Some((part, most)) = next {
+            let parts = queue.take_run(part, most, |part| task.resumable_parts.contains(&part));
+            let run = parts.start * part_bytes..(parts.end * part_bytes).min(size);
             let progress = task.progress.clone();
-            let download = task.clone().run(range, permit);
+            let download = task.clone().run(run, permit);
             running.spawn(async move { recording_retries(&progress, download).await });
             continue;
         }
@@ -491,25 +509,43 @@ async fn download_parts(task: &PartTask, order: Order) -> Result<(), PartFailure
     Ok(())
 }
 
-/// Returns the part to request now, or `None` and the time after which to try again.
-fn next_part(task: &PartTask, queue: &mut PartQueue, request_bytes: u64, is_idle: bool) -> (Option<u64>, Duration) {
-    let next = task.file.partial_file.next_part(queue, request_bytes);
-    let in_order = queue.peek();
-    // True if the in-order hash is so far behind that `part` should not be requested yet.
+/// Returns the number of parts that the next request may cover, if `queued` parts have not been requested yet.
+fn parts_per_request(task: &PartTask, part_bytes: u64, queued: usize) -> u64 {
+    let limiter = &task.engine.limiter;
+    let bytes = limiter.expected_bytes(REQUEST_TIME).unwrap_or(REQUEST_BYTES_FIRST).min(REQUEST_BYTES_MAX);
+    // Towards the end, requests become shorter, so that all connections have work until the last one ends.
+    let share = queued.div_ceil(2 * limiter.limit()) as u64;
+    bytes.div_ceil(part_bytes).min(share).max(1)
+}
+
+/// Returns the part to request now and the number of parts that the request may cover, or `None` and the time after
+/// which to try again.
+fn next_part(
+    task: &PartTask,
+    queue: &mut PartQueue,
+    part_bytes: u64,
+    running: usize,
+) -> (Option<(u64, u64)>, Duration) {
+    let next = task.file.partial_file.next_part(queue, part_bytes);
+    let (in_order, most) = (queue.peek(), parts_per_request(task, part_bytes, queue.len()));
+    let request = in_order.map(|part| (part, most));
+    // True if the in-order hash is so far behind that `part` should not be requested yet. On slow connections, the parts
+    // of all requests arrive at about the same time.
     let hash_lags = |part: u64| {
-        let ahead = task.writer.hashed_bytes().saturating_add(HASH_LAG_PARTS_MAX * request_bytes);
-        part * request_bytes > ahead
-            || task.resumable_parts.is_empty() && task.writer.parts_behind() > UNHASHED_PARTS_MAX
+        let ahead = task.writer.hashed_bytes().saturating_add(HASH_LAG_BYTES_MAX);
+        let behind = task.writer.parts_behind() as u64 * part_bytes;
+        part * part_bytes > ahead
+            || task.resumable_parts.is_empty() && behind > UNHASHED_BYTES_MAX.max(running as u64 * part_bytes)
     };
     match next {
-        // A waiting reader is served regardless of how far the hash lags behind.
-        NextPart::Demanded(part) => (Some(part), Duration::ZERO),
+        // A waiting reader is served regardless of how far the hash lags behind. It gets a connection for each part.
+        NextPart::Demanded(part) => (Some((part, 1)), Duration::ZERO),
         // Nothing is being downloaded: request a part in any case, so that the download always makes progress.
-        _ if is_idle => (in_order, Duration::ZERO),
+        _ if running == 0 => (request, Duration::ZERO),
         NextPart::Wait => (None, NEXT_DEMAND_WAIT),
         // Hashing is the bottleneck: wait for it instead of widening the gap.
         NextPart::Any if in_order.is_some_and(hash_lags) => (None, HASH_POLL_INTERVAL),
-        NextPart::Any => (in_order, Duration::MAX),
+        NextPart::Any => (request, Duration::MAX),
     }
 }
 

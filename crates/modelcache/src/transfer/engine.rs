@@ -3,13 +3,36 @@
 //! The engine lives as long as any cache that uses it. A forked child creates its own engine, because it does not
 //! inherit the requests and worker threads of its parent.
 
-use super::buffer::BufferPool;
+use super::buffer::{Buffer, BufferPool};
+use super::controller::CONCURRENCY_MIN;
 use super::limiter::Limiter;
 use super::workers::Workers;
+use crate::disk::free_memory;
 use crate::mutex::Mutex;
 use crate::runtime::address_space_left;
 use rustix::process::{Resource, getrlimit};
 use std::sync::{Arc, Weak};
+
+/// Lower bound on the memory that downloads may use, in bytes.
+const MEMORY_MIN: usize = 128 << 20;
+/// Upper bound on the memory that downloads may use, in bytes: enough for 512 connections.
+const MEMORY_MAX: usize = 512 << 20;
+/// Downloads may use this share of the free memory, as a divisor.
+const MEMORY_DIVISOR: u64 = 64;
+/// Shares of that memory for buffers and for connections, as fractions. The rest is for everything else.
+const POOL_SHARE: (usize, usize) = (3, 16);
+const CONNECTIONS_SHARE: (usize, usize) = (10, 16);
+/// Memory that the HTTP client needs for a connection whose bytes arrive faster than they are processed. Measured as the
+/// growth of the peak RSS from 32 to 224 connections.
+const CONNECTION_BYTES: usize = 640 << 10;
+/// Descriptors that a concurrent request may need if every request is for another file: for its connection, for two
+/// files, and for an upload that runs at the same time.
+const DESCRIPTORS_PER_REQUEST: u64 = 16;
+/// Descriptors that are enough for [`FILES_MAX`] files. Beyond them, two are kept for each request, because a redirect
+/// leads to a second connection.
+const DESCRIPTORS_FOR_FILES: u64 = 512;
+/// Upper bound on the number of files that are downloaded concurrently.
+const FILES_MAX: usize = 64;
 
 /// The resources that all fills of a process share.
 #[derive(Debug)]
@@ -38,12 +61,52 @@ impl Engine {
 
     fn new() -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let memory = memory_budget(free_memory());
+        let descriptors = getrlimit(Resource::Nofile).current;
         Self {
-            limiter: Limiter::new(getrlimit(Resource::Nofile).current),
-            buffers: BufferPool::new(address_space_left()),
+            limiter: Limiter::new(connections_max(memory, descriptors), files_max(descriptors)),
+            buffers: BufferPool::new(memory * POOL_SHARE.0 / POOL_SHARE.1, address_space_left()),
             workers: Workers::new(cores),
         }
     }
+
+    /// Returns an empty buffer. Waits until there is room for it.
+    pub(super) async fn buffer(&self) -> Buffer {
+        self.buffers.take(self.slice_bytes()).await
+    }
+
+    /// Returns a second buffer; see [`BufferPool::spare`].
+    pub(super) fn spare_buffer(&self) -> Option<Buffer> {
+        self.buffers.spare(self.slice_bytes())
+    }
+
+    /// Returns the size of a slice for which each connection gets a buffer.
+    fn slice_bytes(&self) -> usize {
+        self.buffers.slice_bytes(self.limiter.limit())
+    }
+}
+
+/// Returns the memory that downloads may use, in bytes, if `free` bytes are free now.
+fn memory_budget(free: Option<u64>) -> usize {
+    let share = free.map_or(MEMORY_MIN, |free| usize::try_from(free / MEMORY_DIVISOR).unwrap_or(MEMORY_MAX));
+    share.clamp(MEMORY_MIN, MEMORY_MAX)
+}
+
+/// Returns the highest number of concurrent requests, for a budget of `memory` bytes and the process's limit on
+/// descriptors, if it has one.
+fn connections_max(memory: usize, descriptors: Option<u64>) -> usize {
+    let by_memory = memory * CONNECTIONS_SHARE.0 / CONNECTIONS_SHARE.1 / CONNECTION_BYTES;
+    let by_descriptors = descriptors.map_or(usize::MAX, |all| {
+        let beyond = all.saturating_sub(DESCRIPTORS_FOR_FILES) / 2;
+        usize::try_from(beyond.max(all / DESCRIPTORS_PER_REQUEST)).unwrap_or(usize::MAX)
+    });
+    by_memory.min(by_descriptors).max(CONCURRENCY_MIN)
+}
+
+/// Returns the highest number of files that are downloaded concurrently.
+fn files_max(descriptors: Option<u64>) -> usize {
+    let fitting = descriptors.map_or(FILES_MAX as u64, |all| 2 * all / DESCRIPTORS_PER_REQUEST);
+    usize::try_from(fitting).unwrap_or(FILES_MAX).clamp(CONCURRENCY_MIN, FILES_MAX)
 }
 
 #[cfg(test)]
@@ -54,5 +117,19 @@ mod tests {
     fn all_fills_of_a_process_share_one_engine() {
         let one = Engine::shared();
         assert!(Arc::ptr_eq(&one, &Engine::shared()));
+    }
+
+    #[test]
+    fn connections_are_bounded_by_memory_and_descriptors() {
+        assert_eq!(
+            [None, Some(0), Some(1 << 30), Some(1 << 34)].map(memory_budget),
+            [128 << 20, 128 << 20, 128 << 20, 256 << 20]
+        );
+        assert_eq!(memory_budget(Some(1 << 50)), MEMORY_MAX);
+        assert_eq!(connections_max(MEMORY_MIN, None), 128);
+        assert_eq!(connections_max(MEMORY_MAX, Some(1 << 20)), 512);
+        let limits = [Some(1024), Some(512), Some(128), Some(1), None];
+        assert_eq!(limits.map(|limit| connections_max(MEMORY_MAX, limit)), [256, 32, 8, CONCURRENCY_MIN, 512]);
+        assert_eq!(limits.map(files_max), [64, 64, 16, CONCURRENCY_MIN, 64]);
     }
 }

@@ -1,37 +1,15 @@
 //! Adaptive limit on concurrent range requests, shared by all fills of the process.
 //!
-//! The controller hill-climbs on goodput: it raises the limit while throughput grows by at least 5 %, otherwise it
-//! reverts and waits before probing again. It halves the limit on 503 and 429, and resets it to the initial value when
-//! hashing or disk writes, not the network, are the bottleneck. One limiter serves all fills, because they share the
-//! machine's network, and all fills of a fleet often read from one server.
+//! The controller (`controller.rs`) decides how many requests may run. One limiter serves all fills, because they share
+//! the machine's network, and all fills of a fleet often read from one server.
 
+use super::controller::ConcurrencyController;
 use crate::mutex::Mutex;
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Initial number of concurrent requests.
-const CONCURRENCY_INITIAL: usize = 16;
-/// Lower bound on concurrent requests, so that repeated throttling cannot stop progress.
-const CONCURRENCY_MIN: usize = 4;
-/// Upper bound on concurrent requests. It bounds memory: each connection buffers up to 1 MiB that is not read yet.
-const CONCURRENCY_MAX: usize = 64;
-/// Measurement interval for goodput; about the duration of one part download on a fast link.
-const WINDOW: Duration = Duration::from_millis(200);
-/// Smallest growth of goodput, as a factor, for which a raised limit is kept.
-const GOODPUT_GAIN_MIN: f64 = 1.05;
-/// Windows to wait after an unsuccessful probe. Doubles after each further one, up to [`BACKOFF_WINDOWS_MAX`].
-const BACKOFF_WINDOWS: u32 = 2;
-/// Upper bound on the windows to wait after an unsuccessful probe.
-const BACKOFF_WINDOWS_MAX: u32 = 32;
-/// Windows to wait after a server throttled requests or the workers fell behind.
-const THROTTLED_WINDOWS: u32 = 10;
-/// Bytes credited to each completed request in addition to its body; see [`Limiter::record_completed`].
-const REQUEST_CREDIT_BYTES: u64 = 64 << 10;
-/// Upper bound on files that are downloaded concurrently. Each keeps a few descriptors open.
-const CONCURRENT_FILES_MAX: usize = 64;
 /// Number of recently completed requests with which the pace of a request is compared.
 const PEERS_MAX: usize = 32;
 /// Number of completed requests needed before another one can be judged slow.
@@ -39,7 +17,7 @@ const PEERS_MIN: usize = 3;
 /// A request is slow if it takes this many times as long as the median of its peers.
 const SLOW_FACTOR: f64 = 4.0;
 /// Minimum duration of a request before it can be judged slow.
-const SLOW_MIN: Duration = Duration::from_secs(1);
+const SLOW_MIN: Duration = Duration::from_millis(500);
 /// Latency of a request, expressed in bytes (1 MiB). It makes requests of different lengths comparable.
 const LATENCY_BYTES: f64 = 1_048_576.0;
 
@@ -50,24 +28,18 @@ pub(super) struct Limiter(Arc<SharedLimiter>);
 #[derive(Debug)]
 struct SharedLimiter {
     permits: Arc<Semaphore>,
-    /// Bytes received in the current window, including the credit of completed requests.
-    window_bytes: AtomicU64,
-    /// Slices handed to the workers in the current window.
-    slices: AtomicU64,
-    /// The slices among them that were queued behind a backlog.
-    waiting_slices: AtomicU64,
     state: Mutex<LimiterState>,
+    /// Maximum number of files that are downloaded concurrently.
+    files_max: usize,
 }
 
 #[derive(Debug)]
 struct LimiterState {
     controller: ConcurrencyController,
-    window_start: Instant,
+    /// The limit that the semaphore's permits reflect.
+    applied_limit: usize,
     /// Permits to discard when they are returned, because the limit was lowered while they were in use.
     surplus_permits: usize,
-    /// True if all permits were in use at the end of the previous window.
-    was_full: bool,
-    last_halved: Option<Instant>,
     /// Pace of recently completed requests, in seconds per byte.
     peers: VecDeque<f64>,
 }
@@ -79,28 +51,19 @@ pub(super) struct Permit {
     limiter: Limiter,
 }
 
+/// A response that is being received. Dropping it records its end.
+#[derive(Debug)]
+pub(super) struct Receiving(Limiter);
+
 impl Limiter {
-    /// Creates the limiter. `files_max` is the process's limit on open files, if known.
-    pub(super) fn new(files_max: Option<u64>) -> Self {
-        // Each request uses one connection. For each there are two open files with up to three descriptors, and the
-        // received bytes may be uploaded at the same time. A sixteenth of the limit leaves room for all of it.
-        let limit_max = files_max
-            .map_or(CONCURRENCY_MAX, |files| usize::try_from(files / 16).unwrap_or(CONCURRENCY_MAX))
-            .clamp(CONCURRENCY_MIN, CONCURRENCY_MAX);
-        let controller = ConcurrencyController::new(CONCURRENCY_INITIAL.min(limit_max), limit_max);
+    /// Creates the limiter. At most `limit_max` requests run concurrently, for at most `files_max` files.
+    pub(super) fn new(limit_max: usize, files_max: usize) -> Self {
+        let controller = ConcurrencyController::new(limit_max, Instant::now());
+        let applied_limit = controller.limit();
         Self(Arc::new(SharedLimiter {
-            permits: Arc::new(Semaphore::new(controller.limit)),
-            window_bytes: AtomicU64::new(0),
-            slices: AtomicU64::new(0),
-            waiting_slices: AtomicU64::new(0),
-            state: Mutex::new(LimiterState {
-                controller,
-                window_start: Instant::now(),
-                surplus_permits: 0,
-                was_full: false,
-                last_halved: None,
-                peers: VecDeque::new(),
-            }),
+            permits: Arc::new(Semaphore::new(applied_limit)),
+            state: Mutex::new(LimiterState { controller, applied_limit, surplus_permits: 0, peers: VecDeque::new() }),
+            files_max,
         }))
     }
 
@@ -117,68 +80,60 @@ impl Limiter {
         Some(Permit { permit: Some(permit), limiter: self.clone() })
     }
 
+    /// Starts at a limit that was right before, unless there was a download in this process.
+    pub(super) fn start_at(&self, limit: usize) {
+        self.update(|controller| controller.start_at(limit));
+    }
+
+    /// Returns the limit without a raise whose effect is not known yet.
+    pub(super) fn proven_limit(&self) -> usize {
+        self.0.state.lock().controller.proven_limit()
+    }
+
+    /// Returns the number of requests that may run concurrently.
+    pub(super) fn limit(&self) -> usize {
+        self.0.state.lock().applied_limit
+    }
+
     /// Returns true if permits are unused, so that the limit does not restrict throughput.
     pub(super) fn has_free_permits(&self) -> bool {
         self.0.permits.available_permits() > 0
     }
 
-    /// Returns the number of files to download concurrently: enough small files to keep all permits in use.
+    /// Returns the maximum number of files that are downloaded concurrently.
     pub(super) fn concurrent_files_max(&self) -> usize {
-        (2 * self.0.state.lock().controller.limit_max).min(CONCURRENT_FILES_MAX)
+        self.0.files_max
     }
 
-    /// Records `bytes` received and, at the end of a window, adjusts the limit.
+    /// Records that a response received its first bytes.
+    pub(super) fn begin_receiving(&self) -> Receiving {
+        self.0.state.lock().controller.begin_receiving();
+        Receiving(self.clone())
+    }
+
+    /// Records `bytes` received, and adjusts the limit if that ends a window of the controller.
     pub(super) fn record_received(&self, bytes: u64) {
-        let total = self.0.window_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        let mut state = self.0.state.lock();
-        let took = state.window_start.elapsed();
-        if took < WINDOW {
-            return;
-        }
-        self.0.window_bytes.store(0, Ordering::Relaxed);
-        let (slices, waiting) =
-            (self.0.slices.swap(0, Ordering::Relaxed), self.0.waiting_slices.swap(0, Ordering::Relaxed));
-        // A backlog for more than a quarter of the slices means that hashing or disk writes are the bottleneck.
-        let is_behind = 4 * waiting > slices;
-        // The goodput of a window in which permits were unused says nothing about the right limit.
-        let is_full = !self.has_free_permits() && !is_behind;
-        // Then more requests would only buffer bytes in memory.
-        if is_behind && state.controller.limit > CONCURRENCY_INITIAL {
-            let limit = state.controller.reset_to(CONCURRENCY_INITIAL);
-            self.adjust(&mut state, limit);
-        }
-        // Judge only windows that began and ended at the limit, and that no pause stretched.
-        if is_full && state.was_full && took < 5 * WINDOW {
-            let limit = state.controller.end_window(total as f64 / took.as_secs_f64());
-            self.adjust(&mut state, limit);
-        }
-        (state.window_start, state.was_full) = (Instant::now(), is_full);
+        let is_full = !self.has_free_permits();
+        self.update(|controller| controller.record_received(bytes, Instant::now(), is_full));
     }
 
     /// Records that a slice was handed to the workers. `waits` is true if it was queued behind a backlog.
     pub(super) fn record_queued_slice(&self, waits: bool) {
-        self.0.slices.fetch_add(1, Ordering::Relaxed);
-        self.0.waiting_slices.fetch_add(u64::from(waits), Ordering::Relaxed);
+        self.0.state.lock().controller.record_queued_slice(waits);
     }
 
-    /// Halves the limit after a server answered 503 or 429. Concurrent requests are throttled together, so this takes
-    /// effect at most once per window.
+    /// Lowers the limit after a server answered 503 or 429.
     pub(super) fn record_throttled(&self) {
-        let mut state = self.0.state.lock();
-        if state.last_halved.is_some_and(|last| last.elapsed() < WINDOW) {
-            return;
+        if self.update(|controller| controller.record_throttled(Instant::now())) {
+            let limit = self.limit();
+            tracing::debug!(limit, "a server throttled a request; halving the limit on concurrent requests");
         }
-        state.last_halved = Some(Instant::now());
-        let limit = state.controller.halve();
-        self.adjust(&mut state, limit);
-        tracing::debug!(limit, "a server throttled a request; halving the limit on concurrent requests");
     }
 
     /// Records that a request for `bytes` was completed after `took`.
     pub(super) fn record_completed(&self, bytes: u64, took: Duration) {
-        // Small files carry few bytes per request. The credit lets the controller see that more requests help even when
-        // throughput is bound by latency.
-        self.record_received(REQUEST_CREDIT_BYTES);
+        let is_full = !self.has_free_permits();
+        self.update(|controller| controller.record_completed(Instant::now(), is_full));
         let mut state = self.0.state.lock();
         if state.peers.len() == PEERS_MAX {
             state.peers.pop_front();
@@ -186,22 +141,32 @@ impl Limiter {
         state.peers.push_back(took.as_secs_f64() / (bytes as f64 + LATENCY_BYTES));
     }
 
-    /// Returns true if a request for `bytes` that has taken `elapsed` so far is far slower than its peers were.
+    /// Returns true if a request that has received `bytes` in `elapsed` is far slower than its peers were.
     pub(super) fn is_slow(&self, bytes: u64, elapsed: Duration) -> bool {
-        if elapsed < SLOW_MIN {
-            return false;
-        }
-        let mut peers: Vec<f64> = self.0.state.lock().peers.iter().copied().collect();
-        if peers.len() < PEERS_MIN {
-            return false;
-        }
-        peers.sort_by(f64::total_cmp);
-        elapsed.as_secs_f64() > SLOW_FACTOR * peers[peers.len() / 2] * (bytes as f64 + LATENCY_BYTES)
+        elapsed >= SLOW_MIN
+            && self.peer_pace().is_some_and(|pace| {
+                let expected = (bytes as f64 + LATENCY_BYTES) * pace;
+                elapsed.as_secs_f64() > SLOW_FACTOR * expected
+            })
     }
 
-    /// Changes the total number of permits, used and free, to `limit`.
-    fn adjust(&self, state: &mut LimiterState, limit: usize) {
-        let applied = state.controller.applied_limit;
+    /// Returns the bytes that a request receives in `time`, by the median of its peers; `None` before there are enough.
+    pub(super) fn expected_bytes(&self, time: Duration) -> Option<u64> {
+        Some((time.as_secs_f64() / self.peer_pace()?) as u64)
+    }
+
+    /// Returns the median pace of recently completed requests, in seconds per byte; `None` if there are too few.
+    fn peer_pace(&self) -> Option<f64> {
+        let mut peers: Vec<f64> = self.0.state.lock().peers.iter().copied().collect();
+        peers.sort_by(f64::total_cmp);
+        peers.get(peers.len() / 2).copied().filter(|_| peers.len() >= PEERS_MIN)
+    }
+
+    /// Updates the controller and applies its limit to the permits.
+    fn update<T>(&self, change: impl FnOnce(&mut ConcurrencyController) -> T) -> T {
+        let mut state = self.0.state.lock();
+        let result = change(&mut state.controller);
+        let (limit, applied) = (state.controller.limit(), state.applied_limit);
         if limit > applied {
             // First keep permits that were to be discarded, then create new ones.
             let reused = state.surplus_permits.min(limit - applied);
@@ -212,12 +177,14 @@ impl Limiter {
             // Free permits are removed now, those in use when they are returned (`Permit::drop`).
             state.surplus_permits += surplus - self.0.permits.forget_permits(surplus);
         }
-        state.controller.applied_limit = limit;
+        state.applied_limit = limit;
+        result
     }
+}
 
-    #[cfg(test)]
-    fn limit(&self) -> usize {
-        self.0.state.lock().controller.limit
+impl Drop for Receiving {
+    fn drop(&mut self) {
+        self.0.0.state.lock().controller.end_receiving();
     }
 }
 
@@ -233,135 +200,14 @@ impl Drop for Permit {
     }
 }
 
-/// Hill climbing for the best limit. It has no clock and does no I/O; its only input is the goodput of each window.
-#[derive(Debug)]
-struct ConcurrencyController {
-    limit: usize,
-    /// The limit that the semaphore's permits reflect.
-    applied_limit: usize,
-    limit_max: usize,
-    phase: Phase,
-    /// Goodput before the last raise, in bytes per second.
-    goodput_before: f64,
-    /// True until the first unsuccessful probe. Until then the limit grows in larger steps.
-    never_reverted: bool,
-    /// Windows to wait after the next unsuccessful probe.
-    backoff_windows: u32,
-}
-
-#[derive(Debug, Clone, Copy)]
-enum Phase {
-    /// The next window measures the goodput at the present limit.
-    Measure,
-    /// The limit was just raised from this value; the next window mixes both limits and is ignored.
-    Settle(usize),
-    /// The next window decides whether the raise from this value is kept.
-    Judge(usize),
-    /// This many windows are skipped before the next probe.
-    Backoff(u32),
-}
-
-impl ConcurrencyController {
-    fn new(limit: usize, limit_max: usize) -> Self {
-        Self {
-            limit,
-            applied_limit: limit,
-            limit_max,
-            phase: Phase::Measure,
-            goodput_before: 0.0,
-            never_reverted: true,
-            backoff_windows: BACKOFF_WINDOWS,
-        }
-    }
-
-    /// Takes the goodput of the window that ended, in bytes per second, and returns the limit from now on.
-    fn end_window(&mut self, goodput: f64) -> usize {
-        self.phase = match self.phase {
-            Phase::Backoff(left @ 1..) => Phase::Backoff(left - 1),
-            Phase::Backoff(0) | Phase::Measure => self.raise(goodput),
-            Phase::Settle(from) => Phase::Judge(from),
-            Phase::Judge(_) if goodput >= self.goodput_before * GOODPUT_GAIN_MIN => {
-                // The raise paid off: keep it and probe higher.
-                self.backoff_windows = BACKOFF_WINDOWS;
-                self.raise(goodput)
-            }
-            Phase::Judge(from) => {
-                // The raise did not pay off: revert it and wait, longer after each failure.
-                let backoff_windows = self.backoff_windows;
-                (self.limit, self.never_reverted, self.backoff_windows) =
-                    (from, false, (2 * backoff_windows).min(BACKOFF_WINDOWS_MAX));
-                Phase::Backoff(backoff_windows)
-            }
-        };
-        self.limit
-    }
-
-    /// Raises the limit by half, or by a quarter after a failed probe. At the maximum it only waits.
-    fn raise(&mut self, goodput: f64) -> Phase {
-        let (from, stride) = (self.limit, if self.never_reverted { self.limit / 2 } else { self.limit / 4 });
-        if from == self.limit_max {
-            return Phase::Backoff(BACKOFF_WINDOWS_MAX);
-        }
-        self.goodput_before = goodput;
-        self.limit = (from + stride.max(1)).min(self.limit_max);
-        Phase::Settle(from)
-    }
-
-    /// Halves the limit and returns the result.
-    fn halve(&mut self) -> usize {
-        self.reset_to((self.limit / 2).max(CONCURRENCY_MIN))
-    }
-
-    /// Sets the limit and waits before the next probe.
-    fn reset_to(&mut self, limit: usize) -> usize {
-        (self.limit, self.phase, self.never_reverted) = (limit, Phase::Backoff(THROTTLED_WINDOWS), false);
-        limit
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// Returns the controller after `windows` windows on a network with the goodput `goodput(limit)`.
-    fn controller_after(windows: usize, goodput: impl Fn(usize) -> f64) -> ConcurrencyController {
-        let mut controller = ConcurrencyController::new(CONCURRENCY_INITIAL, CONCURRENCY_MAX);
-        for _ in 0..windows {
-            controller.end_window(goodput(controller.limit));
-        }
-        controller
-    }
-
-    #[test]
-    fn a_raised_limit_is_kept_while_each_connection_adds_throughput() {
-        // 60 MB/s a connection, 3 GB/s in all.
-        let shaped = |limit: usize| (limit as f64 * 60e6).min(3e9);
-        let found = controller_after(12, shaped).limit;
-        assert!(shaped(found) >= 0.95 * 3e9, "limit {found}");
-    }
-
-    #[test]
-    fn a_raised_limit_is_reverted_when_goodput_does_not_grow() {
-        let mut controller = controller_after(3, |_| 1e9);
-        assert_eq!(controller.limit, CONCURRENCY_INITIAL, "after one probe");
-        let probes = (0..100).filter(|_| controller.end_window(1e9) > CONCURRENCY_INITIAL).count();
-        assert!((1..30).contains(&probes), "{probes} of 100 windows probe a higher limit");
-    }
-
-    #[test]
-    fn a_throttled_limiter_halves_down_to_the_minimum_and_recovers() {
-        let mut controller = controller_after(0, |_| 0.0);
-        let halved: Vec<_> = (0..4).map(|_| controller.halve()).collect();
-        assert_eq!(halved, [8, 4, 4, 4]);
-        for _ in 0..60 {
-            controller.end_window(controller.limit as f64 * 50e6);
-        }
-        assert!(controller.limit >= CONCURRENCY_INITIAL, "{}", controller.limit);
-    }
+    use crate::transfer::controller::CONCURRENCY_INITIAL;
 
     #[tokio::test]
     async fn a_lower_limit_takes_effect_as_permits_are_returned() {
-        let limiter = Limiter::new(None);
+        let limiter = Limiter::new(64, 64);
         let mut held = Vec::new();
         for _ in 0..CONCURRENCY_INITIAL {
             held.push(limiter.acquire().await);
@@ -372,33 +218,24 @@ mod tests {
         held.truncate(CONCURRENCY_INITIAL / 2);
         assert!(limiter.try_acquire().is_none(), "returned permits are discarded");
         held.clear();
-        let mut free: Vec<_> = std::iter::from_fn(|| limiter.try_acquire()).take(CONCURRENCY_MAX).collect();
+        let free: Vec<_> = std::iter::from_fn(|| limiter.try_acquire()).take(64).collect();
         assert_eq!(free.len(), CONCURRENCY_INITIAL / 2);
-        free.clear();
-        let mut state = limiter.0.state.lock();
-        let limit = state.controller.limit_max;
-        limiter.adjust(&mut state, limit);
-        drop(state);
-        assert_eq!(
-            std::iter::from_fn(|| limiter.try_acquire()).take(2 * CONCURRENCY_MAX).collect::<Vec<_>>().len(),
-            CONCURRENCY_MAX
-        );
     }
 
     #[test]
-    fn few_descriptors_mean_few_requests() {
-        assert_eq!(Limiter::new(Some(128)).limit(), 8);
-        assert_eq!(Limiter::new(Some(1)).limit(), CONCURRENCY_MIN);
-        assert_eq!(Limiter::new(Some(1 << 20)).limit(), CONCURRENCY_INITIAL);
+    fn the_limit_never_exceeds_its_maximum() {
+        assert_eq!([1, 8, 1000].map(|most| Limiter::new(most, 64).limit()), [1, 8, CONCURRENCY_INITIAL]);
     }
 
     #[test]
     fn slow_is_far_slower_than_the_peers() {
-        let limiter = Limiter::new(None);
+        let limiter = Limiter::new(64, 64);
         let (mib, second) = (1 << 20, Duration::from_secs(1));
         assert!(!limiter.is_slow(8 * mib, 60 * second), "without peers no request is slow");
-        (0..PEERS_MIN).for_each(|_| limiter.record_completed(8 * mib, second));
-        assert!(!limiter.is_slow(8 * mib, 3 * second) && limiter.is_slow(8 * mib, 5 * second));
-        assert!(!limiter.is_slow(80 * mib, 5 * second), "ten times the bytes may take longer");
+        assert_eq!(limiter.expected_bytes(second), None);
+        (0..PEERS_MIN).for_each(|_| limiter.record_completed(7 * mib, second));
+        assert!(!limiter.is_slow(7 * mib, 3 * second) && limiter.is_slow(7 * mib, 5 * second));
+        assert!(!limiter.is_slow(79 * mib, 5 * second), "ten times the bytes may take longer");
+        assert_eq!(limiter.expected_bytes(second), Some(8 * mib));
     }
 }

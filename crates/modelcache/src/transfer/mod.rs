@@ -1,13 +1,14 @@
 //! Transfer engine: downloads files from [sources](crate::source) into staging, verified part by part.
 //!
 //! `Downloader` is the entry point. `download.rs` runs the files of one fill, `part.rs` one range of a file, and
-//! `workers.rs` hashes and writes slices. `limiter.rs`, `hedge.rs` and `order.rs` decide how many requests run, which
+//! `workers.rs` hashes and writes slices. `controller.rs`, `hedge.rs` and `order.rs` decide how many requests run, which
 //! one gets a second connection, and in which order parts are requested; they do no I/O. `retry.rs` holds the only
 //! retry policy, and `pauses.rs` the waits that servers ask for. `partial_file.rs` connects a download with the readers
 //! of a file that is not complete yet.
 
 mod buffer;
 mod cleanup;
+mod controller;
 mod download;
 mod engine;
 mod hedge;
@@ -21,6 +22,8 @@ mod part_sink;
 mod partial_file;
 mod pauses;
 mod retry;
+#[cfg(test)]
+mod simulation;
 mod workers;
 
 pub(crate) use cleanup::spawn_cleanup;

@@ -3,13 +3,13 @@
 //! If all nodes of a fleet start together and use one order, they all read the same part at the same time. A random
 //! order spreads the load over all parts. Parts that are verified by a ladder may be requested in any order. A file
 //! that is hashed in order is requested nearly sequentially. Parts that a reader waits for come before this order
-//! (`partial_file.rs`).
+//! (`partial_file.rs`). Groups of consecutive parts stay together, because one request may cover several of them.
 
 use rand::seq::SliceRandom;
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-/// Number of consecutive parts that are shuffled among themselves if the file is hashed in order.
+/// Number of consecutive groups that are shuffled among themselves if the file is hashed in order.
 const SHUFFLE_WINDOW: usize = 8;
 
 /// The order in which the parts of one file are requested.
@@ -17,7 +17,7 @@ const SHUFFLE_WINDOW: usize = 8;
 pub(super) enum Order {
     /// Random over the whole file.
     Any,
-    /// Random within consecutive windows of [`SHUFFLE_WINDOW`] parts.
+    /// Random within consecutive windows of [`SHUFFLE_WINDOW`] groups.
     Windowed,
     /// One after the other. Used if several files share the connections, so that each part is hashed on arrival.
     Sequential,
@@ -33,9 +33,16 @@ pub(super) struct PartQueue {
 }
 
 impl PartQueue {
-    /// Creates a queue of the parts `0..count`.
-    pub(super) fn new(count: u64, order: Order) -> Self {
-        Self { in_order: parts(count, order).into_iter(), parts: (0..count).collect() }
+    /// Creates a queue of the parts `0..count`. Each `group` consecutive parts stay together.
+    pub(super) fn new(count: u64, group: u64, order: Order) -> Self {
+        let groups = ordered(count.div_ceil(group), order);
+        let parts = groups.into_iter().flat_map(|index| index * group..((index + 1) * group).min(count));
+        Self { in_order: parts.collect::<Vec<_>>().into_iter(), parts: (0..count).collect() }
+    }
+
+    /// Returns the number of parts that are still queued.
+    pub(super) fn len(&self) -> usize {
+        self.parts.len()
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -59,21 +66,29 @@ impl PartQueue {
         None
     }
 
-    /// Removes `part`, which is being requested.
-    pub(super) fn mark_requested(&mut self, part: u64) {
-        self.parts.remove(&part);
+    /// Removes `first` and the queued parts that follow it without a gap, `most` parts in all, and returns them. They
+    /// are requested together. A part for which `alone` is true is returned on its own.
+    pub(super) fn take_run(&mut self, first: u64, most: u64, alone: impl Fn(u64) -> bool) -> Range<u64> {
+        let mut end = first + 1;
+        while !alone(first) && end - first < most && self.parts.contains(&end) && !alone(end) {
+            end += 1;
+        }
+        for part in first..end {
+            self.parts.remove(&part);
+        }
+        first..end
     }
 }
 
-/// Returns the parts `0..count`, ordered by `order`.
-fn parts(count: u64, order: Order) -> Vec<u64> {
-    let mut parts: Vec<u64> = (0..count).collect();
+/// Returns the groups `0..count`, ordered by `order`.
+fn ordered(count: u64, order: Order) -> Vec<u64> {
+    let mut groups: Vec<u64> = (0..count).collect();
     match order {
-        Order::Any => parts.shuffle(&mut rand::rng()),
-        Order::Windowed => parts.chunks_mut(SHUFFLE_WINDOW).for_each(|window| window.shuffle(&mut rand::rng())),
+        Order::Any => groups.shuffle(&mut rand::rng()),
+        Order::Windowed => groups.chunks_mut(SHUFFLE_WINDOW).for_each(|window| window.shuffle(&mut rand::rng())),
         Order::Sequential => {}
     }
-    parts
+    groups
 }
 
 #[cfg(test)]
@@ -82,23 +97,35 @@ mod tests {
 
     #[test]
     fn a_part_requested_out_of_order_is_not_requested_again() {
-        let mut queue = PartQueue::new(5, Order::Sequential);
+        let mut queue = PartQueue::new(5, 1, Order::Sequential);
         assert_eq!(queue.first_in(1..9), Some(1));
-        [1, 0].into_iter().for_each(|part| queue.mark_requested(part));
+        [1, 0].into_iter().for_each(|part| assert_eq!(queue.take_run(part, 1, |_| false), part..part + 1));
         assert_eq!((queue.first_in(0..2), queue.first_in(0..3)), (None, Some(2)));
-        let rest = std::iter::from_fn(|| queue.peek().inspect(|part| queue.mark_requested(*part)));
+        let rest = std::iter::from_fn(|| queue.peek().map(|part| queue.take_run(part, 1, |_| false).start));
         assert_eq!(rest.collect::<Vec<_>>(), [2, 3, 4]);
         assert!(queue.is_empty());
     }
 
     #[test]
-    fn every_part_is_queued_once_and_shuffled_within_its_window() {
+    fn a_run_ends_before_a_gap_and_before_a_part_that_must_be_alone() {
+        let mut queue = PartQueue::new(9, 4, Order::Sequential);
+        let alone = |part| part == 7;
+        assert_eq!(queue.take_run(2, 1, alone), 2..3);
+        assert_eq!(queue.take_run(0, 4, alone), 0..2);
+        assert_eq!(queue.take_run(3, 2, alone), 3..5);
+        assert_eq!(queue.take_run(5, 4, alone), 5..7);
+        assert_eq!(queue.take_run(7, 4, alone), 7..8);
+        assert_eq!((queue.peek(), queue.len()), (Some(8), 1));
+    }
+
+    #[test]
+    fn every_group_is_queued_once_and_shuffled_within_its_window() {
         for order in [Order::Any, Order::Windowed, Order::Sequential] {
-            let (one, other) = (parts(1000, order), parts(1000, order));
+            let (one, other) = (ordered(1000, order), ordered(1000, order));
             assert_eq!(one == other, order == Order::Sequential, "{order:?}");
             let mut sorted = one.clone();
             sorted.sort_unstable();
-            assert_eq!(sorted, parts(1000, Order::Sequential));
+            assert_eq!(sorted, ordered(1000, Order::Sequential));
             let displacement = (0..).zip(&one).map(|(at, part): (u64, _)| at.abs_diff(*part)).max();
             let is_bounded = displacement < Some(SHUFFLE_WINDOW as u64);
             assert_eq!(is_bounded, order != Order::Any, "{order:?}: displaced by {displacement:?}");

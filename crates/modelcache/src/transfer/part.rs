@@ -1,16 +1,16 @@
-//! Download of one part: reads its range from the first source that delivers it correctly, in one or more requests.
+//! Download of a run of consecutive parts: reads it from the first source that delivers it correctly.
 //!
-//! Received bytes are collected in slices. The workers hash and write one slice while the next one is received. A range
-//! has at most one slice with the workers, so that it is hashed in order. An interrupted range continues where it
-//! stopped, a range that fails verification is downloaded once more, and a range that is far slower than others gets a
-//! second connection (`hedge.rs`).
+//! One request covers the whole run, but each part is verified on its own. Received bytes are collected in slices. The
+//! workers hash and write one slice while the next one is received. A part has at most one slice with the workers, so
+//! that it is hashed in order. An interrupted part continues where it stopped, a part that fails verification is
+//! downloaded once more, and a request that is far slower than others gets a second connection (`hedge.rs`).
 
 use super::buffer::{Buffer, SLICE_BYTES};
 use super::download::{DownloadFile, Failures, LocalBytes, PartFailure};
 use super::engine::Engine;
 use super::hedge::HedgedRead;
 use super::http_response::StallDetector;
-use super::limiter::Permit;
+use super::limiter::{Permit, Receiving};
 use super::retry::{Attempts, Retry};
 use super::workers::{CheckpointPair, Hash, PendingSlice, Slice, SliceOutcome, Work, slice_len};
 use crate::disk::StagedWriter;
@@ -35,7 +35,7 @@ const PEER_CHECK_INTERVAL: Duration = Duration::from_millis(250);
 /// Received bytes are added to the metrics in steps of this size, because the counters are behind a lock.
 const COUNT_STEP_BYTES: u64 = 4 << 20;
 
-/// Everything that the task of one part needs. Cloned for each part.
+/// Everything that the task of one run needs. Cloned for each run.
 #[derive(Debug, Clone)]
 pub(super) struct PartTask {
     pub(super) engine: Arc<Engine>,
@@ -61,21 +61,29 @@ pub(super) struct PartTask {
 }
 
 impl PartTask {
-    /// Ensures that the bytes in `range` are written and verified.
-    pub(super) async fn run(self, range: Range<u64>, permit: Permit) -> Result<(), PartFailure> {
-        let mut part = PartProgress::new(&self, &range);
-        if self.resume_part(&range, &mut part).await? {
+    /// Ensures that the bytes in `run` are written and verified. A part that an earlier fill wrote must be a run of its
+    /// own.
+    pub(super) async fn run(self, run: Range<u64>, permit: Permit) -> Result<(), PartFailure> {
+        let part_bytes = if self.one_stream { run.end - run.start } else { self.part_size };
+        let (mut request, mut start) = (RunRequest::new(&run, permit), run.start);
+        while start < run.end {
+            let range = start..(start + part_bytes).min(run.end);
+            start = range.end;
+            let mut part = PartProgress::new(&self, &range);
             // A resumed part needs no request.
-            drop(permit);
-        } else {
-            self.fetch_part(&range, permit, &mut part).await?;
+            if !self.resume_part(&range, &mut part).await? {
+                self.fetch_part(&range, &mut request, &mut part).await?;
+            }
+            self.file.partial_file.range_received(self.generation, &range);
+            if let Some(sink) = &self.file.on_part {
+                sink.notify(&self.file.path, self.generation, range);
+            }
+            // If this part closed the gap at the hash cursor, this task hashes the parts that arrived before it.
+            if part.must_catch_up {
+                self.catch_up().await?;
+            }
         }
-        self.file.partial_file.range_received(self.generation, &range);
-        if let Some(sink) = &self.file.on_part {
-            sink.notify(&self.file.path, self.generation, range);
-        }
-        // If this part closed the gap at the hash cursor, this task hashes the parts that arrived before it.
-        if part.must_catch_up { Ok(self.catch_up().await?) } else { Ok(()) }
+        Ok(())
     }
 
     /// Returns true if readers of unverified bytes may read each slice of a part as soon as it is written. No byte may
@@ -108,7 +116,8 @@ impl PartTask {
             // With a ladder the part is verified alone, by reading it back.
             while part.next < range.end {
                 let buffer = part.buffer(self).await?;
-                part.submit(self, range, Work::ReadBack(slice_len(&(part.next..range.end))), buffer).await?;
+                let len = slice_len(&(part.next..range.end)).min(buffer.capacity());
+                part.submit(self, range, Work::ReadBack(len), buffer).await?;
             }
             if !part.wait_for_slice(self).await? {
                 part.restart(self, range);
@@ -127,23 +136,28 @@ impl PartTask {
     /// Reads back and hashes, in order, the parts that were written before the hash reached them.
     async fn catch_up(&self) -> Result<()> {
         let Some(range) = self.writer.next_to_catch_up() else { return Ok(()) };
-        let slice = Slice::catch_up(self.writer.clone(), &range, self.engine.buffers.take().await);
+        let slice = Slice::catch_up(self.writer.clone(), &range, self.engine.buffers.take(SLICE_BYTES).await);
         self.engine.workers.submit(slice).outcome().await.map(drop)
     }
 
-    /// Downloads and verifies one range from the first source that delivers it correctly.
-    async fn fetch_part(&self, range: &Range<u64>, permit: Permit, part: &mut PartProgress) -> Result<(), PartFailure> {
-        let (mut failure, mut permit): (Option<Error>, _) = (None, Some(permit));
+    /// Downloads and verifies one part from the first source that delivers it correctly.
+    async fn fetch_part<'a>(
+        &'a self,
+        range: &Range<u64>,
+        request: &mut RunRequest<'a>,
+        part: &mut PartProgress,
+    ) -> Result<(), PartFailure> {
+        let mut failure: Option<Error> = None;
         for (index, source) in self.sources.iter().enumerate() {
             let is_last = index + 1 == self.sources.len();
             let mut attempts = self.retry.counted_in(&self.metrics, source.tier()).attempts();
             let mut mismatched = false;
             loop {
                 // The permit was returned for the pause before a retry.
-                if permit.is_none() {
-                    permit = Some(self.engine.limiter.acquire().await);
+                if request.permit.is_none() {
+                    request.permit = Some(self.engine.limiter.acquire().await);
                 }
-                let error = match self.stream(source.as_ref(), range, part).await {
+                let error = match self.stream(source.as_ref(), range, request, part).await {
                     Ok(()) => {
                         if source.tier() == Tier::Disk {
                             self.local.copied.fetch_add(range.end - range.start, Ordering::Relaxed);
@@ -169,7 +183,7 @@ impl PartTask {
                     part.empty_responses = 0;
                     break;
                 } else if let Err(error) = {
-                    permit = None;
+                    request.permit = None;
                     self.pause(&mut attempts, error).await
                 } {
                     self.record_failure(source.tier(), &error);
@@ -202,43 +216,22 @@ impl PartTask {
         }
     }
 
-    /// Requests the missing rest of the range from one source, once, and processes the response.
-    async fn stream(
-        &self,
-        source: &dyn Source,
+    /// Receives the missing rest of the part from one source, once: from the response to an earlier request of this run
+    /// or, if there is none, from that to a new request for the rest of the run.
+    async fn stream<'a>(
+        &'a self,
+        source: &'a dyn Source,
         range: &Range<u64>,
+        request: &mut RunRequest<'a>,
         part: &mut PartProgress,
     ) -> Result<(), PartFailure> {
-        let requested = part.next..range.end;
-        let must_stop = || source.ignores_ranges() && range.end - range.start < self.file.entry.size;
-        if must_stop() {
-            return Err(PartFailure::IgnoresRanges);
-        }
-        let reader = ResponseReader::start(self, source, requested.clone());
-        let body = reader.first(source.read(&self.file.path, requested.clone())).await?;
-        // Only the response may have revealed that the server ignores ranges.
-        if must_stop() {
-            return Err(PartFailure::IgnoresRanges);
-        }
-        if body.start != requested.start {
-            // These bytes would be written a second time, and readers may have read them. The next attempt is one
-            // stream, in a new generation.
-            if part.may_read_slices && part.next > range.start {
-                return Err(PartFailure::IgnoresRanges);
-            }
-            // The response begins at another offset. It is usable only if it is the whole file, and the whole file was
-            // requested.
-            if body.start != 0 || part.next != range.start {
-                part.restart(self, range);
-            }
-            if range.start != 0 || range.end != self.file.entry.size {
-                return Err(PartFailure::IgnoresRanges);
-            }
-            // The response may differ from the one before, so its bytes are hashed from the beginning.
-            self.writer.rewind();
-        }
+        let mut response = match request.response.take().filter(|response| response.comes_from(source)) {
+            Some(response) => response,
+            None => self.request(source, range, request.end, part).await?,
+        };
         part.may_read_slices = self.may_read_slices(source);
-        let received = self.receive(reader, HedgedRead::new(body.stream, part.next), range, part).await;
+        let start = part.next;
+        let received = self.receive(&mut response, range, part).await;
         // Wait for the slice that the workers still have, even if the stream failed.
         let matches = part.wait_for_slice(self).await?;
         part.spare = None;
@@ -259,38 +252,85 @@ impl PartTask {
         match received {
             Err(PartFailure::Failed(error)) if error.kind() == ErrorKind::Corrupt => {
                 // Bytes of a wrong response that are in the in-order hash cannot be taken out again.
-                let is_hashed = self.ladder.is_none() && part.next > range.start;
+                let hashed_from = range.start.min(response.reader.requested.start);
+                let is_hashed = self.ladder.is_none() && part.next > hashed_from;
                 part.restart(self, range);
                 return Err(if is_hashed { PartFailure::RestartFile(error.tier(source.tier())) } else { error.into() });
             }
             received => received?,
         }
         if part.next < range.end {
-            return Err(part.ended_early(&self.file.path, requested.start, range.end, source.tier()).into());
+            return Err(part.ended_early(&self.file.path, start, range.end, source.tier()).into());
         }
+        request.response = Some(response);
         Ok(())
     }
 
-    /// Passes the received bytes to the workers until the response ends.
+    /// Requests the rest of the run, from the next byte of the part in `range` to `end`, and waits for the beginning of
+    /// the response.
+    async fn request<'a>(
+        &'a self,
+        source: &'a dyn Source,
+        range: &Range<u64>,
+        end: u64,
+        part: &mut PartProgress,
+    ) -> Result<Response<'a>, PartFailure> {
+        let requested = part.next..end;
+        let must_stop = || source.ignores_ranges() && end - range.start < self.file.entry.size;
+        if must_stop() {
+            return Err(PartFailure::IgnoresRanges);
+        }
+        let mut reader = ResponseReader::start(self, source, requested.clone());
+        let body = reader.first(source.read(&self.file.path, requested.clone())).await?;
+        // Only the response may have revealed that the server ignores ranges.
+        if must_stop() {
+            return Err(PartFailure::IgnoresRanges);
+        }
+        if body.start != requested.start {
+            // These bytes would be written a second time, and readers may have read them. The next attempt is one
+            // stream, in a new generation.
+            if part.may_read_slices && part.next > range.start {
+                return Err(PartFailure::IgnoresRanges);
+            }
+            // The response begins at another offset. It is usable only if it is the whole file, and the whole file was
+            // requested.
+            if body.start != 0 || part.next != range.start {
+                part.restart(self, range);
+            }
+            if range.start != 0 || end != self.file.entry.size {
+                return Err(PartFailure::IgnoresRanges);
+            }
+            // The response may differ from the one before, so its bytes are hashed from the beginning.
+            self.writer.rewind();
+        }
+        reader.begin();
+        Ok(Response { reader, hedged: HedgedRead::new(body.stream, part.next), surplus: Bytes::new() })
+    }
+
+    /// Passes the received bytes to the workers until the part is complete. If it is the last one of the run, until the
+    /// response ends.
     ///
-    /// The last slice is held back until then. If more bytes follow it, the response is not the requested range: none
-    /// of it may be marked as complete.
+    /// The last slice of the run is held back until then. If more bytes follow it, the response is not the requested
+    /// range: that part must not be marked as complete.
     async fn receive<'a>(
         &'a self,
-        mut reader: ResponseReader<'a>,
-        mut hedged: HedgedRead<'a>,
+        response: &mut Response<'a>,
         range: &Range<u64>,
         part: &mut PartProgress,
     ) -> Result<(), PartFailure> {
-        let tier = reader.source.tier();
+        let tier = response.reader.source.tier();
+        let is_last = range.end == response.reader.requested.end;
         let mut filling: Option<Buffer> = None;
         loop {
             let position = part.next + filling.as_ref().map_or(0, |buffer| buffer.len() as u64);
-            // All bytes are here. Wait for the end of the response, on the connections that delivered the last byte.
-            if position == range.end && !hedged.retain_at(position) {
+            if position == range.end && !is_last {
                 break;
             }
-            let Some(chunk) = reader.next(&mut hedged, position).await? else { break };
+            // All bytes are here. Wait for the end of the response, on the connections that delivered the last byte.
+            if position == range.end && !response.hedged.retain_at(position) {
+                break;
+            }
+            let Some(chunk) = response.next(position).await? else { break };
             let mut rest = &chunk[..];
             while !rest.is_empty() {
                 let mut buffer = match filling.take() {
@@ -299,13 +339,14 @@ impl PartTask {
                 };
                 let room = range.end - part.next;
                 let taken = buffer.fill(rest, usize::try_from(room).unwrap_or(usize::MAX));
-                // The range is complete, and these bytes are surplus.
+                // The part is complete.
                 if taken == 0 {
+                    filling = Some(buffer);
                     break;
                 }
                 rest = &rest[taken..];
                 // A full slice goes to the workers, unless it is the last one.
-                if buffer.len() == SLICE_BYTES && SLICE_BYTES as u64 != room {
+                if buffer.len() == buffer.capacity() && buffer.len() as u64 != room {
                     part.submit(self, range, Work::Write, buffer).await?;
                 } else if part.may_read_slices
                     && (buffer.len() as u64) < room
@@ -318,7 +359,13 @@ impl PartTask {
                     filling = Some(buffer);
                 }
             }
-            if !rest.is_empty() && range.start == 0 && range.end < self.file.entry.size {
+            if !is_last {
+                // These bytes belong to the next part.
+                response.surplus = chunk.slice_ref(rest);
+                continue;
+            }
+            let run = &response.reader.requested;
+            if !rest.is_empty() && run.start == 0 && run.end < self.file.entry.size {
                 // The server may have sent the whole file. As one stream it can be requested and its length checked.
                 return Err(PartFailure::IgnoresRanges);
             }
@@ -331,12 +378,49 @@ impl PartTask {
             part.submit(self, range, Work::Write, last).await?;
         }
         // Only network requests without a hedge are a measure for the pace of others.
-        if part.next == range.end && !hedged.is_hedged() && tier != Tier::Disk {
-            self.engine
-                .limiter
-                .record_completed(reader.requested.end - reader.requested.start, reader.started.elapsed());
+        if part.next == range.end && is_last && !response.hedged.is_hedged() && tier != Tier::Disk {
+            let Range { start, end } = response.reader.requested;
+            self.engine.limiter.record_completed(end - start, response.reader.started.elapsed());
         }
         Ok(())
+    }
+}
+
+/// The request of a run.
+struct RunRequest<'a> {
+    /// End of the run in the file.
+    end: u64,
+    /// `None` during the pause before a retry.
+    permit: Option<Permit>,
+    /// The response, once a part of the run was received from it.
+    response: Option<Response<'a>>,
+}
+
+impl RunRequest<'_> {
+    fn new(run: &Range<u64>, permit: Permit) -> Self {
+        Self { end: run.end, permit: Some(permit), response: None }
+    }
+}
+
+/// The response to the request of a run.
+struct Response<'a> {
+    reader: ResponseReader<'a>,
+    hedged: HedgedRead<'a>,
+    /// Received bytes that belong to the next part.
+    surplus: Bytes,
+}
+
+impl Response<'_> {
+    fn comes_from(&self, source: &dyn Source) -> bool {
+        std::ptr::addr_eq(self.reader.source, source)
+    }
+
+    /// Returns the next bytes, which belong at offset `position`; `None` at the end.
+    async fn next(&mut self, position: u64) -> Result<Option<Bytes>> {
+        if !self.surplus.is_empty() {
+            return Ok(Some(std::mem::take(&mut self.surplus)));
+        }
+        self.reader.next(&mut self.hedged, position).await
     }
 }
 
@@ -350,6 +434,8 @@ struct ResponseReader<'a> {
     stall: StallDetector,
     /// Received bytes that are not in the metrics yet.
     uncounted_bytes: u64,
+    /// Set when the response has begun, unless it comes from a local directory.
+    receiving: Option<Receiving>,
 }
 
 impl Drop for ResponseReader<'_> {
@@ -369,6 +455,14 @@ impl<'a> ResponseReader<'a> {
             last_peer_check: started,
             stall: StallDetector::new(task.retry.read_timeout()),
             uncounted_bytes: 0,
+            receiving: None,
+        }
+    }
+
+    /// Records that the response has begun.
+    fn begin(&mut self) {
+        if self.source.tier() != Tier::Disk {
+            self.receiving = Some(self.task.engine.limiter.begin_receiving());
         }
     }
 
@@ -452,7 +546,7 @@ impl<'a> ResponseReader<'a> {
     /// Requests the rest over a second connection, once, if this one is far slower than others were and a permit is
     /// free.
     fn hedge(&self, hedged: &mut HedgedRead<'a>, position: u64) {
-        let (engine, bytes) = (&self.task.engine, self.requested.end - self.requested.start);
+        let (engine, bytes) = (&self.task.engine, position - self.requested.start);
         if hedged.is_hedged()
             || self.task.one_stream
             || position == self.requested.end
@@ -486,7 +580,7 @@ impl<'a> ResponseReader<'a> {
     }
 }
 
-/// The progress of one range.
+/// The progress of one part.
 struct PartProgress {
     /// Offset of the next byte to hand to the workers. All bytes before it are with the workers or written.
     next: u64,
@@ -551,7 +645,7 @@ impl PartProgress {
     /// Returns a second buffer from the pool if the workers have the first one. Otherwise the caller must wait for a
     /// first buffer.
     fn spare_buffer(&self, task: &PartTask) -> Option<Buffer> {
-        self.in_flight.as_ref().and_then(|_| task.engine.buffers.spare())
+        self.in_flight.as_ref().and_then(|_| task.engine.spare_buffer())
     }
 
     /// Returns an empty buffer: the returned one, a spare one, or the next one that the workers return.
@@ -562,7 +656,7 @@ impl PartProgress {
         self.wait_for_slice(task).await?;
         match self.spare.take() {
             Some(buffer) => Ok(buffer),
-            None => Ok(task.engine.buffers.take().await),
+            None => Ok(task.engine.buffer().await),
         }
     }
 

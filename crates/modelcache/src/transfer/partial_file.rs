@@ -383,11 +383,8 @@ mod tests {
 
     fn request_next(partial_file: &PartialFile, queue: &mut PartQueue) -> Option<u64> {
         match partial_file.next_part(queue, PART) {
-            NextPart::Demanded(part) => {
-                queue.mark_requested(part);
-                Some(part)
-            }
-            NextPart::Any => queue.peek().inspect(|part| queue.mark_requested(*part)),
+            NextPart::Demanded(part) => Some(queue.take_run(part, 1, |_| false).start),
+            NextPart::Any => queue.peek().map(|part| queue.take_run(part, 1, |_| false).start),
             NextPart::Wait => None,
         }
     }
@@ -415,7 +412,7 @@ mod tests {
     #[test]
     fn demanded_parts_are_requested_first_then_the_read_ahead_and_no_other_parts() {
         let partial_file = partial_file(ReadGate::ByPart);
-        let mut queue = PartQueue::new(100, Order::Any);
+        let mut queue = PartQueue::new(100, 1, Order::Any);
         let reading = partial_file.open_reader(false);
         assert_eq!(all_demanded(&partial_file, &mut queue), [0, 1, 2, 3], "a reader begins at the beginning");
         assert_eq!(request_next(&partial_file, &mut queue), None);
@@ -434,7 +431,7 @@ mod tests {
     #[test]
     fn read_ahead_grows_with_the_length_of_a_sequential_read() {
         let partial_file = partial_file(ReadGate::ByPart);
-        let mut queue = PartQueue::new(100, Order::Any);
+        let mut queue = PartQueue::new(100, 1, Order::Any);
         let reading = partial_file.open_reader(false);
         all_demanded(&partial_file, &mut queue);
         (0..4).for_each(|at| receive_part(&partial_file, at));
@@ -487,8 +484,8 @@ mod tests {
         let partial_file = partial_file(ReadGate::Verified);
         let reading = partial_file.open_reader(false);
         reading.demand(&(50 * PART..51 * PART));
-        assert_eq!(partial_file.next_part(&PartQueue::new(100, Order::Sequential), PART), NextPart::Any);
+        assert_eq!(partial_file.next_part(&PartQueue::new(100, 1, Order::Sequential), PART), NextPart::Any);
         let _unchecked_reader = partial_file.open_reader(true);
-        assert_eq!(partial_file.next_part(&PartQueue::new(100, Order::Sequential), PART), NextPart::Demanded(0));
+        assert_eq!(partial_file.next_part(&PartQueue::new(100, 1, Order::Sequential), PART), NextPart::Demanded(0));
     }
 }

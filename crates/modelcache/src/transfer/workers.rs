@@ -23,6 +23,10 @@ const WORKERS_MAX: usize = 16;
 /// Lower bound on the maximum number of workers: one hashes while others wait for the disk.
 const WORKERS_MIN: usize = 4;
 
+/// Queued bytes for each hashing slot above which the workers are the bottleneck. Fewer are queued whenever the slices
+/// of many connections arrive together.
+const BACKLOG_BYTES: usize = 4 << 20;
+
 /// The queue of slices and its workers. Clones share one pool.
 #[derive(Debug, Clone)]
 pub(super) struct Workers(Arc<WorkerPool>);
@@ -153,7 +157,8 @@ impl Workers {
 
     /// Returns true if the queue is so long that the workers, not the network, are the bottleneck.
     pub(super) fn are_behind(&self) -> bool {
-        self.0.state.lock().queue.len() > 2 * self.0.hashing_max
+        let queued: usize = self.0.state.lock().queue.iter().map(|job| job.slice.buffer.capacity()).sum();
+        queued > BACKLOG_BYTES * self.0.hashing_max
     }
 
     /// Queues a slice. The returned value resolves to its outcome.
@@ -490,7 +495,7 @@ mod tests {
     }
 
     async fn slice(pool: &BufferPool, writer: &Arc<StagedWriter>, offset: usize, bytes: &[u8], hash: Hash) -> Slice {
-        let mut buffer = pool.take().await;
+        let mut buffer = pool.take(SLICE_BYTES).await;
         buffer.fill(bytes, usize::MAX);
         Slice { writer: writer.clone(), offset: offset as u64, buffer, work: Work::Write, hash, end: None }
     }
@@ -498,7 +503,8 @@ mod tests {
     /// Two files are hashed in order and a third by its ladder, at the same time, with enough slices to form pairs.
     #[tokio::test(flavor = "multi_thread")]
     async fn interleaved_hashing_gives_the_digest_of_each_stream() {
-        let (folder, pool, workers) = (TempDir::new().expect("folder"), BufferPool::new(None), Workers::new(1));
+        let (folder, pool, workers) =
+            (TempDir::new().expect("folder"), BufferPool::new(24 << 20, None), Workers::new(1));
         let contents: Vec<_> = (1..=3).map(|seed| bytes(PART as usize + 1000 * usize::from(seed), seed)).collect();
         let digests: Vec<_> = contents.iter().map(|content| Digest::of(content)).collect();
         let mut ladders = contents.iter().map(|content| {
@@ -536,7 +542,8 @@ mod tests {
     /// With one hashing slot, queued slices are taken in pairs.
     #[tokio::test(flavor = "multi_thread")]
     async fn queued_slices_are_hashed_in_pairs() {
-        let (folder, pool, workers) = (TempDir::new().expect("folder"), BufferPool::new(None), Workers::new(1));
+        let (folder, pool, workers) =
+            (TempDir::new().expect("folder"), BufferPool::new(24 << 20, None), Workers::new(1));
         let content = bytes(SLICE_BYTES, 7);
         let writers: Vec<_> = (0..8).map(|at| writer(&folder, &at.to_string(), SLICE_BYTES, true)).collect();
         workers.0.state.lock().hashing = 1;
@@ -554,7 +561,8 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn parts_that_arrived_early_are_hashed_by_one_job() {
-        let (folder, pool, workers) = (TempDir::new().expect("folder"), BufferPool::new(None), Workers::new(2));
+        let (folder, pool, workers) =
+            (TempDir::new().expect("folder"), BufferPool::new(24 << 20, None), Workers::new(2));
         let content = bytes(3 * PART as usize - 5, 3);
         let writer = writer(&folder, "f", content.len(), true);
         let mut outcomes = Vec::new();
@@ -573,7 +581,7 @@ mod tests {
         assert_eq!(outcomes, [(false, 0), (false, 0), (true, 0)], "the first part was hashed as it came");
         let range = writer.next_to_catch_up().expect("the second part");
         assert_eq!((range.clone(), writer.parts_behind()), (PART..2 * PART, 2), "a job is at work");
-        let slice = Slice::catch_up(writer.clone(), &range, pool.take().await);
+        let slice = Slice::catch_up(writer.clone(), &range, pool.take(SLICE_BYTES).await);
         workers.submit(slice).outcome().await.expect("works");
         assert_eq!((writer.next_to_catch_up(), writer.parts_behind()), (None, 0));
         assert_eq!(writer.hashed().sha256, Digest::of(&content));
@@ -582,7 +590,7 @@ mod tests {
     /// Otherwise two long catch-up jobs would occupy every slot until their ends.
     #[tokio::test]
     async fn only_one_catch_up_job_is_in_front_of_the_queue() {
-        let (folder, pool) = (TempDir::new().expect("folder"), BufferPool::new(None));
+        let (folder, pool) = (TempDir::new().expect("folder"), BufferPool::new(24 << 20, None));
         let (mut state, mut pending) = (QueueState::default(), Vec::new());
         for name in ["other", "one", "two"] {
             let writer = writer(&folder, name, SLICE_BYTES, true);
@@ -602,7 +610,8 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_wrong_part_is_not_marked_and_a_failed_write_fails_its_own_stream_only() {
-        let (folder, pool, workers) = (TempDir::new().expect("folder"), BufferPool::new(None), Workers::new(2));
+        let (folder, pool, workers) =
+            (TempDir::new().expect("folder"), BufferPool::new(24 << 20, None), Workers::new(2));
         let content = bytes(2 * PART as usize, 9);
         let mut hasher = LadderHasher::new(PART);
         hasher.update(&content);
@@ -626,7 +635,8 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_slice_whose_stream_was_dropped_is_not_written() {
-        let (folder, pool, workers) = (TempDir::new().expect("folder"), BufferPool::new(None), Workers::new(1));
+        let (folder, pool, workers) =
+            (TempDir::new().expect("folder"), BufferPool::new(24 << 20, None), Workers::new(1));
         let content = bytes(SLICE_BYTES, 1);
         let writer = writer(&folder, "f", SLICE_BYTES, true);
         workers.0.state.lock().hashing = 1;

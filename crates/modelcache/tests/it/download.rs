@@ -12,7 +12,7 @@ use std::fs;
 use std::time::Duration;
 
 const MIB: u64 = 1 << 20;
-const PART: u64 = 8 * MIB;
+const PART: u64 = 4 * MIB;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_rest_of_a_slow_range_is_requested_again_and_the_slow_connection_is_dropped() {

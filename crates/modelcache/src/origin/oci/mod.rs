@@ -91,6 +91,10 @@ impl Source for OciSource {
         Tier::Origin
     }
 
+    fn endpoint(&self) -> Option<String> {
+        Some(self.repo.registry.clone())
+    }
+
     /// A missing artifact is an error rather than `None`, because the message names the missing part.
     async fn manifest(&self) -> Result<Option<Manifest>> {
         let layers = self.layers().await.context(&self.key, Tier::Origin)?;

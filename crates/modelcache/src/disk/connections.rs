@@ -1,0 +1,72 @@
+//! The number of concurrent requests that was right for each endpoint at its last download, remembered in this
+//! directory. If the record is lost, the next download has to find it again.
+
+use super::Disk;
+use super::files;
+use crate::error::Result;
+use serde::{Deserialize, Serialize};
+
+/// Maximum number of endpoints that are remembered. The one that was used least recently is forgotten first.
+const ENDPOINTS_MAX: usize = 64;
+/// Maximum size of the record, in bytes. A larger one is not read.
+const RECORD_BYTES_MAX: u64 = 64 << 10;
+
+/// The content of `locks/connections`.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct StoredLimits {
+    /// The least recently used endpoint first.
+    endpoints: Vec<(String, usize)>,
+}
+
+impl Disk {
+    /// Returns the number of concurrent requests that was right for `endpoint`; `None` if it is not remembered.
+    pub(crate) fn remembered_connections(&self, endpoint: &str) -> Option<usize> {
+        let found = self.stored_limits().endpoints.into_iter().find(|(known, _)| known == endpoint);
+        found.map(|(_, limit)| limit)
+    }
+
+    /// Remembers that `limit` concurrent requests were right for `endpoint`. If two processes write at the same time,
+    /// the record of one is lost.
+    pub(crate) fn remember_connections(&self, endpoint: &str, limit: usize) -> Result<()> {
+        self.ensure_writable()?;
+        let mut stored = self.stored_limits();
+        if stored.endpoints.last().is_some_and(|(known, same)| known == endpoint && *same == limit) {
+            return Ok(());
+        }
+        stored.endpoints.retain(|(known, _)| known != endpoint);
+        stored.endpoints.push((endpoint.to_owned(), limit));
+        let surplus = stored.endpoints.len().saturating_sub(ENDPOINTS_MAX);
+        stored.endpoints.drain(..surplus);
+        let bytes = serde_json::to_vec(&stored).unwrap_or_default();
+        files::replace_hint(&self.layout().connections(), &bytes, &self.layout().stagings())
+    }
+
+    fn stored_limits(&self) -> StoredLimits {
+        let bytes = files::read_small(&self.layout().connections(), RECORD_BYTES_MAX).ok().flatten();
+        bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{ByteBound, Sharing};
+
+    #[test]
+    fn the_last_limit_of_a_bounded_number_of_endpoints_is_remembered() {
+        let folder = tempfile::tempdir().expect("folder");
+        let disk =
+            Disk::open(folder.path(), ByteBound::Bytes(1 << 30), ByteBound::Bytes(0), Sharing::Off).expect("opens");
+        assert_eq!(disk.remembered_connections("s3://models"), None);
+        for limit in [100, 256] {
+            disk.remember_connections("s3://models", limit).expect("writes");
+            assert_eq!(disk.remembered_connections("s3://models"), Some(limit));
+        }
+        (0..ENDPOINTS_MAX).for_each(|at| disk.remember_connections(&at.to_string(), at).expect("writes"));
+        assert_eq!(disk.remembered_connections("s3://models"), None, "the oldest is forgotten");
+        assert_eq!(disk.remembered_connections("0"), Some(0));
+        std::fs::write(disk.layout().connections().full(), "damaged").expect("writes");
+        assert_eq!(disk.remembered_connections("0"), None);
+        disk.remember_connections("0", 1).expect("replaces a damaged record");
+    }
+}
