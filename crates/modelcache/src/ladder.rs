@@ -27,7 +27,7 @@ pub const INITIAL: State =
 const BLOCK: usize = 64;
 
 /// Returns the size of every part but the last, in bytes, for a file of `size` bytes. It is a power of two that grows
-/// with the file, so that ladders stay small. One request may cover several parts.
+/// with the file, so that ladders stay small.
 pub fn part_size(size: u64) -> u64 {
     let minimum = if size > limits::LARGE_FILE_BYTES { 2 * limits::PART_BYTES_MIN } else { limits::PART_BYTES_MIN };
     minimum.max(size.div_ceil(limits::PARTS_MAX).next_power_of_two())

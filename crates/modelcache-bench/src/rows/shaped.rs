@@ -25,9 +25,9 @@ const SHAPES: [(u64, u64); 6] = [(5, 30), (5, 150), (20, 30), (20, 150), (90, 30
 /// The result for one shape.
 struct Outcome {
     shape: (u64, u64),
-    /// Seconds of both gets.
+    /// Seconds of the first and of the second get; medians over the rounds.
     ours_s: [Option<f64>; 2],
-    /// Highest number of busy connections of both gets.
+    /// Highest number of busy connections in the first and in the second get; medians over the rounds.
     connections: [Option<f64>; 2],
     best_peer_s: Option<f64>,
     /// Program and setting of the fastest peer.
@@ -68,15 +68,16 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
         "MB/s on each connection",
         "first byte ms",
         "first get s",
-        "connections",
+        "first get: connections",
         "second get s",
-        "connections",
+        "second get: connections",
         "fastest peer",
-        "its s",
-        "first: speed, relative to it",
-        "second",
+        "fastest peer s",
+        "first get: speed, relative to the peer",
+        "second get: speed, relative to the peer",
     ];
-    let worst = |get: usize| outcomes.iter().map(|outcome| outcome.share(get)).min_by(|a, b| order(*a, *b)).flatten();
+    let worst =
+        |get: usize| outcomes.iter().map(|outcome| outcome.share(get)).min_by(|a, b| by_speed(*a, *b)).flatten();
     Ok(Section {
         row: "shaped",
         title: format!("One {} file, S3 to disk, with traffic shaping", size(bytes)),
@@ -84,8 +85,10 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
                response, so only a program with many connections is fast. `second get` is a get into the same cache \
                directory after an eviction, so the number of connections for this server is known. The peers are s5cmd \
                with 64 x 8, 128 x 8 and 256 x 4 MiB, and obstore with 64 x 8 MiB; the table shows the fastest of them. \
-               modelcache runs at its defaults and verifies SHA-256; the peers do not verify the bytes. `connections` is \
-               the highest number of connections that were busy at the same time."
+               `64 x 8` is 64 concurrent requests of 8 MiB. \
+               modelcache runs at its defaults and verifies SHA-256; the peers do not verify the bytes. \
+               `connections` is the highest number of responses of at least 64 KiB at the same time. Times and \
+               connections are medians over the rounds."
             .to_owned(),
         tables: vec![markdown(&header, &outcomes.iter().map(Outcome::cells).collect::<Vec<_>>())],
         targets: vec![
@@ -96,8 +99,8 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
     })
 }
 
-/// Orders shares; a missing one is the lowest.
-fn order(a: Option<f64>, b: Option<f64>) -> std::cmp::Ordering {
+/// Orders relative speeds. A missing one is the lowest, so that the worst case is then missing, too.
+fn by_speed(a: Option<f64>, b: Option<f64>) -> std::cmp::Ordering {
     a.unwrap_or(f64::MIN).total_cmp(&b.unwrap_or(f64::MIN))
 }
 

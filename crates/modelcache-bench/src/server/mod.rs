@@ -51,7 +51,7 @@ pub(crate) struct ServerArguments {
     bytes_per_s: u64,
 }
 
-/// Bytes that one call of `sendfile(2)` sends at most.
+/// Maximum number of bytes sent by one call of `sendfile(2)`.
 const STEP_BYTES: u64 = 8 << 20;
 
 /// State shared by all connections.

@@ -41,7 +41,7 @@ impl Wire {
 
 /// Limits the rate of a connection to `bytes_per_s`. The kernel spaces the packets evenly, as on a network whose
 /// connections have this rate.
-#[expect(unsafe_code, reason = "one call with a plain integer")]
+#[expect(unsafe_code, reason = "setsockopt(2) has no safe wrapper for SO_MAX_PACING_RATE")]
 pub(super) fn pace(stream: &TcpStream, bytes_per_s: u64) -> io::Result<()> {
     let set = |option: libc::c_int, value: u32| {
         let length = size_of::<u32>() as libc::socklen_t;
@@ -54,7 +54,7 @@ pub(super) fn pace(stream: &TcpStream, bytes_per_s: u64) -> io::Result<()> {
         }
     };
     set(libc::SO_MAX_PACING_RATE, u32::try_from(bytes_per_s).unwrap_or(u32::MAX))?;
-    // With a large buffer, a response would count as sent long before its bytes are.
+    // With a large buffer, a response would count as sent long before its bytes have left.
     set(libc::SO_SNDBUF, SEND_BUFFER_BYTES)
 }
 

@@ -32,7 +32,7 @@ MB = 1_000_000
 SIZES = {"small": 2 * MB, "old": 6 * MB, "slow": 40 * MB}
 BUDGET = 44 * MB
 # Bytes per second of each connection to the stand-in.
-RATE = 800_000
+RATE = 400_000
 
 
 class Daemon:

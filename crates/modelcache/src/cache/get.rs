@@ -28,7 +28,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// The number of concurrent requests of a download of at least this many bytes is remembered.
+/// Minimum size of a download, in bytes, after which the limit on concurrent requests is remembered.
 const REMEMBERED_BYTES_MIN: u64 = 64 << 20;
 /// Time between two attempts to acquire a lease during an eviction.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
@@ -323,28 +323,28 @@ impl Cache {
         // Small downloads neither need many connections nor show how many are right.
         let large = to_download.values().next().filter(|_| bytes >= REMEMBERED_BYTES_MIN);
         let endpoint = large.and_then(|file| file.sources.first()?.endpoint());
-        self.start_with_remembered_connections(endpoint.clone()).await;
+        let endpoint = self.start_with_remembered_connections(endpoint).await;
         let downloaded = self.0.downloader.download(to_download.into_values().collect(), purpose, progress).await?;
         self.remember_connections(endpoint).await;
         Ok((downloaded, streaming_upload))
     }
 
-    /// Starts with the number of concurrent requests that was right for the endpoint before.
-    async fn start_with_remembered_connections(&self, endpoint: Option<String>) {
-        let Some(endpoint) = endpoint else { return };
-        let remembered = self.on_disk(move |disk| Ok(disk.remembered_connections(&endpoint))).await;
-        if let Ok(Some(connections)) = remembered {
-            self.0.downloader.start_at(connections);
-        }
+    /// Starts with the limit on concurrent requests at the end of the last download from the endpoint.
+    /// Returns the endpoint if this is the first download of the process, so that the limit that it finds belongs to it.
+    async fn start_with_remembered_connections(&self, endpoint: Option<String>) -> Option<String> {
+        let endpoint = endpoint?;
+        let name = endpoint.clone();
+        let remembered = self.on_disk(move |disk| Ok(disk.remembered_connections(&name))).await.ok().flatten();
+        self.0.downloader.start_with(remembered).then_some(endpoint)
     }
 
-    /// Remembers the number of concurrent requests for the next process. Without it, that one starts more slowly.
+    /// Remembers the limit on concurrent requests for the next process.
     async fn remember_connections(&self, endpoint: Option<String>) {
         let Some(endpoint) = endpoint else { return };
-        let connections = self.0.downloader.proven_connections();
-        let remembered = self.on_disk(move |disk| disk.remember_connections(&endpoint, connections)).await;
+        let found = self.0.downloader.found_limit();
+        let remembered = self.on_disk(move |disk| disk.remember_connections(&endpoint, found)).await;
         if let Err(error) = remembered {
-            tracing::debug!(%error, "the number of concurrent requests was not remembered");
+            tracing::debug!(%error, "the limit on concurrent requests was not remembered");
         }
     }
 

@@ -1,5 +1,5 @@
-//! The number of concurrent requests that was right for each endpoint at its last download, remembered in this
-//! directory. If the record is lost, the next download has to find it again.
+//! The limit on concurrent requests at the end of the last large download from each endpoint, remembered in this
+//! directory. If the record is lost, the next download searches for the limit again.
 
 use super::Disk;
 use super::files;
@@ -11,30 +11,38 @@ const ENDPOINTS_MAX: usize = 64;
 /// Maximum size of the record, in bytes. A larger one is not read.
 const RECORD_BYTES_MAX: u64 = 64 << 10;
 
+/// The limit on concurrent requests that a download found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct FoundLimit {
+    /// Number of concurrent requests.
+    pub(crate) limit: usize,
+    /// True if a higher limit may be much better, because slow start had not ended.
+    pub(crate) is_slow_start: bool,
+}
+
 /// The content of `locks/connections`.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct StoredLimits {
     /// The least recently used endpoint first.
-    endpoints: Vec<(String, usize)>,
+    endpoints: Vec<(String, FoundLimit)>,
 }
 
 impl Disk {
-    /// Returns the number of concurrent requests that was right for `endpoint`; `None` if it is not remembered.
-    pub(crate) fn remembered_connections(&self, endpoint: &str) -> Option<usize> {
-        let found = self.stored_limits().endpoints.into_iter().find(|(known, _)| known == endpoint);
-        found.map(|(_, limit)| limit)
+    /// Returns the limit that the last download from `endpoint` found; `None` if it is not remembered.
+    pub(crate) fn remembered_connections(&self, endpoint: &str) -> Option<FoundLimit> {
+        let remembered = self.stored_limits().endpoints.into_iter().find(|(known, _)| known == endpoint);
+        remembered.map(|(_, found)| found)
     }
 
-    /// Remembers that `limit` concurrent requests were right for `endpoint`. If two processes write at the same time,
-    /// the record of one is lost.
-    pub(crate) fn remember_connections(&self, endpoint: &str, limit: usize) -> Result<()> {
+    /// Remembers the limit for `endpoint`. If two processes write at the same time, the update of one is lost.
+    pub(crate) fn remember_connections(&self, endpoint: &str, found: FoundLimit) -> Result<()> {
         self.ensure_writable()?;
         let mut stored = self.stored_limits();
-        if stored.endpoints.last().is_some_and(|(known, same)| known == endpoint && *same == limit) {
+        if stored.endpoints.last().is_some_and(|(known, same)| known == endpoint && *same == found) {
             return Ok(());
         }
         stored.endpoints.retain(|(known, _)| known != endpoint);
-        stored.endpoints.push((endpoint.to_owned(), limit));
+        stored.endpoints.push((endpoint.to_owned(), found));
         let surplus = stored.endpoints.len().saturating_sub(ENDPOINTS_MAX);
         stored.endpoints.drain(..surplus);
         let bytes = serde_json::to_vec(&stored).unwrap_or_default();
@@ -58,15 +66,16 @@ mod tests {
         let disk =
             Disk::open(folder.path(), ByteBound::Bytes(1 << 30), ByteBound::Bytes(0), Sharing::Off).expect("opens");
         assert_eq!(disk.remembered_connections("s3://models"), None);
+        let found = |limit| FoundLimit { limit, is_slow_start: limit > 100 };
         for limit in [100, 256] {
-            disk.remember_connections("s3://models", limit).expect("writes");
-            assert_eq!(disk.remembered_connections("s3://models"), Some(limit));
+            disk.remember_connections("s3://models", found(limit)).expect("writes");
+            assert_eq!(disk.remembered_connections("s3://models"), Some(found(limit)));
         }
-        (0..ENDPOINTS_MAX).for_each(|at| disk.remember_connections(&at.to_string(), at).expect("writes"));
+        (0..ENDPOINTS_MAX).for_each(|at| disk.remember_connections(&at.to_string(), found(at)).expect("writes"));
         assert_eq!(disk.remembered_connections("s3://models"), None, "the oldest is forgotten");
-        assert_eq!(disk.remembered_connections("0"), Some(0));
+        assert_eq!(disk.remembered_connections("0"), Some(found(0)));
         std::fs::write(disk.layout().connections().full(), "damaged").expect("writes");
         assert_eq!(disk.remembered_connections("0"), None);
-        disk.remember_connections("0", 1).expect("replaces a damaged record");
+        disk.remember_connections("0", found(1)).expect("replaces a damaged record");
     }
 }

@@ -102,7 +102,7 @@ impl Layout {
         self.locks().join("changes")
     }
 
-    /// The number of concurrent requests that was right for each endpoint.
+    /// The limit on concurrent requests at the end of the last download from each endpoint.
     pub(crate) fn connections(&self) -> RootedPath {
         self.locks().join("connections")
     }

@@ -57,6 +57,7 @@ mod writer;
 pub(crate) use acquire::{AcquireOutcome, LeasedArtifact};
 pub(crate) use budget::{EvictOutcome, Usage};
 pub(crate) use capacity::content_name;
+pub(crate) use connections::FoundLimit;
 pub(crate) use doctor::examine;
 pub(crate) use files::identity;
 pub use hub_layout::HubLayout;

@@ -26,7 +26,7 @@ use std::thread::{Builder, JoinHandle};
 
 /// Size of a buffer between reading and writing, in bytes.
 const BUFFER_BYTES: usize = 512 * 1024;
-/// Number of buffers between reading and writing.
+/// Number of buffers that may be queued for each of the two threads.
 const BUFFERS: usize = 8;
 /// Room that is reserved at once for many small files, in bytes.
 const RESERVATION_STEP: u64 = 16 << 20;
@@ -43,7 +43,7 @@ pub(crate) struct StreamedFill {
     /// Returns true if nobody waits for the fill any more.
     is_cancelled: Box<dyn Fn() -> bool + Send>,
     to_writer: Option<SyncSender<Message>>,
-    /// Buffers that the writer is done with.
+    /// Buffers that the hashing thread has returned.
     free_buffers: Receiver<Vec<u8>>,
     writer: Option<JoinHandle<Result<BTreeMap<FilePath, StagedFile>>>>,
 }
@@ -116,7 +116,7 @@ impl StreamedFill {
             // Reserve a larger step, so that many small files share one critical section. If it does not fit, reserve for
             // this file only.
             let step = missing.max(RESERVATION_STEP);
-            let staging = self.staging.as_ref().ok_or_else(writer_lost)?;
+            let staging = self.staging.as_ref().ok_or_else(thread_lost)?;
             let extended = match staging.try_extend_reservation(&self.key, step, self.reserved + step) {
                 Err(error) if error.kind() == ErrorKind::Full => {
                     staging.extend_reservation(&self.key, missing, self.reserved + missing).map(|()| missing)
@@ -139,20 +139,20 @@ impl StreamedFill {
             return Ok(());
         }
         // The writer has ended, with an error.
-        self.written().and_then(|_| Err(writer_lost()))
+        self.written().and_then(|_| Err(thread_lost()))
     }
 
     /// Waits for the end of the writer, and returns the files that it wrote.
     fn written(&mut self) -> Result<BTreeMap<FilePath, StagedFile>> {
         self.to_writer = None;
-        let writer = self.writer.take().ok_or_else(writer_lost)?;
-        writer.join().map_err(|_| writer_lost())?
+        let writer = self.writer.take().ok_or_else(thread_lost)?;
+        writer.join().map_err(|_| thread_lost())?
     }
 
     /// Returns the complete files and the staging folder, to be published.
     pub(crate) fn finish(mut self) -> Result<(Staging, BTreeMap<FilePath, StagedFile>)> {
         let mut files = self.written()?;
-        let staging = self.staging.take().and_then(Arc::into_inner).ok_or_else(writer_lost)?;
+        let staging = self.staging.take().and_then(Arc::into_inner).ok_or_else(thread_lost)?;
         // Files with equal content share the first staged file. Executable files have no blob, so they share nothing.
         let mut firsts: HashMap<Digest, StagedFile> = HashMap::new();
         for file in files.values_mut().filter(|file| !file.entry.executable) {
@@ -176,11 +176,11 @@ impl Drop for StreamedFill {
     }
 }
 
-fn writer_lost() -> Error {
-    Error::new(ErrorKind::Other, "the thread that writes extracted files ended unexpectedly")
+fn thread_lost() -> Error {
+    Error::new(ErrorKind::Other, "a thread that extracts the archive ended unexpectedly")
 }
 
-/// Writes and hashes files, until all senders are dropped. A thread of its own hashes what is written.
+/// Writes files until the sender is dropped. A second thread hashes the written bytes.
 fn write_files(
     staging: &Staging,
     messages: &Receiver<Message>,
@@ -191,14 +191,15 @@ fn write_files(
         let hasher = thread("extract-hash").spawn_scoped(scope, move || hash_files(&bytes, give_back));
         let hasher = hasher.map_err(no_thread)?;
         let stored = store_files(staging, messages, &to_hasher);
+        // The hashing thread ends when its sender is dropped.
         drop(to_hasher);
-        let digests = hasher.join().map_err(|_| writer_lost())?;
+        let digests = hasher.join().map_err(|_| thread_lost())?;
         // The later of two files with one path replaces the earlier one.
-        Ok(stored?.into_iter().zip(digests).map(|(file, digests)| file.with(digests)).collect())
+        Ok(stored?.into_iter().zip(digests).map(|(file, digests)| file.with_digests(digests)).collect())
     })
 }
 
-/// What is hashed next.
+/// A message to the hashing thread.
 enum ToHash {
     /// A new file, with parts of this size.
     Begin(u64),
@@ -206,13 +207,13 @@ enum ToHash {
     End,
 }
 
-/// Writes files, and sends their bytes to be hashed. Returns the files in the order of their ends.
+/// Writes files, and sends their bytes to be hashed. Returns the files in the order in which they were completed.
 fn store_files(
     staging: &Staging,
     messages: &Receiver<Message>,
     to_hasher: &SyncSender<ToHash>,
 ) -> Result<Vec<SealedFile>> {
-    let hash = |bytes| to_hasher.send(bytes).map_err(|_| writer_lost());
+    let hash = |bytes| to_hasher.send(bytes).map_err(|_| thread_lost());
     let mut files = Vec::new();
     let mut current: Option<FileInProgress> = None;
     for message in messages {
@@ -230,13 +231,14 @@ fn store_files(
                 hash(ToHash::End)?;
                 files.extend(current.take().map(FileInProgress::seal).transpose()?);
             }
-            (Message::Write(_) | Message::End, None) => return Err(writer_lost()),
+            (Message::Write(_) | Message::End, None) => return Err(thread_lost()),
         }
     }
     Ok(files)
 }
 
-/// Hashes one file after the other, until the sender is dropped. Returns digests in the order of the files' ends.
+/// Hashes one file after the other, until the sender is dropped. Returns their digests, in the order in which the files
+/// were completed.
 fn hash_files(messages: &Receiver<ToHash>, give_back: &SyncSender<Vec<u8>>) -> Vec<(Digest, Ladder)> {
     let mut current: Option<LadderHasher> = None;
     let mut digests = Vec::new();
@@ -267,7 +269,7 @@ struct FileInProgress {
     written: u64,
 }
 
-/// A complete file, whose digest is not known here.
+/// A complete file. Its digest comes from the hashing thread.
 struct SealedFile {
     path: FilePath,
     name: String,
@@ -284,6 +286,7 @@ impl FileInProgress {
             path: target.clone(),
             size,
             part_size: part_size(size),
+            // The hashing thread computes the digests, so the writer hashes nothing.
             in_order: false,
             git: false,
             direct: false,
@@ -301,7 +304,7 @@ impl FileInProgress {
 }
 
 impl SealedFile {
-    fn with(self, (sha256, ladder): (Digest, Ladder)) -> (FilePath, StagedFile) {
+    fn with_digests(self, (sha256, ladder): (Digest, Ladder)) -> (FilePath, StagedFile) {
         let details = FileDetails { sha256: Some(sha256), ladder: Some(ladder), ..self.details };
         let entry = FileEntry::with(self.size, details);
         (self.path, StagedFile { name: self.name, entry, identity: self.identity })

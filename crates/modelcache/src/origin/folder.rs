@@ -73,6 +73,11 @@ impl Source for FolderSource {
         Tier::Origin
     }
 
+    fn endpoint(&self) -> Option<String> {
+        // A local folder is not read over connections.
+        None
+    }
+
     fn store(&self) -> Option<String> {
         Url::from_file_path(&self.base).ok().map(String::from)
     }

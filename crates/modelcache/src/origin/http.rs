@@ -14,8 +14,8 @@ use crate::printable;
 use crate::runtime::blocking;
 pub(super) use crate::transfer::is_html;
 use crate::transfer::{
-    BodyLimits, Pauses, RETRY_AFTER_MAX, Retry, check_headers, content_range, read_body, retry_after, tls_error,
-    with_lookup_deadline,
+    BodyLimits, IDLE_CONNECTION_TIMEOUT, Pauses, RETRY_AFTER_MAX, Retry, check_headers, content_range, read_body,
+    retry_after, tls_error, with_lookup_deadline,
 };
 use bytes::Bytes;
 use futures::StreamExt as _;
@@ -192,6 +192,7 @@ fn build(read_timeout: Duration, refuse_link_local: bool) -> reqwest::Result<Cli
             .redirect(reqwest::redirect::Policy::none())
             .referer(false)
             .connect_timeout(CONNECT_TIMEOUT)
+            .pool_idle_timeout(IDLE_CONNECTION_TIMEOUT)
             .read_timeout(read_timeout)
     };
     // Without root certificates the client still serves plain HTTP, and requests over TLS fail with a remedy.

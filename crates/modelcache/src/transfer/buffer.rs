@@ -1,8 +1,9 @@
-//! Pool of page-aligned buffers, shared by all fills: it bounds the memory of all downloads.
+//! Pool of page-aligned buffers for slices, shared by all fills. Its size is a share of the memory budget
+//! (`engine.rs`).
 //!
-//! The pool has a fixed number of bytes, and gives smaller buffers if there are many connections. If all bytes are in
-//! use, a task that needs a buffer waits, and bytes that arrive stay in the kernel. Deadlock cannot occur, because no
-//! task waits for a second buffer while it holds a first one.
+//! If there are many connections, the pool gives smaller buffers. If all bytes are in use, a task that needs a buffer
+//! waits, and arriving bytes stay in the HTTP client and in the kernel. Deadlock cannot occur, because no task waits
+//! for a second buffer while it holds a first one.
 
 use crate::disk::ALIGNMENT;
 use crate::mutex::Mutex;
@@ -12,7 +13,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Largest size of a slice, the unit of I/O: the bytes that are received, hashed and written at a time.
 pub(crate) const SLICE_BYTES: usize = 512 << 10;
-/// Smallest size of a slice that does not end a part. Smaller ones would cost too many system calls.
+/// Smallest size of a buffer. Smaller ones would cost too many system calls.
 const SLICE_BYTES_MIN: usize = 64 << 10;
 /// Lower bound on the size of the pool in bytes, however little address space is left.
 const POOL_BYTES_MIN: usize = 8 * SLICE_BYTES;
@@ -22,7 +23,7 @@ const POOL_BYTES_MIN: usize = 8 * SLICE_BYTES;
 pub(crate) struct BufferPool {
     /// The memory of free buffers that were used before.
     idle: Arc<Mutex<Vec<Vec<u8>>>>,
-    /// One permit for each [`SLICE_BYTES_MIN`] that are free.
+    /// One permit for each free [`SLICE_BYTES_MIN`] bytes.
     permits: Arc<Semaphore>,
     /// Bytes of all buffers, in use and free.
     bytes: usize,
@@ -48,7 +49,13 @@ impl BufferPool {
         Self { idle: Arc::default(), permits: Arc::new(Semaphore::new(bytes / SLICE_BYTES_MIN)), bytes }
     }
 
-    /// Returns the size of a slice for which `connections` connections get a buffer each, if that is possible.
+    /// Returns the size of the pool in bytes.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Returns the largest slice size, in bytes, with which each of `connections` connections can have a buffer. It is
+    /// at least [`SLICE_BYTES_MIN`], even if the pool is then too small for all.
     pub(crate) fn slice_bytes(&self, connections: usize) -> usize {
         let each = (self.bytes / connections.max(1)).clamp(SLICE_BYTES_MIN, SLICE_BYTES);
         1 << each.ilog2()
@@ -59,8 +66,8 @@ impl BufferPool {
         self.buffer(slice_bytes, self.permits.clone().acquire_many_owned(permits_for(slice_bytes)).await.ok())
     }
 
-    /// Returns a second buffer, for use while the workers have the first one, or `None` if half of the pool is in use:
-    /// that half is reserved for first buffers.
+    /// Returns a second buffer, for use while the workers have the first one. Returns `None` if half of the pool is in
+    /// use: the other half is reserved for first buffers.
     pub(crate) fn spare(&self, slice_bytes: usize) -> Option<Buffer> {
         if self.is_half_used() {
             return None;
@@ -81,7 +88,7 @@ impl BufferPool {
         let storage_bytes = slice_bytes + ALIGNMENT;
         let reused = {
             let mut idle = self.idle.lock();
-            // Memory of buffers of another size would not count against the size of the pool.
+            // Release idle memory of another size. Kept beside new buffers, it would exceed the size of the pool.
             idle.retain(|storage| storage.len() == storage_bytes);
             idle.pop()
         };
@@ -91,7 +98,7 @@ impl BufferPool {
     }
 }
 
-/// Returns the permits that a buffer of `slice_bytes` needs.
+/// Returns the number of permits that a buffer of `slice_bytes` needs.
 fn permits_for(slice_bytes: usize) -> u32 {
     slice_bytes.div_ceil(SLICE_BYTES_MIN) as u32
 }

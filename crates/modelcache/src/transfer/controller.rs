@@ -1,31 +1,34 @@
 //! Controller of the request limit: decides from the goodput of each window how many requests may run concurrently.
 //!
-//! It starts like a TCP connection: the limit is multiplied while goodput follows. Then it climbs in smaller steps. It
-//! keeps a step that raises goodput by at least 5 %, otherwise it reverts the step and waits before it probes again. On
-//! 503 and 429 it halves the limit, and stays below the limit at which the server throttled requests for some time.
+//! It begins with a slow start, like TCP: the limit is doubled or quadrupled while each step raises goodput by at least
+//! 25 %. Then it hill-climbs in steps of a quarter: it keeps a step that raises goodput by at least 5 %, otherwise it
+//! reverts the step and waits before it probes again. On 503 and 429 it halves the limit, and stays below the limit at
+//! which the server throttled requests for some time.
 //!
-//! A window counts only if the limit is in effect during all of it: each request that it allows must be receiving bytes,
-//! or as many requests must have been completed as it allows. The time to the first byte of a server therefore does not
-//! matter. The controller has no clock and does no I/O, so that a model of a server can drive it (`simulation.rs`).
+//! A window counts only if the limit was in effect at its start and end: all permits are in use, and either three
+//! quarters of the requests are receiving, or as many requests were completed as the limit allows. Waiting for first
+//! bytes after a raise is therefore not measured. The controller has no clock and does no I/O, so that a model of a
+//! server can drive it (`simulation.rs`).
 
+use crate::disk::FoundLimit;
 use std::time::{Duration, Instant};
 
 /// Initial number of concurrent requests.
 pub(super) const CONCURRENCY_INITIAL: usize = 16;
 /// Lower bound on concurrent requests, so that repeated throttling cannot stop progress.
 pub(super) const CONCURRENCY_MIN: usize = 4;
-/// Length of a window while the limit is multiplied.
-const START_WINDOW: Duration = Duration::from_millis(60);
+/// Length of a window in slow start.
+const SLOW_START_WINDOW: Duration = Duration::from_millis(60);
 /// Length of a window later; about the duration of one request on a fast link.
 const WINDOW: Duration = Duration::from_millis(200);
 /// Bytes credited to each completed request in addition to its body. Small files carry few bytes per request, and the
 /// credit shows that more requests help even if throughput is bound by latency.
 const REQUEST_CREDIT_BYTES: u64 = 64 << 10;
-/// Goodput up to which the limit is quadrupled at the start, in bytes per second. At four times this goodput, common
+/// Goodput up to which slow start quadruples the limit, in bytes per second. At four times this goodput, common
 /// networks (10 Gbit/s) and machines reach their own limits.
 const QUADRUPLING_GOODPUT_MAX: f64 = 400e6;
-/// Smallest growth of goodput, as a factor, for which a multiplied limit is multiplied again.
-const START_GAIN_MIN: f64 = 1.25;
+/// Smallest growth of goodput, as a factor, with which slow start goes on.
+const SLOW_START_GAIN_MIN: f64 = 1.25;
 /// Smallest growth of goodput, as a factor, for which a raised limit is kept.
 const GOODPUT_GAIN_MIN: f64 = 1.05;
 /// Windows to wait after an unsuccessful probe. Doubles after each further one, up to [`BACKOFF_WINDOWS_MAX`].
@@ -33,7 +36,7 @@ const BACKOFF_WINDOWS: u32 = 2;
 /// Upper bound on the windows to wait after an unsuccessful probe.
 const BACKOFF_WINDOWS_MAX: u32 = 32;
 /// Windows to wait after a server throttled requests or the workers fell behind.
-const THROTTLED_WINDOWS: u32 = 5;
+const HOLD_WINDOWS: u32 = 5;
 /// Windows after which a limit at which a server throttled requests is tried again.
 const CEILING_WINDOWS: u32 = 64;
 
@@ -42,7 +45,7 @@ const CEILING_WINDOWS: u32 = 64;
 pub(super) struct ConcurrencyController {
     search: Search,
     window: Window,
-    /// Number of requests that are receiving bytes.
+    /// Number of requests whose response has begun. A second connection of a request is not counted.
     receiving: usize,
     /// Number of requests that were completed under the present limit.
     completed: usize,
@@ -71,8 +74,8 @@ struct Search {
     phase: Phase,
     /// Goodput before the last raise, in bytes per second.
     goodput_before: f64,
-    /// True while the limit is multiplied.
-    is_starting: bool,
+    /// True until a step gains too little, or the limit is lowered.
+    is_slow_start: bool,
     /// Windows to wait after the next unsuccessful probe.
     backoff_windows: u32,
     /// A limit that is not exceeded for this many windows, because the server throttled requests at a higher one.
@@ -110,7 +113,7 @@ impl ConcurrencyController {
                 limit_max,
                 phase: Phase::Measure,
                 goodput_before: 0.0,
-                is_starting: true,
+                is_slow_start: true,
                 backoff_windows: BACKOFF_WINDOWS,
                 ceiling: None,
             },
@@ -121,13 +124,17 @@ impl ConcurrencyController {
         }
     }
 
-    /// Starts at a limit that was right before, unless a search has begun.
-    pub(super) fn start_at(&mut self, limit: usize) {
-        let is_new = self.search.is_starting && matches!(self.search.phase, Phase::Measure) && self.receiving == 0;
-        if is_new {
-            self.search.limit = limit.clamp(CONCURRENCY_MIN.min(self.search.limit_max), self.search.limit_max);
-            self.search.is_starting = false;
+    /// Begins with what an earlier search found, unless a search has begun. Returns false if one has.
+    pub(super) fn start_with(&mut self, remembered: Option<FoundLimit>) -> bool {
+        if !self.search.is_slow_start || !matches!(self.search.phase, Phase::Measure) || self.receiving > 0 {
+            return false;
         }
+        // A lower limit than the initial one saves nothing. Another user of a shared directory may have written it.
+        if let Some(found) = remembered.filter(|found| found.limit > self.search.limit) {
+            self.search.limit = found.limit.min(self.search.limit_max);
+            self.search.is_slow_start = found.is_slow_start;
+        }
+        true
     }
 
     /// Returns the number of requests that may run concurrently.
@@ -135,12 +142,13 @@ impl ConcurrencyController {
         self.search.limit
     }
 
-    /// Returns the limit without a raise whose effect is not known yet.
-    pub(super) fn proven_limit(&self) -> usize {
-        if let Phase::Judge(from) = self.search.phase { from } else { self.search.limit }
+    /// Returns what the search has found so far: the limit, or the previous one while a raise is being judged.
+    pub(super) fn found(&self) -> FoundLimit {
+        let limit = if let Phase::Judge(from) = self.search.phase { from } else { self.search.limit };
+        FoundLimit { limit, is_slow_start: self.search.is_slow_start }
     }
 
-    /// Records that a request received its first bytes.
+    /// Records that a response has begun.
     pub(super) fn begin_receiving(&mut self) {
         self.receiving += 1;
     }
@@ -166,25 +174,28 @@ impl ConcurrencyController {
     /// as the limit allows.
     pub(super) fn record_received(&mut self, bytes: u64, now: Instant, is_full: bool) {
         self.window.bytes += bytes;
-        // The goodput of a window in which permits were unused says nothing about the right limit.
         let limit = self.search.limit;
-        let is_in_effect = is_full && (4 * self.receiving >= 3 * limit || self.completed >= limit);
+        // Some permits belong to second connections and to requests without a response yet: three quarters are enough.
+        // After a raise, some of the new ones must be among them.
+        let receiving_min = if let Phase::Judge(from) = self.search.phase { from + 1 } else { 0 }.max(3 * limit / 4);
+        let is_in_effect = is_full && (self.receiving >= receiving_min || self.completed >= limit);
         let took = now - self.window.start;
         if is_in_effect && !self.window.was_in_effect {
             // Measure from here on.
             self.window = Window::new(now, true);
             return;
         }
-        let window = if self.search.is_starting { START_WINDOW } else { WINDOW };
+        let window = if self.search.is_slow_start { SLOW_START_WINDOW } else { WINDOW };
         if took < window {
             return;
         }
-        if self.window.is_behind() && !self.search.is_judging_start() {
+        if self.window.is_behind() && !self.search.judges_slow_start() {
             self.search.hold();
         } else if is_in_effect && self.window.was_in_effect && took < 5 * WINDOW {
-            // Judge only windows in which the limit was in effect, and that no pause stretched.
+            // Skip windows in which no bytes arrived for long: they took over a second.
             self.search.end_window(self.window.bytes as f64 / took.as_secs_f64());
         }
+        // Requests completed under the old limit say nothing about the new one.
         if self.search.limit != limit {
             self.completed = 0;
         }
@@ -192,7 +203,7 @@ impl ConcurrencyController {
     }
 
     /// Halves the limit after a server answered 503 or 429. Concurrent requests are throttled together, so this takes
-    /// effect at most once per window. Returns true if it did.
+    /// effect at most once per [`WINDOW`]. Returns true if it did.
     pub(super) fn record_throttled(&mut self, now: Instant) -> bool {
         if self.last_halved.is_some_and(|last| now - last < WINDOW) {
             return false;
@@ -205,46 +216,48 @@ impl ConcurrencyController {
 }
 
 impl Search {
-    /// Returns true if the limit was just multiplied. The first bytes of many responses then arrive together, so a backlog
-    /// of the workers does not show that they are the bottleneck.
-    fn is_judging_start(&self) -> bool {
-        self.is_starting && matches!(self.phase, Phase::Judge(_))
+    /// Returns true if the limit was just multiplied. The first bytes of many responses then arrive together, so a
+    /// backlog of the workers does not show that they are the bottleneck.
+    fn judges_slow_start(&self) -> bool {
+        self.is_slow_start && matches!(self.phase, Phase::Judge(_))
     }
 
     /// Takes the goodput of a window in which the present limit was in effect, in bytes per second, and adjusts
     /// the limit.
     fn end_window(&mut self, goodput: f64) {
         let limit = self.limit;
-        tracing::trace!(limit, goodput, phase = ?self.phase, "a window of the request limit ended");
+        tracing::trace!(limit, goodput, phase = ?self.phase, "judging a window of the request limit");
         self.ceiling = self.ceiling.and_then(|(limit, windows)| Some((limit, windows.checked_sub(1)?)));
         self.phase = match self.phase {
             Phase::Backoff(left @ 1..) => Phase::Backoff(left - 1),
             Phase::Backoff(0) | Phase::Measure => self.raise(goodput),
             Phase::Judge(_) if goodput >= self.goodput_before * GOODPUT_GAIN_MIN => {
                 // The raise paid off: keep it and probe higher.
-                self.is_starting &= goodput >= self.goodput_before * START_GAIN_MIN;
+                // Slow start ends when a step gains less than it requires.
+                self.is_slow_start &= goodput >= self.goodput_before * SLOW_START_GAIN_MIN;
                 self.backoff_windows = BACKOFF_WINDOWS;
                 self.raise(goodput)
             }
             Phase::Judge(from) => {
                 // The raise did not pay off: revert it and wait, longer after each failure.
                 let backoff_windows = self.backoff_windows;
-                (self.limit, self.is_starting, self.backoff_windows) =
+                (self.limit, self.is_slow_start, self.backoff_windows) =
                     (from, false, (2 * backoff_windows).min(BACKOFF_WINDOWS_MAX));
                 Phase::Backoff(backoff_windows)
             }
         };
     }
 
-    /// Multiplies the limit at the start, and raises it by a quarter later. At the maximum it only waits.
+    /// Raises the limit: to a multiple in slow start, by a quarter later. Returns the next phase.
     fn raise(&mut self, goodput: f64) -> Phase {
         let from = self.limit;
-        let wanted = match self.is_starting {
+        let wanted = match self.is_slow_start {
             true if goodput <= QUADRUPLING_GOODPUT_MAX => 4 * from,
             true => 2 * from,
             false => from + (from / 4).max(1),
         };
-        let limit_max = self.ceiling.map_or(self.limit_max, |(limit, _)| limit);
+        let limit_max = self.ceiling.map_or(self.limit_max, |(limit, _)| limit.min(self.limit_max));
+        // At the maximum, check again later, because the ceiling expires.
         if from >= limit_max {
             return Phase::Backoff(BACKOFF_WINDOWS);
         }
@@ -255,6 +268,7 @@ impl Search {
 
     /// Halves the limit because a server throttled requests.
     fn halve(&mut self) {
+        // Stay below three quarters of this limit, but never forbid the initial limit.
         self.ceiling = Some(((self.limit - self.limit / 4).max(CONCURRENCY_INITIAL), CEILING_WINDOWS));
         self.wait_at((self.limit / 2).max(CONCURRENCY_MIN));
     }
@@ -262,13 +276,13 @@ impl Search {
     /// Reverts a raise whose effect is not known yet, because hashing or disk writes are the bottleneck. More requests
     /// would only buffer bytes in memory.
     fn hold(&mut self) {
-        tracing::trace!(limit = self.limit, "the workers are behind");
+        tracing::trace!(limit = self.limit, "hashing or disk writes are the bottleneck; holding the request limit");
         self.wait_at(if let Phase::Judge(from) = self.phase { from } else { self.limit });
     }
 
     /// Sets the limit and waits before the next probe.
     fn wait_at(&mut self, limit: usize) {
-        (self.limit, self.phase, self.is_starting) = (limit, Phase::Backoff(THROTTLED_WINDOWS), false);
+        (self.limit, self.phase, self.is_slow_start) = (limit, Phase::Backoff(HOLD_WINDOWS), false);
     }
 }
 
@@ -346,17 +360,28 @@ mod tests {
     }
 
     #[test]
-    fn a_remembered_limit_is_the_first_one_and_an_unproven_one_is_not_remembered() {
-        let mut controller = ConcurrencyController::new(LIMIT_MAX, Instant::now());
-        controller.start_at(100);
-        assert_eq!((controller.limit(), controller.proven_limit()), (100, 100));
-        controller.start_at(1000);
-        assert_eq!(controller.limit(), 100, "only before the first download");
+    fn a_search_begins_with_what_an_earlier_one_found() {
+        let new = || ConcurrencyController::new(LIMIT_MAX, Instant::now());
+        let found = |limit, is_slow_start| FoundLimit { limit, is_slow_start };
+        let mut controller = new();
+        assert!(controller.start_with(Some(found(100, false))));
+        assert_eq!(controller.found(), found(100, false));
         controller.search.end_window(1e9);
-        assert_eq!((controller.limit(), controller.proven_limit()), (125, 100));
-        let mut other = ConcurrencyController::new(LIMIT_MAX, Instant::now());
-        other.start_at(1000);
-        assert_eq!(other.limit(), LIMIT_MAX);
+        assert_eq!((controller.limit(), controller.found()), (125, found(100, false)), "the raise is not judged yet");
+        assert!(!controller.start_with(Some(found(200, false))), "only before the first download");
+        for (remembered, limit) in [(1000, LIMIT_MAX), (0, CONCURRENCY_INITIAL), (64, 64)] {
+            let mut controller = new();
+            assert!(controller.start_with(Some(found(remembered, true))));
+            assert_eq!(controller.found(), found(limit, true), "slow start goes on");
+        }
+    }
+
+    #[test]
+    fn a_ceiling_never_exceeds_the_maximum() {
+        let mut search = ConcurrencyController::new(8, Instant::now()).search;
+        search.halve();
+        (0..100).for_each(|_| search.end_window(search.limit as f64));
+        assert_eq!(search.limit, 8);
     }
 
     #[test]
@@ -364,7 +389,7 @@ mod tests {
         let (mut controller, mut now) = (ConcurrencyController::new(LIMIT_MAX, Instant::now()), Instant::now());
         let mut receive = |controller: &mut ConcurrencyController, is_full| {
             for _ in 0..10 {
-                now += START_WINDOW / 4;
+                now += SLOW_START_WINDOW / 4;
                 controller.record_received(1 << 20, now, is_full);
             }
             controller.limit()
@@ -380,13 +405,13 @@ mod tests {
     #[test]
     fn a_backlog_of_the_workers_reverts_a_raise_except_at_the_start() {
         let mut controller = ConcurrencyController::new(LIMIT_MAX, Instant::now());
-        for (is_starting, limit) in [(true, 100), (false, 80), (false, 80)] {
-            controller.search.is_starting = is_starting;
+        for (is_slow_start, limit) in [(true, 100), (false, 80), (false, 80)] {
+            controller.search.is_slow_start = is_slow_start;
             controller.search.limit = 100;
             controller.search.phase = Phase::Judge(80);
             controller.record_queued_slice(true);
             controller.record_received(1, controller.window.start + WINDOW, true);
-            assert_eq!(controller.limit(), limit, "starting: {is_starting}");
+            assert_eq!(controller.limit(), limit, "starting: {is_slow_start}");
         }
     }
 }

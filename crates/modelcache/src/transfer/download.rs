@@ -3,8 +3,8 @@
 //! Each part is downloaded from the first source that delivers it correctly (`part.rs`). A file without a ladder is
 //! verified as a whole; if that fails, it is downloaded once more from the same sources, then without the first one.
 //! Partial downloads that an earlier fill left in staging are resumed: their parts are read back and verified before
-//! they count. Memory is bounded by the shared buffer pool, whatever the size of the files. The choice of sources and
-//! the use of the staged files belong to the caller.
+//! they count. Memory is bounded by the shared engine (`engine.rs`), whatever the size of the files. The choice of
+//! sources and the use of the staged files belong to the caller.
 
 use super::engine::Engine;
 use super::order::{Order, PartQueue};
@@ -14,7 +14,7 @@ use super::partial_file::{NEXT_DEMAND_WAIT, NextPart, PartialFile};
 use super::retry::{Retry, recording_retries};
 use crate::config::WriteMode;
 use crate::digest::Provenance;
-use crate::disk::{FileDigests, FileLock, Purpose, RootedPath, StagedFileSpec, StagedWriter, goes_direct};
+use crate::disk::{FileDigests, FileLock, FoundLimit, Purpose, RootedPath, StagedFileSpec, StagedWriter, goes_direct};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::FilePath;
 use crate::ladder::{Ladder, part_size};
@@ -147,14 +147,15 @@ impl Downloader {
         &self.retry
     }
 
-    /// Allows this number of concurrent requests from the beginning, unless there was a download in this process.
-    pub(crate) fn start_at(&self, connections: usize) {
-        self.engine.limiter.start_at(connections);
+    /// Begins with the limit on concurrent requests that an earlier process found, unless there was a download in this
+    /// one. Returns false if there was.
+    pub(crate) fn start_with(&self, remembered: Option<FoundLimit>) -> bool {
+        self.engine.limiter.start_with(remembered)
     }
 
-    /// Returns the number of concurrent requests that is known to be right.
-    pub(crate) fn proven_connections(&self) -> usize {
-        self.engine.limiter.proven_limit()
+    /// Returns the limit on concurrent requests that was found so far.
+    pub(crate) fn found_limit(&self) -> FoundLimit {
+        self.engine.limiter.found()
     }
 
     /// Downloads all `files`. Fails at the first file that no source delivers correctly.
@@ -495,7 +496,7 @@ async fn download_parts(task: &PartTask, order: Order) -> Result<(), PartFailure
             running.spawn(async move { recording_retries(&progress, download).await });
             continue;
         }
-        // Nothing may be requested now: return the permit and wait until a part ends, a demand changes or time is up.
+        // Nothing may be requested now: return the permit and wait until a run ends, a demand changes or time is up.
         drop(permit);
         tokio::select! {
             Some(ended) = running.join_next() => part_result(ended)?,
@@ -513,7 +514,7 @@ async fn download_parts(task: &PartTask, order: Order) -> Result<(), PartFailure
 fn parts_per_request(task: &PartTask, part_bytes: u64, queued: usize) -> u64 {
     let limiter = &task.engine.limiter;
     let bytes = limiter.expected_bytes(REQUEST_TIME).unwrap_or(REQUEST_BYTES_FIRST).min(REQUEST_BYTES_MAX);
-    // Towards the end, requests become shorter, so that all connections have work until the last one ends.
+    // Towards the end, requests cover fewer parts, so that all connections finish at about the same time.
     let share = queued.div_ceil(2 * limiter.limit()) as u64;
     bytes.div_ceil(part_bytes).min(share).max(1)
 }
@@ -529,11 +530,11 @@ fn next_part(
     let next = task.file.partial_file.next_part(queue, part_bytes);
     let (in_order, most) = (queue.peek(), parts_per_request(task, part_bytes, queue.len()));
     let request = in_order.map(|part| (part, most));
-    // True if the in-order hash is so far behind that `part` should not be requested yet. On slow connections, the parts
-    // of all requests arrive at about the same time.
+    // True if the in-order hash is so far behind that `part` should not be requested yet.
     let hash_lags = |part: u64| {
         let ahead = task.writer.hashed_bytes().saturating_add(HASH_LAG_BYTES_MAX);
         let behind = task.writer.parts_behind() as u64 * part_bytes;
+        // One part of each running request may wait: on slow connections, parts of all requests arrive together.
         part * part_bytes > ahead
             || task.resumable_parts.is_empty() && behind > UNHASHED_BYTES_MAX.max(running as u64 * part_bytes)
     };

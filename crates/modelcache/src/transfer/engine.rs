@@ -17,21 +17,21 @@ use std::sync::{Arc, Weak};
 const MEMORY_MIN: usize = 128 << 20;
 /// Upper bound on the memory that downloads may use, in bytes: enough for 512 connections.
 const MEMORY_MAX: usize = 512 << 20;
-/// Downloads may use this share of the free memory, as a divisor.
+/// Downloads may use the free memory divided by this number.
 const MEMORY_DIVISOR: u64 = 64;
-/// Shares of that memory for buffers and for connections, as fractions. The rest is for everything else.
+/// Share of that memory for slice buffers, as numerator and denominator.
 const POOL_SHARE: (usize, usize) = (3, 16);
+/// Share of that memory for connections, as numerator and denominator. The rest is a reserve.
 const CONNECTIONS_SHARE: (usize, usize) = (10, 16);
-/// Memory that the HTTP client needs for a connection whose bytes arrive faster than they are processed. Measured as the
-/// growth of the peak RSS from 32 to 224 connections.
+/// Memory that the HTTP client needs for a connection whose bytes arrive faster than they are processed. Measured as
+/// the growth of the peak RSS from 32 to 224 connections.
 const CONNECTION_BYTES: usize = 640 << 10;
-/// Descriptors that a concurrent request may need if every request is for another file: for its connection, for two
-/// files, and for an upload that runs at the same time.
+/// Descriptors to reserve for each request if each is for another file: two connections (a redirect opens a second
+/// one), six for the file, and as many again for the next file and for an upload at the same time.
 const DESCRIPTORS_PER_REQUEST: u64 = 16;
-/// Descriptors that are enough for [`FILES_MAX`] files. Beyond them, two are kept for each request, because a redirect
-/// leads to a second connection.
+/// Descriptors to reserve for [`FILES_MAX`] files, eight each. Beyond them, each request needs two connections.
 const DESCRIPTORS_FOR_FILES: u64 = 512;
-/// Upper bound on the number of files that are downloaded concurrently.
+/// Upper bound on the number of files that one fill downloads concurrently.
 const FILES_MAX: usize = 64;
 
 /// The resources that all fills of a process share.
@@ -61,12 +61,14 @@ impl Engine {
 
     fn new() -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let memory = memory_budget(free_memory());
+        let address_space_left = address_space_left();
+        let memory = memory_budget(free_memory(), address_space_left);
+        let buffers = BufferPool::new(memory * POOL_SHARE.0 / POOL_SHARE.1, address_space_left);
         let descriptors = getrlimit(Resource::Nofile).current;
         Self {
             limiter: Limiter::new(connections_max(memory, descriptors), files_max(descriptors)),
-            buffers: BufferPool::new(memory * POOL_SHARE.0 / POOL_SHARE.1, address_space_left()),
-            workers: Workers::new(cores),
+            workers: Workers::new(cores, buffers.bytes() / 4),
+            buffers,
         }
     }
 
@@ -80,22 +82,25 @@ impl Engine {
         self.buffers.spare(self.slice_bytes())
     }
 
-    /// Returns the size of a slice for which each connection gets a buffer.
+    /// Returns the largest slice size, in bytes, with which each connection can have a buffer.
     fn slice_bytes(&self) -> usize {
         self.buffers.slice_bytes(self.limiter.limit())
     }
 }
 
-/// Returns the memory that downloads may use, in bytes, if `free` bytes are free now.
-fn memory_budget(free: Option<u64>) -> usize {
+/// Returns the memory that downloads may use, in bytes, if `free` bytes of memory are free now, and this many bytes of
+/// address space are left, if they are limited.
+fn memory_budget(free: Option<u64>, address_space_left: Option<u64>) -> usize {
     let share = free.map_or(MEMORY_MIN, |free| usize::try_from(free / MEMORY_DIVISOR).unwrap_or(MEMORY_MAX));
-    share.clamp(MEMORY_MIN, MEMORY_MAX)
+    let fitting = address_space_left.map_or(usize::MAX, |left| usize::try_from(left / 2).unwrap_or(usize::MAX));
+    share.clamp(MEMORY_MIN, MEMORY_MAX).min(fitting)
 }
 
 /// Returns the highest number of concurrent requests, for a budget of `memory` bytes and the process's limit on
 /// descriptors, if it has one.
 fn connections_max(memory: usize, descriptors: Option<u64>) -> usize {
     let by_memory = memory * CONNECTIONS_SHARE.0 / CONNECTIONS_SHARE.1 / CONNECTION_BYTES;
+    // With few descriptors, assume that each request is for another file.
     let by_descriptors = descriptors.map_or(usize::MAX, |all| {
         let beyond = all.saturating_sub(DESCRIPTORS_FOR_FILES) / 2;
         usize::try_from(beyond.max(all / DESCRIPTORS_PER_REQUEST)).unwrap_or(usize::MAX)
@@ -103,7 +108,7 @@ fn connections_max(memory: usize, descriptors: Option<u64>) -> usize {
     by_memory.min(by_descriptors).max(CONCURRENCY_MIN)
 }
 
-/// Returns the highest number of files that are downloaded concurrently.
+/// Returns the highest number of files that one fill downloads concurrently.
 fn files_max(descriptors: Option<u64>) -> usize {
     let fitting = descriptors.map_or(FILES_MAX as u64, |all| 2 * all / DESCRIPTORS_PER_REQUEST);
     usize::try_from(fitting).unwrap_or(FILES_MAX).clamp(CONCURRENCY_MIN, FILES_MAX)
@@ -122,10 +127,11 @@ mod tests {
     #[test]
     fn connections_are_bounded_by_memory_and_descriptors() {
         assert_eq!(
-            [None, Some(0), Some(1 << 30), Some(1 << 34)].map(memory_budget),
+            [None, Some(0), Some(1 << 30), Some(1 << 34)].map(|free| memory_budget(free, None)),
             [128 << 20, 128 << 20, 128 << 20, 256 << 20]
         );
-        assert_eq!(memory_budget(Some(1 << 50)), MEMORY_MAX);
+        assert_eq!(memory_budget(Some(1 << 50), None), MEMORY_MAX);
+        assert_eq!(memory_budget(None, Some(100 << 20)), 50 << 20);
         assert_eq!(connections_max(MEMORY_MIN, None), 128);
         assert_eq!(connections_max(MEMORY_MAX, Some(1 << 20)), 512);
         let limits = [Some(1024), Some(512), Some(128), Some(1), None];

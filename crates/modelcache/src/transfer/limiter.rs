@@ -1,9 +1,9 @@
 //! Adaptive limit on concurrent range requests, shared by all fills of the process.
 //!
-//! The controller (`controller.rs`) decides how many requests may run. One limiter serves all fills, because they share
-//! the machine's network, and all fills of a fleet often read from one server.
+//! The controller (`controller.rs`) decides the limit. One limiter serves all fills, because they share the network.
 
 use super::controller::ConcurrencyController;
+use crate::disk::FoundLimit;
 use crate::mutex::Mutex;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -29,7 +29,7 @@ pub(super) struct Limiter(Arc<SharedLimiter>);
 struct SharedLimiter {
     permits: Arc<Semaphore>,
     state: Mutex<LimiterState>,
-    /// Maximum number of files that are downloaded concurrently.
+    /// Maximum number of files that one fill downloads concurrently.
     files_max: usize,
 }
 
@@ -56,7 +56,8 @@ pub(super) struct Permit {
 pub(super) struct Receiving(Limiter);
 
 impl Limiter {
-    /// Creates the limiter. At most `limit_max` requests run concurrently, for at most `files_max` files.
+    /// Creates the limiter. At most `limit_max` requests run concurrently, and each fill downloads at most `files_max`
+    /// files concurrently.
     pub(super) fn new(limit_max: usize, files_max: usize) -> Self {
         let controller = ConcurrencyController::new(limit_max, Instant::now());
         let applied_limit = controller.limit();
@@ -80,14 +81,14 @@ impl Limiter {
         Some(Permit { permit: Some(permit), limiter: self.clone() })
     }
 
-    /// Starts at a limit that was right before, unless there was a download in this process.
-    pub(super) fn start_at(&self, limit: usize) {
-        self.update(|controller| controller.start_at(limit));
+    /// Begins with what an earlier search found, unless a search has begun. Returns false if one has.
+    pub(super) fn start_with(&self, remembered: Option<FoundLimit>) -> bool {
+        self.update(|controller| controller.start_with(remembered))
     }
 
-    /// Returns the limit without a raise whose effect is not known yet.
-    pub(super) fn proven_limit(&self) -> usize {
-        self.0.state.lock().controller.proven_limit()
+    /// Returns what the search has found so far.
+    pub(super) fn found(&self) -> FoundLimit {
+        self.0.state.lock().controller.found()
     }
 
     /// Returns the number of requests that may run concurrently.
@@ -100,12 +101,12 @@ impl Limiter {
         self.0.permits.available_permits() > 0
     }
 
-    /// Returns the maximum number of files that are downloaded concurrently.
+    /// Returns the maximum number of files that one fill downloads concurrently.
     pub(super) fn concurrent_files_max(&self) -> usize {
         self.0.files_max
     }
 
-    /// Records that a response received its first bytes.
+    /// Records that a response has begun.
     pub(super) fn begin_receiving(&self) -> Receiving {
         self.0.state.lock().controller.begin_receiving();
         Receiving(self.clone())
@@ -122,11 +123,14 @@ impl Limiter {
         self.0.state.lock().controller.record_queued_slice(waits);
     }
 
-    /// Lowers the limit after a server answered 503 or 429.
+    /// Halves the limit after a server answered 503 or 429, unless it was halved just before.
     pub(super) fn record_throttled(&self) {
         if self.update(|controller| controller.record_throttled(Instant::now())) {
             let limit = self.limit();
-            tracing::debug!(limit, "a server throttled a request; halving the limit on concurrent requests");
+            tracing::debug!(
+                limit,
+                "a server throttled a request (503 or 429); halved the limit on concurrent requests"
+            );
         }
     }
 
@@ -150,9 +154,9 @@ impl Limiter {
             })
     }
 
-    /// Returns the bytes that a request receives in `time`, by the median of its peers; `None` before there are enough.
+    /// Returns the bytes that a request receives in `time`, by the median of its peers; `None` if too few are known.
     pub(super) fn expected_bytes(&self, time: Duration) -> Option<u64> {
-        Some((time.as_secs_f64() / self.peer_pace()?) as u64)
+        Some((time.as_secs_f64() / self.peer_pace()? - LATENCY_BYTES) as u64)
     }
 
     /// Returns the median pace of recently completed requests, in seconds per byte; `None` if there are too few.
@@ -236,6 +240,6 @@ mod tests {
         (0..PEERS_MIN).for_each(|_| limiter.record_completed(7 * mib, second));
         assert!(!limiter.is_slow(7 * mib, 3 * second) && limiter.is_slow(7 * mib, 5 * second));
         assert!(!limiter.is_slow(79 * mib, 5 * second), "ten times the bytes may take longer");
-        assert_eq!(limiter.expected_bytes(second), Some(8 * mib));
+        assert_eq!(limiter.expected_bytes(second), Some(7 * mib));
     }
 }

@@ -1,8 +1,8 @@
 //! Transfer engine: downloads files from [sources](crate::source) into staging, verified part by part.
 //!
-//! `Downloader` is the entry point. `download.rs` runs the files of one fill, `part.rs` one range of a file, and
-//! `workers.rs` hashes and writes slices. `controller.rs`, `hedge.rs` and `order.rs` decide how many requests run, which
-//! one gets a second connection, and in which order parts are requested; they do no I/O. `retry.rs` holds the only
+//! `Downloader` is the entry point. `download.rs` runs the files of one fill, `part.rs` one run of parts (one request),
+//! and `workers.rs` hashes and writes slices. `controller.rs`, `hedge.rs` and `order.rs` decide how many requests run,
+//! which one gets a second connection, and in which order parts are requested; they do no I/O. `retry.rs` holds the only
 //! retry policy, and `pauses.rs` the waits that servers ask for. `partial_file.rs` connects a download with the readers
 //! of a file that is not complete yet.
 
@@ -25,6 +25,9 @@ mod retry;
 #[cfg(test)]
 mod simulation;
 mod workers;
+
+/// Time after which an idle connection is closed, so that the connections of a download do not stay open for long.
+pub(crate) const IDLE_CONNECTION_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(20);
 
 pub(crate) use cleanup::spawn_cleanup;
 pub use cleanup::wait_for_cleanup;

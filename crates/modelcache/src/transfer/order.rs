@@ -26,18 +26,18 @@ pub(super) enum Order {
 /// The parts of a file that have not been requested yet.
 #[derive(Debug)]
 pub(super) struct PartQueue {
-    /// All parts in order. Parts that were requested out of order are still in it.
-    in_order: std::vec::IntoIter<u64>,
+    /// Parts in the order of requests. [`peek`](Self::peek) skips those that are no longer queued.
+    request_order: std::vec::IntoIter<u64>,
     /// The parts that are still queued.
     parts: BTreeSet<u64>,
 }
 
 impl PartQueue {
-    /// Creates a queue of the parts `0..count`. Each `group` consecutive parts stay together.
-    pub(super) fn new(count: u64, group: u64, order: Order) -> Self {
-        let groups = ordered(count.div_ceil(group), order);
-        let parts = groups.into_iter().flat_map(|index| index * group..((index + 1) * group).min(count));
-        Self { in_order: parts.collect::<Vec<_>>().into_iter(), parts: (0..count).collect() }
+    /// Creates a queue of the parts `0..count`. Each `group_parts` consecutive parts stay together.
+    pub(super) fn new(count: u64, group_parts: u64, order: Order) -> Self {
+        let groups = ordered(count.div_ceil(group_parts), order);
+        let parts = groups.into_iter().flat_map(|index| index * group_parts..((index + 1) * group_parts).min(count));
+        Self { request_order: parts.collect::<Vec<_>>().into_iter(), parts: (0..count).collect() }
     }
 
     /// Returns the number of parts that are still queued.
@@ -56,21 +56,22 @@ impl PartQueue {
 
     /// Returns the next part in order without removing it.
     pub(super) fn peek(&mut self) -> Option<u64> {
-        while let Some(part) = self.in_order.as_slice().first() {
+        while let Some(part) = self.request_order.as_slice().first() {
             // Skip parts that were requested out of order.
             if self.parts.contains(part) {
                 return Some(*part);
             }
-            self.in_order.next();
+            self.request_order.next();
         }
         None
     }
 
-    /// Removes `first` and the queued parts that follow it without a gap, `most` parts in all, and returns them. They
-    /// are requested together. A part for which `alone` is true is returned on its own.
-    pub(super) fn take_run(&mut self, first: u64, most: u64, alone: impl Fn(u64) -> bool) -> Range<u64> {
+    /// Removes the run of queued parts that begins with `first`, and returns their indices. One request covers them.
+    /// The run has at most `count_max` parts and ends before a gap. A part for which `alone` is true is a run of its
+    /// own.
+    pub(super) fn take_run(&mut self, first: u64, count_max: u64, alone: impl Fn(u64) -> bool) -> Range<u64> {
         let mut end = first + 1;
-        while !alone(first) && end - first < most && self.parts.contains(&end) && !alone(end) {
+        while !alone(first) && end - first < count_max && self.parts.contains(&end) && !alone(end) {
             end += 1;
         }
         for part in first..end {

@@ -1,9 +1,9 @@
 //! Download of a run of consecutive parts: reads it from the first source that delivers it correctly.
 //!
-//! One request covers the whole run, but each part is verified on its own. Received bytes are collected in slices. The
-//! workers hash and write one slice while the next one is received. A part has at most one slice with the workers, so
-//! that it is hashed in order. An interrupted part continues where it stopped, a part that fails verification is
-//! downloaded once more, and a request that is far slower than others gets a second connection (`hedge.rs`).
+//! One request covers the whole run. With a ladder, each part is verified on its own. Received bytes are collected in
+//! slices. The workers hash and write one slice while the next one is received. A part has at most one slice with the
+//! workers, so that it is hashed in order. An interrupted part continues where it stopped, a part that fails verification
+//! is downloaded once more, and a request that is far slower than others gets a second connection (`hedge.rs`).
 
 use super::buffer::{Buffer, SLICE_BYTES};
 use super::download::{DownloadFile, Failures, LocalBytes, PartFailure};
@@ -30,8 +30,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// Interval at which the pace of a range is compared with its peers.
+/// Interval at which the pace of a request is compared with its peers.
 const PEER_CHECK_INTERVAL: Duration = Duration::from_millis(250);
+/// How much longer than the HTTP client this module waits for bytes. The error of the client is preferred, because it
+/// names the server; not every source has such a client.
+const CLIENT_GRACE: Duration = Duration::from_millis(250);
 /// Received bytes are added to the metrics in steps of this size, because the counters are behind a lock.
 const COUNT_STEP_BYTES: u64 = 4 << 20;
 
@@ -62,7 +65,7 @@ pub(super) struct PartTask {
 
 impl PartTask {
     /// Ensures that the bytes in `run` are written and verified. A part that an earlier fill wrote must be a run of its
-    /// own.
+    /// own, because the request of a run has no gaps.
     pub(super) async fn run(self, run: Range<u64>, permit: Permit) -> Result<(), PartFailure> {
         let part_bytes = if self.one_stream { run.end - run.start } else { self.part_size };
         let (mut request, mut start) = (RunRequest::new(&run, permit), run.start);
@@ -79,6 +82,11 @@ impl PartTask {
                 sink.notify(&self.file.path, self.generation, range);
             }
             // If this part closed the gap at the hash cursor, this task hashes the parts that arrived before it.
+            if part.must_catch_up && start == run.end {
+                // Hashing may take long and needs no permit.
+                drop(request);
+                return Ok(self.catch_up().await?);
+            }
             if part.must_catch_up {
                 self.catch_up().await?;
             }
@@ -148,7 +156,11 @@ impl PartTask {
         part: &mut PartProgress,
     ) -> Result<(), PartFailure> {
         let mut failure: Option<Error> = None;
-        for (index, source) in self.sources.iter().enumerate() {
+        // Continue the open response, if there is one, before sources that failed for an earlier part.
+        let is_open =
+            |source: &&Arc<dyn Source>| request.response.as_ref().is_some_and(|open| open.comes_from(&***source));
+        let (open, others): (Vec<_>, Vec<_>) = self.sources.iter().partition(is_open);
+        for (index, source) in open.into_iter().chain(others).enumerate() {
             let is_last = index + 1 == self.sources.len();
             let mut attempts = self.retry.counted_in(&self.metrics, source.tier()).attempts();
             let mut mismatched = false;
@@ -174,7 +186,7 @@ impl PartTask {
                 // the next source, if any, is used at once. All other failures are retried under the retry policy, and
                 // then the next source is used.
                 if error.kind() == ErrorKind::Corrupt && !mismatched && error.is_transient() {
-                    tracing::warn!(%error, "the part is wrong; downloading it again from the same source");
+                    tracing::warn!(%error, "a part failed verification; downloading it again from the same source");
                     self.metrics.update(|counts| counts.retries.add(source.tier(), 1));
                     mismatched = true;
                 } else if !is_last && part.is_short() {
@@ -216,8 +228,8 @@ impl PartTask {
         }
     }
 
-    /// Receives the missing rest of the part from one source, once: from the response to an earlier request of this run
-    /// or, if there is none, from that to a new request for the rest of the run.
+    /// Receives the rest of the part from one source, in one attempt. Continues the open response of this run, if it
+    /// comes from this source. Otherwise sends a request for the rest of the run.
     async fn stream<'a>(
         &'a self,
         source: &'a dyn Source,
@@ -225,13 +237,20 @@ impl PartTask {
         request: &mut RunRequest<'a>,
         part: &mut PartProgress,
     ) -> Result<(), PartFailure> {
-        let mut response = match request.response.take().filter(|response| response.comes_from(source)) {
+        let start = part.next;
+        let open = request.response.take().filter(|response| response.comes_from(source));
+        let is_open = open.is_some();
+        let mut response = match open {
             Some(response) => response,
             None => self.request(source, range, request.end, part).await?,
         };
         part.may_read_slices = self.may_read_slices(source);
-        let start = part.next;
-        let received = self.receive(&mut response, range, part).await;
+        let mut received = self.receive(&mut response, range, part).await;
+        // A server may end a response early. At a part boundary, that is no failure of this part.
+        if is_open && received.is_ok() && part.next == start {
+            response = self.request(source, range, request.end, part).await?;
+            received = self.receive(&mut response, range, part).await;
+        }
         // Wait for the slice that the workers still have, even if the stream failed.
         let matches = part.wait_for_slice(self).await?;
         part.spare = None;
@@ -252,6 +271,7 @@ impl PartTask {
         match received {
             Err(PartFailure::Failed(error)) if error.kind() == ErrorKind::Corrupt => {
                 // Bytes of a wrong response that are in the in-order hash cannot be taken out again.
+                // The response may have begun in an earlier part of the run, whose bytes are in the hash as well.
                 let hashed_from = range.start.min(response.reader.requested.start);
                 let is_hashed = self.ladder.is_none() && part.next > hashed_from;
                 part.restart(self, range);
@@ -274,21 +294,22 @@ impl PartTask {
         range: &Range<u64>,
         end: u64,
         part: &mut PartProgress,
-    ) -> Result<Response<'a>, PartFailure> {
+    ) -> Result<OpenResponse<'a>, PartFailure> {
         let requested = part.next..end;
-        let must_stop = || source.ignores_ranges() && end - range.start < self.file.entry.size;
-        if must_stop() {
+        // A server that ignores ranges can be asked only for the whole file.
+        let is_unusable = || source.ignores_ranges() && end - range.start < self.file.entry.size;
+        if is_unusable() {
             return Err(PartFailure::IgnoresRanges);
         }
         let mut reader = ResponseReader::start(self, source, requested.clone());
         let body = reader.first(source.read(&self.file.path, requested.clone())).await?;
         // Only the response may have revealed that the server ignores ranges.
-        if must_stop() {
+        if is_unusable() {
             return Err(PartFailure::IgnoresRanges);
         }
         if body.start != requested.start {
-            // These bytes would be written a second time, and readers may have read them. The next attempt is one
-            // stream, in a new generation.
+            // The first bytes of this part would be written again, and readers may have read them. The next attempt is
+            // one stream, in a new generation.
             if part.may_read_slices && part.next > range.start {
                 return Err(PartFailure::IgnoresRanges);
             }
@@ -302,28 +323,27 @@ impl PartTask {
             }
             // The response may differ from the one before, so its bytes are hashed from the beginning.
             self.writer.rewind();
+            reader.requested.start = part.next;
         }
         reader.begin();
-        Ok(Response { reader, hedged: HedgedRead::new(body.stream, part.next), surplus: Bytes::new() })
+        Ok(OpenResponse { reader, hedged: HedgedRead::new(body.stream, part.next), surplus: Bytes::new() })
     }
 
-    /// Passes the received bytes to the workers until the part is complete. If it is the last one of the run, until the
-    /// response ends.
-    ///
-    /// The last slice of the run is held back until then. If more bytes follow it, the response is not the requested
-    /// range: that part must not be marked as complete.
+    /// Passes received bytes to the workers until the part is complete. For the last part of the run, continues until
+    /// the response ends, and holds the last slice back until then. If more bytes follow, the response is not the
+    /// requested range, and the part must not be marked as complete.
     async fn receive<'a>(
         &'a self,
-        response: &mut Response<'a>,
+        response: &mut OpenResponse<'a>,
         range: &Range<u64>,
         part: &mut PartProgress,
     ) -> Result<(), PartFailure> {
         let tier = response.reader.source.tier();
-        let is_last = range.end == response.reader.requested.end;
+        let is_last_part = range.end == response.reader.requested.end;
         let mut filling: Option<Buffer> = None;
         loop {
             let position = part.next + filling.as_ref().map_or(0, |buffer| buffer.len() as u64);
-            if position == range.end && !is_last {
+            if position == range.end && !is_last_part {
                 break;
             }
             // All bytes are here. Wait for the end of the response, on the connections that delivered the last byte.
@@ -352,21 +372,21 @@ impl PartTask {
                     && (buffer.len() as u64) < room
                     && self.file.partial_file.is_waited_for(&(part.next..part.next + buffer.len() as u64))
                 {
-                    // A reader can go on with these bytes.
+                    // A reader waits for these bytes: write them now. Waiting for the slice reports them to the reader.
                     part.submit(self, range, Work::Write, buffer).await?;
                     part.wait_for_slice(self).await?;
                 } else {
                     filling = Some(buffer);
                 }
             }
-            if !is_last {
+            if !is_last_part {
                 // These bytes belong to the next part.
                 response.surplus = chunk.slice_ref(rest);
                 continue;
             }
             let run = &response.reader.requested;
             if !rest.is_empty() && run.start == 0 && run.end < self.file.entry.size {
-                // The server may have sent the whole file. As one stream it can be requested and its length checked.
+                // The server may have sent the whole file. Request it as one stream, so that its length can be checked.
                 return Err(PartFailure::IgnoresRanges);
             }
             if !rest.is_empty() {
@@ -378,7 +398,7 @@ impl PartTask {
             part.submit(self, range, Work::Write, last).await?;
         }
         // Only network requests without a hedge are a measure for the pace of others.
-        if part.next == range.end && is_last && !response.hedged.is_hedged() && tier != Tier::Disk {
+        if part.next == range.end && is_last_part && !response.hedged.is_hedged() && tier != Tier::Disk {
             let Range { start, end } = response.reader.requested;
             self.engine.limiter.record_completed(end - start, response.reader.started.elapsed());
         }
@@ -393,7 +413,7 @@ struct RunRequest<'a> {
     /// `None` during the pause before a retry.
     permit: Option<Permit>,
     /// The response, once a part of the run was received from it.
-    response: Option<Response<'a>>,
+    response: Option<OpenResponse<'a>>,
 }
 
 impl RunRequest<'_> {
@@ -402,15 +422,15 @@ impl RunRequest<'_> {
     }
 }
 
-/// The response to the request of a run.
-struct Response<'a> {
+/// A response from which the next parts of the run are read.
+struct OpenResponse<'a> {
     reader: ResponseReader<'a>,
     hedged: HedgedRead<'a>,
     /// Received bytes that belong to the next part.
     surplus: Bytes,
 }
 
-impl Response<'_> {
+impl OpenResponse<'_> {
     fn comes_from(&self, source: &dyn Source) -> bool {
         std::ptr::addr_eq(self.reader.source, source)
     }
@@ -494,7 +514,7 @@ impl<'a> ResponseReader<'a> {
     /// Waits for the beginning of the response, for at most the read timeout. The timeout does not count while the
     /// request is held back because its host asked for a pause.
     async fn first<T>(&self, answer: impl Future<Output = Result<T>>) -> Result<T> {
-        let (timeout, pauses) = (self.task.retry.read_timeout(), self.task.retry.pauses());
+        let (timeout, pauses) = (self.task.retry.read_timeout() + CLIENT_GRACE, self.task.retry.pauses());
         let mut answer = std::pin::pin!(answer);
         let answer = loop {
             match tokio::time::timeout(timeout, &mut answer).await {
@@ -511,7 +531,7 @@ impl<'a> ResponseReader<'a> {
 
     /// Returns the next bytes, which belong at offset `position`; `None` at the end.
     async fn next(&mut self, hedged: &mut HedgedRead<'a>, position: u64) -> Result<Option<Bytes>> {
-        let (timeout, wait_start) = (self.task.retry.read_timeout(), Instant::now());
+        let (timeout, wait_start) = (self.task.retry.read_timeout() + CLIENT_GRACE, Instant::now());
         let chunk = loop {
             if self.last_peer_check.elapsed() >= PEER_CHECK_INTERVAL {
                 self.last_peer_check = Instant::now();
@@ -590,7 +610,7 @@ struct PartProgress {
     in_flight: Option<(u64, PendingSlice)>,
     /// An empty buffer that the workers returned.
     spare: Option<Buffer>,
-    /// Bytes of the range reported as done to the progress display.
+    /// Bytes of the part reported as done to the progress display.
     reported_bytes: u64,
     /// Number of consecutive responses that ended without an error and without a byte.
     empty_responses: u32,
@@ -635,7 +655,7 @@ impl PartProgress {
         self.empty_responses >= 2
     }
 
-    /// Starts the range over. The workers must not have a slice of it.
+    /// Starts the part over. The workers must not have a slice of it.
     fn restart(&mut self, task: &PartTask, range: &Range<u64>) {
         task.report_undone(self.reported_bytes);
         let empty_responses = self.empty_responses;

@@ -23,10 +23,6 @@ const WORKERS_MAX: usize = 16;
 /// Lower bound on the maximum number of workers: one hashes while others wait for the disk.
 const WORKERS_MIN: usize = 4;
 
-/// Queued bytes for each hashing slot above which the workers are the bottleneck. Fewer are queued whenever the slices
-/// of many connections arrive together.
-const BACKLOG_BYTES: usize = 4 << 20;
-
 /// The queue of slices and its workers. Clones share one pool.
 #[derive(Debug, Clone)]
 pub(super) struct Workers(Arc<WorkerPool>);
@@ -39,6 +35,8 @@ struct WorkerPool {
     workers_max: usize,
     /// Number of hashing slots.
     hashing_max: usize,
+    /// See [`Workers::new`].
+    backlog_bytes_max: usize,
 }
 
 #[derive(Debug, Default)]
@@ -61,7 +59,7 @@ pub(super) struct Slice {
     pub(super) buffer: Buffer,
     pub(super) work: Work,
     pub(super) hash: Hash,
-    /// Set on the last slice of a range: the checkpoints to verify, if any, and the parts that are then complete.
+    /// Set on the last slice of a part: the checkpoints to verify, if any, and the parts that are then complete.
     pub(super) end: Option<(Option<CheckpointPair>, Range<u64>)>,
 }
 
@@ -147,18 +145,25 @@ impl CheckpointPair {
 }
 
 impl Workers {
-    /// Creates a pool for a machine with `cores` cores.
-    pub(super) fn new(cores: usize) -> Self {
+    /// Creates a pool for a machine with `cores` cores. The workers are the bottleneck if more than `backlog_bytes_max`
+    /// are queued. Shorter queues are normal, because slices of many connections arrive together.
+    pub(super) fn new(cores: usize, backlog_bytes_max: usize) -> Self {
         let workers_max = (2 * cores).clamp(WORKERS_MIN, WORKERS_MAX);
         // Half of the cores receive. A core that hashes pairs keeps up with a core that receives.
         let hashing_max = (cores / 2).clamp(1, workers_max / 2);
-        Self(Arc::new(WorkerPool { state: Mutex::default(), freed: Condvar::new(), workers_max, hashing_max }))
+        Self(Arc::new(WorkerPool {
+            state: Mutex::default(),
+            freed: Condvar::new(),
+            workers_max,
+            hashing_max,
+            backlog_bytes_max,
+        }))
     }
 
     /// Returns true if the queue is so long that the workers, not the network, are the bottleneck.
     pub(super) fn are_behind(&self) -> bool {
         let queued: usize = self.0.state.lock().queue.iter().map(|job| job.slice.buffer.capacity()).sum();
-        queued > BACKLOG_BYTES * self.0.hashing_max
+        queued > self.0.backlog_bytes_max
     }
 
     /// Queues a slice. The returned value resolves to its outcome.
@@ -504,7 +509,7 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn interleaved_hashing_gives_the_digest_of_each_stream() {
         let (folder, pool, workers) =
-            (TempDir::new().expect("folder"), BufferPool::new(24 << 20, None), Workers::new(1));
+            (TempDir::new().expect("folder"), BufferPool::new(24 << 20, None), Workers::new(1, 4 << 20));
         let contents: Vec<_> = (1..=3).map(|seed| bytes(PART as usize + 1000 * usize::from(seed), seed)).collect();
         let digests: Vec<_> = contents.iter().map(|content| Digest::of(content)).collect();
         let mut ladders = contents.iter().map(|content| {
@@ -543,7 +548,7 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn queued_slices_are_hashed_in_pairs() {
         let (folder, pool, workers) =
-            (TempDir::new().expect("folder"), BufferPool::new(24 << 20, None), Workers::new(1));
+            (TempDir::new().expect("folder"), BufferPool::new(24 << 20, None), Workers::new(1, 4 << 20));
         let content = bytes(SLICE_BYTES, 7);
         let writers: Vec<_> = (0..8).map(|at| writer(&folder, &at.to_string(), SLICE_BYTES, true)).collect();
         workers.0.state.lock().hashing = 1;
@@ -562,7 +567,7 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn parts_that_arrived_early_are_hashed_by_one_job() {
         let (folder, pool, workers) =
-            (TempDir::new().expect("folder"), BufferPool::new(24 << 20, None), Workers::new(2));
+            (TempDir::new().expect("folder"), BufferPool::new(24 << 20, None), Workers::new(2, 4 << 20));
         let content = bytes(3 * PART as usize - 5, 3);
         let writer = writer(&folder, "f", content.len(), true);
         let mut outcomes = Vec::new();
@@ -611,7 +616,7 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn a_wrong_part_is_not_marked_and_a_failed_write_fails_its_own_stream_only() {
         let (folder, pool, workers) =
-            (TempDir::new().expect("folder"), BufferPool::new(24 << 20, None), Workers::new(2));
+            (TempDir::new().expect("folder"), BufferPool::new(24 << 20, None), Workers::new(2, 4 << 20));
         let content = bytes(2 * PART as usize, 9);
         let mut hasher = LadderHasher::new(PART);
         hasher.update(&content);
@@ -636,7 +641,7 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn a_slice_whose_stream_was_dropped_is_not_written() {
         let (folder, pool, workers) =
-            (TempDir::new().expect("folder"), BufferPool::new(24 << 20, None), Workers::new(1));
+            (TempDir::new().expect("folder"), BufferPool::new(24 << 20, None), Workers::new(1, 4 << 20));
         let content = bytes(SLICE_BYTES, 1);
         let writer = writer(&folder, "f", SLICE_BYTES, true);
         workers.0.state.lock().hashing = 1;

@@ -13,7 +13,9 @@ use super::xml;
 use crate::error::{Error, Result, Tier};
 use crate::limits;
 use crate::remote::backend::SkippedKeys;
-use crate::transfer::{BodyError, BodyLimits, Pauses, Retry, check_headers, is_html, read_body, retry_after};
+use crate::transfer::{
+    BodyError, BodyLimits, IDLE_CONNECTION_TIMEOUT, Pauses, Retry, check_headers, is_html, read_body, retry_after,
+};
 use async_trait::async_trait;
 use object_store::ClientOptions;
 use object_store::client::{
@@ -59,6 +61,7 @@ impl Connector {
         let mut builder = reqwest::Client::builder()
             .user_agent(concat!("modelcache/", env!("CARGO_PKG_VERSION")))
             .connect_timeout(settings.connect_timeout)
+            .pool_idle_timeout(IDLE_CONNECTION_TIMEOUT)
             .redirect(reqwest::redirect::Policy::none())
             .https_only(!settings.allow_http)
             .tls_danger_accept_invalid_certs(options.allow_invalid_certificates);
