@@ -56,19 +56,13 @@ impl Test {
             stages.run("python package", || Python::default().run());
             stages.run("status page", || page::Page::default().run());
             stages.run("docker-registry", || {
-                registry = debian::REGISTRY.program()?;
-                match &registry {
-                    Some(program) => println!("{}", program.path.display()),
-                    None => println!("tests that need a registry are skipped; install CNCF Distribution for them"),
-                }
+                let without = "tests that need a registry are skipped; install CNCF Distribution for them";
+                registry = optional(&debian::REGISTRY, without)?;
                 Ok(())
             });
             stages.run("bsdtar", || {
-                bsdtar = debian::BSDTAR.program()?;
-                match &bsdtar {
-                    Some(program) => println!("{}", program.path.display()),
-                    None => println!("archives are not compared with bsdtar; install libarchive-tools for that"),
-                }
+                let without = "archives are not compared with bsdtar; install libarchive-tools for that";
+                bsdtar = optional(&debian::BSDTAR, without)?;
                 Ok(())
             });
         }
@@ -89,6 +83,16 @@ impl Test {
         }
         stages.finish()
     }
+}
+
+/// Returns the program of a Debian package. Prints its path, or `without` if it cannot be had here.
+fn optional(package: &debian::Package, without: &str) -> Result<Option<debian::Program>> {
+    let program = package.program()?;
+    match &program {
+        Some(program) => println!("{}", program.path.display()),
+        None => println!("{without}"),
+    }
+    Ok(program)
 }
 
 /// The stages so far, with duration and result.

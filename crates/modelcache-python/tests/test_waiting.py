@@ -138,13 +138,16 @@ def test_an_event_loop_runs_while_a_get_waits(published: SlowProxy, open_cache: 
 def test_a_download_continues_for_other_tasks_when_one_is_cancelled(published: SlowProxy, open_cache: Any) -> None:
     published.bytes_per_second = 4_000_000
     cache = open_cache()
+    reports: list[Progress] = []
 
     async def main() -> Path:
         first = asyncio.create_task(cache.aget("m", "1"))
         while published.bytes_to_clients < SIZE // 8:
             await asyncio.sleep(0.01)
-        second = asyncio.create_task(cache.aget("m", "1"))
-        await asyncio.sleep(0.3)
+        second = asyncio.create_task(cache.aget("m", "1", progress=reports.append))
+        # The second call has joined the download when it reports bytes of it.
+        while not (reports and reports[-1].done_bytes):
+            await asyncio.sleep(0.01)
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first

@@ -134,7 +134,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
 }
 
 fn copier(program: &str) -> Result<Copier> {
-    COPIERS.into_iter().find(|copier| copier.program == program && !copier.tuned).context("no such copier")
+    COPIERS.into_iter().find(|copier| copier.program == program && !copier.is_tuned()).context("no such copier")
 }
 
 /// Decompresses the archive, and discards the output.

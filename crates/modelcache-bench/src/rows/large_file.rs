@@ -168,7 +168,7 @@ pub(crate) fn over_tls(setup: &Setup) -> Result<Section> {
         served.ours(DURABLE, &[("", "yes")], durable, None),
         served.ours(DEFAULTS, &[("", "after")], |command| command, None),
     ];
-    let fast = COPIERS.into_iter().filter(|copier| copier.tuned || copier.program == "s5cmd");
+    let fast = COPIERS.into_iter().filter(|copier| copier.is_tuned() || copier.program == "s5cmd");
     entries.extend(fast.map(|copier| served.peer(copier, SYNCED)));
     let lines = compare_to_disk(setup, setup.sizes.file, &entries)?;
     section(&served, "tls", " over TLS", &lines, (1.3, 1.6))
@@ -232,7 +232,7 @@ pub(crate) fn loaded(setup: &Setup) -> Result<Section> {
         served.streamer(Some(16)),
     ];
     let fast =
-        COPIERS.into_iter().filter(|copier| copier.tuned && copier.program != "aws" || copier.program == "s5cmd");
+        COPIERS.into_iter().filter(|copier| copier.is_tuned() && copier.program != "aws" || copier.program == "s5cmd");
     entries.extend(fast.map(|copier| served.peer(copier, LOADED)));
     let lines = compare_to_disk(setup, setup.sizes.file, &entries)?;
     let loaded = |line: &Line| line.setting.ends_with("read") || line.setting.ends_with("memory");

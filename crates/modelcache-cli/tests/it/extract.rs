@@ -54,6 +54,14 @@ fn assert_files(found: &Path, files: &BTreeMap<&'static str, Content>) {
     assert_eq!(fs::metadata(found.join("bin/run")).unwrap().permissions().mode() & 0o777, 0o555);
 }
 
+/// Puts an archive of a folder on the remote as `m@1`. Returns the files in it, and its path.
+fn put_archive(house: &House) -> (BTreeMap<&'static str, Content>, PathBuf) {
+    let files = folder(house, "m", 1);
+    let path = archive(house, "model.tar.gz", "m");
+    house.on("a").run(["put", "--tier", "remote", "m@1", path.to_str().unwrap()]).ok();
+    (files, path)
+}
+
 fn extracted(run: Run, reference: &str) -> PathBuf {
     run.run(["get", "--extract", "auto", reference]).path()
 }
@@ -92,9 +100,7 @@ fn an_archive_from_the_bucket_becomes_the_folder_of_its_files() {
 #[test]
 fn the_archive_is_kept_on_request_or_if_this_disk_has_the_only_copy() {
     let house = House::new();
-    folder(&house, "m", 1);
-    let path = archive(&house, "model.tar.gz", "m");
-    house.on("a").run(["put", "--tier", "remote", "m@1", path.to_str().unwrap()]).ok();
+    let (_, path) = put_archive(&house);
     extracted(house.on("a").env("MODEL_CACHE_KEEP_ARCHIVE", "1"), "m@1");
     house.on("a").run(["get", "--local-files-only", "m@1"]).path_saying(&["on disk"]);
 
@@ -129,9 +135,7 @@ fn new_content_under_a_version_is_extracted_again() {
 #[test]
 fn a_pin_of_an_archive_protects_its_files() {
     let house = House::new();
-    folder(&house, "m", 1);
-    let path = archive(&house, "model.tar.gz", "m");
-    house.on("a").run(["put", "--tier", "remote", "m@1", path.to_str().unwrap()]).ok();
+    put_archive(&house);
     let found = extracted(house.on("a"), "m@1");
     house.on("a").run(["pin", "m@1", "--reason", "busy"]).ok();
     house.on("a").run(["evict", "m@1", "--tier", "disk"]).failed(1, &["busy"]);
@@ -249,9 +253,7 @@ fn wrong_bytes_leave_nothing_and_a_second_try_heals() {
 #[test]
 fn a_damaged_extracted_file_is_found_and_replaced() {
     let house = House::new();
-    let files = folder(&house, "m", 1);
-    let path = archive(&house, "model.tar.gz", "m");
-    house.on("a").run(["put", "--tier", "remote", "m@1", path.to_str().unwrap()]).ok();
+    let (files, _) = put_archive(&house);
     let found = extracted(house.on("a"), "m@1");
     let file = found.join("config.json");
     fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
@@ -263,9 +265,7 @@ fn a_damaged_extracted_file_is_found_and_replaced() {
 #[test]
 fn an_archive_that_does_not_fit_leaves_nothing() {
     let house = House::new();
-    folder(&house, "m", 1);
-    let path = archive(&house, "model.tar.gz", "m");
-    house.on("a").run(["put", "--tier", "remote", "m@1", path.to_str().unwrap()]).ok();
+    put_archive(&house);
     let tight = || house.on("a").env("MODEL_CACHE_MAX_BYTES", "15MB");
     tight().run(["get", "--extract", "auto", "m@1"]).failed(6, &["no room", "MODEL_CACHE_MAX_BYTES"]);
     assert_eq!(house.staging("a"), Vec::<PathBuf>::new());
@@ -320,9 +320,7 @@ with tarfile.open(sys.argv[1] + '/hard.tar', 'w') as archive:
 #[test]
 fn the_report_names_archive_and_files() {
     let house = House::new();
-    folder(&house, "m", 1);
-    let path = archive(&house, "model.tar.gz", "m");
-    house.on("a").run(["put", "--tier", "remote", "m@1", path.to_str().unwrap()]).ok();
+    let (_, path) = put_archive(&house);
     let report = house.on("a").run(["get", "--extract", "auto", "--json", "m@1"]).object();
     let digest = Content::on_disk(&path).unwrap().sha256().unwrap();
     assert_eq!((&report["name"], &report["version"]), (&json!("extracted/m"), &json!(digest)));

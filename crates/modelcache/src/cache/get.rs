@@ -323,26 +323,26 @@ impl Cache {
         // Small downloads neither need many connections nor show how many are right.
         let large = to_download.values().next().filter(|_| bytes >= REMEMBERED_BYTES_MIN);
         let endpoint = large.and_then(|file| file.sources.first()?.endpoint());
-        let endpoint = self.start_with_remembered_connections(endpoint).await;
+        let endpoint = self.start_with_remembered_limit(endpoint).await;
         let downloaded = self.0.downloader.download(to_download.into_values().collect(), purpose, progress).await?;
-        self.remember_connections(endpoint).await;
+        self.remember_limit(endpoint).await;
         Ok((downloaded, streaming_upload))
     }
 
-    /// Starts with the limit on concurrent requests at the end of the last download from the endpoint.
-    /// Returns the endpoint if this is the first download of the process, so that the limit that it finds belongs to it.
-    async fn start_with_remembered_connections(&self, endpoint: Option<String>) -> Option<String> {
+    /// Starts with the limit on concurrent requests at the end of the last download from the endpoint. Returns the
+    /// endpoint if this is the first download of the process, so that the limit that it finds belongs to it.
+    async fn start_with_remembered_limit(&self, endpoint: Option<String>) -> Option<String> {
         let endpoint = endpoint?;
         let name = endpoint.clone();
-        let remembered = self.on_disk(move |disk| Ok(disk.remembered_connections(&name))).await.ok().flatten();
+        let remembered = self.on_disk(move |disk| Ok(disk.remembered_request_limit(&name))).await.ok().flatten();
         self.0.downloader.start_with(remembered).then_some(endpoint)
     }
 
     /// Remembers the limit on concurrent requests for the next process.
-    async fn remember_connections(&self, endpoint: Option<String>) {
+    async fn remember_limit(&self, endpoint: Option<String>) {
         let Some(endpoint) = endpoint else { return };
         let found = self.0.downloader.found_limit();
-        let remembered = self.on_disk(move |disk| disk.remember_connections(&endpoint, found)).await;
+        let remembered = self.on_disk(move |disk| disk.remember_request_limit(&endpoint, found)).await;
         if let Err(error) = remembered {
             tracing::debug!(%error, "the limit on concurrent requests was not remembered");
         }

@@ -103,8 +103,8 @@ impl Layout {
     }
 
     /// The limit on concurrent requests at the end of the last download from each endpoint.
-    pub(crate) fn connections(&self) -> RootedPath {
-        self.locks().join("connections")
+    pub(crate) fn request_limits(&self) -> RootedPath {
+        self.locks().join("request-limits")
     }
 
     /// A lock that is taken only to find out whether locks exclude other processes.

@@ -144,7 +144,7 @@ impl ConcurrencyController {
 
     /// Returns what the search has found so far: the limit, or the previous one while a raise is being judged.
     pub(super) fn found(&self) -> FoundLimit {
-        let limit = if let Phase::Judge(from) = self.search.phase { from } else { self.search.limit };
+        let limit = self.search.raised_from().unwrap_or(self.search.limit);
         FoundLimit { limit, is_slow_start: self.search.is_slow_start }
     }
 
@@ -177,7 +177,7 @@ impl ConcurrencyController {
         let limit = self.search.limit;
         // Some permits belong to second connections and to requests without a response yet: three quarters are enough.
         // After a raise, some of the new ones must be among them.
-        let receiving_min = if let Phase::Judge(from) = self.search.phase { from + 1 } else { 0 }.max(3 * limit / 4);
+        let receiving_min = self.search.raised_from().map_or(0, |from| from + 1).max(3 * limit / 4);
         let is_in_effect = is_full && (self.receiving >= receiving_min || self.completed >= limit);
         let took = now - self.window.start;
         if is_in_effect && !self.window.was_in_effect {
@@ -219,7 +219,12 @@ impl Search {
     /// Returns true if the limit was just multiplied. The first bytes of many responses then arrive together, so a
     /// backlog of the workers does not show that they are the bottleneck.
     fn judges_slow_start(&self) -> bool {
-        self.is_slow_start && matches!(self.phase, Phase::Judge(_))
+        self.is_slow_start && self.raised_from().is_some()
+    }
+
+    /// Returns the limit before the last raise, while that raise is being judged.
+    fn raised_from(&self) -> Option<usize> {
+        if let Phase::Judge(from) = self.phase { Some(from) } else { None }
     }
 
     /// Takes the goodput of a window in which the present limit was in effect, in bytes per second, and adjusts
@@ -277,7 +282,7 @@ impl Search {
     /// would only buffer bytes in memory.
     fn hold(&mut self) {
         tracing::trace!(limit = self.limit, "hashing or disk writes are the bottleneck; holding the request limit");
-        self.wait_at(if let Phase::Judge(from) = self.phase { from } else { self.limit });
+        self.wait_at(self.raised_from().unwrap_or(self.limit));
     }
 
     /// Sets the limit and waits before the next probe.

@@ -28,8 +28,8 @@ use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use rand::seq::SliceRandom;
 use std::collections::BTreeSet;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -89,7 +89,8 @@ pub(crate) struct DownloadedFile {
 pub(crate) struct Downloader {
     retry: Retry,
     write_mode: WriteMode,
-    engine: Arc<Engine>,
+    /// Created by the first download, so that hits do not read the limits of the machine.
+    engine: Arc<OnceLock<Arc<Engine>>>,
     metrics: Metrics,
 }
 
@@ -139,7 +140,11 @@ impl From<Error> for PartFailure {
 
 impl Downloader {
     pub(crate) fn new(retry: Retry, write_mode: WriteMode, metrics: Metrics) -> Self {
-        Self { retry, write_mode, engine: Engine::shared(), metrics }
+        Self { retry, write_mode, engine: Arc::default(), metrics }
+    }
+
+    fn engine(&self) -> &Arc<Engine> {
+        self.engine.get_or_init(Engine::shared)
     }
 
     /// Returns the retry policy, which all requests of a cache share.
@@ -150,12 +155,12 @@ impl Downloader {
     /// Begins with the limit on concurrent requests that an earlier process found, unless there was a download in this
     /// one. Returns false if there was.
     pub(crate) fn start_with(&self, remembered: Option<FoundLimit>) -> bool {
-        self.engine.limiter.start_with(remembered)
+        self.engine().limiter.start_with(remembered)
     }
 
     /// Returns the limit on concurrent requests that was found so far.
     pub(crate) fn found_limit(&self) -> FoundLimit {
-        self.engine.limiter.found()
+        self.engine().limiter.found()
     }
 
     /// Downloads all `files`. Fails at the first file that no source delivers correctly.
@@ -170,7 +175,7 @@ impl Downloader {
         // Use a random order, so that not all nodes of a fleet begin with the same file.
         files.shuffle(&mut rand::rng());
         let (mut waiting, mut running) = (files.into_iter(), FuturesUnordered::new());
-        let files_max = self.engine.limiter.concurrent_files_max();
+        let files_max = self.engine().files_max;
         let (mut downloaded, mut failure) = (Vec::new(), None);
         loop {
             while failure.is_none() && running.len() < files_max {
@@ -320,7 +325,7 @@ impl Downloader {
         .await?;
         let order = attempt.order();
         let task = PartTask {
-            engine: self.engine.clone(),
+            engine: self.engine().clone(),
             retry: self.retry.clone(),
             metrics: self.metrics.clone(),
             file: file.clone(),
@@ -474,7 +479,7 @@ async fn download_and_verify(task: PartTask, order: Order) -> Result<(FileEntry,
 /// first.
 async fn download_parts(task: &PartTask, order: Order) -> Result<(), PartFailure> {
     let size = task.file.entry.size;
-    let part_bytes = if task.one_stream { size.max(1) } else { task.part_size };
+    let part_bytes = task.part_bytes();
     let group = (REQUEST_BYTES_MAX / part_bytes).max(1);
     let mut queue = PartQueue::new(size.div_ceil(part_bytes), group, order);
     let mut running = JoinSet::new();
@@ -589,6 +594,78 @@ mod tests {
             let sent = file[usize::try_from(range.start).unwrap_or_default()..].to_vec();
             Ok(Body { start: range.start, stream: stream::iter([Ok(Bytes::from(sent))]).boxed() })
         }
+    }
+
+    /// A source that sends at most `bytes_max` of each requested range, and that may be missing.
+    #[derive(Debug)]
+    struct Ranges {
+        content: Option<Vec<u8>>,
+        bytes_max: usize,
+        requests: Mutex<Vec<Range<u64>>>,
+    }
+
+    #[async_trait]
+    impl Source for Ranges {
+        fn tier(&self) -> Tier {
+            Tier::Origin
+        }
+
+        async fn manifest(&self) -> Result<Option<Manifest>> {
+            Ok(None)
+        }
+
+        async fn read(&self, _: &FilePath, range: Range<u64>) -> Result<Body> {
+            let at = |offset: u64| usize::try_from(offset).unwrap_or_default();
+            self.requests.lock().push(range.clone());
+            let content = self.content.as_ref().ok_or_else(|| Error::not_found("no such file"))?;
+            let sent = &content[at(range.start)..at(range.end).min(at(range.start).saturating_add(self.bytes_max))];
+            Ok(Body { start: range.start, stream: stream::iter([Ok(Bytes::copy_from_slice(sent))]).boxed() })
+        }
+    }
+
+    /// Downloads 64 parts from these sources, after one that lacks the file if `has_missing` is true. Returns the ranges
+    /// that were requested from the source that has it, and the number of retries.
+    async fn download_ranges(bytes_max: usize, has_missing: bool) -> (Vec<Range<u64>>, u64) {
+        let folder = tempfile::tempdir().expect("a folder");
+        let content: Vec<u8> = (0..64 * RANGES_PART).map(|at| (at % 251) as u8).collect();
+        let mut hasher = LadderHasher::new(RANGES_PART);
+        hasher.update(&content);
+        let (sha256, ladder) = hasher.finish();
+        let details = FileDetails { sha256: Some(sha256), ladder: Some(ladder), ..FileDetails::default() };
+        let source = |content| Arc::new(Ranges { content, bytes_max, requests: Mutex::default() });
+        let (missing, right) = (source(None), source(Some(content.clone())));
+        let mut file = file_without_digest(&RootedPath::root(folder.path()), content.len() as u64, Vec::new());
+        file.entry = FileEntry::with(content.len() as u64, details);
+        file.sources = vec![right.clone()];
+        if has_missing {
+            file.sources.insert(0, missing);
+        }
+        let (target, downloader) = (file.target.clone(), new_downloader());
+        downloader.download(vec![file], Purpose::Read, &Progress::new()).await.expect("downloads");
+        assert!(std::fs::read(target.full()).expect("is there") == content);
+        let mut requests = right.requests.lock().clone();
+        requests.sort_by_key(|range| range.start);
+        (requests, downloader.metrics.counts().retries.origin)
+    }
+
+    /// Size of a part, in bytes.
+    const RANGES_PART: u64 = 64 << 10;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn one_request_covers_several_parts_and_each_byte_is_requested_once() {
+        for has_missing in [false, true] {
+            let (requests, retries) = download_ranges(usize::MAX, has_missing).await;
+            assert!(requests.len() < 64, "{requests:?}");
+            assert!(requests.iter().zip(&requests[1..]).all(|(one, next)| one.end == next.start), "{requests:?}");
+            assert_eq!(retries, 0);
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_response_that_ends_at_the_boundary_of_a_part_is_continued_without_a_retry() {
+        let (requests, retries) = download_ranges(RANGES_PART as usize, false).await;
+        assert_eq!((requests.len(), retries), (64, 0), "{requests:?}");
+        assert!(requests.iter().any(|range| range.end - range.start > RANGES_PART), "{requests:?}");
     }
 
     fn new_downloader() -> Downloader {

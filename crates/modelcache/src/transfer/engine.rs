@@ -40,6 +40,8 @@ pub(super) struct Engine {
     pub(super) limiter: Limiter,
     pub(super) buffers: BufferPool,
     pub(super) workers: Workers,
+    /// Maximum number of files that one fill downloads concurrently.
+    pub(super) files_max: usize,
 }
 
 /// The engine and the id of the process that created it.
@@ -66,9 +68,10 @@ impl Engine {
         let buffers = BufferPool::new(memory * POOL_SHARE.0 / POOL_SHARE.1, address_space_left);
         let descriptors = getrlimit(Resource::Nofile).current;
         Self {
-            limiter: Limiter::new(connections_max(memory, descriptors), files_max(descriptors)),
+            limiter: Limiter::new(connections_max(memory, descriptors)),
             workers: Workers::new(cores, buffers.bytes() / 4),
             buffers,
+            files_max: files_max(descriptors),
         }
     }
 

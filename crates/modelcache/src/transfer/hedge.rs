@@ -115,7 +115,7 @@ mod tests {
 
     #[tokio::test]
     async fn each_byte_is_taken_once_from_the_faster_connection() {
-        let permit = Limiter::new(16, 16).acquire().await;
+        let permit = Limiter::new(16).acquire().await;
         let mut hedged = HedgedRead::new(chunks(&["0", "1", "2"]).chain(stream::pending()).boxed(), 0);
         hedged.add(
             stream::once(tokio::task::yield_now()).map(|()| Ok(Bytes::from("01"))).chain(chunks(&["23", "45"])).boxed(),
@@ -133,11 +133,11 @@ mod tests {
 
     #[tokio::test]
     async fn after_a_failure_the_other_connection_continues_alone() {
-        let permit = Limiter::new(16, 16).acquire().await;
+        let permit = Limiter::new(16).acquire().await;
         let mut hedged = HedgedRead::new(chunks(&["ab", "!"]), 0);
         hedged.add(chunks(&["ab", "cd"]), 0, permit);
         assert!(matches!(text(hedged).await, (text, None, 2) if text == "abcd"));
-        let permit = Limiter::new(16, 16).acquire().await;
+        let permit = Limiter::new(16).acquire().await;
         let mut hedged = HedgedRead::new(chunks(&["ab", "!"]), 0);
         hedged.add(chunks(&["!"]), 0, permit);
         assert!(matches!(text(hedged).await, (text, Some(_), 0) if text == "ab"), "the last failure counts");

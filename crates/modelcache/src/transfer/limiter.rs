@@ -29,8 +29,6 @@ pub(super) struct Limiter(Arc<SharedLimiter>);
 struct SharedLimiter {
     permits: Arc<Semaphore>,
     state: Mutex<LimiterState>,
-    /// Maximum number of files that one fill downloads concurrently.
-    files_max: usize,
 }
 
 #[derive(Debug)]
@@ -56,15 +54,13 @@ pub(super) struct Permit {
 pub(super) struct Receiving(Limiter);
 
 impl Limiter {
-    /// Creates the limiter. At most `limit_max` requests run concurrently, and each fill downloads at most `files_max`
-    /// files concurrently.
-    pub(super) fn new(limit_max: usize, files_max: usize) -> Self {
+    /// Creates the limiter. At most `limit_max` requests run concurrently.
+    pub(super) fn new(limit_max: usize) -> Self {
         let controller = ConcurrencyController::new(limit_max, Instant::now());
         let applied_limit = controller.limit();
         Self(Arc::new(SharedLimiter {
             permits: Arc::new(Semaphore::new(applied_limit)),
             state: Mutex::new(LimiterState { controller, applied_limit, surplus_permits: 0, peers: VecDeque::new() }),
-            files_max,
         }))
     }
 
@@ -99,11 +95,6 @@ impl Limiter {
     /// Returns true if permits are unused, so that the limit does not restrict throughput.
     pub(super) fn has_free_permits(&self) -> bool {
         self.0.permits.available_permits() > 0
-    }
-
-    /// Returns the maximum number of files that one fill downloads concurrently.
-    pub(super) fn concurrent_files_max(&self) -> usize {
-        self.0.files_max
     }
 
     /// Records that a response has begun.
@@ -211,7 +202,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_lower_limit_takes_effect_as_permits_are_returned() {
-        let limiter = Limiter::new(64, 64);
+        let limiter = Limiter::new(64);
         let mut held = Vec::new();
         for _ in 0..CONCURRENCY_INITIAL {
             held.push(limiter.acquire().await);
@@ -228,12 +219,12 @@ mod tests {
 
     #[test]
     fn the_limit_never_exceeds_its_maximum() {
-        assert_eq!([1, 8, 1000].map(|most| Limiter::new(most, 64).limit()), [1, 8, CONCURRENCY_INITIAL]);
+        assert_eq!([1, 8, 1000].map(|most| Limiter::new(most).limit()), [1, 8, CONCURRENCY_INITIAL]);
     }
 
     #[test]
     fn slow_is_far_slower_than_the_peers() {
-        let limiter = Limiter::new(64, 64);
+        let limiter = Limiter::new(64);
         let (mib, second) = (1 << 20, Duration::from_secs(1));
         assert!(!limiter.is_slow(8 * mib, 60 * second), "without peers no request is slow");
         assert_eq!(limiter.expected_bytes(second), None);

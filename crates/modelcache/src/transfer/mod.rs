@@ -26,9 +26,6 @@ mod retry;
 mod simulation;
 mod workers;
 
-/// Time after which an idle connection is closed, so that the connections of a download do not stay open for long.
-pub(crate) const IDLE_CONNECTION_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(20);
-
 pub(crate) use cleanup::spawn_cleanup;
 pub use cleanup::wait_for_cleanup;
 pub(crate) use download::{DownloadFile, DownloadedFile, Downloader};
@@ -43,3 +40,8 @@ pub(crate) use partial_file::{PartialFile, PartialFiles, PartialReader, ReadGate
 pub(crate) use pauses::Pauses;
 pub use retry::{Attempts, Retry};
 pub(crate) use retry::{recording_retries, within};
+
+use std::time::Duration;
+
+/// Time after which an idle connection is closed, so that the connections of a download do not stay open for long.
+pub(crate) const IDLE_CONNECTION_TIMEOUT: Duration = Duration::from_secs(20);

@@ -67,7 +67,7 @@ impl PartTask {
     /// Ensures that the bytes in `run` are written and verified. A part that an earlier fill wrote must be a run of its
     /// own, because the request of a run has no gaps.
     pub(super) async fn run(self, run: Range<u64>, permit: Permit) -> Result<(), PartFailure> {
-        let part_bytes = if self.one_stream { run.end - run.start } else { self.part_size };
+        let part_bytes = self.part_bytes();
         let (mut request, mut start) = (RunRequest::new(&run, permit), run.start);
         while start < run.end {
             let range = start..(start + part_bytes).min(run.end);
@@ -82,16 +82,21 @@ impl PartTask {
                 sink.notify(&self.file.path, self.generation, range);
             }
             // If this part closed the gap at the hash cursor, this task hashes the parts that arrived before it.
-            if part.must_catch_up && start == run.end {
-                // Hashing may take long and needs no permit.
-                drop(request);
-                return Ok(self.catch_up().await?);
-            }
             if part.must_catch_up {
+                if start == run.end {
+                    // Hashing may take long and needs no permit.
+                    drop(request);
+                    return Ok(self.catch_up().await?);
+                }
                 self.catch_up().await?;
             }
         }
         Ok(())
+    }
+
+    /// Returns the size of every part but the last, in bytes. A file that is read in one stream is one part.
+    pub(super) fn part_bytes(&self) -> u64 {
+        if self.one_stream { self.file.entry.size.max(1) } else { self.part_size }
     }
 
     /// Returns true if readers of unverified bytes may read each slice of a part as soon as it is written. No byte may
@@ -270,8 +275,8 @@ impl PartTask {
         }
         match received {
             Err(PartFailure::Failed(error)) if error.kind() == ErrorKind::Corrupt => {
-                // Bytes of a wrong response that are in the in-order hash cannot be taken out again.
-                // The response may have begun in an earlier part of the run, whose bytes are in the hash as well.
+                // Bytes of a wrong response that are in the in-order hash cannot be taken out again. The response may
+                // have begun in an earlier part of the run, whose bytes are in the hash as well.
                 let hashed_from = range.start.min(response.reader.requested.start);
                 let is_hashed = self.ladder.is_none() && part.next > hashed_from;
                 part.restart(self, range);

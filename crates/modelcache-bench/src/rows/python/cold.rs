@@ -26,7 +26,8 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
         entries.push(served.ours(&command_setting(setting), step, change, None));
         entries.push(package_entry(&served, setting, change));
     }
-    let in_python = COPIERS.into_iter().filter(|copier| matches!(copier.program, "obstore" | "boto3") && copier.tuned);
+    let in_python =
+        COPIERS.into_iter().filter(|copier| matches!(copier.program, "obstore" | "boto3") && copier.is_tuned());
     entries.extend(in_python.map(|copier| served.peer(copier, &[])));
     let lines = compare_to_disk(setup, setup.sizes.file, &entries)?;
     drop(entries);
