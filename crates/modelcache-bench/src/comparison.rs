@@ -1,6 +1,7 @@
 //! Compares programs in rounds; each round runs every program once.
 //!
-//! The speed of a machine drifts, so only results of the same rounds are compared. A slow program drops out after
+//! The speed of a machine drifts, so only results of the same rounds are compared. A program whose runs differ much runs
+//! in additional rounds. A slow program drops out after
 //! [`SPENT_S_MAX`] seconds and at least [`ROUNDS_MIN`] runs; its line shows the number of its runs. A program that
 //! fails drops out, too, and its line shows the reason.
 
@@ -17,6 +18,9 @@ use xtask::table;
 const SPENT_S_MAX: f64 = 25.0;
 /// Minimum number of runs of a slow program, because a single run is no measurement.
 const ROUNDS_MIN: usize = 2;
+/// If the interquartile range of a program is a larger share of its median, the program runs in up to as many rounds
+/// again.
+const INTERQUARTILE_SHARE_MAX: f64 = 0.1;
 /// A comparison that moves at most this many bytes per run keeps the files of all runs until it ends. An ext4 without a
 /// journal skips inodes that were freed in the last minutes, so removing the files of one run would slow down the next
 /// program that creates files.
@@ -89,11 +93,12 @@ fn in_turn(setup: &Setup, bytes: u64, entries: &[Entry<'_>], prepare: impl Fn() 
         entry.steps.iter().map(line).collect()
     };
     let mut results: Vec<Vec<Line>> = entries.iter().map(lines).collect();
-    for round in 1..=setup.rounds {
+    for round in 1..=2 * setup.rounds {
         for (at, (entry, lines)) in entries.iter().zip(&mut results).enumerate() {
-            // A failed or slow program does not run in the remaining rounds.
+            // A failed or slow program does not run in the remaining rounds, a steady one not in the additional ones.
             let has_failed = lines.iter().any(|line| line.failure.is_some());
-            if has_failed || lines.last().is_some_and(Line::has_run_enough) {
+            let is_done = has_failed || lines.last().is_some_and(Line::has_run_enough);
+            if is_done || (round > setup.rounds && lines.iter().all(Line::is_steady)) {
                 continue;
             }
             // Large files share one folder name, so that only the files of one run exist at a time.
@@ -142,6 +147,16 @@ impl Line {
         spent > SPENT_S_MAX && self.runs.len() >= ROUNDS_MIN
     }
 
+    /// Returns true if the interquartile range of the runs is within [`INTERQUARTILE_SHARE_MAX`] of their median.
+    fn is_steady(&self) -> bool {
+        let mut seconds: Vec<f64> = self.runs.iter().map(|run| run.seconds).collect();
+        seconds.sort_by(f64::total_cmp);
+        let last = seconds.len().saturating_sub(1);
+        let Some((lower, upper)) = seconds.get(last / 4).zip(seconds.get((3 * last).div_ceil(4))) else { return true };
+        let range = upper - lower;
+        median(seconds).is_none_or(|median| range <= INTERQUARTILE_SHARE_MAX * median)
+    }
+
     /// Returns the median of the runs in seconds, or `None` if the program failed.
     pub(super) fn seconds(&self) -> Option<f64> {
         median(self.runs.iter().map(|run| run.seconds).collect()).filter(|_| self.failure.is_none())
@@ -163,7 +178,7 @@ impl Line {
         };
         cells.extend([
             format!("{seconds:.2}"),
-            spread(self.runs.iter().map(|run| run.seconds), 2),
+            spread(self.runs.iter().map(|run| run.seconds), 2) + if self.is_steady() { "" } else { ", unsteady" },
             self.runs.len().to_string(),
             format!("{:.0}", self.bytes as f64 / 1e6 / seconds),
             self.core_seconds_per_gb().map_or_else(String::new, |spent| format!("{spent:.2}")),
@@ -242,9 +257,17 @@ mod tests {
         let best = best_peer(&lines, |_| true);
         assert_eq!(best, Some(4.0));
         let cells = lines[0].cells(best);
-        assert_eq!(cells[2..8], ["2.00", "1.00-4.00", "3", "1000", "2.00", "64"]);
+        assert_eq!(cells[2..8], ["2.00", "1.00-4.00, unsteady", "3", "1000", "2.00", "64"]);
         assert_eq!(cells[10], "2.00", "twice as fast");
         assert_eq!(lines[1].cells(best)[10], "0.44");
+    }
+
+    #[test]
+    fn a_program_is_steady_if_the_middle_half_of_its_runs_is_close() {
+        assert!(line("", &[]).is_steady() && line("", &[2.0]).is_steady());
+        assert!(line("", &[9.0, 1.00, 1.05, 1.09, 0.1]).is_steady(), "single outliers do not count");
+        assert!(!line("", &[9.0, 1.00, 1.05, 1.12, 0.1]).is_steady());
+        assert!(!line("", &[1.0, 1.2]).is_steady());
     }
 
     #[test]

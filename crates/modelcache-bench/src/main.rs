@@ -17,7 +17,7 @@
 //! | [`setup`], [`scratch`] | our program and the sizes; the data folders and their removal |
 //! | [`tensors`] | the safetensors file of the Python rows |
 //! | [`usage`], [`reader`] | one run of a program and its resource usage; a program that reads files |
-//! | [`page`], [`machine`] | docs/benchmarks.md; the description of the machine |
+//! | [`page`], [`chart`], [`machine`] | docs/benchmarks.md; its charts; the description of the machine |
 //!
 //! The hidden commands `bench-server`, `bench-read`, `bench-fetch` and `bench-load` are the processes that the rows
 //! start.
@@ -26,6 +26,7 @@
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program for the terminal")]
 
+mod chart;
 mod client;
 mod comparison;
 mod copiers;
@@ -157,6 +158,8 @@ enum Row {
     Layout,
     /// Peak memory
     Memory,
+    /// Growth of cost with the number of files and of connections
+    Growth,
     /// SHA-256 without I/O
     Hash,
     /// Hits from Python
@@ -207,6 +210,7 @@ impl Row {
             Self::Warm => rows::warm::section(setup),
             Self::Layout => rows::layout::section(setup),
             Self::Memory => rows::memory::section(setup),
+            Self::Growth => rows::growth::section(setup),
             Self::Hash => rows::hash::section(setup),
             Self::PythonWarm => rows::python::warm::section(setup),
             Self::PythonCold => rows::python::cold::section(setup),
@@ -278,8 +282,9 @@ impl Bench {
 /// which remove it to make room.
 fn measurement_order() -> Vec<Row> {
     let of_python = |row: Row| row.is_in_python() && row != Row::PythonCold;
-    let last =
-        |row: &&Row| of_python(**row) || matches!(row, Row::FilesLarge | Row::FilesSmall | Row::Warm | Row::Hash);
+    let last = |row: &&Row| {
+        of_python(**row) || matches!(row, Row::FilesLarge | Row::FilesSmall | Row::Growth | Row::Warm | Row::Hash)
+    };
     let (last, first): (Vec<Row>, Vec<Row>) = Row::value_variants().iter().partition(last);
     first.into_iter().chain(last).collect()
 }

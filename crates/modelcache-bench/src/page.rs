@@ -3,12 +3,15 @@
 //! The hand-written text is in `frame.md` beside this module. A row that was not measured keeps its section from the
 //! existing page.
 
+use super::chart::Chart;
 use anyhow::{Context, Result};
 use std::fs;
 use xtask::repository::root;
 use xtask::table;
 
 const PAGE: &str = "docs/benchmarks.md";
+/// The folder of the charts.
+const CHARTS: &str = "docs";
 const FRAME: &str = include_str!("frame.md");
 
 /// The section of one row.
@@ -19,6 +22,8 @@ pub(super) struct Section {
     /// What is measured and under which conditions, in a few sentences.
     pub(super) what: String,
     pub(super) tables: Vec<String>,
+    /// Written beside the page.
+    pub(super) charts: Vec<Chart>,
     pub(super) targets: Vec<Target>,
     /// Remarks that a reader needs to interpret the figures.
     pub(super) notes: Vec<String>,
@@ -86,6 +91,7 @@ impl Section {
     pub(super) fn text(&self) -> String {
         let mut text = format!("## {}\n\n{}\n", self.title, self.what);
         self.tables.iter().filter(|table| !table.is_empty()).for_each(|table| text += &format!("\n{table}"));
+        self.charts.iter().for_each(|chart| text += &format!("\n{}", chart.markdown()));
         if !self.targets.is_empty() {
             let targets: Vec<_> = self.targets.iter().map(Target::cells).collect();
             text += &format!("\n{}", table::markdown(&["target", "measured", "required", "goal", "reached"], &targets));
@@ -102,6 +108,9 @@ impl Section {
 pub(super) fn write(rows: &[&str], sections: &[Section], machine: &str) -> Result<()> {
     let path = root().join(PAGE);
     let existing = fs::read_to_string(&path).unwrap_or_default();
+    for chart in sections.iter().flat_map(|section| &section.charts) {
+        chart.write(&root().join(CHARTS))?;
+    }
     fs::write(&path, page(&existing, rows, sections, machine)).with_context(|| format!("cannot write {PAGE}"))?;
     println!("{PAGE}: written");
     Ok(())
@@ -128,8 +137,8 @@ mod tests {
     use super::*;
 
     fn section(row: &'static str, what: &str) -> Section {
-        let (tables, targets, notes) = (Vec::new(), Vec::new(), Vec::new());
-        Section { row, title: row.into(), what: what.into(), tables, targets, notes }
+        let (tables, charts, targets, notes) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        Section { row, title: row.into(), what: what.into(), tables, charts, targets, notes }
     }
 
     #[test]

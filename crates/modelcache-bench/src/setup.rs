@@ -33,6 +33,8 @@ pub(super) struct Sizes {
     pub(super) sparse: u64,
     /// Size of all tensors of the safetensors file.
     pub(super) tensors: u64,
+    /// Bytes that the daemon sends over all connections together.
+    pub(super) growth: u64,
     /// Number of calls in one Python process.
     pub(super) calls: usize,
 }
@@ -44,6 +46,7 @@ impl Sizes {
         small_files: (2000, 4 << 10),
         sparse: 100_000_000_000,
         tensors: 2 << 30,
+        growth: 1 << 30,
         calls: 10_000,
     };
     pub(super) const QUICK: Self = Self {
@@ -52,6 +55,7 @@ impl Sizes {
         small_files: (200, 4 << 10),
         sparse: 4_000_000_000,
         tensors: 256 << 20,
+        growth: 64 << 20,
         calls: 1000,
     };
 }

@@ -61,7 +61,7 @@ struct Rules {
     demand: Demand,
     /// Address of the token endpoint in the challenge; `None` is the gate's own `/token`.
     realm: Option<String>,
-    /// Requests that each token may be used for.
+    /// Requests that the next token may be used for.
     uses: usize,
     tokens: HashMap<String, usize>,
     issued: usize,
@@ -139,8 +139,9 @@ impl Gate {
         lock(&self.shared.rules).realm = Some(realm.to_owned());
     }
 
-    /// Limits how many requests each token may be used for.
-    pub fn token_uses(&self, uses: usize) {
+    /// Limits how many requests the next token may be used for. Later tokens have no limit: concurrent requests would
+    /// use up the new token of another request.
+    pub fn next_token_uses(&self, uses: usize) {
         lock(&self.shared.rules).uses = uses;
     }
 
@@ -279,7 +280,7 @@ impl Rules {
         }
         self.issued += 1;
         let token = format!("canary-token-{}", self.issued);
-        self.tokens.insert(token.clone(), self.uses);
+        self.tokens.insert(token.clone(), std::mem::replace(&mut self.uses, usize::MAX));
         answer(StatusCode::OK, "application/json", format!("{{\"token\":\"{token}\",\"expires_in\":300}}"))
     }
 }

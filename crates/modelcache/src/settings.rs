@@ -21,8 +21,8 @@ use crate::forbid::Forbid;
 use crate::human::nearest;
 use crate::option_name::setting::{DIR, REMOTE};
 use crate::option_name::{OptionName, Scope};
-use crate::redact;
 use crate::reference::{is_bucket_name, not_a_bucket};
+use crate::{printable, redact};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -1101,6 +1101,9 @@ fn checked_remote(text: &str) -> Result<String> {
     match text.strip_prefix("file://") {
         Some(path) if path.starts_with('/') && !url.ends_with(':') => Ok(url.to_owned()),
         Some(_) => Err(Error::invalid("not an absolute path").hint("write file:///folder")),
+        None if text.starts_with('/') => {
+            Err(Error::invalid("a path, not a URL").hint(format!("write file://{}", printable::line(url))))
+        }
         None => Err(Error::invalid("not the URL of an object store")),
     }
 }
@@ -1419,6 +1422,11 @@ mod tests {
         }
         let (message, _) = inputs().variable("HF_ENDPOINT", "huggingface.co").refused();
         assert!(message.contains("HF_ENDPOINT"), "{message}");
+        let (message, hint) = inputs().variable("MODEL_CACHE_REMOTE", "/models/team/").refused();
+        assert!(
+            message.contains("a path, not a URL") && hint.contains("write file:///models/team"),
+            "{message} {hint}"
+        );
     }
 
     #[test]

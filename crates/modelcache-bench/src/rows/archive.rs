@@ -105,6 +105,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
                writes nothing. The sizes are those of the extracted file."
             .into(),
         tables: vec![table(&lines, None)],
+        charts: Vec::new(),
         targets: vec![
             Target::at_most(
                 "`tar.gz`: time, relative to decompression alone",

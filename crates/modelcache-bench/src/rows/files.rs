@@ -75,6 +75,7 @@ fn section(setup: &Setup, row: &'static str, (count, each): (usize, u64), requir
                and for their folder."
                 .into(),
         tables: vec![table(&lines, best)],
+        charts: Vec::new(),
         targets: vec![Target::at_least(
             &format!("`{DEFAULTS}`: speed, relative to the fastest peer"),
             ratio,

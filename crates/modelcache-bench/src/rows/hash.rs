@@ -24,6 +24,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
                checkpoints at the part boundaries of a file; a part is verified from the checkpoint before it."
                 .into(),
         tables: vec![markdown(&["benchmark", "time", "throughput"], &rows)],
+        charts: Vec::new(),
         targets: Vec::new(),
         notes: Vec::new(),
     })

@@ -43,6 +43,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
                sum of all processes. The server counts the bytes that it sends."
             .into(),
         tables: vec![markdown(&["processes", "median s", "core-s", "bytes sent, relative to one process"], &rows)],
+        charts: Vec::new(),
         targets: vec![
             Target::at_most("bytes sent, relative to one process", ratio, " x", 1.01, None),
             Target::at_most(

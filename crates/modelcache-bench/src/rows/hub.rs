@@ -161,6 +161,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
                time, so it hashes the bytes in order and writes them through the page cache."
             .into(),
         tables: vec![table(&lines, best)],
+        charts: Vec::new(),
         targets: vec![Target::at_least(
             &format!("`{DEFAULTS}`: speed, relative to huggingface_hub"),
             ratio,

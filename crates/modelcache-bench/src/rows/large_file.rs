@@ -210,6 +210,7 @@ fn section(
         title: format!("One {} file, S3 to disk{how}", size(served.setup.sizes.file)),
         what: what.into(),
         tables: vec![table(lines, best)],
+        charts: Vec::new(),
         targets,
         notes,
     })
@@ -248,6 +249,7 @@ pub(crate) fn loaded(setup: &Setup) -> Result<Section> {
                called without torch."
             .into(),
         tables: vec![table(&lines, best)],
+        charts: Vec::new(),
         targets: vec![Target::at_most(
             &format!("`{DEFAULTS} + read`: time, relative to the fastest peer"),
             share,

@@ -53,6 +53,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
                the links. The commands include the start of the program."
             .into(),
         tables: vec![table(&lines, None)],
+        charts: Vec::new(),
         targets: vec![
             Target::at_most("first: more than `get`", more(FIRST), " ms", 10.0, None),
             Target::at_most("again: more than `get`", more(AGAIN), " ms", 10.0, None),

@@ -65,6 +65,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
              enough for the file."
         ),
         tables: vec![markdown(&["operation", "setting", "peak RSS MiB", "extent"], &rows)],
+        charts: Vec::new(),
         targets: vec![
             Target::at_most(
                 &format!("peak RSS, {get}"),

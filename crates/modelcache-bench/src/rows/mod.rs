@@ -4,6 +4,7 @@ pub(super) mod archive;
 mod calls;
 pub(super) mod daemon;
 pub(super) mod files;
+pub(super) mod growth;
 pub(super) mod hash;
 pub(super) mod herd;
 pub(super) mod hub;

@@ -91,6 +91,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
                connections are medians over the rounds."
             .to_owned(),
         tables: vec![markdown(&header, &outcomes.iter().map(Outcome::cells).collect::<Vec<_>>())],
+        charts: Vec::new(),
         targets: vec![
             Target::at_least("first get: speed, relative to the fastest peer, worst case", worst(0), " %", 95.0, None),
             Target::at_least("second get: speed, relative to the fastest peer, worst case", worst(1), " %", 98.0, None),

@@ -66,6 +66,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
                other programs copy it, most of them with a CRC."
             .into(),
         tables: vec![table(&lines, best)],
+        charts: Vec::new(),
         targets: vec![Target::at_least("speed, relative to the fastest peer", ratio, " x", 1.2, None)],
         notes: Vec::new(),
     })

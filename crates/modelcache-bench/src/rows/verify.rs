@@ -66,6 +66,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
                target refers to the slower of the two."
             .into(),
         tables: vec![table(&lines, None)],
+        charts: Vec::new(),
         targets: vec![Target::at_least("speed, as a share of the slower rate", share, " %", 90.0, None)],
         notes: Vec::new(),
     })

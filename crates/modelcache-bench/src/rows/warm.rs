@@ -42,6 +42,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
                get` from exec to exit."
             .into(),
         tables: vec![markdown(&["operation", "median", "percentiles", "notes"], &rows)],
+        charts: Vec::new(),
         targets: vec![
             Target::at_most(&target_name(few_count), few.map(|(_, us)| *us), " us", 20.0, None),
             Target::at_most(&format!("{}, relative to {few_count}", target_name(most_count)), growth, " x", 2.0, None),

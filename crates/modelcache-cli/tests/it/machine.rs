@@ -214,22 +214,31 @@ fn an_artifact_larger_than_the_budget_is_refused_before_any_download() {
 fn a_large_file_is_downloaded_with_little_memory() {
     const SIZE: u64 = 512 * MIB;
     const SHA256_OF_ZEROS: &str = "9acca8e8c22201155389f65abbf6bc9723edc7384ead80503839f49dcc56d767";
+    /// For downloads on a small machine, for uploads, and for the program itself.
+    const PEAK_MAX: u64 = (128 + 48 + 20) * MIB;
+    if !can_mount() {
+        return;
+    }
     let house = House::new();
+    // Downloads use more memory if more is free.
+    let small = "printf 'MemAvailable: 1048576 kB\n' > meminfo; mount --bind meminfo /proc/meminfo";
     let commit = house.hub.repo("org/large").commit().lfs("model.safetensors", Content::zeros(SIZE));
     commit.claim_sha256(SHA256_OF_ZEROS).publish().unwrap();
     let measure = |dir: &str| {
         let run = house.on(dir).env("MODEL_CACHE_MAX_BYTES", "4GB").env("MODEL_CACHE_READ_TIMEOUT", "30s");
-        let (outcome, peak) = run.start(["get", "hf://org/large", "--json"]).wait_with_peak_memory();
+        let (outcome, peak) = run.start_after(small, &["get", "hf://org/large", "--json"]).wait_with_peak_memory();
         let object = outcome.object();
         let path = PathBuf::from(text(&object["path"])).join("model.safetensors");
         assert_eq!(path.metadata().unwrap().len(), SIZE);
         fs::remove_dir_all(house.path(dir)).unwrap();
         assert!(peak > MIB, "it was measured");
-        assert!(peak < 128 * MIB, "{} MiB at most, with {object}", peak / MIB);
+        assert!(peak < PEAK_MAX, "{} MiB at most, with {object}", peak / MIB);
         object
     };
-    assert_eq!(measure("a")["bytes"]["origin"], json!(SIZE));
-    assert_eq!(measure("b")["bytes"]["remote"], json!(SIZE));
+    // A slow request is sent a second time.
+    let whole = SIZE..SIZE + SIZE / 8;
+    assert!(whole.contains(&measure("a")["bytes"]["origin"].as_u64().unwrap()));
+    assert!(whole.contains(&measure("b")["bytes"]["remote"].as_u64().unwrap()));
 }
 
 #[test]

@@ -161,7 +161,7 @@ fn tokens_are_fetched_with_the_password_renewed_and_never_sent_to_the_cdn() {
     push_model(&registry, "v1");
     let gate = Gate::start(registry.addr()).unwrap();
     gate.demand(Demand::Token(Some((USER.into(), PASSWORD.into()))));
-    gate.token_uses(3);
+    gate.next_token_uses(3);
     gate.redirect("/blobs/");
     let tag = reference(gate.addr(), "org/model:v1");
     let run = |dir: &str| house.on_local(dir).env("MODEL_CACHE_LOG", "trace");

@@ -76,6 +76,18 @@ fn a_put_uploads_each_part_once_with_and_without_a_local_copy() {
 }
 
 #[test]
+fn more_large_files_than_parts_fit_into_memory_are_uploaded_together() {
+    const FILES: u64 = 8;
+    let house = House::new();
+    let many = (0..FILES).map(|seed| (format!("{seed}.bin"), Content::generated(seed, 17 * MIB)));
+    let commit = house.hub.repo("org/many").commit();
+    many.fold(commit, |commit, (name, content)| commit.lfs(&name, content)).publish().unwrap();
+    house.on("a").run(["get", "hf://org/many", "--backfill", "later"]).ok();
+    house.on("a").run(["backfill"]).ok();
+    assert_eq!((parts(&house) as u64, house.s3.uploads(BUCKET).len()), (3 * FILES, 0));
+}
+
+#[test]
 fn equal_content_is_copied_and_other_content_of_equal_size_is_uploaded_in_one_pass() {
     let house = house();
     house.on("a").run(["put", "m@1", "large.bin"]).ok();

@@ -10,18 +10,19 @@
 
 use super::{Cache, PutOptions, PutReport, PutTier};
 use crate::disk::{
-    InputFile, InputReader, LocalFile, MissingFiles, NO_REMOTE, RootedPath, StagedFile, Staging, copy_input, format_of,
-    hash_input, list_input, staged_name,
+    InputFile, InputHasher, InputReader, LocalFile, MissingFiles, NO_REMOTE, RootedPath, StagedFile, Staging,
+    copy_input, format_of, hash_input, list_input, open_input, staged_name,
 };
 use crate::error::{Context, Error, ErrorKind, Result, Tier};
 use crate::forbid::Forbid;
 use crate::format::{self, Format};
 use crate::key::{ArtifactKey, FilePath};
+use crate::ladder::PartHasher;
 use crate::manifest::{FileEntry, FileIdentity, Manifest, Shape};
 use crate::option_name::call;
 use crate::option_name::setting::REMOTE;
 use crate::progress::{Phase, Progress};
-use crate::remote::{Multipart, PendingPublish, PublishOptions, PublishedBytes, Remote};
+use crate::remote::{Multipart, PendingPublish, PublishOptions, PublishedBytes, Remote, UploadHasher, UploadReader};
 use crate::runtime::blocking;
 use crate::selection::Selection;
 use futures::{StreamExt, TryStreamExt, stream};
@@ -368,22 +369,23 @@ async fn read_and_upload(
     mut upload: Multipart,
     progress: &Progress,
 ) -> Result<InputRead> {
-    let path = input.path.clone();
-    let mut copying = blocking(move || InputReader::open(&input, target.as_ref())).await?;
-    for index in 0..upload.part_count() {
-        // Waits until the memory budget for uploads has room for the part.
-        let mut part = upload.reserve_part(index).await?;
-        (copying, part) = blocking(move || {
-            part.fill(|buffer, beside| copying.read_exact(buffer, beside))?;
-            Ok((copying, part))
-        })
-        .await?;
-        let bytes = part.range();
-        upload.send(part, None)?;
-        progress.done(bytes.end - bytes.start);
-    }
-    let (entry, copy) = blocking(move || copying.finish()).await?;
+    let (path, progress) = (input.path.clone(), progress.clone());
+    let (reader, hasher) = blocking(move || open_input(&input, target.as_ref(), &progress)).await?;
+    let (reader, hasher) = upload.send_file(reader, hasher, None).await?;
+    let (entry, copy) = blocking(move || reader.finish(hasher)).await?;
     Ok(InputRead { path, entry, copy, upload: Some(upload) })
+}
+
+impl UploadReader for InputReader {
+    fn read(&mut self, buffer: &mut [u8]) -> Result<()> {
+        Self::read(self, buffer)
+    }
+}
+
+impl UploadHasher for InputHasher {
+    fn update(&mut self, bytes: &[u8], part_hasher: Option<&mut PartHasher>) -> Result<()> {
+        Self::update(self, bytes, part_hasher)
+    }
 }
 
 /// Fails if a file is forbidden.

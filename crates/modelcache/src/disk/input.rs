@@ -36,15 +36,41 @@ pub(crate) struct InputFile {
     pub(crate) executable: bool,
 }
 
-/// Reads an input file in order, hashes it and, if there is a target, copies it.
+/// Opens an input file. Its bytes are copied to `target`, if there is one. `progress` counts the hashed bytes.
+pub(crate) fn open_input(
+    input: &InputFile,
+    target: Option<&RootedPath>,
+    progress: &Progress,
+) -> Result<(InputReader, InputHasher)> {
+    let read_error = |cause: std::io::Error| unreadable(&input.from, cause);
+    let file = File::open(&input.from).map_err(read_error)?;
+    let before = identity(&file).map_err(read_error)?;
+    let part_size = part_size(input.size);
+    let target = match target {
+        Some(target) => {
+            let path = target.clone();
+            let spec = StagedFileSpec { path, size: input.size, part_size, in_order: true, git: false, direct: false };
+            Target::Staged(Box::new(StagedWriter::create(spec, None)?), target.clone())
+        }
+        None => Target::HashOnly(LadderHasher::new(part_size)),
+    };
+    let hasher = InputHasher { hashed_bytes: 0, target, progress: progress.clone() };
+    Ok((InputReader { input: input.clone(), file, before }, hasher))
+}
+
+/// Reads an input file in order.
 pub(crate) struct InputReader {
     input: InputFile,
-    source: File,
-    /// Identity of the source when it was opened.
+    file: File,
+    /// Identity of the file when it was opened.
     before: FileIdentity,
-    /// Number of bytes read so far.
-    read: u64,
+}
+
+/// Hashes the bytes of an input file in order and, if there is a target, copies them.
+pub(crate) struct InputHasher {
+    hashed_bytes: u64,
     target: Target,
+    progress: Progress,
 }
 
 /// What happens to the bytes that are read.
@@ -56,58 +82,30 @@ enum Target {
 }
 
 impl InputReader {
-    /// Opens the file. Its bytes are copied to `target`, if there is one.
-    pub(crate) fn open(input: &InputFile, target: Option<&RootedPath>) -> Result<Self> {
-        let read_error = |cause: std::io::Error| unreadable(&input.from, cause);
-        let source = File::open(&input.from).map_err(read_error)?;
-        let before = identity(&source).map_err(read_error)?;
-        let part_size = part_size(input.size);
-        let target = match target {
-            Some(target) => {
-                let path = target.clone();
-                let spec =
-                    StagedFileSpec { path, size: input.size, part_size, in_order: true, git: false, direct: false };
-                Target::Staged(Box::new(StagedWriter::create(spec, None)?), target.clone())
-            }
-            None => Target::HashOnly(LadderHasher::new(part_size)),
-        };
-        Ok(Self { input: input.clone(), source, before, read: 0, target })
-    }
-
-    /// Fills `buffer` with the next bytes, and hashes them. If there is a second hasher, `beside`, it hashes the same
-    /// bytes in the same pass.
+    /// Fills `buffer` with the next bytes.
     ///
     /// # Errors
     /// Fails if the file ends before `buffer` is full, because the file was truncated since it was listed.
-    pub(crate) fn read_exact(&mut self, buffer: &mut [u8], mut beside: Option<&mut PartHasher>) -> Result<()> {
-        for slice in buffer.chunks_mut(COPY_BYTES) {
-            self.source.read_exact(slice).map_err(|cause| match cause.kind() {
-                std::io::ErrorKind::UnexpectedEof => changed(&self.input),
-                _ => unreadable(&self.input.from, cause),
-            })?;
-            match (&mut self.target, beside.as_deref_mut()) {
-                (Target::Staged(writer, _), Some(beside)) => writer.append(self.read, slice, beside)?,
-                (Target::Staged(writer, _), None) => writer.write(self.read, slice)?,
-                (Target::HashOnly(hasher), Some(beside)) => hasher.update_both(slice, beside),
-                (Target::HashOnly(hasher), None) => hasher.update(slice),
-            }
-            self.read += slice.len() as u64;
-        }
-        Ok(())
+    pub(crate) fn read(&mut self, buffer: &mut [u8]) -> Result<()> {
+        self.file.read_exact(buffer).map_err(|cause| match cause.kind() {
+            std::io::ErrorKind::UnexpectedEof => changed(&self.input),
+            _ => unreadable(&self.input.from, cause),
+        })
     }
 
-    /// Returns the manifest entry of the file, and the identity of the copy, if there is one.
+    /// Returns the manifest entry of the file, and the identity of the copy, if there is one. `hasher` has hashed all
+    /// bytes that were read.
     ///
     /// # Errors
     /// Fails unless exactly the listed size was read, or if the file has grown or was changed meanwhile.
-    pub(crate) fn finish(mut self) -> Result<(FileEntry, Option<FileIdentity>)> {
+    pub(crate) fn finish(mut self, hasher: InputHasher) -> Result<(FileEntry, Option<FileIdentity>)> {
         let read_error = |cause: std::io::Error| unreadable(&self.input.from, cause);
         // Try to read one more byte: the file may have grown.
-        let ended = self.read == self.input.size && self.source.read(&mut [0]).map_err(read_error)? == 0;
-        if !ended || self.before != identity(&self.source).map_err(read_error)? {
+        let ended = hasher.hashed_bytes == self.input.size && self.file.read(&mut [0]).map_err(read_error)? == 0;
+        if !ended || self.before != identity(&self.file).map_err(read_error)? {
             return Err(changed(&self.input));
         }
-        let (sha256, ladder, format, copy) = match self.target {
+        let (sha256, ladder, format, copy) = match hasher.target {
             Target::Staged(writer, path) => {
                 let hashed = writer.hashed();
                 (hashed.sha256, hashed.ladder, format_name(path.open(false)), Some(writer.seal()?))
@@ -121,18 +119,36 @@ impl InputReader {
     }
 }
 
+impl InputHasher {
+    /// Hashes the next bytes, and copies them if there is a target. If there is a second hasher, `beside`, it hashes
+    /// the same bytes in the same pass.
+    pub(crate) fn update(&mut self, bytes: &[u8], mut beside: Option<&mut PartHasher>) -> Result<()> {
+        for slice in bytes.chunks(COPY_BYTES) {
+            match (&mut self.target, beside.as_deref_mut()) {
+                (Target::Staged(writer, _), Some(beside)) => writer.append(self.hashed_bytes, slice, beside)?,
+                (Target::Staged(writer, _), None) => writer.write(self.hashed_bytes, slice)?,
+                (Target::HashOnly(hasher), Some(beside)) => hasher.update_both(slice, beside),
+                (Target::HashOnly(hasher), None) => hasher.update(slice),
+            }
+            self.hashed_bytes += slice.len() as u64;
+            self.progress.done(slice.len() as u64);
+        }
+        Ok(())
+    }
+}
+
 /// Copies one file into staging and hashes it. Fails if the file changes meanwhile.
 pub(crate) fn copy_input(input: &InputFile, target: &RootedPath, progress: &Progress) -> Result<StagedFile> {
-    let mut reader = InputReader::open(input, Some(target))?;
+    let (mut reader, mut hasher) = open_input(input, Some(target), progress)?;
     let mut buffer = vec![0; COPY_BYTES.min(usize::try_from(input.size).unwrap_or(COPY_BYTES))];
     let mut left = input.size;
     while left > 0 {
         let slice = buffer.len().min(usize::try_from(left).unwrap_or(buffer.len()));
-        reader.read_exact(&mut buffer[..slice], None)?;
+        reader.read(&mut buffer[..slice])?;
+        hasher.update(&buffer[..slice], None)?;
         left -= slice as u64;
-        progress.done(slice as u64);
     }
-    let (entry, copy) = reader.finish()?;
+    let (entry, copy) = reader.finish(hasher)?;
     let identity = copy.ok_or_else(|| Error::new(ErrorKind::Other, "nothing was copied"))?;
     Ok(StagedFile { name: String::new(), entry, identity })
 }

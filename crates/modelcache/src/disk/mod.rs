@@ -60,7 +60,9 @@ pub(crate) use capacity::content_name;
 pub(crate) use doctor::examine;
 pub(crate) use files::identity;
 pub use hub_layout::HubLayout;
-pub(crate) use input::{InputFile, InputReader, copy_input, format_name, format_of, hash_input, list_input};
+pub(crate) use input::{
+    InputFile, InputHasher, InputReader, copy_input, format_name, format_of, hash_input, list_input, open_input,
+};
 pub(crate) use io_error::fault;
 pub(crate) use layout::{ArtifactDir, Layout, staged_name};
 pub(crate) use leader::{HEARTBEAT_INTERVAL, HeartbeatWatch, Leader, Leadership};

@@ -74,6 +74,9 @@ mod x86 {
     //! Data layout of the instructions: the eight words of a state are in two vectors, A B E F and C D G H, with the
     //! first word in the highest lane. One instruction does two rounds. Each round uses one word of the message
     //! schedule.
+    //!
+    //! The inner functions have no closures: the compiler cannot inline a closure with these instructions into an
+    //! adapter of the standard library, which is compiled without them.
 
     use super::{BLOCK, State};
     use std::arch::x86_64::*;
@@ -109,16 +112,18 @@ mod x86 {
             streams[1].schedule = words(y);
             // Rounds 0 to 15 use the words of the block.
             for quarter in 0..4 {
-                streams.iter_mut().for_each(|stream| four_rounds(stream, quarter, quarter));
+                for stream in &mut streams {
+                    four_rounds(stream, quarter, quarter);
+                }
             }
             // Rounds 16 to 63 extend the schedule. The nested loops let the compiler unroll the inner one and keep the
             // schedule in registers.
             for sixteen_rounds in 1..4 {
                 for quarter in 0..4 {
-                    streams.iter_mut().for_each(|stream| {
+                    for stream in &mut streams {
                         next_words(stream, quarter);
                         four_rounds(stream, 4 * sixteen_rounds + quarter, quarter);
-                    });
+                    }
                 }
             }
             // The new state is the sum of the old state and the result of the rounds.
@@ -135,8 +140,13 @@ mod x86 {
     #[inline]
     #[target_feature(enable = "sha,sse2")]
     fn four_rounds(stream: &mut Stream, at: usize, quarter: usize) {
-        let [k0, k1, k2, k3] = [0, 1, 2, 3].map(|word| ROUND_CONSTANTS[4 * at + word].cast_signed());
-        let first = _mm_add_epi32(stream.schedule[quarter], _mm_set_epi32(k3, k2, k1, k0));
+        let constants = _mm_set_epi32(
+            ROUND_CONSTANTS[4 * at + 3].cast_signed(),
+            ROUND_CONSTANTS[4 * at + 2].cast_signed(),
+            ROUND_CONSTANTS[4 * at + 1].cast_signed(),
+            ROUND_CONSTANTS[4 * at].cast_signed(),
+        );
+        let first = _mm_add_epi32(stream.schedule[quarter], constants);
         stream.cdgh = _mm_sha256rnds2_epu32(stream.cdgh, stream.abef, first);
         let second = _mm_shuffle_epi32(first, 0x0e);
         stream.abef = _mm_sha256rnds2_epu32(stream.abef, stream.cdgh, second);
@@ -146,7 +156,9 @@ mod x86 {
     #[inline]
     #[target_feature(enable = "sha,ssse3")]
     fn next_words(stream: &mut Stream, quarter: usize) {
-        let [w0, w1, w2, w3] = [0, 1, 2, 3].map(|ahead| stream.schedule[(quarter + ahead) % 4]);
+        let schedule = &stream.schedule;
+        let (w0, w1) = (schedule[quarter], schedule[(quarter + 1) % 4]);
+        let (w2, w3) = (schedule[(quarter + 2) % 4], schedule[(quarter + 3) % 4]);
         let sum = _mm_add_epi32(_mm_sha256msg1_epu32(w0, w1), _mm_alignr_epi8(w3, w2, 4));
         stream.schedule[quarter] = _mm_sha256msg2_epu32(sum, w3);
     }
@@ -156,12 +168,13 @@ mod x86 {
     #[target_feature(enable = "ssse3")]
     fn words(block: &[u8; BLOCK]) -> [__m128i; 4] {
         let big_endian = _mm_set_epi64x(0x0c0d_0e0f_0809_0a0b, 0x0405_0607_0001_0203);
-        let (halves, _) = block.as_chunks::<8>();
-        let quarter = |at: usize| {
-            let [low, high] = [halves[2 * at], halves[2 * at + 1]].map(i64::from_le_bytes);
-            _mm_shuffle_epi8(_mm_set_epi64x(high, low), big_endian)
-        };
-        [quarter(0), quarter(1), quarter(2), quarter(3)]
+        let mut words = [_mm_setzero_si128(); 4];
+        for (words, bytes) in words.iter_mut().zip(block.as_chunks::<16>().0) {
+            let (halves, _) = bytes.as_chunks::<8>();
+            let [low, high] = [i64::from_le_bytes(halves[0]), i64::from_le_bytes(halves[1])];
+            *words = _mm_shuffle_epi8(_mm_set_epi64x(high, low), big_endian);
+        }
+        words
     }
 
     /// Returns a stream with this state and an empty schedule.

@@ -33,7 +33,7 @@ pub(crate) use doctor::examine;
 pub(crate) use list::RemoteListing;
 pub(crate) use listed_reads::ListedReads;
 pub(crate) use listing::Address;
-pub(crate) use multipart::Multipart;
+pub(crate) use multipart::{Multipart, UploadHasher, UploadReader};
 pub(crate) use pending_publish::PendingPublish;
 #[cfg(feature = "mlflow")]
 pub(crate) use prefix::PrefixSource;

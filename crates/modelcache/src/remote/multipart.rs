@@ -11,7 +11,7 @@ use crate::ladder::PartHasher;
 use crate::manifest::ObjectIdentity;
 use crate::mutex::Mutex;
 use crate::progress::Progress;
-use crate::runtime::address_space_left;
+use crate::runtime::{address_space_left, blocking};
 use crate::transfer::spawn_cleanup;
 use bytes::{Bytes, BytesMut};
 use object_store::multipart::PartId;
@@ -95,14 +95,31 @@ impl PartBuffer {
         self.start..self.start + self.buffer.len() as u64
     }
 
-    /// Calls `fill` to write the whole part. If the request must sign the part's digest, `fill` also receives a hasher
-    /// to update, so that part and file are hashed in one pass. Blocks until `fill` returns.
-    pub(crate) fn fill(&mut self, fill: impl FnOnce(&mut [u8], Option<&mut PartHasher>) -> Result<()>) -> Result<()> {
+    /// Calls `read` to write the whole part.
+    pub(crate) fn read(&mut self, read: impl FnOnce(&mut [u8]) -> Result<()>) -> Result<()> {
+        read(&mut self.buffer)
+    }
+
+    /// Calls `hash` with the bytes of the part. If the request must sign the part's digest, `hash` also receives a
+    /// hasher to update, so that part and file are hashed in one pass. Blocks until `hash` returns.
+    pub(crate) fn hash(&mut self, hash: impl FnOnce(&[u8], Option<&mut PartHasher>) -> Result<()>) -> Result<()> {
         let mut hasher = self.wants_digest.then(PartHasher::new);
-        fill(&mut self.buffer, hasher.as_mut())?;
+        hash(&self.buffer, hasher.as_mut())?;
         self.sha256 = hasher.map(PartHasher::finish);
         Ok(())
     }
+}
+
+/// Reads a file in order.
+pub(crate) trait UploadReader: Send + 'static {
+    /// Fills `buffer` with the next bytes. Blocks.
+    fn read(&mut self, buffer: &mut [u8]) -> Result<()>;
+}
+
+/// Hashes a file in order.
+pub(crate) trait UploadHasher: Send + 'static {
+    /// Hashes the next bytes, also with `part_hasher` if the request must sign the part's digest. Blocks.
+    fn update(&mut self, bytes: &[u8], part_hasher: Option<&mut PartHasher>) -> Result<()>;
 }
 
 /// State of a part.
@@ -174,20 +191,52 @@ impl Multipart {
     }
 
     /// Waits until the memory budget has room for a part, and returns the buffer of the part.
-    pub(crate) async fn reserve_part(&self, index: usize) -> Result<PartBuffer> {
+    pub(crate) fn reserve_part(&self, index: usize) -> impl Future<Output = Result<PartBuffer>> + Send + use<> {
         let start = index as u64 * self.part_bytes;
         let bytes = self.part_bytes.min(self.size - start);
-        let permit = self.memory.reserve(bytes).await?;
-        let mut buffer = self.memory.pool.take();
-        buffer.resize(usize::try_from(bytes).unwrap_or_default(), 0);
-        Ok(PartBuffer {
-            index,
-            start,
-            buffer,
-            wants_digest: self.store.uploads()?.signs_digests(),
-            sha256: None,
-            permit,
-        })
+        let (memory, store) = (self.memory.clone(), self.store.clone());
+        async move {
+            let permit = memory.reserve(bytes).await?;
+            let mut buffer = memory.pool.take();
+            buffer.resize(usize::try_from(bytes).unwrap_or_default(), 0);
+            let wants_digest = store.uploads()?.signs_digests();
+            Ok(PartBuffer { index, start, buffer, wants_digest, sha256: None, permit })
+        }
+    }
+
+    /// Reads, hashes and sends all parts in order. Reads each part while the one before it is hashed. `progress` counts
+    /// the bytes of a part when it is uploaded. Returns `reader` and `hasher` after the last part.
+    pub(crate) async fn send_file<R: UploadReader, H: UploadHasher>(
+        &mut self,
+        mut reader: R,
+        mut hasher: H,
+        progress: Option<&Progress>,
+    ) -> Result<(R, H)> {
+        let mut next;
+        (reader, next) = read_part(reader, self.reserve_part(0)).await?;
+        for index in 1..self.part_count() {
+            let reserved = self.reserve_part(index);
+            // The part is sent as soon as it is hashed: the next one may wait for its memory.
+            let hash_and_send = self.hash_and_send(next, hasher, progress);
+            (hasher, (reader, next)) = tokio::try_join!(hash_and_send, read_part(reader, reserved))?;
+        }
+        hasher = self.hash_and_send(next, hasher, progress).await?;
+        Ok((reader, hasher))
+    }
+
+    async fn hash_and_send<H: UploadHasher>(
+        &mut self,
+        mut part: PartBuffer,
+        mut hasher: H,
+        progress: Option<&Progress>,
+    ) -> Result<H> {
+        let hashed = blocking(move || {
+            part.hash(|bytes, part_hasher| hasher.update(bytes, part_hasher))?;
+            Ok((part, hasher))
+        });
+        let (part, hasher) = hashed.await?;
+        self.send(part, progress)?;
+        Ok(hasher)
     }
 
     /// Starts to upload a part in the background, and collects the results of earlier parts. `progress` counts the
@@ -299,6 +348,19 @@ impl Multipart {
         self.sending.shutdown().await;
         self.guard.abort().await
     }
+}
+
+/// Fills the buffer of a part once it is reserved.
+async fn read_part<R: UploadReader>(
+    mut reader: R,
+    reserved: impl Future<Output = Result<PartBuffer>>,
+) -> Result<(R, PartBuffer)> {
+    let mut part = reserved.await?;
+    blocking(move || {
+        part.read(|buffer| reader.read(buffer))?;
+        Ok((reader, part))
+    })
+    .await
 }
 
 /// Returns the size of all parts but the last, in bytes: a power of two, like the parts of a ladder.

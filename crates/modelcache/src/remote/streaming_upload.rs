@@ -200,11 +200,11 @@ impl StreamedFile {
         let (file, mut part_buffer) = (self.file().await?, self.multipart.reserve_part(part).await?);
         let read = move || {
             let at = part_buffer.range().start;
-            part_buffer.fill(|buffer, part_hasher| {
-                file.read_exact_at(buffer, at).map_err(unreadable)?;
+            part_buffer.read(|buffer| file.read_exact_at(buffer, at).map_err(unreadable))?;
+            part_buffer.hash(|bytes, part_hasher| {
                 // The signature of the request covers the digest of the part.
                 if let Some(hasher) = part_hasher {
-                    hasher.update(buffer);
+                    hasher.update(bytes);
                 }
                 Ok(())
             })?;

@@ -5,7 +5,7 @@
 //! claim, so that the next writer can abort those of a killed process. One memory budget bounds all uploads together.
 
 use super::claim::UploadRegistry;
-use super::multipart::{Multipart, PartBuffer, SINGLE_BYTES_MAX, UploadMemory};
+use super::multipart::{Multipart, SINGLE_BYTES_MAX, UploadHasher, UploadMemory, UploadReader};
 use super::store::{Condition, PutOutcome, Store};
 use crate::digest::Digest;
 use crate::disk::LocalFile;
@@ -21,8 +21,6 @@ use std::fs::File;
 use std::io::Read as _;
 use std::sync::Arc;
 
-/// Size of one read of a local file, in bytes.
-pub(super) const SLICE_BYTES: usize = 1 << 20;
 /// Concurrent uploads of files.
 pub(super) const FILES_IN_FLIGHT: usize = 32;
 
@@ -116,13 +114,10 @@ impl Uploader {
 
     /// Reads and sends all parts, then verifies the digest of the file.
     async fn send_parts(&self, multipart: &mut Multipart, upload: &Upload) -> Result<()> {
-        let mut reader = Reader::open(upload).await?;
-        for index in 0..multipart.part_count() {
-            let (next, part) = reader.next_part(multipart.reserve_part(index).await?).await?;
-            reader = next;
-            multipart.send(part, Some(&self.progress))?;
-        }
-        reader.finish(upload).await
+        let (reader, hasher) =
+            multipart.send_file(Reader::open(upload).await?, PartHasher::new(), Some(&self.progress)).await?;
+        let expected = upload.sha256;
+        blocking(move || reader.check(hasher, expected)).await
     }
 
     /// Uploads a file as a whole, to a remote without multipart uploads.
@@ -137,68 +132,57 @@ impl Uploader {
 /// A local file that is read once, in order.
 struct Reader {
     file: File,
-    hasher: PartHasher,
     path: LocalFile,
 }
 
 impl Reader {
     async fn open(upload: &Upload) -> Result<Self> {
         let path = upload.file.clone();
-        blocking(move || Ok(Self { file: open(&path)?, hasher: PartHasher::new(), path })).await
-    }
-
-    /// Reads and hashes the next part.
-    async fn next_part(mut self, mut part: PartBuffer) -> Result<(Self, PartBuffer)> {
-        blocking(move || {
-            part.fill(|buffer, part_hasher| self.read(buffer, part_hasher))?;
-            Ok((self, part))
-        })
-        .await
+        blocking(move || Ok(Self { file: open(&path)?, path })).await
     }
 
     /// Reads a whole small file and verifies its digest.
     async fn read_verified(mut self, upload: &Upload) -> Result<Bytes> {
         let (size, expected) = (usize::try_from(upload.size).unwrap_or_default(), upload.sha256);
         blocking(move || {
-            let mut bytes = vec![0; size];
-            self.read(&mut bytes, None)?;
-            self.check(expected)?;
+            let (mut bytes, mut hasher) = (vec![0; size], PartHasher::new());
+            self.read(&mut bytes)?;
+            hasher.update(&bytes);
+            self.check(hasher, expected)?;
             Ok(bytes.into())
         })
         .await
     }
 
-    /// Verifies that the file has no more bytes and has the expected digest.
-    async fn finish(self, upload: &Upload) -> Result<()> {
-        let expected = upload.sha256;
-        blocking(move || self.check(expected)).await
-    }
-
-    /// Fills `buffer` from the file and updates the file's hasher. Also updates `part_hasher` if it is `Some`.
-    fn read(&mut self, buffer: &mut [u8], mut part_hasher: Option<&mut PartHasher>) -> Result<()> {
-        for slice in buffer.chunks_mut(SLICE_BYTES) {
-            self.file.read_exact(slice).map_err(|cause| match cause.kind() {
-                std::io::ErrorKind::UnexpectedEof => changed(&self.path, "it is shorter"),
-                _ => unreadable(&self.path, cause),
-            })?;
-            match part_hasher.as_deref_mut() {
-                // One pass over the data updates both hashers.
-                Some(part) => PartHasher::update_pair(&mut self.hasher, slice, part, slice),
-                None => self.hasher.update(slice),
-            }
-        }
-        Ok(())
-    }
-
-    /// Verifies that the file has no more bytes and has the digest `expected`. Blocks.
-    fn check(mut self, expected: Digest) -> Result<()> {
+    /// Verifies that the file has no more bytes and that its digest, from `hasher`, is `expected`. Blocks.
+    fn check(mut self, hasher: PartHasher, expected: Digest) -> Result<()> {
         // A read at the end of the file returns 0.
         match self.file.read(&mut [0]) {
             Ok(0) => {}
             Ok(_) => return Err(changed(&self.path, "it is longer")),
             Err(cause) => return Err(unreadable(&self.path, cause)),
         }
-        ensure_digest(expected, self.hasher.finish(), &self.path)
+        ensure_digest(expected, hasher.finish(), &self.path)
+    }
+}
+
+impl UploadReader for Reader {
+    fn read(&mut self, buffer: &mut [u8]) -> Result<()> {
+        self.file.read_exact(buffer).map_err(|cause| match cause.kind() {
+            std::io::ErrorKind::UnexpectedEof => changed(&self.path, "it is shorter"),
+            _ => unreadable(&self.path, cause),
+        })
+    }
+}
+
+impl UploadHasher for PartHasher {
+    fn update(&mut self, bytes: &[u8], part_hasher: Option<&mut PartHasher>) -> Result<()> {
+        match part_hasher {
+            // One pass over the data updates both hashers.
+            Some(part) => Self::update_pair(self, bytes, part, bytes),
+            None => Self::update(self, bytes),
+        }
+        Ok(())
     }
 }
 

@@ -85,6 +85,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
             &["delay of the CDN", "delay of the Hub", "client", "median ms", "spread", "relative to direct"],
             &rows,
         )],
+        charts: Vec::new(),
         targets: vec![Target::at_most(
             &format!("time to the first byte, CDN with {SHAPED_FIRST_BYTE_MS} ms, relative to direct"),
             ratios[0],

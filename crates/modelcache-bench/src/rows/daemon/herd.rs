@@ -68,6 +68,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
             &["clients", "p50 s", "p99 s", "p99 / p50", "core-s", "peak RSS MiB", "bytes sent by the CDN, files"],
             &rows,
         )],
+        charts: Vec::new(),
         targets,
         notes: Vec::new(),
     })

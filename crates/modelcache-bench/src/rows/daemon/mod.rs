@@ -21,12 +21,17 @@ const ARTIFACT_PATH: &str = "/cache/artifacts/bench%2Fmodel@1/files";
 const NGINX: &str = "nginx";
 
 /// Starts the daemon on the cache directory `dir`, with `hub` as its Hub.
-fn start_daemon(setup: &Setup, dir: &Path, hub: Option<&str>) -> Result<Service> {
+pub(super) fn start_daemon(setup: &Setup, dir: &Path, hub: Option<&str>) -> Result<Service> {
     let address = free_address()?;
     let mut command = setup.modelcache(dir);
     command.args(["serve", "--listen", &address.to_string()]);
     command.envs(hub.map(|url| ("HF_ENDPOINT", url)));
     Service::start(&mut command, address)
+}
+
+/// Returns the URL of `file`, the path of the artifact that [`put`] returned, below the daemon's own routes.
+pub(super) fn artifact_url(daemon: &Service, file: &Path) -> String {
+    format!("{}{ARTIFACT_PATH}/{}", daemon.url(), file.file_name().unwrap_or_default().to_string_lossy())
 }
 
 /// Starts nginx with one process, which serves `root` with sendfile. `folder` is for its configuration and temporary
@@ -51,14 +56,14 @@ fn start_nginx(setup: &Setup, root: &Path, folder: &Path) -> Result<Service> {
 }
 
 /// Puts a file into the cache directory `dir`, and returns its path there.
-fn put(setup: &Setup, dir: &Path, file: &Path) -> Result<PathBuf> {
+pub(super) fn put(setup: &Setup, dir: &Path, file: &Path) -> Result<PathBuf> {
     measure(setup.modelcache(dir).args(["put", REFERENCE, "--quiet"]).arg(file))?;
     Ok(setup.get(&mut setup.modelcache(dir), REFERENCE)?.1)
 }
 
 /// Fetches `url` with `clients` connections at once. Returns the usage of the client process and its figures. Fails
 /// unless every connection gets `bytes` bytes.
-fn fetch(url: &str, clients: usize, bytes: u64) -> Result<(Usage, Figures)> {
+pub(super) fn fetch(url: &str, clients: usize, bytes: u64) -> Result<(Usage, Figures)> {
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["bench-fetch", "--clients", &clients.to_string(), url]);
     let (usage, figures) = Figures::run(&mut command)?;

@@ -1,6 +1,6 @@
 //! Row for the latency of a small file at a fixed rate of requests, beside nginx.
 
-use super::{ARTIFACT_PATH, NGINX, put, start_daemon, start_nginx};
+use super::{NGINX, artifact_url, put, start_daemon, start_nginx};
 use crate::comparison::{OURS, failure_cell, median};
 use crate::page::{Section, Target};
 use crate::rows::hub::ServedRepo;
@@ -46,7 +46,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
     };
     let mut subjects = vec![
         subject(OURS, "of the Hub", &daemon, served.file_url(&daemon.url())),
-        subject(OURS, "of its own", &daemon, format!("{}{ARTIFACT_PATH}/{name}", daemon.url())),
+        subject(OURS, "of its own", &daemon, artifact_url(&daemon, &file)),
     ];
     subjects.extend(nginx.iter().map(|nginx| subject(NGINX, "", nginx, format!("{}/{name}", nginx.url()))));
     let seconds = if setup.quick { 1 } else { 10 };
@@ -98,6 +98,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
             ],
             &rows,
         )],
+        charts: Vec::new(),
         targets,
         notes: Vec::new(),
     })

@@ -40,6 +40,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
              another mirror of the Hub."
         ),
         tables: vec![table(&lines, best_peer(&lines, |_| true))],
+        charts: Vec::new(),
         targets: vec![Target::at_least("`cold`: speed, relative to `direct`", speed(&lines, "cold"), " x", 0.9, None)],
         notes: Vec::new(),
     })
@@ -62,6 +63,7 @@ pub(crate) fn shaped(setup: &Setup) -> Result<Section> {
             SHAPED_BYTES_PER_S / 1_000_000
         ),
         tables: vec![table(&lines, best_peer(&lines, |_| true))],
+        charts: Vec::new(),
         targets: vec![Target::at_least("`warm`: speed, relative to `direct`", speed(&lines, "warm"), " x", 2.0, None)],
         notes: Vec::new(),
     })

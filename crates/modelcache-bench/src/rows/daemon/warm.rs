@@ -1,6 +1,6 @@
 //! Row for one large file that the daemon has, to one client, beside nginx.
 
-use super::{ARTIFACT_PATH, NGINX, fetch, put, start_daemon, start_nginx};
+use super::{NGINX, artifact_url, fetch, put, start_daemon, start_nginx};
 use crate::comparison::{Entry, Line, OURS, best_peer, compare, ours, table};
 use crate::page::{Section, Target};
 use crate::rows::large_file::large_file;
@@ -22,7 +22,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
     let (root, name) = (file.parent().context("a file lies in a folder")?, file.file_name().unwrap_or_default());
     let nginx = start_nginx(setup, root, &folder);
     let name = name.to_string_lossy();
-    let daemon_url = format!("{}{ARTIFACT_PATH}/{name}", daemon.url());
+    let daemon_url = artifact_url(&daemon, &file);
     let entries = [
         Entry {
             program: OURS,
@@ -56,6 +56,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
                client, which shares the cores."
             .into(),
         tables: vec![table(&lines, best)],
+        charts: Vec::new(),
         targets: vec![Target::at_least("speed, relative to nginx", ratio, " x", 0.8, None)],
         notes: Vec::new(),
     })

@@ -48,6 +48,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
                interpreter, too."
             .into(),
         tables: vec![table(&lines, best)],
+        charts: Vec::new(),
         targets: vec![target(DURABLE), target(DEFAULTS)],
         notes: vec![
             "At `defaults`, the command leaves the file to the kernel, which writes it to the disk later. No figure \

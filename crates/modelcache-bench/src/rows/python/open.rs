@@ -151,6 +151,7 @@ fn report(setup: &Setup, reads: &[Result<Vec<Read>>]) -> Section {
              and the seconds until all tensors are in memory.",
             SHAPED_BYTES_PER_S / 1_000_000
         ),
+        charts: Vec::new(),
         tables: vec![markdown(&header, &READERS.iter().zip(reads).map(cells).collect::<Vec<_>>())],
         targets: vec![Target::at_most(
             "`open`: share of the file sent by the first tensor",

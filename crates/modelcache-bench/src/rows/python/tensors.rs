@@ -84,6 +84,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
              tensors take and frees it."
         ),
         tables: vec![table(&lines, best_peer(&lines, |_| true))],
+        charts: Vec::new(),
         targets: Vec::new(),
         notes: vec![
             "Peak RSS includes the arrays and, for safetensors, the mapped file.".into(),

@@ -124,6 +124,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
             &["program", "setting", "p50 us", "spread", "p99 us", "rounds", "core-us", "peak RSS MiB", "x best peer"],
             &rows,
         )],
+        charts: Vec::new(),
         targets: vec![Target::at_most(&format!("`{BY_NAME}`, p50"), by_name_us, " us", 25.0, None)],
         notes: Vec::new(),
     })

@@ -312,14 +312,29 @@ impl Run {
         self.script(&format!("{before}\nexec {BIN} \"$@\""), args)
     }
 
+    /// Like [`Run::run_after`], and returns at once.
+    #[track_caller]
+    pub fn start_after(self, before: &str, args: &[&str]) -> Running {
+        let script = format!("{before}\nexec {BIN} \"$@\"");
+        let mut command = self.mount_script(&script, args);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        Running { line: script, child: command.spawn().unwrap() }
+    }
+
     /// Runs a shell script in a new mount namespace, with the environment of this run. Root only.
     #[track_caller]
     pub fn script(self, script: &str, args: &[&str]) -> Outcome {
+        let command = self.mount_script(script, args);
+        Outcome::new(script.to_owned(), assert_cmd::Command::from_std(command).timeout(PATIENCE).output().unwrap())
+    }
+
+    /// Returns the command for a shell script in a new mount namespace.
+    fn mount_script(self, script: &str, args: &[&str]) -> Command {
         let mut command = Command::new("/usr/bin/unshare");
         command.args(["-m", "/bin/sh", "-euc", script, "sh"]).args(args).stdin(Stdio::null()).env_clear();
         command.envs(self.0.get_envs().filter_map(|(name, value)| Some((name, value?))));
         command.current_dir(self.0.get_current_dir().unwrap());
-        Outcome::new(script.to_owned(), assert_cmd::Command::from_std(command).timeout(PATIENCE).output().unwrap())
+        command
     }
 
     /// Runs a shell script with the environment of this run.

@@ -9,7 +9,7 @@ use crate::config::RemoteConfig;
 use crate::disk::{link_is_refused, sync_folder};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::ladder::PartHasher;
-use crate::remote::upload::{SLICE_BYTES, Upload, changed, ensure_digest, open, unreadable};
+use crate::remote::upload::{Upload, changed, ensure_digest, open, unreadable};
 use crate::runtime::blocking;
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -27,6 +27,9 @@ use std::sync::Arc;
 
 /// Name prefix of temporary files.
 const TEMPORARY_PREFIX: &str = "upload-";
+
+/// Size of one read of a local file, in bytes.
+const SLICE_BYTES: usize = 1 << 20;
 
 /// Attempts to rename a file while concurrent evictions remove its target folder.
 const RENAME_ATTEMPTS_MAX: usize = 11;
