@@ -4,6 +4,7 @@
 pub mod bench;
 pub mod debian;
 pub mod demo;
+pub mod deploy;
 pub mod docs;
 pub mod fuzz;
 mod hub_clients;
