@@ -108,6 +108,8 @@ CUSTOM = {
 
 def validate(item: Object) -> None:
     """Raises an exception if a field is unknown or has the wrong type, in any of the versions."""
+    # JSON schemas accept 1e+06 as an integer. The API server does not.
+    assert not any(isinstance(value, float) for value in leaves(item)), f"a float in {item}"
     if schema := CUSTOM.get(item["kind"]):
         jsonschema.validate(item, schema)
         if item["kind"] == "ClusterStorageContainer":
@@ -117,6 +119,19 @@ def validate(item: Object) -> None:
     for version in VERSIONS:
         used = kubernetes_validate.validate(item, version, strict=True)
         assert used == version
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """Yields the scalars of a document."""
+    match value:
+        case dict():
+            for item in value.values():
+                yield from leaves(item)
+        case list():
+            for item in value:
+                yield from leaves(item)
+        case _:
+            yield value
 
 
 def pod_template(item: Object) -> Object | None:
@@ -189,7 +204,15 @@ def pod_problems(pod: Object) -> Iterator[str]:
         paths = [mount["mountPath"] for mount in container.get("volumeMounts", [])]
         if len(set(paths)) != len(paths):
             yield f"{name} has two mounts at one path"
+        for variable in container.get("env", []):
+            if variable["name"] == "MODEL_CACHE_DIR" and not is_below(variable["value"], paths):
+                yield f"{name}: {variable['value']} is not on a volume"
         ports = {port["name"] for port in container.get("ports", [])}
         for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
             if probe in container and container[probe]["httpGet"]["port"] not in ports:
                 yield f"{name}: {probe} names no port of the container"
+
+
+def is_below(path: str, folders: list[str]) -> bool:
+    """Returns true if a path is one of the folders, or below one."""
+    return any(path == folder or path.startswith(folder + "/") for folder in folders)

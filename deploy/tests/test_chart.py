@@ -7,7 +7,9 @@ import re
 import shutil
 import ssl
 import subprocess
+import tomllib
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -156,20 +158,64 @@ def test_the_objects_of_each_value_set() -> None:
 
 
 def test_every_value_has_an_effect() -> None:
-    """Changes each default value, and expects another rendering."""
+    """Changes each value alone, both from the defaults and back to them."""
     schema = json.loads((CHART / "values.schema.json").read_text())
     defaults = yaml.safe_load((CHART / "values.yaml").read_text())
     assert set(defaults) == set(schema["properties"]) - {"global"}
-    everything = VALUES["everything"] | {
+    # The random token of the Secret would be a difference each time.
+    few = {"token": {"existingSecret": "fixed"}}
+    many = VALUES["everything"] | {
         "nameOverride": "cache",
         "fullnameOverride": "cache",
         "terminationGracePeriodSeconds": 90,
     }
-    # The Secret is random: it is fixed for the comparison.
-    fixed = {"token": {"existingSecret": "fixed"}}
-    before = render(fixed)
-    without = [name for name in defaults if name != "token" and render(fixed | {name: everything[name]}) == before]
-    assert without == []
+    other = {
+        ("cache", "onNodeFilesystem"): False,
+        ("cache", "prepare", "enabled"): False,
+        ("cache", "prepare", "image"): "registry.example/busybox:1",
+        ("hubToken", "key"): "b",
+        ("service", "enabled"): False,
+        ("serviceAccount", "create"): False,
+        ("networkPolicy", "enabled"): False,
+        ("podMonitor", "interval"): "15s",
+        ("kserve", "storageContainer", "name"): "other",
+        ("kserve", "storageContainer", "throughDaemon"): False,
+        ("kserve", "storageContainer", "uriPrefixes"): ["hf://"],
+        ("kserve", "storageContainer", "resources"): {"limits": {"memory": "2Gi"}},
+    }
+    without = []
+    for path, default in paths(defaults):
+        value = other.get(path, at(many, path))
+        assert value is not None and value != default, f"a value for {'.'.join(path)} is missing here"
+        # Without KServe, where the Service is needed.
+        disabled = many | {"kserve": {"storageContainer": {"enabled": False}}} if path[0] == "service" else many
+        if render(changed(few, path, value)) == render(few) and render(
+            changed(disabled, path, value if path in other else default)
+        ) == render(disabled):
+            without.append(".".join(path))
+    # It decides whether minFreeBytes is refused.
+    assert without == ["cache.onNodeFilesystem"]
+
+
+def paths(values: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yields the keys and the value of each leaf of values.yaml."""
+    for name, value in values.items():
+        path = (*above, name)
+        is_group = isinstance(value, dict) and value and name not in {"resources"}
+        yield from paths(value, path) if is_group else [(path, value)]
+
+
+def at(values: dict[str, Any], path: tuple[str, ...]) -> Any:
+    """Returns the value at a path; `None` if there is none."""
+    for name in path:
+        values = values.get(name, {})
+    return values if values != {} else None
+
+
+def changed(values: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    """Returns the values with another one at a path."""
+    name, *below = path
+    return values | {name: changed(values.get(name, {}), tuple(below), value) if below else value}
 
 
 @pytest.mark.parametrize(
@@ -241,6 +287,21 @@ def test_containers_have_few_rights(values: dict[str, Any]) -> None:
         assert rights["capabilities"]["drop"] == ["ALL"]
         if container["name"] != "prepare":
             assert rights["runAsNonRoot"] is True and "add" not in rights["capabilities"]
+
+
+def test_the_cache_is_the_folder_of_the_node() -> None:
+    items = objects({})
+    config = tomllib.loads(daemon(items).files["/etc/modelcache/modelcache.toml"])
+    spec = items["DaemonSet"]["spec"]["template"]["spec"]
+    folder = next(volume["name"] for volume in spec["volumes"] if "hostPath" in volume)
+    for container in rules.containers(spec):
+        mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        assert mounts[folder] == config["dir"]
+    # The example has a large user id, which a careless template writes as 1e+09.
+    spec = objects(VALUES["everything"])["DaemonSet"]["spec"]["template"]["spec"]
+    owner = [str(spec["securityContext"][name]) for name in ("runAsUser", "runAsGroup")]
+    command = ["install", "-d", "-o", owner[0], "-g", owner[1], "-m", "0750", config["dir"]]
+    assert spec["initContainers"][0]["command"] == command
 
 
 def test_a_token_is_made_for_each_installation() -> None:

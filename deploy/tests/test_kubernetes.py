@@ -201,6 +201,8 @@ def test_the_task_definition_is_valid() -> None:
     volumes = {volume["name"] for volume in definition["volumes"]}
     for part in parts.values():
         assert {mount["sourceVolume"] for mount in part.get("mountPoints", [])} <= volumes
+        for mount in part.get("mountPoints", []):
+            assert {"name": "MODEL_CACHE_DIR", "value": mount["containerPath"]} in part["environment"]
         for dependency in part.get("dependsOn", []):
             assert dependency["condition"] in {"START", "COMPLETE", "SUCCESS", "HEALTHY"}
             # ECS refuses a wait for the end of an essential container.
@@ -218,6 +220,8 @@ def test_the_compose_file_is_valid() -> None:
     for service in services.values():
         assert set(service.get("depends_on", {})) <= set(services)
         assert {volume.split(":")[0] for volume in service.get("volumes", [])} <= volumes
+        if folder := service.get("environment", {}).get("MODEL_CACHE_DIR"):
+            assert [volume.split(":")[1] for volume in service["volumes"]] == [folder]
     assert services["server"]["environment"]["HF_ENDPOINT"] == f"http://modelcache:{HTTP}"
 
 
