@@ -299,9 +299,8 @@ def test_the_cache_is_the_folder_of_the_node() -> None:
         assert mounts[folder] == config["dir"]
     # The example has a large user id, which a careless template writes as 1e+09.
     spec = objects(VALUES["everything"])["DaemonSet"]["spec"]["template"]["spec"]
-    owner = [str(spec["securityContext"][name]) for name in ("runAsUser", "runAsGroup")]
-    command = ["install", "-d", "-o", owner[0], "-g", owner[1], "-m", "0750", config["dir"]]
-    assert spec["initContainers"][0]["command"] == command
+    owner = ":".join(str(spec["securityContext"][name]) for name in ("runAsUser", "runAsGroup"))
+    assert f"chown {owner} {config['dir']} &&" in spec["initContainers"][0]["command"][-1]
 
 
 def test_a_token_is_made_for_each_installation() -> None:
@@ -416,9 +415,9 @@ def test_the_folder_of_the_node_is_prepared(tmp_path: Path) -> None:
     part = next(container for container in spec["initContainers"] if container["name"] == "prepare")
     added = ",".join(f"+{name.lower()}" for name in part["securityContext"]["capabilities"]["add"])
     folder = tmp_path / "cache"
-    # As the kubelet creates it, and as it is at the second start.
+    # The kubelet creates it. At the second start, it belongs to the daemon.
     folder.mkdir(mode=0o755)
-    command = [str(folder) if word == "/cache" else word for word in part["command"]]
+    command = [word.replace("/cache", str(folder)) for word in part["command"]]
     for _ in range(2):
         subprocess.run(["setpriv", "--bounding-set", f"-all,{added}", *command], check=True)
         assert (folder.stat().st_uid, folder.stat().st_gid, folder.stat().st_mode & 0o7777) == (1000, 1000, 0o750)
