@@ -339,6 +339,27 @@ def test_settings_are_those_of_the_product() -> None:
     assert offered == set(EVERY_SETTING)
 
 
+def test_values_in_the_documentation_are_accepted() -> None:
+    page = (DEPLOY.parent / "docs/kubernetes.md").read_text()
+    blocks = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:
+        items = list(objects(yaml.safe_load(block)).values())
+        assert list(rules.problems(items)) == []
+
+
+def test_versions_agree() -> None:
+    """The chart installs the version of this repository, and so do the files with a fixed image."""
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    cargo = tomllib.loads((DEPLOY.parent / "Cargo.toml").read_text())
+    version = cargo["workspace"]["package"]["version"]
+    assert chart["appVersion"] == version
+    assert chart["kubeVersion"] == f">={rules.VERSIONS[0]}.0-0"
+    files = [*DEPLOY.rglob("*.yaml"), *DEPLOY.rglob("*.json")]
+    images = {tag for file in files for tag in re.findall(r"\bmodelcache:([0-9][^\s\"]*)", file.read_text())}
+    assert images == {version}
+
+
 def test_every_setting_is_accepted_by_the_daemon(programs: Programs, tmp_path: Path) -> None:
     container = daemon(objects({"settings": EVERY_SETTING, "prewarm": ["a@1", "hf://org/model@main"]}))
     container.command.append("--check")
