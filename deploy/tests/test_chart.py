@@ -356,7 +356,7 @@ def test_versions_agree() -> None:
     assert chart["appVersion"] == version
     assert chart["kubeVersion"] == f">={rules.VERSIONS[0]}.0-0"
     files = [*DEPLOY.rglob("*.yaml"), *DEPLOY.rglob("*.json")]
-    images = {tag for file in files for tag in re.findall(r"\bmodelcache:([0-9][^\s\"]*)", file.read_text())}
+    images = {tag for file in files for tag in re.findall(r"(?<![-\w])modelcache:(\d+\.[\w.]+)", file.read_text())}
     assert images == {version}
 
 
