@@ -25,8 +25,7 @@ metadata:
     # The daemon mounts a folder of the node (hostPath), which the levels baseline and restricted forbid.
     pod-security.kubernetes.io/enforce: privileged
 """
-TOKEN = """# Make the token of the daemon first:
-#   kubectl create namespace modelcache
+TOKEN = """# The pods start when the secret with the token of the daemon exists:
 #   kubectl --namespace modelcache create secret generic modelcache-token --from-literal=token="$(openssl rand -hex 32)"
 """
 
