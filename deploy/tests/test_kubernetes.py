@@ -119,6 +119,17 @@ def test_each_way_to_use_the_cache_has_an_example() -> None:
         assert f"(../{file.relative_to(DEPLOY.parent)})" in page
 
 
+@pytest.mark.parametrize("name", ["init-container", "sidecar"])
+def test_examples_meet_the_restricted_pod_security_level(name: str) -> None:
+    pod = example(name)
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"]["type"] == "RuntimeDefault"
+    for container in rules.containers(pod):
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert {kind for volume in pod["volumes"] for kind in volume if kind != "name"} == {"emptyDir"}
+
+
 def test_examples_use_the_service_of_the_chart() -> None:
     service = next(item for item in documents(KUBERNETES / "modelcache.yaml") if item["kind"] == "Service")
     name, namespace = service["metadata"]["name"], service["metadata"]["namespace"]
