@@ -1,4 +1,4 @@
-"""What makes a list of Kubernetes objects valid: their schemas, and the names by which they refer to each other."""
+"""Checks Kubernetes objects: their schemas, and the names by which they refer to each other."""
 
 from collections.abc import Iterator
 from typing import Any

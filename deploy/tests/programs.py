@@ -35,7 +35,7 @@ class Hub:
 
     def __init__(self, programs: Programs, folder: Path) -> None:
         self.folder = folder
-        command = [programs.testkit, "hub", "--folder", folder]
+        command = [str(programs.testkit), "hub", "--folder", str(folder)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout
         lines = iter(self.process.stdout.readline, "")
@@ -56,7 +56,7 @@ class Hub:
 
 @dataclass
 class Container:
-    """What a manifest says about a container."""
+    """The command, the environment and the files of a container, as a manifest has them."""
 
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Tests the Helm chart: what it renders, what its schema refuses, and that the real daemon starts with the result."""
+"""Tests the Helm chart: the rendered objects, the values that its schema refuses, and the start of the real daemon."""
 
 import base64
 import json
@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import helm_python
-import kubernetes_rules as rules
 import pytest
 import yaml
+
+import kubernetes_rules as rules
 from programs import ADMIN, HTTP, Container, Hub, Programs, Run, of_pod
 from render import CHART, DEPLOY, render
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-# What each setting of the daemon may look like in `settings`.
+# A value for each setting of the daemon that `settings` accepts.
 EVERY_SETTING: dict[str, Any] = {
     "durable": True,
     "shared": "group",

@@ -12,9 +12,10 @@ from typing import Any
 import botocore.session
 import botocore.validate
 import jsonschema
-import kubernetes_rules as rules
 import pytest
 import yaml
+
+import kubernetes_rules as rules
 from programs import ADMIN, HTTP, Container, Hub, Programs, Run, of_pod
 from render import CHART, COMMAND, DEPLOY, KUBERNETES, plain_files
 
@@ -278,7 +279,7 @@ def test_the_containers_start(programs: Programs, hub: Hub, tmp_path: Path, cont
         assert run.warnings() == []
 
 
-def test_compose_names_what_is_missing() -> None:
+def test_compose_names_the_missing_variable() -> None:
     token = compose()["services"]["modelcache"]["environment"]["MODEL_CACHE_TOKEN"]
     with pytest.raises(ValueError, match="openssl rand -hex 32"):
         interpolated(token, {})
