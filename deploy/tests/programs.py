@@ -67,9 +67,12 @@ class Container:
 class Run:
     """A container that runs as a process below `root`."""
 
-    def __init__(self, programs: Programs, container: Container, root: Path, **environment: str) -> None:
+    def __init__(
+        self, programs: Programs, container: Container, root: Path, cache_bytes: int = 0, **environment: str
+    ) -> None:
+        """With `cache_bytes`, `/cache` is a filesystem of this size, which needs root."""
         self.root = root
-        self.ports = {port: free_port() for port in (HTTP, ADMIN)}
+        self.ports = dict(zip((HTTP, ADMIN), free_ports(2), strict=True))
         for path, text in container.files.items():
             self.path(path).parent.mkdir(parents=True, exist_ok=True)
             # In the files, paths are strings in quotes.
@@ -79,6 +82,10 @@ class Run:
         self.environment = kept | of_container | environment
         assert container.command[0] == "modelcache"
         self.command = [str(programs.modelcache), *map(self.translated, container.command[1:])]
+        if cache_bytes:
+            mount = f'mount -t tmpfs -o size={cache_bytes} tmpfs "$0" && exec "$@"'
+            self.path("/cache").mkdir()
+            self.command = ["unshare", "--mount", "sh", "-c", mount, str(self.path("/cache")), *self.command]
         self.log = root / f"{self.ports[HTTP]}.log"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -147,11 +154,13 @@ class Run:
         return [line for line in self.log.read_text().splitlines() if found.search(line)]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def free_ports(count: int) -> list[int]:
+    """Returns different ports that no program uses."""
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
 
 
 def of_pod(container: dict[str, Any], secrets: dict[str, dict[str, str]] | None = None) -> Container:

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import random
 import re
 import shutil
 import ssl
@@ -274,6 +275,35 @@ def test_the_kubelet_never_evicts_because_of_a_download() -> None:
     container = objects({"kserve": {"storageContainer": {"enabled": True}}})["ClusterStorageContainer"]
     variables = of_pod(container["spec"]["container"]).environment
     assert int(variables["MODEL_CACHE_MIN_FREE_BYTES"].rstrip("%")) > 15
+
+
+def test_downloads_leave_the_space_that_the_kubelet_needs(programs: Programs, tmp_path: Path) -> None:
+    """Runs the daemon on a small filesystem that another pod has filled to a third, and downloads more than fits."""
+    if os.geteuid() != 0 or not shutil.which("unshare"):
+        pytest.skip("needs root and unshare (Debian: util-linux)")
+    names = [f"team/model-{number}" for number in range(10)]
+    for name in names:
+        (tmp_path / "hub" / name).mkdir(parents=True)
+        (tmp_path / "hub" / name / "model.safetensors").write_bytes(random.Random(name).randbytes(8_000_000))
+    container = daemon(objects({}))
+    with (
+        Hub(programs, tmp_path / "hub") as hub,
+        Run(programs, container, tmp_path, cache_bytes=96 << 20, HF_ENDPOINT=hub.endpoint) as run,
+    ):
+        run.wait_until_ok("/readyz", ADMIN)
+        assert run.process
+        folder = Path(f"/proc/{run.process.pid}/root/{run.path('/cache')}")
+        (folder / "other-pod").write_bytes(bytes(32_000_000))
+        for name in names:
+            assert run.get(f"/{name}/resolve/main/model.safetensors") == (200, hub.file(name))
+            filesystem = os.statvfs(folder)
+            # A filesystem has some blocks of its own.
+            assert filesystem.f_bavail / filesystem.f_blocks > 0.24
+        status, body = run.get("/cache/stats", token=container.environment["MODEL_CACHE_TOKEN"])
+        used = json.loads(body)["used_bytes"]
+        # Models were stored, and not only passed through.
+        assert status == 200 and used > 20_000_000
+        assert run.stop() == 0
 
 
 @pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
