@@ -264,15 +264,16 @@ def interpolated(text: str, given: dict[str, str]) -> str:
 
 @pytest.mark.parametrize("container", [of_task, of_compose], ids=["ecs", "compose"])
 def test_the_containers_start(programs: Programs, hub: Hub, tmp_path: Path, container: Any) -> None:
-    """Runs prewarm to its end, then the daemon on the same volume without the Hub."""
-    # The bucket of the task definition does not exist here.
-    remote = {"MODEL_CACHE_REMOTE": "none"}
-    prewarm = Run(programs, container("prewarm"), tmp_path, HF_ENDPOINT=hub.endpoint, **remote).finish()
-    assert prewarm.returncode == 0, prewarm.stderr
-    daemon = container("modelcache")
+    """Runs prewarm to its end, then the daemon on the same volume."""
+    prewarm, daemon = container("prewarm"), container("modelcache")
+    for part in (prewarm, daemon):
+        # The bucket of the task definition does not exist here.
+        part.environment |= {"HF_ENDPOINT": hub.endpoint, "MODEL_CACHE_REMOTE": "none"}
+    result = Run(programs, prewarm, tmp_path).finish()
+    assert result.returncode == 0, result.stderr
     # The default, so that the daemon gets a free port.
     daemon.environment.setdefault("MODEL_CACHE_LISTEN", f"127.0.0.1:{HTTP}")
-    with Run(programs, daemon, tmp_path, HF_ENDPOINT=hub.endpoint, **remote) as run:
+    with Run(programs, daemon, tmp_path) as run:
         run.wait_until_ok("/readyz", HTTP)
         assert run.get(f"/{MODEL}/resolve/main/model.safetensors") == (200, hub.file(MODEL))
         assert run.stop() == 0
