@@ -7,6 +7,7 @@ pub mod demo;
 pub mod docs;
 pub mod fuzz;
 mod hub_clients;
+pub mod monitoring;
 pub mod page;
 pub mod python;
 pub mod repository;
