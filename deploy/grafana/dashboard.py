@@ -77,7 +77,7 @@ def stat(
 ) -> Panel:
     """Returns one number of the chosen time range."""
     one = panel(
-        "stat", title, description, [query(expression, instant=True)], unit=unit, width=3, height=4, colours=colours
+        "stat", title, description, [query(expression, instant=True)], unit=unit, width=4, height=4, colours=colours
     )
     calculation = {"calcs": ["lastNotNull"], "fields": "", "values": False}
     one["options"] = {"reduceOptions": calculation, "colorMode": "value", "graphMode": "none", "textMode": "auto"}
@@ -126,6 +126,7 @@ def node_table() -> Panel:
     """Returns the table of all nodes. A click on a node chooses it for the rows below."""
     columns: list[tuple[str, str, str, dict[str, object] | None]] = [
         ("Up", "none", "max by (instance) (up{FLEET})", low_is_bad(1, 1)),
+        ("Ready", "none", "max by (instance) (modelcache_ready{FLEET})", low_is_bad(1, 1)),
         (
             "Hit rate",
             "percentunit",
@@ -228,11 +229,32 @@ def fleet() -> list[Panel]:
             colours=thresholds((1, "red")),
         ),
         stat(
+            "Not ready",
+            "Daemons whose prewarm list is not on disk.",
+            "count(modelcache_ready{FLEET} == 0) or vector(0)",
+            unit="none",
+            colours=thresholds((1, "yellow")),
+        ),
+        stat(
             "Tiers down",
             "Tiers (remote, origin) that did not answer the last request, counted once for each process.",
             "count(modelcache_tier_up{FLEET} == 0) or vector(0)",
             unit="none",
             colours=thresholds((1, "red")),
+        ),
+        stat(
+            "Failed gets",
+            "Share of gets that failed. Errors of the caller, such as a name that does not exist, do not count.",
+            f"{failures} / ({failures} + {hits} + {misses})",
+            unit="percentunit",
+            colours=thresholds((0.01, "yellow"), (0.05, "red")),
+        ),
+        stat(
+            "Corrupt files",
+            "Files that failed verification on any tier. They were not served.",
+            "sum(increase(modelcache_corrupt_files_total{FLEET}[$__range]))",
+            unit="short",
+            colours=thresholds((0.5, "red")),
         ),
         stat(
             "Hit rate",
@@ -255,18 +277,23 @@ def fleet() -> list[Panel]:
             colours=low_is_bad(0.5, 0.8),
         ),
         stat(
-            "Failed gets",
-            "Share of gets that failed. Errors of the caller, such as a name that does not exist, do not count.",
-            f"({failures} or vector(0)) / (({failures} or vector(0)) + {hits} + {misses})",
-            unit="percentunit",
-            colours=thresholds((0.01, "yellow"), (0.05, "red")),
+            "Evicted bytes",
+            "Bytes of artifacts that were evicted to make room.",
+            "sum(increase(modelcache_evicted_bytes_total{FLEET}[$__range]))",
+            unit="bytes",
         ),
         stat(
-            "Corrupt files",
-            "Files that failed verification on any tier. They were not served.",
-            "sum(increase(modelcache_corrupt_files_total{FLEET}[$__range]))",
+            "Throttled requests",
+            "Answers 429 and 503 of the remote and the origins.",
+            "sum(increase(modelcache_throttled_total{FLEET}[$__range]))",
             unit="short",
-            colours=thresholds((0.5, "red")),
+            colours=thresholds((1, "yellow")),
+        ),
+        stat(
+            "Pending uploads",
+            "Artifacts that are on disk, and have still to be uploaded to the remote.",
+            "sum(modelcache_directory_pending_backfills{FLEET})",
+            unit="none",
         ),
         graph(
             "Gets by tier",
@@ -386,10 +413,10 @@ def disk() -> list[Panel]:
         ),
         graph(
             "Free space of the filesystem",
-            "Free bytes of the filesystem of the directory.",
+            "Free bytes of the filesystem of the directory, and the bytes that the cache leaves free.",
             ("modelcache_directory_filesystem_free_bytes{NODE}", "{{instance}}"),
+            ("max(modelcache_directory_min_free_bytes{NODE})", "left free"),
             unit="bytes",
-            colours=low_is_bad(1 << 30, 10 << 30),
         ),
         graph(
             "Artifacts",
@@ -482,6 +509,18 @@ def tiers() -> list[Panel]:
             ("sum(rate(modelcache_copied_bytes_total{NODE}[$__rate_interval]))", "copied by the store"),
             unit="Bps",
         ),
+        graph(
+            "Pending uploads",
+            "Artifacts that have still to be uploaded to the remote. Until then this disk may have the only copy.",
+            ("sum by (instance) (modelcache_directory_pending_backfills{NODE})", "{{instance}}"),
+            unit="none",
+        ),
+        graph(
+            "Bytes of pending uploads",
+            "Bytes of the files that have still to be uploaded.",
+            ("sum by (instance) (modelcache_directory_pending_backfill_bytes{NODE})", "{{instance}}"),
+            unit="bytes",
+        ),
     ]
 
 
@@ -501,6 +540,32 @@ def daemon() -> list[Panel]:
             ("sum by (status) (rate(modelcache_http_requests_total{NODE}[$__rate_interval]))", "{{status}}"),
             unit="reqps",
             stacked=True,
+        ),
+        graph(
+            "Time until the response begins",
+            "Median and 95 % of the time from a request to the head of its response, for files of the Hub's routes and "
+            "for all routes.",
+            (
+                "histogram_quantile(0.5, sum by (le) "
+                '(rate(modelcache_http_request_seconds_bucket{NODE, route="hub_file"}[$__rate_interval])))',
+                "hub_file, median",
+            ),
+            (
+                "histogram_quantile(0.95, sum by (le) "
+                '(rate(modelcache_http_request_seconds_bucket{NODE, route="hub_file"}[$__rate_interval])))',
+                "hub_file, 95 %",
+            ),
+            (
+                "histogram_quantile(0.5, sum by (le) "
+                "(rate(modelcache_http_request_seconds_bucket{NODE}[$__rate_interval])))",
+                "all, median",
+            ),
+            (
+                "histogram_quantile(0.95, sum by (le) "
+                "(rate(modelcache_http_request_seconds_bucket{NODE}[$__rate_interval])))",
+                "all, 95 %",
+            ),
+            unit="s",
         ),
         graph(
             "Requests that wait",
