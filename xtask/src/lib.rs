@@ -8,6 +8,7 @@ pub mod deploy;
 pub mod docs;
 pub mod fuzz;
 mod hub_clients;
+pub mod monitoring;
 pub mod page;
 pub mod python;
 pub mod repository;
