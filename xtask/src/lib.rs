@@ -9,6 +9,7 @@ pub mod fuzz;
 mod hub_clients;
 pub mod page;
 pub mod python;
+pub mod release;
 pub mod repository;
 pub mod table;
 pub mod test;
