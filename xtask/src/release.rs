@@ -4,7 +4,7 @@
 //! do. The version of the release is that of the library in Cargo.toml.
 
 use crate::docs::Docs;
-use crate::repository::{metadata, root};
+use crate::repository::{cargo, metadata, root};
 use crate::{table, tidy};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
@@ -54,6 +54,7 @@ fn steps(version: &str) -> Vec<String> {
     let mut steps = vec![
         "cargo xtask release --check".to_owned(),
         ".ci/run                                       # in a fresh clone of the commit".to_owned(),
+        "cargo xtask fuzz                              # each parser for a minute".to_owned(),
         "cargo publish --workspace --dry-run           # packs the crates and builds them from their packages"
             .to_owned(),
         "cargo xtask python --wheel                    # builds the wheel, and tests it".to_owned(),
@@ -76,7 +77,6 @@ fn checks(packages: &[Package], library: &Package) -> Result<Vec<(&'static str, 
     let (readme, pyproject) = (read("README.md")?, read(PYPROJECT)?);
     let mut versions = package_versions(packages, &library.version);
     versions.extend(python_version(&pyproject, &library.version));
-    versions.extend(fuzz_lock_version(&read("fuzz/Cargo.lock")?, &library.version));
     for file in tidy::tracked_files()?.iter().filter(|file| file.starts_with("deploy/")) {
         // Not all files there need be text.
         let text = fs::read_to_string(root().join(file)).unwrap_or_default();
@@ -88,6 +88,7 @@ fn checks(packages: &[Package], library: &Package) -> Result<Vec<(&'static str, 
         ("changelog", changelog(&read("CHANGELOG.md")?, &library.version)?),
         ("published crates", published(packages)),
         ("dependencies", dependencies(packages)),
+        ("fuzz/Cargo.lock", lock_file(&root().join("fuzz/Cargo.toml"))?),
         ("package metadata", fields(packages, &pyproject)),
         ("licences", licences(packages, root(), |path| path.is_file())),
         ("rust-version", rust_version(packages, &readme)),
@@ -169,16 +170,6 @@ fn python_version(pyproject: &str, version: &str) -> Option<String> {
     Some(format!("the Python package has another version than {version}; set `dynamic = [\"version\"]` in {PYPROJECT}"))
 }
 
-/// Checks that the lock file of the fuzz targets, which are not in the workspace, has the version of the release.
-fn fuzz_lock_version(lock: &str, version: &str) -> Option<String> {
-    let is_present = lock.contains(&format!("name = \"{}\"\nversion = \"{version}\"\n", PUBLISHED[0]));
-    (!is_present).then(|| {
-        format!(
-            "fuzz/Cargo.lock does not have {version}; run `cargo update --manifest-path fuzz/Cargo.toml modelcache`"
-        )
-    })
-}
-
 /// Checks the versions of modelcache that a file below deploy/ names.
 fn deployed_versions(file: &str, text: &str, version: &str) -> Result<Problems> {
     let named = Regex::new(r#"(?m)(?:image: *[^ \n]*modelcache:|^appVersion: *"?)([0-9][^ \n"]*)"#)?;
@@ -256,6 +247,20 @@ fn dependencies(packages: &[Package]) -> Problems {
         }
     }
     problems
+}
+
+/// Checks that the lock file beside `manifest` is up to date. The fuzz targets are not in the workspace, so that other
+/// cargo commands do not notice. Cargo reads the index of the registry if it needs it.
+fn lock_file(manifest: &Path) -> Result<Problems> {
+    let arguments = ["update", "--workspace", "--locked", "--manifest-path"];
+    let output = cargo().args(arguments).arg(manifest).output().context("cannot run cargo")?;
+    if output.status.success() {
+        return Ok(vec![]);
+    }
+    let shown = manifest.strip_prefix(root()).unwrap_or(manifest).display();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    let cause = errors.lines().find_map(|line| line.strip_prefix("error: ")).unwrap_or("cargo update failed");
+    Ok(vec![format!("{cause}; run `cargo update --workspace --manifest-path {shown}`")])
 }
 
 /// Checks the fields that package registries show.
@@ -389,10 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn other_versions_in_lock_files_and_deployments_are_found() {
-        let lock = "[[package]]\nname = \"modelcache\"\nversion = \"0.1.0\"\n";
-        assert_eq!(fuzz_lock_version(lock, "0.1.0"), None);
-        assert!(fuzz_lock_version(lock, "0.2.0").is_some());
+    fn other_versions_in_deployments_are_found() {
         let deployed = |text| deployed_versions("a.yaml", text, "0.1.0").expect("a pattern").len();
         assert_eq!(deployed("image: modelcache:0.1.0\nappVersion: \"0.1.0\"\nimage: other:2.0.0\n"), 0);
         assert_eq!(deployed("    image: host.example/modelcache:0.2.0\n"), 1);
@@ -434,6 +436,23 @@ mod tests {
             });
             assert_eq!(dependencies(&found).len(), 1, "{requirement} of {name}");
         }
+    }
+
+    #[test]
+    fn a_lock_file_with_another_version_is_found() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).expect("written");
+        let problems = || lock_file(&folder.path().join("Cargo.toml")).expect("cargo");
+        write(
+            "Cargo.toml",
+            "[package]\nname = \"a\"\nversion = \"0.2.0\"\nedition = \"2024\"\n[lib]\npath = \"a.rs\"\n",
+        );
+        write("a.rs", "");
+        let lock = |version: &str| format!("version = 4\n\n[[package]]\nname = \"a\"\nversion = \"{version}\"\n");
+        write("Cargo.lock", &lock("0.2.0"));
+        assert_eq!(problems(), [""; 0]);
+        write("Cargo.lock", &lock("0.1.0"));
+        assert!(problems()[0].contains("run `cargo update"), "{:?}", problems());
     }
 
     #[test]
