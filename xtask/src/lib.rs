@@ -11,6 +11,7 @@ mod hub_clients;
 pub mod monitoring;
 pub mod page;
 pub mod python;
+pub mod release;
 pub mod repository;
 pub mod table;
 pub mod test;
