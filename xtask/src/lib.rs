@@ -10,6 +10,7 @@ mod hub_clients;
 pub mod page;
 pub mod python;
 pub mod repository;
+pub mod site;
 pub mod table;
 pub mod test;
 mod tidy;
