@@ -224,6 +224,8 @@ def test_the_site_loads_nothing_from_other_servers() -> None:
         resources = Resources()
         resources.feed(page.read_text())
         assert not [url for url in resources.urls if re.match(r"(\w+:)?//", url)], page
+        # The theme would load the program for diagrams.
+        assert 'class="mermaid"' not in page.read_text(), page
     styles = "".join(path.read_text() for path in SITE.rglob("*.css"))
     assert not re.findall(r"(?:url\(|@import)\s*['\"]?(?:https?:)?//[^)]*", styles)
 
