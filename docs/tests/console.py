@@ -1,8 +1,8 @@
-"""Runs the console blocks of a page in one shell and compares what they print.
+"""Runs the console blocks of a page in one shell, and compares their output.
 
-In a block, a line that begins with `$ ` is a command. It continues on the next line if it ends in a backslash. The lines
-below it are its output: `…` stands for any text of a line, a line `…` for any number of lines. The output of a command
-without such lines is not compared. A command that ends in `&` starts a server, and the next command waits for its port.
+In a block, a line that begins with `$ ` is a command. It continues on the next line if it ends in a backslash. The
+lines below it are its output: `…` stands for any text of a line, a line `…` for any number of lines. The output of a
+command without such lines is not compared. A command that ends in `&` starts a server, and the next command waits for its port.
 
 A block with a title (```python title="engine.py") is written to the file of that name. A block below the comment
 `<!-- not run: REASON -->` is not run.
@@ -87,7 +87,7 @@ def matches(expected: list[str], printed: list[str]) -> bool:
 
 
 class Shell:
-    """A shell in a folder. If the system permits it, the shell has a network of its own: loopback without other servers."""
+    """A shell in a folder, with a loopback network of its own if the system permits it."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
         self._process = subprocess.Popen(
@@ -138,11 +138,11 @@ class Shell:
         while self._listening() <= before:
             assert time.monotonic() < deadline, "the server did not start"
             time.sleep(0.1)
-        # For what a server prints when it listens.
+        # Time for the lines that a server prints once it listens.
         time.sleep(0.3)
 
     def close(self) -> None:
-        """Kill the shell and what it started."""
+        """Kill the shell and the programs that it started."""
         try:
             os.killpg(self._process.pid, signal.SIGKILL)
         except ProcessLookupError:

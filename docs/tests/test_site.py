@@ -17,7 +17,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from console import Shell, blocks, commands, matches
+from console import Command, Shell, blocks, commands, matches
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -116,15 +116,15 @@ def test_code_of_a_tutorial_is_a_part_of_its_source(page: str, language: str, so
 def test_the_program_of_the_rust_tutorial_prints_what_it_shows(environment: dict[str, str], folder: Path) -> None:
     if not RUST_EXAMPLE.is_file():
         pytest.skip(f"{RUST_EXAMPLE} is not built")
-    found = [command for block in blocks((DOCS / "tutorials/rust.md").read_text()) for command in commands_of(block)]
-    for command in (command for command in found if command.text.startswith("cargo run")):
-        ran = subprocess.run([RUST_EXAMPLE], cwd=folder, env=environment, text=True, capture_output=True)
-        assert ran.returncode == 0, ran.stderr
-        assert matches(command.output, ran.stdout.splitlines()), ran.stdout
+    shown = [each.output for each in console_commands(DOCS / "tutorials/rust.md") if each.text.startswith("cargo run")]
+    ran = subprocess.run([RUST_EXAMPLE], cwd=folder, env=environment, text=True, capture_output=True)
+    assert ran.returncode == 0, ran.stderr
+    assert [matches(output, ran.stdout.splitlines()) for output in shown] == [True], ran.stdout
 
 
-def commands_of(block):  # type: ignore[no-untyped-def]
-    return commands(block) if block.language == "console" else []
+def console_commands(page: Path) -> list[Command]:
+    """Return the commands of all console blocks of a page."""
+    return [command for block in blocks(page.read_text()) if block.language == "console" for command in commands(block)]
 
 
 # --- README -----------------------------------------------------------------------------------------------------------
@@ -132,8 +132,8 @@ def commands_of(block):  # type: ignore[no-untyped-def]
 
 def readme_commands() -> list[str]:
     """Return the commands of the README that run modelcache."""
-    found = [command for block in blocks((ROOT / "README.md").read_text()) for command in commands_of(block)]
-    return [command.text for command in found if re.match(r"(\w+=\S+ )*modelcache ", command.text)]
+    texts = [command.text for command in console_commands(ROOT / "README.md")]
+    return [text for text in texts if re.match(r"(\w+=\S+ )*modelcache ", text)]
 
 
 def test_the_readme_has_commands() -> None:
@@ -144,7 +144,7 @@ def test_the_readme_has_commands() -> None:
 def test_the_program_accepts_a_command_of_the_readme(
     command: str, environment: dict[str, str], folder: Path, shell: Shell
 ) -> None:
-    """Runs the command offline, with stand-ins for what it names. Exit code 2 is a command line that is refused."""
+    """Runs the command offline, with stand-ins for the files and programs that it names. Exit code 2 is a command line that is refused."""
     (folder / "model").mkdir()
     (folder / "model/weights.bin").write_text("weights")
     for program in ("serve.py", "vllm"):
@@ -157,7 +157,7 @@ def test_the_program_accepts_a_command_of_the_readme(
     code, printed = shell.run(words.replace("python serve.py", "sh serve.py"))
     text = "\n".join(printed)
     assert code not in (2, 101, 126, 127), f"{command}\nended with {code}:\n{text}"
-    # Without a network only what the command line publishes itself is found.
+    # Without a network, artifacts of an origin are not found.
     assert code in (0, 3) or words.startswith("modelcache doctor"), f"{command}\nended with {code}:\n{text}"
 
 
@@ -203,7 +203,7 @@ def test_the_index_names_every_page() -> None:
 
 
 class Resources(HTMLParser):
-    """Collects what a browser loads for a page without a click."""
+    """Collects the addresses that a browser loads with a page."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ const REQUIREMENTS: [Requirements; 4] = [
 /// Build the documentation site, and test the documentation
 #[derive(Debug, Default, Args)]
 pub struct Site {
-    /// Serve the site at http://127.0.0.1:8000 and build it again when a page changes; runs no test
+    /// Serve the site on port 8000 of this machine and build it again when a page changes. Runs no test
     #[arg(long)]
     serve: bool,
 }
@@ -46,7 +46,7 @@ impl Site {
         run(mkdocs.args(["build", "--strict", "--site-dir"]).arg(&site))?;
 
         let packages = ["modelcache-cli", "modelcache-testkit", "modelcache-python"];
-        run(cargo().arg("build").args(packages.iter().flat_map(|name| ["--package", name])).args(BUILD_XTASK))?;
+        run(cargo().arg("build").args(packages.into_iter().flat_map(|name| ["--package", name])).args(BUILD_XTASK))?;
         // With the features of the tests, so that no dependency is built twice.
         run(cargo().args(["build", "--workspace", "--example", "tutorial"]))?;
         let programs = target.join("debug");
