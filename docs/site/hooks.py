@@ -18,7 +18,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[2]
 # Folder of the site with copies of files outside docs/.
 COPIES = "repository"
-COPIED = ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "examples/*/*", "deploy/**/*"]
+COPIED = ["*.md", "examples/*/*", "deploy/**/*"]
 
 LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 FENCED = re.compile(r"^(```.*?^```[^\n]*$)", re.MULTILINE | re.DOTALL)

@@ -28,11 +28,7 @@ TUTORIALS = sorted(path.name for path in (DOCS / "tutorials").glob("*.md"))
 # The most console blocks of the tutorials that are not run.
 NOT_RUN_MAX = 5
 
-PAGES = sorted(
-    [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "CHANGELOG.md"]
-    + list(DOCS.rglob("*.md"))
-    + list(ROOT.glob("examples/**/*.md"))
-)
+PAGES = sorted(path for pattern in ("*.md", "docs/**/*.md", "examples/**/*.md") for path in ROOT.glob(pattern))
 
 
 def page_id(path: Path) -> str:
