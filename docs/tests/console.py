@@ -127,7 +127,7 @@ class Shell:
 
     def _listening(self) -> set[str]:
         """Return the TCP addresses that are listened on in the network of the shell."""
-        found = set()
+        found: set[str] = set()
         for name in ("tcp", "tcp6"):
             rows = [line.split() for line in Path(f"/proc/{self._process.pid}/net/{name}").read_text().splitlines()[1:]]
             found.update(row[1] for row in rows if row[3] == "0A")
