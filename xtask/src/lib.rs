@@ -13,6 +13,7 @@ pub mod page;
 pub mod python;
 pub mod release;
 pub mod repository;
+pub mod site;
 pub mod table;
 pub mod test;
 mod tidy;

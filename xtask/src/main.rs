@@ -1,11 +1,11 @@
-//! `cargo xtask demo|test|bench|docs|fuzz|python|page|deploy|release`: developer tasks of this repository, one file
+//! `cargo xtask demo|test|bench|docs|fuzz|python|page|deploy|site|release`: developer tasks of this repository, one file
 //! per task.
 //!
 //! If a task fails, it prints one line with the cause, and the exit code is 1. Tasks write below `target/`; `docs` and
 //! `bench` also write pages below `docs/`. No task needs credentials.
 #![expect(clippy::print_stderr, reason = "a program for the terminal")]
 
-use xtask::{bench, demo, deploy, docs, fuzz, page, python, release, test};
+use xtask::{bench, demo, deploy, docs, fuzz, page, python, release, site, test};
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -29,6 +29,7 @@ enum Task {
     Page(page::Page),
     Deploy(deploy::Deploy),
     Release(release::Release),
+    Site(site::Site),
 }
 
 fn main() -> ExitCode {
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
         Task::Page(task) => task.run(),
         Task::Deploy(task) => task.run(),
         Task::Release(task) => task.run(),
+        Task::Site(task) => task.run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
