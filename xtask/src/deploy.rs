@@ -1,8 +1,10 @@
-//! `cargo xtask deploy`: tests the Helm chart, the manifests made from it, and the files for ECS and Docker Compose.
+//! `cargo xtask deploy`: tests the Helm chart, the manifests made from it, the files for ECS and Docker Compose, the
+//! dashboard and the alert rules.
 //!
 //! Helm comes from PyPI as a library. No cluster and no container runtime are needed: the tests run the command lines
 //! of the containers with the real programs. With `--write`, the plain manifests are rendered from the chart first.
 
+use crate::monitoring;
 use crate::python::BUILD_XTASK;
 use crate::repository::{cargo, root, target_folder};
 use crate::test::run;
@@ -12,7 +14,10 @@ use clap::Args;
 use std::process::Command;
 
 const TESTS: &str = "deploy/tests";
-const REQUIREMENTS: &str = "deploy/tests/requirements.txt";
+const REQUIREMENTS: [Requirements; 2] = [
+    Requirements::WithDependencies("deploy/tests/requirements.txt"),
+    Requirements::WithDependencies("deploy/tests/requirements-monitoring.txt"),
+];
 
 /// Test the Helm chart and the other files below deploy/
 #[derive(Debug, Default, Args)]
@@ -32,7 +37,7 @@ impl Deploy {
     /// The first step that fails.
     pub fn run(&self) -> Result<()> {
         let venv = target_folder()?.join("venv-deploy");
-        venv::ensure(&venv, &[Requirements::WithDependencies(REQUIREMENTS)])?;
+        venv::ensure(&venv, &REQUIREMENTS)?;
         let python = || {
             let mut command = Command::new(venv.join("bin/python"));
             command.current_dir(root());
@@ -48,6 +53,6 @@ impl Deploy {
         let mut pytest = python();
         pytest.args(["-m", "pytest", "-q", "--color=no", TESTS]).args(&self.pytest);
         pytest.env("MODELCACHE", programs.join("modelcache")).env("TESTKIT", programs.join("testkit"));
-        run(&mut pytest)
+        run(pytest.envs(monitoring::prometheus()?))
     }
 }
