@@ -2,4 +2,4 @@
 export AWS_ENDPOINT_URL=http://127.0.0.1:9090
 export AWS_ACCESS_KEY_ID=example AWS_SECRET_ACCESS_KEY=example AWS_DEFAULT_REGION=us-east-1
 export MODEL_CACHE_S3_BUCKET=models
-export MODEL_CACHE_DIR=/tmp/modelcache-example
+export MODEL_CACHE_DIR=${MODEL_CACHE_DIR:-/tmp/modelcache-example}

@@ -4,12 +4,16 @@
 pub mod bench;
 pub mod debian;
 pub mod demo;
+pub mod deploy;
 pub mod docs;
 pub mod fuzz;
 mod hub_clients;
+pub mod monitoring;
 pub mod page;
 pub mod python;
+pub mod release;
 pub mod repository;
+pub mod site;
 pub mod table;
 pub mod test;
 mod tidy;

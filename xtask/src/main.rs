@@ -1,10 +1,11 @@
-//! `cargo xtask demo|test|bench|docs|fuzz|python|page`: developer tasks of this repository, one file per task.
+//! `cargo xtask demo|test|bench|docs|fuzz|python|page|deploy|site|release`: developer tasks of this repository, one file
+//! per task.
 //!
 //! If a task fails, it prints one line with the cause, and the exit code is 1. Tasks write below `target/`; `docs` and
 //! `bench` also write pages below `docs/`. No task needs credentials.
 #![expect(clippy::print_stderr, reason = "a program for the terminal")]
 
-use xtask::{bench, demo, docs, fuzz, page, python, test};
+use xtask::{bench, demo, deploy, docs, fuzz, page, python, release, site, test};
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -26,6 +27,9 @@ enum Task {
     Fuzz(fuzz::Fuzz),
     Python(python::Python),
     Page(page::Page),
+    Deploy(deploy::Deploy),
+    Release(release::Release),
+    Site(site::Site),
 }
 
 fn main() -> ExitCode {
@@ -37,6 +41,9 @@ fn main() -> ExitCode {
         Task::Fuzz(task) => task.run(),
         Task::Python(task) => task.run(),
         Task::Page(task) => task.run(),
+        Task::Deploy(task) => task.run(),
+        Task::Release(task) => task.run(),
+        Task::Site(task) => task.run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

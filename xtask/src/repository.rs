@@ -24,15 +24,20 @@ pub fn cargo() -> Command {
     command
 }
 
-/// Returns cargo's target folder.
-pub fn target_folder() -> Result<PathBuf> {
+/// Returns what `cargo metadata` reports about the packages of the workspace.
+pub(crate) fn metadata() -> Result<Value> {
     let output = cargo()
         .args(["metadata", "--no-deps", "--format-version", "1"])
         .stderr(Stdio::inherit())
         .output()
         .context("cannot run cargo")?;
     ensure!(output.status.success(), "cargo metadata failed");
-    let metadata: Value = serde_json::from_slice(&output.stdout)?;
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
+
+/// Returns cargo's target folder.
+pub fn target_folder() -> Result<PathBuf> {
+    let metadata = metadata()?;
     Ok(metadata["target_directory"].as_str().context("cargo metadata reports no target folder")?.into())
 }
 

@@ -32,7 +32,7 @@ pub(crate) fn check() -> Result<()> {
 }
 
 /// Returns the paths of all files that git tracks.
-fn tracked_files() -> Result<Vec<String>> {
+pub(crate) fn tracked_files() -> Result<Vec<String>> {
     let output = Command::new("git").args(["ls-files", "-z"]).current_dir(root()).output().context("cannot run git")?;
     ensure!(output.status.success(), "git ls-files: {}", String::from_utf8_lossy(&output.stderr).trim());
     let names = String::from_utf8(output.stdout).context("a tracked name is not UTF-8")?;

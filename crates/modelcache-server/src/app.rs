@@ -194,7 +194,7 @@ impl App {
 
     /// Returns the counters of requests and connections.
     pub(crate) fn http_counts(&self) -> HttpCounts {
-        self.http.counts(&self.connections)
+        self.http.counts(&self.connections, self.readiness.is_ready())
     }
 
     /// Forgets what is remembered of an artifact that was evicted.

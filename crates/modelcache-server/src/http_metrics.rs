@@ -5,7 +5,7 @@ use axum::http::StatusCode;
 use axum::http::header::HeaderName;
 use axum::middleware::Next;
 use axum::response::Response;
-use modelcache::metrics::{Descriptor, Sample};
+use modelcache::metrics::{Descriptor, Histogram, Sample, Value};
 use modelcache::mutex::Mutex;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -33,6 +33,8 @@ pub(crate) struct RouteName(pub(crate) &'static str);
 pub(crate) struct HttpMetrics {
     /// Requests by route and status.
     requests: Mutex<BTreeMap<(String, u16), u64>>,
+    /// Times until the head of the response, by route.
+    request_seconds: Mutex<BTreeMap<String, Histogram>>,
     /// Requests whose response head was not sent yet.
     in_flight: AtomicU64,
     sent_bytes: AtomicU64,
@@ -42,7 +44,10 @@ pub(crate) struct HttpMetrics {
 /// A copy of the counters of the daemon.
 #[derive(Debug, Clone, serde::Serialize)]
 pub struct HttpCounts {
+    /// True if the prewarm list is on disk.
+    ready: bool,
     requests: Vec<RequestCount>,
+    request_seconds: BTreeMap<String, Histogram>,
     in_flight: u64,
     sent_bytes: u64,
     cut_responses: u64,
@@ -52,6 +57,13 @@ pub struct HttpCounts {
 
 /// The metrics of the daemon beside those of its cache.
 pub const HTTP_METRICS: &[Descriptor<HttpCounts>] = &[
+    Descriptor::gauge(
+        "ready",
+        &[],
+        "1 if every artifact of the prewarm list is on disk, so that `/readyz` answers 200; 0 otherwise",
+        |counts: &HttpCounts| Sample::only(f64::from(u8::from(counts.ready))),
+    )
+    .json("http.ready"),
     Descriptor::counter(
         "http_requests_total",
         &["route", "status"],
@@ -64,6 +76,19 @@ pub const HTTP_METRICS: &[Descriptor<HttpCounts>] = &[
         },
     )
     .json("http.requests"),
+    Descriptor::histogram(
+        "http_request_seconds",
+        &["route"],
+        "Times from a request to the head of its response, in seconds, by route",
+        |counts: &HttpCounts| {
+            let sample = |(route, histogram): (&String, &Histogram)| Sample {
+                labels: vec![route.clone()],
+                value: Value::Histogram(histogram.clone()),
+            };
+            counts.request_seconds.iter().map(sample).collect()
+        },
+    )
+    .json("http.request_seconds"),
     Descriptor::gauge(
         "http_requests_in_flight",
         &[],
@@ -114,7 +139,7 @@ impl HttpMetrics {
         self.cut_responses.fetch_add(1, Ordering::Relaxed);
     }
 
-    pub(crate) fn counts(&self, connections: &ConnectionCounters) -> HttpCounts {
+    pub(crate) fn counts(&self, connections: &ConnectionCounters, ready: bool) -> HttpCounts {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let requests = self.requests.lock();
         let row = |((route, status), count): (&(String, u16), &u64)| RequestCount {
@@ -123,7 +148,9 @@ impl HttpMetrics {
             count: *count,
         };
         HttpCounts {
+            ready,
             requests: requests.iter().map(row).collect(),
+            request_seconds: self.request_seconds.lock().clone(),
             in_flight: read(&self.in_flight),
             sent_bytes: read(&self.sent_bytes),
             cut_responses: read(&self.cut_responses),
@@ -166,9 +193,11 @@ pub(crate) async fn observe(State(app): State<Arc<App>>, request: Request, next:
     let route = named.or(route).unwrap_or_else(|| "none".into());
     let status = response.status();
     trace::record(&trace_span, &method, &route, status);
+    let took = started.elapsed();
+    app.http.request_seconds.lock().entry(route.clone()).or_default().observe(took.as_secs_f64());
     *app.http.requests.lock().entry((route, status.as_u16())).or_default() += 1;
     let _entered = log_span.enter();
-    let ms = started.elapsed().as_millis() as u64;
+    let ms = took.as_millis() as u64;
     let failure = response.extensions().get::<Failure>().map(|Failure(error)| error.clone());
     match &failure {
         Some(error) if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS => {

@@ -81,6 +81,11 @@ impl Readiness {
         Self { started: Instant::now(), items: references.iter().map(item).collect() }
     }
 
+    /// Returns true if every artifact of the list is on disk.
+    pub(crate) fn is_ready(&self) -> bool {
+        self.items.iter().all(|item| item.state.lock().artifact.is_some())
+    }
+
     pub(crate) fn report(&self) -> ReadinessReport {
         let artifacts: Vec<_> = self.items.iter().map(Item::report).collect();
         let ready = artifacts.iter().all(|artifact| artifact.state == "ready");

@@ -47,6 +47,20 @@ pub enum ErrorKind {
 }
 
 impl ErrorKind {
+    /// All kinds.
+    pub(crate) const ALL: [Self; 10] = [
+        Self::NotFound,
+        Self::Unauthorized,
+        Self::Corrupt,
+        Self::Full,
+        Self::Unavailable,
+        Self::Invalid,
+        Self::Conflict,
+        Self::Directory,
+        Self::Limits,
+        Self::Other,
+    ];
+
     /// Returns the stable name of the kind, for machine-readable output.
     pub fn name(self) -> &'static str {
         match self {

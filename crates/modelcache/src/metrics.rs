@@ -442,7 +442,9 @@ pub const FAMILIES: &[Descriptor<Counts>] = &[
     })
     .json("waiting_calls"),
     Row::counter("failures_total", &["code"], "Failed gets and puts, by error kind", |counts| {
-        by_name(&counts.failures, |count| Value::Number(*count as f64))
+        // All kinds, because Prometheus sees no increase in a series that begins with 1.
+        let failures = |name| counts.failures.get(name).copied().unwrap_or(0);
+        ErrorKind::ALL.map(|kind| Sample::labelled([kind.name()], failures(kind.name()) as f64)).into()
     })
     .json("failures"),
     Row::histogram(
@@ -542,6 +544,7 @@ mod tests {
         for line in [
             "# TYPE modelcache_gets_total counter\nmodelcache_gets_total{from=\"disk\"} 0\n",
             "modelcache_failures_total{code=\"not_found\"} 1\n",
+            "modelcache_failures_total{code=\"full\"} 0\n",
             "modelcache_evicted_bytes_total 7\n",
             "modelcache_uncached_bytes_total 9\n",
             "modelcache_stalls_total{kind=\"hedged\",tier=\"origin\"} 2\n",

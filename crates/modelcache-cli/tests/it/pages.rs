@@ -2,7 +2,7 @@
 //!
 //! One shell runs the `sh` blocks of a page in order and stops at the first failure. It has an empty folder, a cache
 //! directory, a remote and a Hub stand-in of its own. Commands that need other servers are in `text` blocks. `console`
-//! blocks show commands with their output, and are not run.
+//! blocks show commands with their output. The tests in `docs/tests` run those of the tutorials, and the others offline.
 
 use crate::common::{BIN, BUCKET, House};
 use std::fs;

@@ -52,7 +52,14 @@ async fn the_reports_describe_what_is_cached() {
     let activity = served.get("/cache/activity").await.ok().json();
     assert_eq!((&activity["fills"], &activity["errors"]), (&json!([]), &json!([])));
     assert_eq!(activity["readiness"]["ready"], true);
-    assert!(served.get("/metrics").await.ok().text().contains("# TYPE"));
+    let text = served.get("/metrics").await.ok().text();
+    for line in [
+        "modelcache_ready 1\n",
+        "modelcache_http_request_seconds_count{route=\"/cache/stats\"} 1\n",
+        "modelcache_directory_pending_backfills 0\n",
+    ] {
+        assert!(text.contains(line), "{line} in {text}");
+    }
     for path in ["/livez", "/readyz", "/openapi.json"] {
         served.get(path).await.ok();
     }
@@ -241,9 +248,11 @@ async fn the_prewarm_list_is_local_before_the_daemon_is_ready_and_stays_leased()
     let report = served.get("/readyz").await.is(503);
     assert!(report.header("retry-after").is_some());
     assert_eq!(report.json()["ready"], false);
+    assert_eq!(served.value("/cache/metrics", "/http/ready").await, false);
     until(async || served.get("/readyz").await.json()["artifacts"][0]["error"].is_string()).await;
     house.hub.down(false);
     until(async || served.get("/readyz").await.status == 200).await;
+    assert_eq!(served.value("/cache/metrics", "/http/ready").await, true);
     let path = format!("/cache/artifacts/{}?tier=disk", "hf%3A%2F%2Forg%2Fmodel@main");
     served.delete(&path).await.refused(409);
 }

@@ -70,6 +70,18 @@ pub const DIRECTORY_FAMILIES: &[Descriptor<Stats>] = &[
         Sample::only(stats.filesystem_free_bytes as f64)
     })
     .json("filesystem_free_bytes"),
+    Row::gauge("directory_min_free_bytes", &[], "Bytes on the filesystem that the cache leaves free", |stats| {
+        Sample::only(stats.min_free_bytes as f64)
+    })
+    .json("min_free_bytes"),
+    Row::gauge("directory_pending_backfills", &[], "Artifacts that have still to be uploaded to the remote", |stats| {
+        Sample::only(stats.pending_backfills as f64)
+    })
+    .json("pending_backfills"),
+    Row::gauge("directory_pending_backfill_bytes", &[], "Bytes of the files of these uploads", |stats| {
+        Sample::only(stats.pending_backfill_bytes as f64)
+    })
+    .json("pending_backfill_bytes"),
 ];
 
 impl Stats {

@@ -142,6 +142,7 @@ impl Cache {
                 .await
                 .unwrap_or_else(|| Err(timeout_error(Tier::Origin, FALLBACK_TIMEOUT))),
         };
+        self.metrics().record_health(Tier::Origin, &resolved);
         match resolved {
             Ok(Some(resolved)) => {
                 let version =
@@ -176,7 +177,9 @@ impl Cache {
             (false, _) => None,
         };
         let request = remote.origin_answer(&pointer.name, &pointer.revision);
-        match self.within_timeout(timeout, request).await {
+        let stored = self.within_timeout(timeout, request).await;
+        self.metrics().record_health(Tier::Remote, &stored);
+        match stored {
             Ok(Some(stored)) if reference.can_resolve_to(&stored.version) => {
                 let age = stored.age(SystemTime::now());
                 Ok(SharedVersion::Known(stored, age))
@@ -242,7 +245,9 @@ impl Cache {
         self.wait_for_start_jitter().await;
         // The remote, with the cached version as the fallback.
         let known = cached.filter(|_| !policy.refresh);
-        match self.query_version_and_tag(remote, key, known.is_some()).await {
+        let found = self.query_version_and_tag(remote, key, known.is_some()).await;
+        self.metrics().record_health(Tier::Remote, &found);
+        match found {
             Ok(version_or_tag) => {
                 if let VersionOrTag::Tag(resolved, _) = &version_or_tag {
                     self.cache_version(&pointer_of(key), resolved).await;

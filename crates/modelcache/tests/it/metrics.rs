@@ -103,6 +103,25 @@ async fn a_file_that_was_changed_on_disk_is_counted_as_corrupt_and_after_the_nex
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_origin_that_cannot_resolve_a_revision_is_down_even_if_the_last_known_one_is_used() {
+    let house = House::new().await;
+    house.hub.repo("org/model").commit().lfs("model.bin", Content::generated(1, SIZE)).publish().unwrap();
+    let mut config = house.config("a");
+    config.retry.deadline = Duration::ZERO;
+    config.ref_ttl = Duration::ZERO;
+    let cache = Cache::open(config).unwrap();
+    let is_up = || cache.metrics().counts().tiers["origin"].up;
+    drop(get(&cache, MODEL).await.unwrap());
+    assert!(is_up());
+    house.hub.down(true);
+    drop(get(&cache, MODEL).await.unwrap());
+    assert!(!is_up());
+    house.hub.down(false);
+    drop(get(&cache, MODEL).await.unwrap());
+    assert!(is_up());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_list_of_fills_does_not_keep_them_running() {
     let house = House::new().await;
     house.hub.repo("org/model").commit().lfs("model.bin", Content::generated(1, SIZE)).publish().unwrap();
