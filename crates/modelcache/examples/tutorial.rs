@@ -15,7 +15,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         .remote(format!("file://{}", here.join("bucket").display()))
         .environment(std::env::vars()) // for the credentials of a bucket
         .budget(ByteBound::Percent(80))
-        .min_free(ByteBound::Bytes(0))
+        .min_free(ByteBound::Bytes(0)) // only for this example: without it, 10 % of the disk stays free
         .open()?;
 
     // Publish two versions, to the disk and to the remote.
