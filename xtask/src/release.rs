@@ -172,7 +172,8 @@ fn python_version(pyproject: &str, version: &str) -> Option<String> {
 
 /// Checks the versions of modelcache that a file below deploy/ names.
 fn deployed_versions(file: &str, text: &str, version: &str) -> Result<Problems> {
-    let named = Regex::new(r#"(?m)(?:image: *[^ \n]*modelcache:|^appVersion: *"?)([0-9][^ \n"]*)"#)?;
+    // `my-modelcache:1` is another image, and `modelcache:8917` is an address.
+    let named = Regex::new(r#"(?m)(?:(?:^|[^-\w])modelcache:|^appVersion: *"?)([0-9]+\.[0-9A-Za-z.+-]+)"#)?;
     let versions = named.captures_iter(text).filter_map(|found| Some(found.get(1)?.as_str()));
     let others = versions.filter(|other| *other != version);
     Ok(others.map(|other| format!("{file} names version {other}; change it to {version}")).collect())
@@ -399,6 +400,8 @@ mod tests {
         assert_eq!(deployed("image: modelcache:0.1.0\nappVersion: \"0.1.0\"\nimage: other:2.0.0\n"), 0);
         assert_eq!(deployed("    image: host.example/modelcache:0.2.0\n"), 1);
         assert_eq!(deployed("appVersion: 0.0.1\n"), 1);
+        assert_eq!(deployed("image: my-vllm-with-modelcache:1\nHF_ENDPOINT: http://modelcache:8917\n"), 0);
+        assert_eq!(deployed("\"image\": \"host.example/modelcache:0.2.0\",\n"), 1);
     }
 
     #[test]

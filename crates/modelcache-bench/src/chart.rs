@@ -54,7 +54,9 @@ impl Chart {
             let (least, most) = points()
                 .map(value)
                 .fold((f64::INFINITY, 0.0_f64), |(least, most), value| (least.min(value), most.max(value)));
-            (least / MARGIN..most * MARGIN).log_scale()
+            // Whole decades: ticks are at powers of ten, and an axis without one has no labels.
+            let power = |exponent: f64| 10_f64.powf(exponent);
+            (power(least.log10().floor()) / MARGIN..power(most.log10().ceil()) * MARGIN).log_scale()
         };
         let mut text = String::new();
         {
@@ -66,7 +68,8 @@ impl Chart {
                 .x_label_area_size(40)
                 .y_label_area_size(60)
                 .build_cartesian_2d(range(|(x, _)| *x), range(|(_, y)| *y))?;
-            let label = |value: &f64| format!("{value}");
+            // Ticks are products, such as 3 * 0.1, so they are rounded.
+            let label = |value: &f64| format!("{}", (value * 1e6).round() / 1e6);
             let mut mesh = chart.configure_mesh();
             mesh.x_desc(self.x).y_desc(self.y).x_label_formatter(&label).y_label_formatter(&label).draw()?;
             for (line, colour) in self.lines.iter().zip(COLOURS.iter().cycle()) {
@@ -108,6 +111,14 @@ mod tests {
             assert!(text.contains(part), "{part}: {text}");
         }
         assert_eq!(chart.markdown(), "![Time by files](growth.svg)\n");
+    }
+
+    #[test]
+    fn the_axes_of_close_values_have_labels() {
+        let text = chart(vec![(1.0, 0.2), (256.0, 0.45)]).svg().expect("drawn");
+        let has_label = |label: &str| text.lines().any(|line| line.trim() == label);
+        assert!(has_label("0.1") && has_label("1") && has_label("100"), "{text}");
+        assert!(!text.contains("00000"), "{text}");
     }
 
     #[test]

@@ -1,9 +1,8 @@
 //! Compares programs in rounds; each round runs every program once.
 //!
-//! The speed of a machine drifts, so only results of the same rounds are compared. A program whose runs differ much runs
-//! in additional rounds. A slow program drops out after
-//! [`SPENT_S_MAX`] seconds and at least [`ROUNDS_MIN`] runs; its line shows the number of its runs. A program that
-//! fails drops out, too, and its line shows the reason.
+//! The speed of a machine drifts, so only results of the same rounds are compared. If the runs of a program differ much,
+//! there are additional rounds. A slow program drops out after [`SPENT_S_MAX`] seconds and at least [`ROUNDS_MIN`] runs;
+//! its line shows the number of its runs. A program that fails drops out, too, and its line shows the reason.
 
 use super::machine::memory_bytes;
 use super::setup::Setup;
@@ -18,8 +17,8 @@ use xtask::table;
 const SPENT_S_MAX: f64 = 25.0;
 /// Minimum number of runs of a slow program, because a single run is no measurement.
 const ROUNDS_MIN: usize = 2;
-/// If the interquartile range of a program is a larger share of its median, the program runs in up to as many rounds
-/// again.
+/// If the interquartile range of a program is a larger share of its median, all programs run in up to as many rounds
+/// again. With fewer than five runs, the range of all runs takes the place of the interquartile range.
 const INTERQUARTILE_SHARE_MAX: f64 = 0.1;
 /// A comparison that moves at most this many bytes per run keeps the files of all runs until it ends. An ext4 without a
 /// journal skips inodes that were freed in the last minutes, so removing the files of one run would slow down the next
@@ -93,12 +92,17 @@ fn in_turn(setup: &Setup, bytes: u64, entries: &[Entry<'_>], prepare: impl Fn() 
         entry.steps.iter().map(line).collect()
     };
     let mut results: Vec<Vec<Line>> = entries.iter().map(lines).collect();
+    let is_done = |lines: &[Line]| {
+        lines.iter().any(|line| line.failure.is_some()) || lines.last().is_some_and(Line::has_run_enough)
+    };
     for round in 1..=2 * setup.rounds {
+        let is_unsteady = |lines: &Vec<Line>| !is_done(lines) && !lines.iter().all(Line::is_steady);
+        if round > setup.rounds && !results.iter().any(is_unsteady) {
+            break;
+        }
         for (at, (entry, lines)) in entries.iter().zip(&mut results).enumerate() {
-            // A failed or slow program does not run in the remaining rounds, a steady one not in the additional ones.
-            let has_failed = lines.iter().any(|line| line.failure.is_some());
-            let is_done = has_failed || lines.last().is_some_and(Line::has_run_enough);
-            if is_done || (round > setup.rounds && lines.iter().all(Line::is_steady)) {
+            // A failed or slow program does not run in the remaining rounds.
+            if is_done(lines) {
                 continue;
             }
             // Large files share one folder name, so that only the files of one run exist at a time.

@@ -240,7 +240,10 @@ impl Bench {
                     println!("\n{}", section.text());
                     // Write the page after each row, so that interrupting a later row loses no results.
                     if self.write || !self.quick {
-                        page::write(&names, &[section], &machine)?;
+                        page::write(&names, &[section], &machine).unwrap_or_else(|error| {
+                            eprintln!("bench: row {}: {error:#}", row.name());
+                            failed.push(row.name());
+                        });
                     }
                 }
                 // A failed row does not stop the others.

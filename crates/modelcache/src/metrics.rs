@@ -240,14 +240,15 @@ impl Metrics {
         *self.0.lock().failures.entry(kind.name()).or_default() += 1;
     }
 
-    /// Records the health of a tier after a request. The tier is down if it was unavailable or refused the credentials.
-    /// It is up after any other error, such as `NotFound`, because it answered.
+    /// Records the health of a tier after a request. It is down if it was unavailable, and up after any other answer,
+    /// such as `NotFound`. Refused credentials are an outage of the remote, but not of the origin, which refuses single
+    /// repositories. Other errors say nothing about the tier, because many arise before a request is sent.
     pub(crate) fn record_health<T>(&self, tier: Tier, outcome: &Result<T>) {
-        let error = match outcome {
-            Err(error) if matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Unauthorized) => {
-                Some(error.to_string())
-            }
-            _ => None,
+        let error = match outcome.as_ref().err().map(|error| (error.kind(), error)) {
+            None | Some((ErrorKind::NotFound | ErrorKind::Corrupt, _)) => None,
+            Some((ErrorKind::Unauthorized, _)) if tier == Tier::Origin => None,
+            Some((ErrorKind::Unavailable | ErrorKind::Unauthorized, error)) => Some(error.to_string()),
+            Some(_) => return,
         };
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let health = Health { up: error.is_none(), asked_unix: since_epoch.as_secs(), error };
@@ -529,6 +530,20 @@ mod tests {
         let health = &metrics.counts().tiers["remote"];
         assert!(health.up && health.error.is_none());
         assert!(health.asked_unix > 1_700_000_000);
+    }
+
+    #[test]
+    fn refused_credentials_are_an_outage_of_the_remote_only_and_other_errors_change_nothing() {
+        let metrics = Metrics::default();
+        for tier in [Tier::Remote, Tier::Origin] {
+            metrics.record_health::<()>(tier, &Err(Error::invalid("not a reference")));
+        }
+        assert!(metrics.counts().tiers.is_empty());
+        for tier in [Tier::Remote, Tier::Origin] {
+            metrics.record_health::<()>(tier, &Err(Error::new(ErrorKind::Unauthorized, "403")));
+        }
+        let tiers = metrics.counts().tiers;
+        assert!(!tiers["remote"].up && tiers["origin"].up);
     }
 
     #[test]

@@ -1102,7 +1102,8 @@ fn checked_remote(text: &str) -> Result<String> {
         Some(path) if path.starts_with('/') && !url.ends_with(':') => Ok(url.to_owned()),
         Some(_) => Err(Error::invalid("not an absolute path").hint("write file:///folder")),
         None if text.starts_with('/') => {
-            Err(Error::invalid("a path, not a URL").hint(format!("write file://{}", printable::line(url))))
+            let address = url::Url::from_file_path(url).map_or_else(|()| "file:///folder".to_owned(), String::from);
+            Err(Error::invalid("a path, not a URL").hint(format!("write {}", printable::line(&address))))
         }
         None => Err(Error::invalid("not the URL of an object store")),
     }
@@ -1422,11 +1423,10 @@ mod tests {
         }
         let (message, _) = inputs().variable("HF_ENDPOINT", "huggingface.co").refused();
         assert!(message.contains("HF_ENDPOINT"), "{message}");
-        let (message, hint) = inputs().variable("MODEL_CACHE_REMOTE", "/models/team/").refused();
-        assert!(
-            message.contains("a path, not a URL") && hint.contains("write file:///models/team"),
-            "{message} {hint}"
-        );
+        for (path, address) in [("/a/b/", "file:///a/b"), ("/a/b#c", "file:///a/b%23c"), ("/", "file:///folder")] {
+            let (message, hint) = inputs().variable("MODEL_CACHE_REMOTE", path).refused();
+            assert!(message.contains("a path, not a URL") && hint.contains(&format!("write {address}")), "{hint}");
+        }
     }
 
     #[test]

@@ -51,7 +51,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
             "First, a get of one artifact with more and more files of {}, from S3 and then from the disk. The times \
              are those of the whole command. Second, the daemon sends {} from the page cache over more and more \
              connections at once, each of which gets an equal share; core-seconds and peak RSS are those of the \
-             daemon. Figures are medians over the rounds. Both axes of the charts are logarithmic.",
+             daemon. Times and core-seconds are medians over the rounds, peak RSS is the highest. Both axes of the charts are logarithmic.",
             size(FILE_BYTES),
             size(setup.sizes.growth)
         ),
@@ -100,12 +100,10 @@ fn by_files(setup: &Setup) -> Result<Vec<(usize, Usage, Usage)>> {
     for count in FILES.into_iter().filter(|count| !setup.quick || *count <= FILES_QUICK_MAX) {
         let name = format!("growth-{count}");
         let source = setup.scratch.memory.join(&name);
-        if !source.exists() {
-            for number in 0..count {
-                setup.scratch.data(&format!("{name}/part-{number:05}.bin"), 100 + number as u64, FILE_BYTES)?;
-            }
-            setup.publish(&server, &name, &source)?;
+        for number in 0..count {
+            setup.scratch.data(&format!("{name}/part-{number:05}.bin"), 100 + number as u64, FILE_BYTES)?;
         }
+        setup.publish(&server, &name, &source)?;
         let reference = format!("{name}@1");
         let (mut first, mut second) = (Vec::new(), Vec::new());
         for round in 1..=setup.rounds {
@@ -141,7 +139,8 @@ fn by_connections(setup: &Setup) -> Result<Vec<(usize, Usage)>> {
         for round in 1..=setup.rounds {
             let ((client, _), used) = daemon.usage_during(|| fetch(&url, count, bytes))?;
             eprintln!("  {round}  {count} connections  {:.2} s", client.seconds);
-            runs.push(Usage { seconds: client.seconds, ..used });
+            // The kernel counts in ticks of this length.
+            runs.push(Usage { seconds: client.seconds, core_seconds: used.core_seconds.max(0.01), ..used });
         }
         lines.push((count, medians(&runs)));
         drop(daemon);

@@ -192,7 +192,9 @@ impl Cache {
         }
         let absent = || Error::not_found("there is no such file or folder").tier(Tier::Origin).hint("check the path");
         let resolved = self.0.origins.resolve(reference).await;
-        self.metrics().record_health(Tier::Origin, &resolved);
+        if !reference.is_local() {
+            self.metrics().record_health(Tier::Origin, &resolved);
+        }
         let resolved = resolved?.ok_or_else(absent)?;
         Ok(Resolution {
             key: resolved.key,
