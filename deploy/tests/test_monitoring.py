@@ -206,6 +206,9 @@ def live_through_everything(daemon: Daemon, hub: StandIn, cache: Path) -> None:
         file.write(b"changed")
     assert get(daemon, "first") == 200
     assert daemon.value('modelcache_corrupt_files_total{tier="disk"}') == 1
+    # Prometheus sees an increase only after it has scraped the first request of the route.
+    time.sleep(2)
+    assert daemon.request("/team/first/resolve/main/model.bin")[0] == 200
     # An error of the caller, and an artifact that has no room.
     assert get(daemon, "absent") in (401, 404)
     assert get(daemon, "too-large") == 507
