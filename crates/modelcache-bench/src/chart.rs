@@ -116,9 +116,9 @@ mod tests {
     #[test]
     fn the_axes_of_close_values_have_labels() {
         let text = chart(vec![(1.0, 0.2), (256.0, 0.45)]).svg().expect("drawn");
-        let has_label = |label: &str| text.lines().any(|line| line.trim() == label);
-        assert!(has_label("0.1") && has_label("1") && has_label("100"), "{text}");
-        assert!(!text.contains("00000"), "{text}");
+        let labels: Vec<&str> = text.lines().map(str::trim).filter(|line| line.parse::<f64>().is_ok()).collect();
+        assert!(["0.1", "1", "100"].iter().all(|label| labels.contains(label)), "{labels:?}");
+        assert!(labels.iter().all(|label| label.len() < 6), "rounded: {labels:?}");
     }
 
     #[test]
