@@ -219,8 +219,8 @@ fn kill_and_resume(scenario: &mut Scenario) -> Result<()> {
     let sha256 = content.sha256()?;
     scenario.hub.repo("demo/large").commit().file(WEIGHTS, content).publish()?;
     scenario.hub.clear_requests();
-    // Stall one connection, so that the download cannot end before the kill.
-    scenario.hub.faults().add(HubFault::stall(1 << 20, Duration::from_secs(600)).on(WEIGHTS).once());
+    // No response contains the last byte, so that the download cannot end before the kill.
+    scenario.hub.faults().add(HubFault::stall_at(SMALL_BYTES - 1, Duration::from_secs(600)).on(WEIGHTS));
     let reference = "hf://demo/large@main";
     let mut command = scenario.command("node-7");
     println!("$ MODEL_CACHE_DIR=node-7 {} & kill -9 $!", shell_line(command.args(["get", reference])));
@@ -232,6 +232,7 @@ fn kill_and_resume(scenario: &mut Scenario) -> Result<()> {
     std::thread::sleep(Duration::from_millis(500));
     process.kill()?;
     process.wait()?;
+    scenario.hub.faults().clear();
     ensure!(scenario.listed("node-7")?.is_empty(), "an incomplete artifact is visible");
     let got = scenario.get("node-7", reference)?;
     ensure!(Content::on_disk(got.path()?.join(WEIGHTS))?.sha256()? == sha256, "the resumed file is damaged");
