@@ -12,8 +12,8 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-/// Largest body that is stored, in bytes.
-pub(super) const SMALL_BYTES_MAX: u64 = 1 << 20;
+/// Largest body that is stored, in bytes: enough for the manifest of 10,000 files.
+pub(super) const SMALL_BYTES_MAX: u64 = 4 << 20;
 
 pub(super) struct Objects {
     folder: PathBuf,
