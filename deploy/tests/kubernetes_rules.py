@@ -12,97 +12,76 @@ VERSIONS = ("1.29", "1.33", "1.37")
 Object = dict[str, Any]
 
 STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
-METADATA = {
-    "type": "object",
-    "required": ["name"],
-    "properties": {"name": {"type": "string"}, "namespace": {"type": "string"}, "labels": STRINGS},
-    "additionalProperties": False,
-}
+
+
+def fields(properties: Object, **more: Any) -> Object:
+    """Returns the schema of an object that has no other fields than these."""
+    return {"type": "object", "additionalProperties": False, "properties": properties, **more}
+
+
+def custom(api_version: str, metadata: Object, spec: Object, **more: Any) -> Object:
+    """Returns the schema of a custom object."""
+    properties = {"apiVersion": {"const": api_version}, "kind": {}, "metadata": metadata, "spec": spec}
+    return fields(properties | more, required=["apiVersion", "kind", "metadata", "spec"])
+
+
+NAME = {"name": {"type": "string"}, "labels": STRINGS}
 # The fields that the chart may use, from the published definitions of monitoring.coreos.com/v1 and of
 # serving.kserve.io/v1alpha1.
 CUSTOM = {
-    "PodMonitor": {
-        "type": "object",
-        "required": ["apiVersion", "kind", "metadata", "spec"],
-        "additionalProperties": False,
-        "properties": {
-            "apiVersion": {"const": "monitoring.coreos.com/v1"},
-            "kind": {},
-            "metadata": METADATA,
-            "spec": {
-                "type": "object",
-                "required": ["podMetricsEndpoints", "selector"],
-                "additionalProperties": False,
-                "properties": {
-                    "jobLabel": {"type": "string"},
-                    "selector": {
-                        "type": "object",
-                        "additionalProperties": False,
-                        "properties": {"matchLabels": STRINGS},
-                    },
-                    "podMetricsEndpoints": {
-                        "type": "array",
-                        "minItems": 1,
-                        "items": {
-                            "type": "object",
-                            "additionalProperties": False,
-                            "properties": {
-                                "port": {"type": "string"},
-                                "path": {"type": "string"},
-                                "interval": {"type": "string", "pattern": "^[0-9]+(ms|s|m|h)$"},
-                                "relabelings": {
-                                    "type": "array",
-                                    "items": {
-                                        "type": "object",
-                                        "additionalProperties": False,
-                                        "properties": {
-                                            "sourceLabels": {
-                                                "type": "array",
-                                                "items": {"type": "string", "pattern": "^[a-zA-Z_][a-zA-Z0-9_]*$"},
-                                            },
-                                            "targetLabel": {"type": "string"},
+    "PodMonitor": custom(
+        "monitoring.coreos.com/v1",
+        fields(NAME | {"namespace": {"type": "string"}}, required=["name"]),
+        fields(
+            {
+                "jobLabel": {"type": "string"},
+                "selector": fields({"matchLabels": STRINGS}),
+                "podMetricsEndpoints": {
+                    "type": "array",
+                    "minItems": 1,
+                    "items": fields(
+                        {
+                            "port": {"type": "string"},
+                            "path": {"type": "string"},
+                            "interval": {"type": "string", "pattern": "^[0-9]+(ms|s|m|h)$"},
+                            "relabelings": {
+                                "type": "array",
+                                "items": fields(
+                                    {
+                                        "sourceLabels": {
+                                            "type": "array",
+                                            "items": {"type": "string", "pattern": "^[a-zA-Z_][a-zA-Z0-9_]*$"},
                                         },
-                                    },
-                                },
+                                        "targetLabel": {"type": "string"},
+                                    }
+                                ),
                             },
-                        },
-                    },
+                        }
+                    ),
                 },
             },
-        },
-    },
-    "ClusterStorageContainer": {
-        "type": "object",
-        "required": ["apiVersion", "kind", "metadata", "spec"],
-        "additionalProperties": False,
-        "properties": {
-            "apiVersion": {"const": "serving.kserve.io/v1alpha1"},
-            "kind": {},
-            # Not in a namespace.
-            "metadata": METADATA | {"properties": {"name": {"type": "string"}, "labels": STRINGS}},
-            "disabled": {"type": "boolean"},
-            "spec": {
-                "type": "object",
-                "required": ["container", "supportedUriFormats"],
-                "additionalProperties": False,
-                "properties": {
-                    # A container of Kubernetes: it is validated as a part of a pod.
-                    "container": {"type": "object", "required": ["name"]},
-                    "supportedUriFormats": {
-                        "type": "array",
-                        "minItems": 1,
-                        "items": {
-                            "type": "object",
-                            "additionalProperties": False,
-                            "minProperties": 1,
-                            "properties": {"prefix": {"type": "string"}, "regex": {"type": "string"}},
-                        },
-                    },
-                    "workloadType": {"enum": ["initContainer", "localModelDownloadJob"]},
+            required=["podMetricsEndpoints", "selector"],
+        ),
+    ),
+    "ClusterStorageContainer": custom(
+        "serving.kserve.io/v1alpha1",
+        # Not in a namespace.
+        fields(NAME, required=["name"]),
+        fields(
+            {
+                # A container of Kubernetes: it is validated as a part of a pod.
+                "container": {"type": "object", "required": ["name"]},
+                "supportedUriFormats": {
+                    "type": "array",
+                    "minItems": 1,
+                    "items": fields({"prefix": {"type": "string"}, "regex": {"type": "string"}}, minProperties=1),
                 },
+                "workloadType": {"enum": ["initContainer", "localModelDownloadJob"]},
             },
-        },
-    },
+            required=["container", "supportedUriFormats"],
+        ),
+        disabled={"type": "boolean"},
+    ),
 }
 
 
