@@ -48,19 +48,30 @@ impl Package {
         if let Some(path) = on_path(file_name) {
             return Ok(Some(Program { path, libraries: None }));
         }
+        let Some(root) = self.unpacked()? else { return Ok(None) };
+        let libraries = if self.libraries.is_empty() { None } else { Some(library_folder(&root)?) };
+        Ok(Some(Program { path: root.join(self.program), libraries }))
+    }
+
+    /// Returns the folder in which the packages are unpacked, and downloads them if necessary. Returns `None` if the
+    /// machine has no `apt-get` or no `dpkg`.
+    ///
+    /// # Errors
+    /// If the package cannot be downloaded, or does not have the program.
+    pub(crate) fn unpacked(&self) -> Result<Option<PathBuf>> {
         let folder = target_folder()?.join(self.name);
         let root = folder.join("root");
-        let path = root.join(self.program);
-        if !path.is_file() {
+        // A link counts, whatever it leads to outside of the folder.
+        let is_there = || root.join(self.program).symlink_metadata().is_ok();
+        if !is_there() {
             if on_path("apt-get").is_none() || on_path("dpkg").is_none() {
-                println!("{} is not on the PATH, and apt-get or dpkg is missing", file_name.display());
+                println!("{} is not downloaded, because apt-get or dpkg is missing", self.name);
                 return Ok(None);
             }
             self.download_and_unpack(&folder)?;
-            ensure!(path.is_file(), "Debian's package {} has no {}", self.name, self.program);
+            ensure!(is_there(), "Debian's package {} has no {}", self.name, self.program);
         }
-        let libraries = if self.libraries.is_empty() { None } else { Some(library_folder(&root)?) };
-        Ok(Some(Program { path, libraries }))
+        Ok(Some(root))
     }
 
     /// Downloads the packages and unpacks them into `folder/root`. The folder gets this name last, so that an incomplete

@@ -2,9 +2,11 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program for the terminal")]
 
 pub mod bench;
+pub mod crates;
 pub mod debian;
 pub mod demo;
 pub mod deploy;
+pub mod dist;
 pub mod docs;
 pub mod fuzz;
 mod hub_clients;

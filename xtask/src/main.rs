@@ -1,11 +1,11 @@
-//! `cargo xtask demo|test|bench|docs|fuzz|python|page|deploy|site|release`: developer tasks of this repository, one file
-//! per task.
+//! `cargo xtask demo|test|bench|docs|fuzz|python|page|deploy|site|dist|crates|release`: developer tasks of this repository,
+//! one file per task.
 //!
 //! If a task fails, it prints one line with the cause, and the exit code is 1. Tasks write below `target/`; `docs` and
 //! `bench` also write pages below `docs/`. No task needs credentials.
 #![expect(clippy::print_stderr, reason = "a program for the terminal")]
 
-use xtask::{bench, demo, deploy, docs, fuzz, page, python, release, site, test};
+use xtask::{bench, crates, demo, deploy, dist, docs, fuzz, page, python, release, site, test};
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -28,6 +28,8 @@ enum Task {
     Python(python::Python),
     Page(page::Page),
     Deploy(deploy::Deploy),
+    Dist(dist::Dist),
+    Crates(crates::Crates),
     Release(release::Release),
     Site(site::Site),
 }
@@ -42,6 +44,8 @@ fn main() -> ExitCode {
         Task::Python(task) => task.run(),
         Task::Page(task) => task.run(),
         Task::Deploy(task) => task.run(),
+        Task::Dist(task) => task.run(),
+        Task::Crates(task) => task.run(),
         Task::Release(task) => task.run(),
         Task::Site(task) => task.run(),
     };

@@ -2,8 +2,8 @@
 //! it.
 //!
 //! Cargo builds the native module together with the other programs of this workspace, so that no dependency is built
-//! twice, and a script of the tests packs it into a wheel. With `--wheel`, maturin builds the wheel that is shipped.
-//! That builds most dependencies again. The tests use the installed package. Needs Python 3.10 or newer.
+//! twice, and a script of the tests packs it into a wheel. The tests use the installed package. `--wheel` tests a wheel
+//! that is already built, for example that of `cargo xtask dist`. Needs Python 3.10 or newer.
 
 use crate::repository::{cargo, root, target_folder};
 use crate::test::run;
@@ -23,12 +23,12 @@ const REQUIREMENTS: [Requirements; 2] = [
 /// Build, install and test the Python package
 #[derive(Debug, Default, Args)]
 pub struct Python {
-    /// Build the wheel with maturin, as it is shipped
-    #[arg(long)]
-    wheel: bool,
+    /// Test this wheel, and build none
+    #[arg(long, value_name = "FILE")]
+    pub(crate) wheel: Option<PathBuf>,
     /// Arguments for pytest, for instance -k NAME
     #[arg(last = true)]
-    pytest: Vec<String>,
+    pub(crate) pytest: Vec<String>,
 }
 
 impl Python {
@@ -41,19 +41,13 @@ impl Python {
         let venv = target.join("venv-python");
         venv::ensure(&venv, &REQUIREMENTS)?;
         let python = venv.join("bin/python");
-        let wheels = target.join("python-wheel");
         // One cargo command for all packages, so that shared dependencies get the same features.
         run(cargo()
             .args(["build", "--package", "modelcache-python", "--package", "modelcache-testkit"])
             .args(BUILD_XTASK))?;
-        let wheel = if self.wheel {
-            empty_folder(&wheels)?;
-            let mut maturin = Command::new(venv.join("bin/maturin"));
-            maturin.args(["build", "--release", "--out"]).arg(&wheels).current_dir(root().join(PACKAGE));
-            run(&mut maturin)?;
-            wheel_in(&wheels)?
-        } else {
-            pack(&python, &target.join("debug").join(NATIVE), &wheels)?
+        let wheel = match &self.wheel {
+            Some(wheel) => wheel.canonicalize().with_context(|| format!("there is no wheel {}", wheel.display()))?,
+            None => pack(&python, &target.join("debug").join(NATIVE), &target.join("python-wheel"))?,
         };
         pip_install(&venv, &["--force-reinstall", "--no-deps", &wheel.to_string_lossy()])?;
         run(in_root(&python).args(["-m", "mypy"]).args(TYPE_CHECKED).current_dir(root().join(PACKAGE)))?;

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The published crates in the order of publication: each comes after the crates that it depends on.
-const PUBLISHED: [&str; 3] = ["modelcache", "modelcache-server", "modelcache-cli"];
+pub(crate) const PUBLISHED: [&str; 3] = ["modelcache", "modelcache-server", "modelcache-cli"];
 /// The crate of the Python package. The wheel takes its version from Cargo.toml, and the rest from pyproject.toml.
 const PYTHON: &str = "modelcache-python";
 const PYPROJECT: &str = "crates/modelcache-python/pyproject.toml";
@@ -55,15 +55,16 @@ fn steps(version: &str) -> Vec<String> {
         "cargo xtask release --check".to_owned(),
         ".ci/run                                       # in a fresh clone of the commit".to_owned(),
         "cargo xtask fuzz                              # each parser for a minute".to_owned(),
-        "cargo publish --workspace --dry-run           # packs the crates and builds them from their packages"
-            .to_owned(),
-        "cargo xtask python --wheel                    # builds the wheel, and tests it".to_owned(),
+        "cargo xtask crates                            # licences, packages, semantic versioning".to_owned(),
+        "cargo xtask dist --twice                      # builds the files of the release, and tests them".to_owned(),
         format!("git tag --annotate v{version} --message 'modelcache {version}'"),
         format!("git push origin v{version}"),
     ];
     // A version of a crate cannot be published a second time, so these steps come last.
     steps.extend(PUBLISHED.map(|name| format!("cargo publish --package {name}")));
-    steps.push("twine upload target/python-wheel/*.whl".to_owned());
+    steps.push("twine upload target/dist/*.whl".to_owned());
+    steps.push(format!("attach all files of target/dist to the release v{version} of the repository host"));
+    steps.push(format!("skopeo copy oci-archive:target/dist/modelcache-{version}-x86_64-image.tar docker://REGISTRY/modelcache:{version}"));
     steps.push("add an empty section [Unreleased] to CHANGELOG.md".to_owned());
     steps
 }

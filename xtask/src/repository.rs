@@ -63,6 +63,29 @@ pub fn build_modelcache(build: Build) -> Result<PathBuf> {
     programs.next_back().context("cargo built no program")
 }
 
+/// Builds the program `modelcache` as one file without shared libraries, without symbols, and returns its path. The build
+/// is made in the release profile in the folder `release`; without a folder, it is the development build.
+pub(crate) fn build_static(release: Option<&Path>) -> Result<PathBuf> {
+    let mut command = cargo();
+    command.args(["rustc", "--locked", "--package", "modelcache-cli", "--bin", "modelcache"]);
+    if let Some(folder) = release {
+        command.arg("--release").env("CARGO_TARGET_DIR", folder).env("RUSTFLAGS", remap_paths());
+    }
+    command.args(["--message-format=json-render-diagnostics", "--"]);
+    // For the last step only, which links the program. The libraries are those of the ordinary build.
+    command.args(["-C", "target-feature=+crt-static", "-C", "strip=symbols"]);
+    let messages = build_messages(&mut command)?;
+    let mut programs = messages.iter().filter_map(|message| message["executable"].as_str());
+    programs.next_back().map(PathBuf::from).context("cargo built no program")
+}
+
+/// Returns flags for rustc, with which the build has no path of this machine, and does not depend on them.
+pub(crate) fn remap_paths() -> String {
+    let home = std::env::var("HOME").unwrap_or_default();
+    let cargo_home = std::env::var("CARGO_HOME").unwrap_or_else(|_| format!("{home}/.cargo"));
+    format!("--remap-path-prefix={}=/modelcache --remap-path-prefix={cargo_home}=/cargo", root().display())
+}
+
 /// Builds the native module of the Python package as it is shipped, and returns its path.
 pub fn build_native() -> Result<PathBuf> {
     let mut command = cargo();

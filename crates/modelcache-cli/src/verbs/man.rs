@@ -7,7 +7,9 @@ use clap::{Args, Command, CommandFactory};
 use clap_mangen::roff::{Roff, bold, roman};
 use modelcache::settings::SETTINGS;
 use modelcache::{Error, ErrorKind, Result};
-use std::io;
+use std::fmt::Display;
+use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 /// Print a manual page as roff
 ///
@@ -17,17 +19,43 @@ pub(crate) struct Man {
     /// The command to document; without it, the program itself
     #[arg(value_name = "COMMAND")]
     pub(crate) verb: Option<String>,
+    /// Write the pages of the program and of all commands into this folder, for a package
+    #[arg(long, value_name = "FOLDER", conflicts_with = "verb")]
+    pub(crate) output: Option<PathBuf>,
 }
 
 impl Man {
     pub(crate) fn run(&self, output: &Output) -> Result<()> {
-        let page = match &self.verb {
-            None => top_page(),
-            Some(verb) => verb_page(verb)?,
+        let page = match (&self.output, &self.verb) {
+            (Some(folder), _) => return write_pages(folder),
+            (None, None) => top_page(),
+            (None, Some(name)) => verb_page(find(&built_command(), name)?),
         };
-        output
-            .print_unescaped(&page.map_err(|cause| Error::new(ErrorKind::Other, "cannot write the page").cause(cause))?)
+        output.print_unescaped(&page.map_err(|cause| cannot_write("the page", cause))?)
     }
+}
+
+/// Writes all pages into `folder`, which is created if necessary.
+fn write_pages(folder: &Path) -> Result<()> {
+    let write = |name: &str, page: io::Result<String>| {
+        let path = folder.join(format!("{name}.1"));
+        page.and_then(|page| fs::write(&path, page)).map_err(|cause| cannot_write(path.display(), cause))
+    };
+    fs::create_dir_all(folder).map_err(|cause| cannot_write(folder.display(), cause))?;
+    write("modelcache", top_page())?;
+    for verb in visible_verbs(&built_command()) {
+        write(&format!("modelcache-{}", verb.get_name()), verb_page(verb))?;
+    }
+    Ok(())
+}
+
+fn cannot_write(what: impl Display, cause: io::Error) -> Error {
+    Error::new(ErrorKind::Other, format!("cannot write {what}")).cause(cause)
+}
+
+/// Returns the commands that have a page.
+fn visible_verbs(command: &Command) -> impl Iterator<Item = &Command> {
+    command.get_subcommands().filter(|verb| !verb.is_hide_set() && verb.get_name() != "help")
 }
 
 /// Returns the command line with all derived values filled in.
@@ -53,19 +81,21 @@ fn top_page() -> io::Result<String> {
     Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
+/// Returns the command with this name.
+fn find<'a>(command: &'a Command, name: &str) -> Result<&'a Command> {
+    visible_verbs(command).find(|verb| verb.get_name() == name).ok_or_else(|| {
+        let names: Vec<_> = visible_verbs(command).map(Command::get_name).collect();
+        Error::invalid(format!("unknown command {name:?}")).hint(format!("commands: {}", names.join(", ")))
+    })
+}
+
 /// Returns the page of one command.
-fn verb_page(verb: &str) -> Result<io::Result<String>> {
-    let command = built_command();
-    let is_visible = |verb: &&Command| !verb.is_hide_set() && verb.get_name() != "help";
-    let verbs = || command.get_subcommands().filter(is_visible);
-    let Some(found) = verbs().find(|command| command.get_name() == verb) else {
-        let names: Vec<_> = verbs().map(Command::get_name).collect();
-        return Err(Error::invalid(format!("unknown command {verb:?}")).hint(format!("commands: {}", names.join(", "))));
-    };
+fn verb_page(verb: &Command) -> io::Result<String> {
     let version = env!("CARGO_PKG_VERSION");
-    let page = clap_mangen::Man::new(found.clone()).source(format!("modelcache {version}"));
+    let page = clap_mangen::Man::new(verb.clone()).source(format!("modelcache {version}"));
     let mut text = Vec::new();
-    Ok(page.render(&mut text).map(|()| String::from_utf8_lossy(&text).into_owned()))
+    page.render(&mut text)?;
+    Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
 /// Returns the sections for exit codes and environment variables.

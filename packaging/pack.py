@@ -1,0 +1,253 @@
+"""Pack a built program into the files of a release: python pack.py PROGRAM WORK FOLDER
+
+FOLDER gets the archive, the Debian package, the container image and the list of components (SBOM), then SHA256SUMS of
+all files in it, and last the install script, which has the digests. Equal inputs make equal bytes: all files in the
+archives get the time of the environment variable SOURCE_DATE_EPOCH.
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+from uuid import NAMESPACE_URL, uuid5
+
+import certifi
+
+import layout
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGING = ROOT / "packaging"
+PACKAGE = "modelcache-cli"
+ARCHITECTURE = platform.machine()
+COMPLETIONS = {"bash": "modelcache.bash", "zsh": "_modelcache", "fish": "modelcache.fish"}
+LICENCES = ("LICENSE-APACHE", "LICENSE-MIT")
+# File names under which packages have their licences.
+LICENCE_FILES = re.compile(r"(licen[cs]e|copying|notice|unlicense|copyright)", re.IGNORECASE)
+
+
+def run(*command: str | Path, **environment: str) -> str:
+    """Runs a command in the root of the repository, and returns what it prints."""
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return done.stdout
+
+
+def metadata() -> dict[str, Any]:
+    """Returns the packages and their dependencies on this platform."""
+    host = re.search(r"^host: (.*)$", run("rustc", "-vV"), re.MULTILINE)
+    assert host is not None
+    arguments = ["--locked", "--format-version", "1", "--filter-platform", host[1]]
+    found: dict[str, Any] = json.loads(run(os.environ.get("CARGO", "cargo"), "metadata", *arguments))
+    return found
+
+
+def linked_packages(metadata: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the packages that are linked into the program, by name."""
+    packages = {package["id"]: package for package in metadata["packages"]}
+    nodes = {node["id"]: node for node in metadata["resolve"]["nodes"]}
+    found: set[str] = set()
+    pending = [name for name, package in packages.items() if package["name"] == PACKAGE]
+    while pending:
+        name = pending.pop()
+        if name in found:
+            continue
+        found.add(name)
+        for dependency in nodes[name]["deps"]:
+            # `None` is an ordinary dependency: neither for the build nor for the tests.
+            if any(kind["kind"] is None for kind in dependency["dep_kinds"]):
+                pending.append(dependency["pkg"])
+    return sorted((packages[name] for name in found), key=lambda package: (package["name"], package["version"]))
+
+
+def third_party_licences(packages: list[dict[str, Any]]) -> str:
+    """Returns the licences of the packages of others. Packages with the same text share it."""
+    users: dict[str, list[str]] = {}
+    for package in packages:
+        if package["source"] is None:
+            continue
+        folder = Path(package["manifest_path"]).parent
+        texts = [
+            path.read_text(errors="replace").strip()
+            for path in sorted(folder.iterdir())
+            if path.is_file() and LICENCE_FILES.match(path.name)
+        ]
+        title = f"{package['name']} {package['version']} ({package['license'] or 'see the text'})"
+        users.setdefault("\n\n".join(texts) or "The package has no text of its licence.", []).append(title)
+    line = "-" * 80
+    sections = [f"{line}\n" + "\n".join(names) + f"\n{line}\n\n{text}\n" for text, names in users.items()]
+    return "The program contains these packages, each under its licence.\n\n" + "\n".join(sections)
+
+
+def fill(folder: Path, program: Path, packages: list[dict[str, Any]]) -> None:
+    """Makes the folder that the archive has: the program, completions, manual pages, licences."""
+    (folder / "completions").mkdir(parents=True)
+    installed = folder / "modelcache"
+    shutil.copyfile(program, installed)
+    installed.chmod(0o755)
+    for shell, file in COMPLETIONS.items():
+        (folder / "completions" / file).write_text(run(installed, "completions", shell))
+    run(installed, "man", "--output", folder / "man")
+    for file in ("README.md", "CHANGELOG.md", *LICENCES):
+        shutil.copyfile(ROOT / file, folder / file)
+    (folder / "THIRD-PARTY-LICENSES").write_text(third_party_licences(packages))
+
+
+def tar(folder: Path, target: Path, epoch: int) -> None:
+    """Packs a folder. Owner and time of the files are not those of this machine."""
+
+    def neutral(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+        entry.uid = entry.gid = 0
+        entry.uname = entry.gname = ""
+        entry.mtime = epoch
+        entry.mode = 0o755 if entry.isdir() or entry.mode & 0o100 else 0o644
+        return entry
+
+    with (
+        target.open("wb") as file,
+        gzip.GzipFile("", "wb", 9, file, mtime=0) as compressed,
+        tarfile.open(fileobj=compressed, mode="w", format=tarfile.GNU_FORMAT) as packed,
+    ):
+        # In sorted order, also below the folder.
+        packed.add(folder, folder.name, filter=neutral)
+
+
+def debian_package(unpacked: Path, work: Path, folder: Path, version: str) -> None:
+    """Makes the Debian package from the folder of the archive."""
+    (work / "man").mkdir(parents=True)
+    for page in (unpacked / "man").iterdir():
+        (work / "man" / f"{page.name}.gz").write_bytes(gzip.compress(page.read_bytes(), mtime=0))
+    (work / "changelog.gz").write_bytes(gzip.compress((unpacked / "CHANGELOG.md").read_bytes(), mtime=0))
+    texts = [(unpacked / name).read_text() for name in (*LICENCES, "THIRD-PARTY-LICENSES")]
+    (work / "copyright").write_text("modelcache: MIT OR Apache-2.0\n\n" + "\n".join(texts))
+    nfpm = Path(sys.executable).parent / "nfpm"
+    variables = {
+        "VERSION": version,
+        "DEB_ARCHITECTURE": layout.ARCHITECTURES[ARCHITECTURE],
+        "PROGRAM": str(unpacked),
+        "DEB": str(work),
+    }
+    run(nfpm, "package", "--config", PACKAGING / "nfpm.yaml", "--packager", "deb", "--target", folder, **variables)
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def image(program: Path, folder: Path, target: Path, version: str, epoch: int) -> None:
+    """Makes the container image, and the folder from which `docker build` makes the same one."""
+    (folder / "rootfs/usr/bin").mkdir(parents=True)
+    (folder / "rootfs/etc/ssl/certs").mkdir(parents=True)
+    (folder / "empty").mkdir()
+    shutil.copyfile(program, folder / "rootfs/usr/bin/modelcache")
+    (folder / "rootfs/usr/bin/modelcache").chmod(0o755)
+    shutil.copyfile(certifi.where(), folder / "rootfs/etc/ssl/certs/ca-certificates.crt")
+    # The names of the users, for programs that look into the container.
+    (folder / "rootfs/etc/passwd").write_text("root:x:0:0::/:\nmodelcache:x:1000:1000::/:\n")
+    (folder / "rootfs/etc/group").write_text("root:x:0:\nmodelcache:x:1000:\n")
+    shutil.copyfile(PACKAGING / "Dockerfile", folder / "Dockerfile")
+    layout.build(folder, target, f"modelcache:{version}", ARCHITECTURE, epoch)
+
+
+def install_script(folder: Path, target: Path, version: str, url: str) -> None:
+    """Writes the install script, with the digests of the archives."""
+    sums = (folder / "SHA256SUMS").read_text().splitlines()
+    values = {
+        "@VERSION@": version,
+        "@URL@": url,
+        "@DIGESTS@": "\n".join(line for line in sums if line.endswith("-linux.tar.gz")),
+    }
+    text = (PACKAGING / "install.sh").read_text()
+    for name, value in values.items():
+        assert name in text, f"{name} is not in install.sh"
+        text = text.replace(name, value)
+    target.write_text(text)
+    target.chmod(0o755)
+
+
+def components(metadata: dict[str, Any], epoch: int) -> str:
+    """Returns the list of components (SBOM) of the program, as CycloneDX JSON."""
+    from cyclonedx.factory.license import LicenseFactory
+    from cyclonedx.model import HashAlgorithm, HashType
+    from cyclonedx.model.bom import Bom
+    from cyclonedx.model.component import Component, ComponentType
+    from cyclonedx.output.json import JsonV1Dot6
+    from packageurl import PackageURL
+
+    entry = re.compile(r'name = "(.*)"\nversion = "(.*)"\nsource = ".*"\nchecksum = "(.*)"')
+    checksums = {(name, version): sum for name, version, sum in entry.findall((ROOT / "Cargo.lock").read_text())}
+    factory = LicenseFactory()
+
+    def component(package: dict[str, Any]) -> Component:
+        name, version = package["name"], package["version"]
+        checksum = checksums.get((name, version))
+        expression = (package["license"] or "").replace("/", " OR ")
+        return Component(
+            name=name,
+            version=version,
+            type=ComponentType.APPLICATION if name == PACKAGE else ComponentType.LIBRARY,
+            bom_ref=f"{name} {version}",
+            description=package["description"],
+            purl=PackageURL("cargo", name=name, version=version),
+            licenses=[factory.make_from_string(expression)] if expression else [],
+            hashes=[HashType(alg=HashAlgorithm.SHA_256, content=checksum)] if checksum else [],
+        )
+
+    packages = linked_packages(metadata)
+    made = {package["id"]: component(package) for package in packages}
+    bom = Bom()
+    bom.metadata.timestamp = datetime.fromtimestamp(epoch, timezone.utc)
+    for package in packages:
+        if package["name"] == PACKAGE:
+            bom.metadata.component = made[package["id"]]
+        else:
+            bom.components.add(made[package["id"]])
+    for node in metadata["resolve"]["nodes"]:
+        if node["id"] in made:
+            used = [made[dependency["pkg"]] for dependency in node["deps"] if dependency["pkg"] in made]
+            bom.register_dependency(made[node["id"]], used)
+    # A number that follows from the contents, so that equal contents make equal bytes.
+    bom.serial_number = uuid5(NAMESPACE_URL, " ".join(one.bom_ref.value or "" for one in made.values()))
+    return JsonV1Dot6(bom).output_as_string(indent=2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("program", type=Path)
+    parser.add_argument("work", type=Path, help="a folder for the parts of the files")
+    parser.add_argument("folder", type=Path, help="the folder of the files; a wheel in it is kept")
+    arguments = parser.parse_args()
+    folder, work = arguments.folder.resolve(), arguments.work.resolve()
+    epoch = int(os.environ["SOURCE_DATE_EPOCH"])
+
+    found = metadata()
+    package = next(package for package in found["packages"] if package["name"] == PACKAGE)
+    version = package["version"]
+    unpacked = work / f"modelcache-{version}-{ARCHITECTURE}-linux"
+    fill(unpacked, arguments.program.resolve(), linked_packages(found))
+    tar(unpacked, folder / f"{unpacked.name}.tar.gz", epoch)
+    debian_package(unpacked, work / "deb", folder, version)
+    packed = folder / f"modelcache-{version}-{ARCHITECTURE}-image.tar"
+    image(unpacked / "modelcache", work / "image", packed, version, epoch)
+    (folder / f"modelcache-{version}.cdx.json").write_text(components(found, epoch))
+
+    sums = [f"{digest(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+    (folder / "SHA256SUMS").write_text("".join(sums))
+    # Where the files of a release are, if the repository is known.
+    url = f"{package['repository']}/releases/download/v{version}" if package["repository"] else ""
+    install_script(folder, folder / "install.sh", version, url)
+    for path in sorted(folder.iterdir()):
+        print(f"{path.stat().st_size:>12,}  {path.name}")
+
+
+if __name__ == "__main__":
+    main()

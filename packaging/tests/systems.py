@@ -1,0 +1,72 @@
+"""Root filesystems in which the files of a release are used, and where these files are."""
+
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+DIST = Path(os.environ["TEST_DIST"])
+# A debug build is packed without the wheel.
+IS_RELEASE = any(DIST.glob("*.whl"))
+# Seconds until a program must have ended. It is long, because the test machine may be busy.
+PATIENCE = 120
+
+
+def package(variable: str) -> Path:
+    """Returns the folder of an unpacked Debian package. Skips the test if it is not on this machine."""
+    if variable not in os.environ:
+        pytest.skip(f"{variable} is not set: the Debian packages could not be downloaded")
+    return Path(os.environ[variable])
+
+
+def file(pattern: str) -> Path:
+    """Returns the release file that matches the pattern."""
+    (found,) = DIST.glob(pattern)
+    return found
+
+
+@dataclass
+class Root:
+    """A root filesystem in a folder. Its programs see neither this machine's files nor, without `network`, its network."""
+
+    folder: Path
+    network: bool = False
+    # Of the user who runs the programs. Only user 0 may change the folder.
+    uid: int = 0
+
+    def command(self, *command: str, **environment: str) -> list[str]:
+        """Returns the command that runs a program in the root filesystem."""
+        bind = "--bind" if self.uid == 0 else "--ro-bind"
+        sandbox = [str(package("TEST_BUBBLEWRAP") / "usr/bin/bwrap"), "--unshare-all", "--die-with-parent", "--clearenv"]
+        sandbox += ["--uid", str(self.uid), "--gid", str(self.uid), bind, str(self.folder), "/"]
+        sandbox += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--bind", str(self.cache), "/cache"]
+        variables = {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "HOME": "/root"} | environment
+        for name, value in variables.items():
+            sandbox += ["--setenv", name, value]
+        if self.network:
+            sandbox.append("--share-net")
+        return [*sandbox, *command]
+
+    def run(self, *command: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Runs a program in the root filesystem to its end."""
+        done = subprocess.run(self.command(*command, **environment), capture_output=True, text=True, timeout=PATIENCE)
+        assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def __post_init__(self) -> None:
+        for name in ("proc", "dev", "tmp", "root", "cache"):
+            (self.folder / name).mkdir(exist_ok=True)
+
+    @property
+    def cache(self) -> Path:
+        """The folder /cache of the programs, which they may write."""
+        cache = self.folder.parent / f"{self.folder.name}-cache"
+        cache.mkdir(exist_ok=True)
+        return cache
+
+    def write(self, path: str, text: str) -> None:
+        target = self.folder / path.lstrip("/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)

@@ -1,0 +1,159 @@
+//! `cargo xtask dist`: builds the files of a release into `target/dist`, and tests them as a user installs them.
+//!
+//! The program is linked statically, so that one file runs on every Linux distribution and in an empty container image.
+//! `packaging/pack.py` makes the archive, the Debian package, the container image, the list of components and the
+//! install script from it. Maturin makes the wheel. With `--debug`, the debug build is packed, without a wheel. The
+//! programs for the tests come from Debian packages; nothing needs root rights.
+
+use crate::debian::Package;
+use crate::python::{BUILD_XTASK, Python};
+use crate::repository::{build_static, cargo, remap_paths, root, target_folder};
+use crate::test::run;
+use crate::venv::{self, Requirements};
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const REQUIREMENTS: [Requirements; 1] = [Requirements::WithDependencies("packaging/requirements.txt")];
+/// The oldest version of glibc on which the wheel works, as a platform tag of Python: that of 2012.
+const WHEEL_PLATFORM: &str = "manylinux2014";
+/// What the tests need of Debian packages, with the variables in which they expect the folder. Without it, tests are
+/// skipped: with bubblewrap they start programs in other root filesystems, and umoci checks the container image.
+const TEST_PACKAGES: [(&str, Package); 4] = [
+    ("TEST_BUBBLEWRAP", Package { name: "bubblewrap", program: "usr/bin/bwrap", libraries: &[] }),
+    ("TEST_UMOCI", Package { name: "umoci", program: "usr/bin/umoci", libraries: &[] }),
+    // A small system with busybox and musl, as Alpine is. Alpine's own packages are not in Debian's archive.
+    ("TEST_BUSYBOX", Package { name: "busybox-static", program: "bin/busybox", libraries: &["musl"] }),
+    ("TEST_DEBIAN", Package { name: "coreutils", program: "bin/ls", libraries: DEBIAN }),
+];
+/// With coreutils, the packages of a Debian system that can run the install script and dpkg.
+const DEBIAN: &[&str] = &[
+    "base-files",
+    "base-passwd",
+    "dash",
+    "diffutils",
+    "dpkg",
+    "gzip",
+    "libacl1",
+    "libattr1",
+    "libbz2-1.0",
+    "libc-bin",
+    "libc6",
+    "libgcc-s1",
+    "libgmp10",
+    "liblzma5",
+    "libmd0",
+    "libpcre2-8-0",
+    "libselinux1",
+    "libssl3",
+    "libzstd1",
+    "sed",
+    "tar",
+    "zlib1g",
+];
+
+/// Build the files of a release, and test them
+#[derive(Debug, Default, Args)]
+pub struct Dist {
+    /// Pack the debug build, without the wheel. For the tests of this repository
+    #[arg(long)]
+    pub(crate) debug: bool,
+    /// Build a second time, in another folder, and compare the bytes of all files
+    #[arg(long, conflicts_with = "debug")]
+    twice: bool,
+    /// Arguments for pytest, for instance -k NAME
+    #[arg(last = true)]
+    pytest: Vec<String>,
+}
+
+impl Dist {
+    /// Runs the task.
+    ///
+    /// # Errors
+    /// The first step that fails.
+    pub fn run(&self) -> Result<()> {
+        let target = target_folder()?;
+        let venv = target.join("venv-packaging");
+        venv::ensure(&venv, &REQUIREMENTS)?;
+        let folder = target.join("dist");
+        self.build(&venv, &folder, &target.join("dist-build"))?;
+        if self.twice {
+            let again = target.join("dist-again");
+            self.build(&venv, &again, &target.join("dist-build-again"))?;
+            compare(&folder, &again)?;
+        }
+        test(&venv, &folder, &target, &self.pytest)?;
+        // The tests of the Python package, with the wheel as it is shipped.
+        match files(&folder)?.into_iter().find(|path| path.extension().is_some_and(|ending| ending == "whl")) {
+            Some(wheel) => Python { wheel: Some(wheel), ..Python::default() }.run(),
+            None => Ok(()),
+        }
+    }
+
+    /// Builds all files into `folder`. Replaces it.
+    fn build(&self, venv: &Path, folder: &Path, build: &Path) -> Result<()> {
+        let work = folder.with_extension("work");
+        for folder in [folder, &work] {
+            drop(fs::remove_dir_all(folder));
+            fs::create_dir_all(folder)?;
+        }
+        let epoch = commit_time()?;
+        let program = build_static(if self.debug { None } else { Some(build) })?;
+        if !self.debug {
+            let mut maturin = Command::new(venv.join("bin/maturin"));
+            maturin.args(["build", "--release", "--zig", "--compatibility", WHEEL_PLATFORM, "--out"]).arg(folder);
+            maturin.env("SOURCE_DATE_EPOCH", &epoch).env("CARGO_TARGET_DIR", build).env("RUSTFLAGS", remap_paths());
+            run(maturin.current_dir(root().join("crates/modelcache-python")))?;
+        }
+        let mut pack = Command::new(venv.join("bin/python"));
+        pack.arg("packaging/pack.py").arg(program).arg(work).arg(folder).current_dir(root());
+        run(pack.env("SOURCE_DATE_EPOCH", epoch).env("CARGO", cargo().get_program()))
+    }
+}
+
+/// Returns the time of the last commit, in seconds since 1970. All packed files get this time.
+fn commit_time() -> Result<String> {
+    let output = Command::new("git").args(["log", "-1", "--format=%ct"]).current_dir(root()).output();
+    let output = output.context("cannot run git")?;
+    ensure!(output.status.success(), "git log: {}", String::from_utf8_lossy(&output.stderr).trim());
+    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+}
+
+/// Returns the paths of the files in a folder, sorted.
+fn files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut paths = fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
+    paths.sort();
+    Ok(paths)
+}
+
+/// Fails if the files of two folders differ in number, names or bytes.
+fn compare(first: &Path, second: &Path) -> Result<()> {
+    let (first, second) = (files(first)?, files(second)?);
+    ensure!(first.len() == second.len(), "the second build has {} files instead of {}", second.len(), first.len());
+    for (one, other) in first.iter().zip(&second) {
+        let is_same = one.file_name() == other.file_name() && fs::read(one)? == fs::read(other)?;
+        ensure!(is_same, "two builds differ: {}, {}", one.display(), other.display());
+    }
+    println!("two builds have equal bytes");
+    Ok(())
+}
+
+/// Runs the tests of the files in `folder`.
+fn test(venv: &Path, folder: &Path, target: &Path, arguments: &[String]) -> Result<()> {
+    run(cargo().args(["build", "--package", "modelcache-testkit"]).args(BUILD_XTASK))?;
+    let mut pytest = Command::new(venv.join("bin/python"));
+    pytest.args(["-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider", "packaging/tests"]).args(arguments);
+    pytest
+        .current_dir(root())
+        .env("PYTHONPATH", "packaging")
+        .env("TEST_DIST", folder)
+        .env("TEST_TESTKIT", target.join("debug/testkit"));
+    for (variable, package) in TEST_PACKAGES {
+        if let Some(folder) = package.unpacked()? {
+            pytest.env(variable, folder);
+        }
+    }
+    run(&mut pytest)
+}
