@@ -82,7 +82,7 @@ def third_party_licences(packages: list[dict[str, Any]]) -> str:
             if path.is_file() and LICENCE_FILES.match(path.name)
         ]
         title = f"{package['name']} {package['version']} ({package['license'] or 'see the text'})"
-        users.setdefault("\n\n".join(texts) or "The package has no text of its licence.", []).append(title)
+        users.setdefault("\n\n".join(texts) or "The package has no text of its licence. LICENSE-APACHE and LICENSE-MIT have the usual ones.", []).append(title)
     line = "-" * 80
     sections = [f"{line}\n" + "\n".join(names) + f"\n{line}\n\n{text}\n" for text, names in users.items()]
     return "The program contains these packages, each under its licence.\n\n" + "\n".join(sections)
@@ -176,7 +176,7 @@ def install_script(folder: Path, target: Path, version: str, url: str) -> None:
 
 def components(metadata: dict[str, Any], epoch: int) -> str:
     """Returns the list of components (SBOM) of the program, as CycloneDX JSON."""
-    from cyclonedx.factory.license import LicenseFactory
+    from cyclonedx.contrib.license.factories import LicenseFactory
     from cyclonedx.model import HashAlgorithm, HashType
     from cyclonedx.model.bom import Bom
     from cyclonedx.model.component import Component, ComponentType

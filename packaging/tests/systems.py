@@ -1,7 +1,10 @@
 """Root filesystems in which the files of a release are used, and where these files are."""
 
+import errno
 import os
+import struct
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +13,8 @@ import pytest
 DIST = Path(os.environ["TEST_DIST"])
 # A debug build is packed without the wheel.
 IS_RELEASE = any(DIST.glob("*.whl"))
+# The number of the first system call on x86_64 that Linux 4.4 does not have: copy_file_range.
+FIRST_NEWER_CALL = 326
 # Seconds until a program must have ended. It is long, because the test machine may be busy.
 PATIENCE = 120
 
@@ -25,6 +30,17 @@ def file(pattern: str) -> Path:
     """Returns the release file that matches the pattern."""
     (found,) = DIST.glob(pattern)
     return found
+
+
+def refuse_system_calls_from(number: int) -> bytes:
+    """Returns a seccomp filter that answers ENOSYS to all system calls from this number on."""
+    instructions = [
+        (0x20, 0, 0, 0),  # load the number of the call
+        (0x35, 0, 1, number),  # skip the next instruction if it is lower
+        (0x06, 0, 0, 0x00050000 | errno.ENOSYS),
+        (0x06, 0, 0, 0x7FFF0000),  # allow the call
+    ]
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in instructions)
 
 
 @dataclass
@@ -49,9 +65,19 @@ class Root:
             sandbox.append("--share-net")
         return [*sandbox, *command]
 
-    def run(self, *command: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Runs a program in the root filesystem to its end."""
-        done = subprocess.run(self.command(*command, **environment), capture_output=True, text=True, timeout=PATIENCE)
+    def run(
+        self, *command: str, check: bool = True, oldest_kernel: bool = False, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs a program in the root filesystem to its end, with `oldest_kernel` as on Linux 4.4 of January 2016."""
+        line = self.command(*command, **environment)
+        with tempfile.TemporaryFile() as program:
+            program.write(refuse_system_calls_from(FIRST_NEWER_CALL))
+            program.seek(0)
+            if oldest_kernel:
+                line[1:1] = ["--seccomp", str(program.fileno())]
+            done = subprocess.run(
+                line, capture_output=True, text=True, timeout=PATIENCE, pass_fds=[program.fileno()]
+            )
         assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 

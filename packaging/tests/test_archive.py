@@ -1,5 +1,6 @@
 """The release archive: its contents, and the program in root filesystems that have little or nothing else."""
 
+import platform
 import re
 import shutil
 import subprocess
@@ -13,8 +14,19 @@ from cyclonedx.validation.json import JsonStrictValidator
 from systems import DIST, IS_RELEASE, Root, file
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+# A program that succeeds if the system call statx is missing.
+NEEDS_STATX = """#include <errno.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+int main(void) { return syscall(SYS_statx, 0, 0, 0, 0, 0) == -1 && errno == ENOSYS ? 0 : 1; }
+"""
 # A plug-in of glibc that ends every program that loads it.
 PLUGIN = "#include <unistd.h>\n__attribute__((constructor)) static void trap(void) { _exit(99); }\n"
+
+
+def compile(source: str, target: Path, *flags: str) -> None:
+    """Compiles a C program."""
+    subprocess.run(["cc", *flags, "-x", "c", "-o", target, "-"], input=source, text=True, check=True)
 
 
 def test_the_digests_are_those_of_the_files() -> None:
@@ -72,6 +84,21 @@ def test_the_program_runs_where_nothing_else_is(unpacked: Path, tmp_path: Path) 
     assert (root.cache / Path(path).relative_to("/cache") / "weights.bin").read_text() == "weights"
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="system calls have other numbers here")
+def test_the_program_needs_no_system_call_of_the_last_ten_years(unpacked: Path, debian: Root, hub: str) -> None:
+    shutil.copy(unpacked / "modelcache", debian.folder / "usr/bin/modelcache")
+    compile(NEEDS_STATX, debian.folder / "usr/bin/probe")
+    debian.run("probe", oldest_kernel=True)
+    assert debian.run("probe", check=False).returncode == 1, "this machine has the call"
+    debian.network = True
+    variables = {"MODEL_CACHE_DIR": "/cache", "HF_ENDPOINT": hub}
+    path = debian.run("modelcache", "get", "hf://org/model@main", oldest_kernel=True, **variables).stdout.strip()
+    assert (debian.cache / Path(path).relative_to("/cache") / "model.safetensors").stat().st_size == 1 << 20
+    debian.write("/model/weights.bin", "weights")
+    for command in (["put", "model@1", "/model"], ["get", "model@1", "--verify"], ["stats"], ["evict", "model@1", "--yes"]):
+        debian.run("modelcache", *command, oldest_kernel=True, **variables)
+
+
 def test_each_system_downloads_by_a_host_name(unpacked: Path, system: Root, hub: str) -> None:
     shutil.copy(unpacked / "modelcache", system.folder / "usr/bin/modelcache")
     system.network = True
@@ -83,9 +110,7 @@ def test_each_system_downloads_by_a_host_name(unpacked: Path, system: Root, hub:
 
 def test_the_program_loads_no_plugin_of_the_machines_glibc(unpacked: Path, debian: Root, hub: str) -> None:
     libraries = next((debian.folder / "lib").glob("*-linux-gnu"))
-    source = debian.folder.parent / "plugin.c"
-    source.write_text(PLUGIN)
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(libraries / "libnss_trap.so.2"), str(source)], check=True)
+    compile(PLUGIN, libraries / "libnss_trap.so.2", "-shared", "-fPIC")
     debian.write("/etc/nsswitch.conf", "hosts: trap files dns\npasswd: trap files\n")
     debian.write("/etc/hosts", "127.0.0.1 hub.example\n")
     shutil.copy(unpacked / "modelcache", debian.folder / "usr/bin/modelcache")

@@ -1,6 +1,7 @@
 """The install script, in small systems and on this machine."""
 
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -63,6 +64,18 @@ def test_each_system_installs_with_one_command(system: Root) -> None:
         "share/zsh/site-functions/_modelcache",
         "share/fish/vendor_completions.d/modelcache.fish",
     } <= installed
+
+
+def test_the_commands_of_the_page_work_as_printed(debian: Root) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/install.md").read_text()
+    commands = re.findall(r"^\$ (.*)$", page, re.MULTILINE)
+    # Python packages have tests of their own, and this system has no compiler.
+    commands = [command for command in commands if not command.startswith(("pip ", "cargo "))]
+    assert [command.split()[0] for command in commands] == ["sh", "dpkg", "sha256sum"]
+    shutil.copytree(DIST, debian.folder / "opt/release")
+    for command in commands:
+        debian.run("sh", "-c", f"cd /opt/release && {command}")
+        debian.run("sh", "-c", "PATH=$HOME/.local/bin:$PATH modelcache --version")
 
 
 def test_it_downloads_to_the_home_folder_and_names_the_path(server: str, tmp_path: Path) -> None:

@@ -105,6 +105,9 @@ impl Dist {
             let mut maturin = Command::new(venv.join("bin/maturin"));
             maturin.args(["build", "--release", "--zig", "--compatibility", WHEEL_PLATFORM, "--out"]).arg(folder);
             maturin.env("SOURCE_DATE_EPOCH", &epoch).env("CARGO_TARGET_DIR", build).env("RUSTFLAGS", remap_paths());
+            // Where maturin finds zig.
+            let path = std::env::var("PATH").unwrap_or_default();
+            maturin.env("PATH", format!("{}:{path}", venv.join("bin").display()));
             run(maturin.current_dir(root().join("crates/modelcache-python")))?;
         }
         let mut pack = Command::new(venv.join("bin/python"));
