@@ -59,7 +59,7 @@ const DEBIAN: &[&str] = &[
 pub struct Dist {
     /// Pack the debug build, without the wheel. For the tests of this repository
     #[arg(long)]
-    pub(crate) debug: bool,
+    debug: bool,
     /// Build a second time, in another folder, and compare the bytes of all files
     #[arg(long, conflicts_with = "debug")]
     twice: bool,
@@ -69,6 +69,11 @@ pub struct Dist {
 }
 
 impl Dist {
+    /// Packs the debug build.
+    pub(crate) fn of_debug_build() -> Self {
+        Self { debug: true, ..Self::default() }
+    }
+
     /// Runs the task.
     ///
     /// # Errors
@@ -87,7 +92,7 @@ impl Dist {
         test(&venv, &folder, &target, &self.pytest)?;
         // The tests of the Python package, with the wheel as it is shipped.
         match files(&folder)?.into_iter().find(|path| path.extension().is_some_and(|ending| ending == "whl")) {
-            Some(wheel) => Python { wheel: Some(wheel), ..Python::default() }.run(),
+            Some(wheel) => Python::of_wheel(wheel).run(),
             None => Ok(()),
         }
     }

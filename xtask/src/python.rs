@@ -25,13 +25,18 @@ const REQUIREMENTS: [Requirements; 2] = [
 pub struct Python {
     /// Test this wheel, and build none
     #[arg(long, value_name = "FILE")]
-    pub(crate) wheel: Option<PathBuf>,
+    wheel: Option<PathBuf>,
     /// Arguments for pytest, for instance -k NAME
     #[arg(last = true)]
-    pub(crate) pytest: Vec<String>,
+    pytest: Vec<String>,
 }
 
 impl Python {
+    /// Tests a wheel that is already built.
+    pub(crate) fn of_wheel(wheel: PathBuf) -> Self {
+        Self { wheel: Some(wheel), ..Self::default() }
+    }
+
     /// Runs the task.
     ///
     /// # Errors

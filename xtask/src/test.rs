@@ -9,7 +9,7 @@ use crate::docs::Docs;
 use crate::python::Python;
 use crate::repository::{cargo, shell_line, target_folder};
 use crate::venv::{self, Requirements};
-use crate::{debian, deploy, hub_clients, page, site, table, tidy};
+use crate::{debian, deploy, dist, hub_clients, page, site, table, tidy};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use std::path::Path;
@@ -57,6 +57,7 @@ impl Test {
             stages.run("status page", || page::Page::default().run());
             stages.run("deployment", || deploy::Deploy::default().run());
             stages.run("documentation site", || site::Site::default().run());
+            stages.run("release files", || dist::Dist::of_debug_build().run());
             stages.run("docker-registry", || {
                 let without = "tests that need a registry are skipped; install CNCF Distribution for them";
                 registry = optional(&debian::REGISTRY, without)?;
