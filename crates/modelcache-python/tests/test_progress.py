@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
@@ -79,42 +80,42 @@ def screen_of(code: str, **environment: str) -> str:
 
 
 def test_a_log_gets_lines_at_a_bounded_rate_and_nothing_for_a_cached_artifact(published: SlowProxy) -> None:
-    lines = errors_of("""
+    *lines, last = errors_of("""
 _progress._LINE_SECONDS = 0.4
 cache.get("m", "1", progress=True)
 cache.get("m", "1", progress=True)
 cache.get("n", "1", progress=False)
 """).splitlines()
-    assert 3 <= len(lines) <= 8, "about three lines in a second, and the last one"
-    assert all(line.startswith("m@1: downloading, ") and "% of" not in line for line in lines[:-1])
-    assert "of 2.1 MB, " in lines[-2] and "MB/s, " in lines[-2]
-    assert lines[-1].startswith("m@1: done, 2.1 MB in ")
+    done = re.fullmatch(r"m@1: done, 2.1 MB in (.*) s", last)
+    assert done and 2 <= len(lines) <= 1 + float(done[1]) / 0.4
+    assert all(line.startswith("m@1: ") for line in lines)
+    assert re.search(r"m@1: downloading, \d+%, .* of 2.1 MB, .*B/s, \d+ s left", "\n".join(lines))
 
 
 def test_a_failed_and_a_cancelled_call_say_so(published: SlowProxy) -> None:
+    published.let_through(SIZE)  # Half of both.
     lines = errors_of("""
 _progress._LINE_SECONDS = 100
-try:
-    cache.get("m", "1", progress=True, timeout=0.7)
-except ModelCacheError:
-    pass
 async def main():
-    try:
-        await asyncio.wait_for(cache.aget("n", "1", progress=True), 0.5)
-    except asyncio.TimeoutError:
-        pass
+    failing = cache.aget("m", "1", progress=True, timeout=3)
+    cancelled = asyncio.wait_for(cache.aget("n", "1", progress=True), 3)
+    print(len(await asyncio.gather(failing, cancelled, return_exceptions=True)), file=sys.stderr)
 asyncio.run(main())
 """).splitlines()
-    assert len(lines) == 4
-    assert lines[1].startswith("m@1: failed after 0.7 s, downloading, ")
-    assert lines[3].startswith("n@1: cancelled after 0.5 s, downloading, ")
+    assert lines[4:] == ["2"]
+    assert sorted(re.sub(r"[\d.]+ s,.*", "", line) for line in lines[2:4]) == [
+        "m@1: failed after ",
+        "n@1: cancelled after ",
+    ]
 
 
 def test_put_prewarm_and_verify_show_progress(slow: SlowProxy, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", SIZE)
     slow.bytes_per_second = 2000  # Of the answers, so that the upload takes longer than an interval of reports.
-    lines = errors_of(f'cache.put("m", "1", {str(model)!r}, tier="remote", progress=True)').splitlines()
-    assert lines[0].startswith("m@1: uploading, ") and lines[-1].startswith("m@1: done, 2.1 MB in ")
+    put = f'cache.put("m", "1", {str(model)!r}, tier="remote", progress=True)'
+    lines = errors_of(f"_progress._LINE_SECONDS = 0\n{put}").splitlines()
+    assert any(line.startswith("m@1: uploading, ") for line in lines)
+    assert lines[-1].startswith("m@1: done, 2.1 MB in ")
     slow.bytes_per_second = None
     lines = errors_of('cache.prewarm(["m@1"], progress=True)\ncache.verify(progress=True)').splitlines()
     ends = [line.partition(" in ")[0] for line in lines if ": done" in line]
@@ -128,13 +129,13 @@ def test_a_terminal_shows_one_line_that_is_overwritten(published: SlowProxy) -> 
     screen = screen_of('cache.get("m", "1", progress=True)\ncache.get("m", "1", progress=True)')
     assert screen.count("\n") == 1 and screen.endswith("\x1b[K\n")
     *drawn, last = screen.rstrip("\n").removeprefix("\r").split("\r")
-    assert len(drawn) >= 4
-    assert all(line.startswith("m@1: downloading, ") and len(line) < 80 + len("\x1b[K") for line in drawn)
+    assert len(drawn) >= 3
+    assert all(line.startswith("m@1: ") and len(line) < 80 + len("\x1b[K") for line in drawn)
     assert last.startswith("m@1: done, 2.1 MB in ")
 
 
 def test_calls_of_two_threads_share_the_line(published: SlowProxy) -> None:
-    screen = screen_of(BOTH_AT_ONCE)
+    screen = screen_of(BOTH_AT_ONCE, COLUMNS="300")
     assert screen.count("\n") == 2 and screen.count(": done, 2.1 MB in ") == 2
     assert any("m@1: " in line and " | " in line and "n@1: " in line for line in screen.split("\r"))
 
@@ -337,13 +338,14 @@ def test_a_notebook_shows_a_bar_for_each_download(published: SlowProxy) -> None:
 
 
 def test_a_failed_and_an_interrupted_call_mark_their_bars(published: SlowProxy) -> None:
+    published.let_through(SIZE)  # Half of both.
     notebook = run_notebook(
-        'try:\n    cache.get("m", "1", progress=True, timeout=0.6)\nexcept ModelCacheError:\n    pass',
-        "import signal, threading\n"
-        "threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "import ipywidgets, signal, threading",  # The first import takes a while.
+        'try:\n    cache.get("m", "1", progress=True, timeout=2)\nexcept ModelCacheError:\n    pass',
+        "threading.Timer(2, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
         'try:\n    cache.get("n", "1", progress=True)\nexcept KeyboardInterrupt:\n    pass',
     )
-    for cell, outcome in ((1, "m@1: failed after "), (2, "n@1: cancelled after ")):
+    for cell, outcome in ((2, "m@1: failed after "), (3, "n@1: cancelled after ")):
         [[bar, text]] = widgets_of(notebook, cell)
         assert bar["bar_style"] == "danger" and bar["value"] < 1
         assert text["value"].startswith(outcome)
