@@ -58,6 +58,8 @@ impl Python {
         run(in_root(&python).args(["-m", "mypy"]).args(TYPE_CHECKED).current_dir(root().join(PACKAGE)))?;
         let stubtest = ["-m", "mypy.stubtest", "modelcache", "--mypy-config-file", "pyproject.toml"];
         run(in_root(&python).args(stubtest).current_dir(root().join(PACKAGE)))?;
+        let pyright = ["-m", "basedpyright", "--warnings", "--pythonpath"];
+        run(in_root(&python).args(pyright).arg(&python).current_dir(root().join(PACKAGE)))?;
         let mut pytest = in_root(&python);
         pytest.args(["-m", "pytest", "-q", "--color=no"]).args(&self.pytest);
         run(pytest.env("TESTKIT", target.join("debug/testkit")).current_dir(root().join(PACKAGE)))

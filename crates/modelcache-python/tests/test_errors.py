@@ -86,7 +86,7 @@ def test_arguments_of_the_wrong_type_raise_type_error(open_cache: Any) -> None:
         ({"reference": "m@1", "allow_patterns": 3}, "'allow_patterns' must be str, a list of str or None, not int"),
         ({"reference": "m@1", "ignore_patterns": [3]}, "a list of str or None, not a list with int"),
         ({"reference": "m@1", "token": 3}, "get() argument 'token' must be str, bool or None, not int"),
-        ({"reference": "m@1", "progress": 3}, "get() argument 'progress' must be a function or None, not int"),
+        ({"reference": "m@1", "progress": 3}, "get() argument 'progress' must be a function, bool or None, not int"),
         ({"reference": "m@1", "colour": 3}, "unexpected keyword argument 'colour'"),
         ({}, "missing 1 required positional argument: 'reference'"),
     ):

@@ -18,10 +18,11 @@ from types import TracebackType
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from . import _arguments, _calls, _logging, _native
-from ._calls import Pending, ProgressArgument
+from ._calls import Pending
 from ._errors import InvalidError, ModelCacheError, from_native
 from ._file import CachedFile
 from ._metrics import Metrics
+from ._progress import ProgressArgument
 from ._reports import CachedArtifact, EvictReport, PinRecord, PutReport, ResolvedReference, Stats, TagReport, VerifyReport
 
 _StrPath = str | os.PathLike[str]
@@ -256,8 +257,10 @@ class ModelCache:
         :param extract: whether an archive is extracted, and the folder of its files returned; ``None`` for the value of
             the cache.
         :param timeout: seconds after which the call fails. The bytes received are kept for the next call.
-        :param progress: a function that is called with a :class:`Progress` about ten times a second on the calling
-            thread, or a class such as ``tqdm.tqdm``. The function may use the cache. An exception in it ends the call.
+        :param progress: ``True`` to show the progress: as a bar in a notebook, as a line on a terminal, and elsewhere
+            as lines on standard error. Or a class such as ``tqdm.tqdm``. Or a function that is called with a
+            :class:`Progress` about ten times a second on the calling thread; it may use the cache, and an exception in
+            it ends the call.
         :returns: the path of the file, or of the folder if the artifact is a folder.
         :raises NotFoundError: no tier has the artifact (also a ``FileNotFoundError``).
         :raises UnauthorizedError: credentials are missing or refused, or the repository is gated.

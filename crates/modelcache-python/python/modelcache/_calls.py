@@ -10,69 +10,17 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Coroutine
-from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, Generic, ParamSpec, TypeVar
 
 from . import _arguments, _logging
 from ._native import Call
-from ._reports import Progress
+from ._progress import ProgressArgument, Reporter, reporter
 
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
 
 _PROGRESS_SECONDS = 0.1
 """Interval of progress reports in an event loop."""
-
-
-class TqdmLike(Protocol):
-    """The part of the interface of a ``tqdm`` progress bar that this package uses."""
-
-    total: float | None
-    n: float
-
-    def refresh(self) -> object: ...
-    def close(self) -> object: ...
-
-
-ProgressArgument = Callable[[Progress], object] | Callable[..., TqdmLike]
-"""A function that is called with a :class:`Progress`, or a progress bar class such as ``tqdm.tqdm``."""
-
-
-class _Reporter:
-    """Passes progress to a function or to a progress bar.
-
-    :param progress: the ``progress`` argument of the call.
-    :param label: the description of the progress bar.
-    """
-
-    def __init__(self, progress: ProgressArgument | None, label: str) -> None:
-        self._function: Callable[[Progress], object] | None = None
-        self._bar: TqdmLike | None = None
-        if progress is not None and inspect.isclass(progress) and hasattr(progress, "update"):
-            make = cast("Callable[..., TqdmLike]", progress)
-            self._bar = make(total=None, desc=label, unit="B", unit_scale=True)
-        elif progress is not None:
-            self._function = cast("Callable[[Progress], object]", progress)
-
-    def __call__(self, progress: Progress) -> None:
-        if self._function is not None:
-            self._function(progress)
-        elif self._bar is not None and progress.total_bytes:
-            self._bar.total, self._bar.n = progress.total_bytes, min(progress.done_bytes, progress.total_bytes)
-            self._bar.refresh()
-
-    def finish(self, call: Call) -> None:
-        """Report the final progress of a successful call."""
-        if self._function is not None:
-            self(Progress._of(call.snapshot()))
-        elif self._bar is not None and self._bar.total:
-            # The bar ends full, although the bytes of the last phase may differ from those of the download.
-            self._bar.n = self._bar.total
-            self._bar.refresh()
-
-    def close(self) -> None:
-        """Close the progress bar."""
-        if self._bar is not None:
-            self._bar.close()
 
 
 def wait(call: Call, progress: ProgressArgument | None = None, label: str = "") -> Any:
@@ -85,22 +33,17 @@ def wait(call: Call, progress: ProgressArgument | None = None, label: str = "") 
     """
     if progress is None:
         return _wait_for_output(call, None)
-    reporter = _Reporter(progress, label)
-    try:
-        output = _wait_for_output(call, reporter)
-        reporter.finish(call)
-        return output
-    finally:
-        reporter.close()
+    with reporter(call, progress, label) as reporting:
+        return _wait_for_output(call, reporting)
 
 
-def _wait_for_output(call: Call, reporter: _Reporter | None) -> Any:
+def _wait_for_output(call: Call, reporting: Reporter | None) -> Any:
     try:
         # `wait` returns to Python ten times a second, so that signal handlers can run.
         while (output := call.wait()) is None:
             _logging.forward_records()
-            if reporter is not None:
-                reporter(Progress._of(call.snapshot()))
+            if reporting is not None:
+                reporting.report()
         return output
     except BaseException:
         # Ctrl-C, or an exception raised by a signal handler or by `progress`.
@@ -137,15 +80,10 @@ async def awaited(call: Call, progress: ProgressArgument | None = None, label: s
     try:
         if progress is None:
             return await future
-        reporter = _Reporter(progress, label)
-        try:
+        with reporter(call, progress, label) as reporting:
             while not (await asyncio.wait({future}, timeout=_PROGRESS_SECONDS))[0]:
-                reporter(Progress._of(call.snapshot()))
-            output = future.result()
-            reporter.finish(call)
-            return output
-        finally:
-            reporter.close()
+                reporting.report()
+            return future.result()
     finally:
         # The task was cancelled, or `progress` raised an exception.
         if not future.done() or future.cancelled():
@@ -169,12 +107,12 @@ class Pending(Generic[_Result]):
         progress: ProgressArgument | None = None,
         label: str = "",
     ) -> None:
-        if progress is not None and not callable(progress):
-            raise TypeError("progress must be a function")
+        if progress is not None and not isinstance(progress, bool) and not callable(progress):
+            raise TypeError("progress must be a function or a bool")
         self.prepared = contextlib.nullcontext(call) if isinstance(call, Call) else call
         # A call that is ready needs no other thread to be prepared on.
         self.is_ready = isinstance(call, Call)
-        self.convert, self.progress, self.label = convert, progress, label
+        self.convert, self.progress, self.label = convert, None if progress is False else progress, label
 
     def wait(self) -> _Result:
         """Wait for the call on the current thread and return the result."""

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from . import _progress
 from ._cache import ModelCache
 from ._errors import InvalidError, ModelCacheError, NotFoundError, UnauthorizedError, UnavailableError
 
@@ -88,6 +89,8 @@ def snapshot_download(
     ``max_workers`` and ``etag_timeout``, are accepted and have no effect: the cache has its own settings.
 
     :param force_download: resolve the revision again, and verify all files on disk against their digests.
+    :param tqdm_class: a progress bar class. By default, notebooks and terminals show the progress, unless
+        ``HF_HUB_DISABLE_PROGRESS_BARS`` or ``disable_progress_bars()`` of huggingface_hub switches it off.
     :param local_dir: as ``local_dir`` of :meth:`modelcache.ModelCache.get`.
     :raises InvalidError: an argument is not supported: ``cache_dir``, ``endpoint`` or ``dry_run``.
     """
@@ -102,7 +105,7 @@ def snapshot_download(
         force_download=force_download,
         token=token,
         local_files_only=local_files_only,
-        progress=tqdm_class,
+        progress=_progress_argument(tqdm_class),
     )
 
 
@@ -133,7 +136,7 @@ def hf_hub_download(
         force_download=force_download,
         token=token,
         local_files_only=local_files_only,
-        progress=tqdm_class,
+        progress=_progress_argument(tqdm_class),
     )
 
 
@@ -205,13 +208,25 @@ def _repository(repo_id: str, repo_type: str | None) -> str:
     return f"hf://{_PREFIXES[repo_type]}{repo_id}"
 
 
+def _progress_argument(tqdm_class: type | None) -> type | bool:
+    """Return the argument ``progress`` of the cache: like huggingface_hub, show progress unless it is switched off."""
+    if tqdm_class is not None:
+        return tqdm_class
+    utils = sys.modules.get("huggingface_hub.utils")
+    if utils is not None:
+        is_disabled: bool = utils.are_progress_bars_disabled()
+    else:
+        is_disabled = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in ("1", "ON", "YES", "TRUE")
+    return not is_disabled and _progress.can_redraw()
+
+
 def _get(
     repository: str,
     revision: str | None,
     file: str | None,
     *,
     force_download: bool,
-    progress: type | None,
+    progress: type | bool,
     local_files_only: bool,
     token: bool | str | None,
     **arguments: Any,
