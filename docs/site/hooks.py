@@ -21,6 +21,8 @@ COPIES = "repository"
 COPIED = ["*.md", "examples/*/*", "deploy/**/*"]
 
 LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
+CELL = re.compile(r"<td\b.*?</td>", re.DOTALL)
+CODE = re.compile(r"(?<=<code>)[^<]+")
 FENCED = re.compile(r"^(```.*?^```[^\n]*$)", re.MULTILINE | re.DOTALL)
 
 
@@ -32,7 +34,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def navigation(index: str) -> list[object]:
     """Return each section of the index with its pages, each page once, in their order."""
-    nav: list[object] = ["README.md"]
+    nav: list[object] = ["README.md", f"{COPIES}/README.md"]
     known = {"README.md"}
     for section in index.split("\n## ")[1:]:
         title, _, text = section.partition("\n")
@@ -68,6 +70,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     parts = FENCED.split(markdown)
     return "".join(part if part.startswith("```") else LINK.sub(replaced, part) for part in parts)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Let names in tables wrap after `_`, `/` and `|`, and show `\\|` in them as `|`, like the repository host."""
+
+    def wrapped(code: re.Match[str]) -> str:
+        return re.sub(r"([_/|])(?=\w)", r"\1<wbr>", code[0].replace("\\|", "|"))
+
+    return CELL.sub(lambda cell: CODE.sub(wrapped, cell[0]), html)
 
 
 def site_path(page: str, target: str) -> str | None:

@@ -124,6 +124,28 @@ def console_commands(page: Path) -> list[Command]:
     return [command for block in found for command in commands(block)]
 
 
+# --- The terminal recording -------------------------------------------------------------------------------------------
+
+
+def test_the_recording_shows_what_its_script_prints_today(tmp_path: Path) -> None:
+    command = [sys.executable, DOCS / "site/recording.py", "--programs", PROGRAMS, "--fast", tmp_path / "recording.svg"]
+    subprocess.run(command, check=True)
+    kept = (DOCS / "recording.svg").read_text()
+    assert last_frame(kept) == last_frame((tmp_path / "recording.svg").read_text()), (
+        "make it again: cargo xtask site --recording docs/recording.svg"
+    )
+    assert "downloading from origin" in kept, "the progress bar is not visible"
+    assert len(kept) < 150_000 and not re.search(r"<script|https?://(?!www\.w3\.org/2000/svg)", kept)
+
+
+def last_frame(recording: str) -> str:
+    """Return the description of a recording, without spaces, measured numbers and the phases of the download."""
+    found = re.search("<desc.*?>(.*)</desc>", recording, re.DOTALL)
+    assert found
+    text = re.sub(r"\([^()]*;disk", "(disk", re.sub(r"\s", "", found[1]))
+    return re.sub(r"\d+(\.\d+)?(ms|s|[kMGT]?B)?", "#", text)
+
+
 # --- Commands of the other pages --------------------------------------------------------------------------------------
 
 

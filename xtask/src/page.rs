@@ -32,7 +32,7 @@ impl Page {
     /// # Errors
     /// The first step that fails.
     pub fn run(&self) -> Result<()> {
-        let Some(chromium) = CHROMIUM.iter().find_map(on_path) else {
+        let Some(chromium) = chromium() else {
             println!("chromium is not on the PATH: the test of the status page is skipped");
             println!("install it, on Debian and Ubuntu: apt-get install chromium");
             return Ok(());
@@ -51,4 +51,9 @@ impl Page {
         }
         run(&mut test)
     }
+}
+
+/// Returns the path of Chromium, or `None` if it is not on the `PATH`.
+pub(crate) fn chromium() -> Option<PathBuf> {
+    CHROMIUM.iter().find_map(on_path)
 }

@@ -231,6 +231,8 @@ def check_fill_and_eviction(page: Page, daemon: Daemon, screenshot: Path) -> Non
             if len(values) == 2:
                 expect(page.locator("#fills tbody tr")).to_contain_text(re.compile(r"\d [kM]B/s"))
                 expect(page.locator("#fills tbody tr")).to_contain_text("origin")
+                # The picture shows no temporary folder.
+                page.locator("[data-text='stats.dir']").evaluate("dir => { dir.textContent = '/var/cache/modelcache' }")
                 page.screenshot(path=screenshot)
         time.sleep(0.3)
     assert len(values) == 3, f"the bar did not move: {values}"

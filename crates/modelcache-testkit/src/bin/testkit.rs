@@ -70,10 +70,10 @@ impl Options {
 }
 
 fn serve_hub(options: &Options) -> anyhow::Result<()> {
-    let hub = Hub::start_on(options.port)?;
-    for (name, folder) in repos_in(options.folder()?)? {
-        let repo = hub.repo_from_folder(&name, &folder)?;
-        println!("# {name} main is {}", repo.resolve("main").unwrap_or_default());
+    let repos = repos_in(options.folder()?)?;
+    let hub = Hub::start_with(options.port, &repos)?;
+    for (name, _) in &repos {
+        println!("# {name} main is {}", hub.repo(name).resolve("main").unwrap_or_default());
     }
     let _proxy = options.rate.map(|rate| slow_cdn(&hub, rate)).transpose()?;
     println!("export HF_ENDPOINT={}", hub.url());

@@ -16,7 +16,7 @@ mod resolve;
 mod route;
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
@@ -88,11 +88,22 @@ impl Hub {
 
     /// Like [`Hub::start`], for callers without a runtime and for a fixed port (0 picks a free one).
     pub fn start_on(port: u16) -> anyhow::Result<Self> {
+        Self::start_with(port, &[])
+    }
+
+    /// Like [`Self::start_on`], with a repo for each name and folder. It answers no request before it has all of them.
+    ///
+    /// # Errors
+    /// If the port is in use, or a folder cannot be read.
+    pub fn start_with(port: u16, folders: &[(String, PathBuf)]) -> anyhow::Result<Self> {
         let shared = Arc::new(Shared::default());
         let hub = bind(("127.0.0.1", port))?;
         let cdn = bind("127.0.0.2:0").or_else(|_| bind("127.0.0.1:0"))?;
         let urls = (format!("http://{}", hub.1), format!("http://{}", cdn.1));
         shared.urls.set(urls).expect("a new hub has no addresses yet");
+        for (name, folder) in folders {
+            commit_folder(&Repo::new(shared.clone(), name), folder)?;
+        }
         let hub = serve(hub, handler(&shared, Place::Hub));
         let cdn = serve(cdn, handler(&shared, Place::Cdn));
         Ok(Self { shared, hub, cdn })
@@ -117,15 +128,8 @@ impl Hub {
     /// Commits every file below `folder` to a repo, by its path relative to `folder`. Fails if the folder cannot be
     /// read.
     pub fn repo_from_folder(&self, name: &str, folder: impl AsRef<Path>) -> anyhow::Result<Repo> {
-        let folder = folder.as_ref();
         let repo = self.repo(name);
-        let mut commit = repo.commit();
-        for path in files_below(folder)? {
-            let inside = path.strip_prefix(folder).expect("a file found below a folder has its prefix");
-            let inside = inside.to_str().with_context(|| format!("{} is not UTF-8", path.display()))?;
-            commit = commit.file(inside, Content::on_disk(&path)?);
-        }
-        commit.publish()?;
+        commit_folder(&repo, folder.as_ref())?;
         Ok(repo)
     }
 
@@ -225,7 +229,19 @@ impl Shared {
     }
 }
 
-fn files_below(folder: &Path) -> anyhow::Result<Vec<std::path::PathBuf>> {
+/// Publishes the files of a folder as one commit on `main`.
+fn commit_folder(repo: &Repo, folder: &Path) -> anyhow::Result<()> {
+    let mut commit = repo.commit();
+    for path in files_below(folder)? {
+        let inside = path.strip_prefix(folder).expect("a file found below a folder has its prefix");
+        let inside = inside.to_str().with_context(|| format!("{} is not UTF-8", path.display()))?;
+        commit = commit.file(inside, Content::on_disk(&path)?);
+    }
+    commit.publish()?;
+    Ok(())
+}
+
+fn files_below(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     let mut folders = vec![folder.to_owned()];
     while let Some(folder) = folders.pop() {

@@ -50,6 +50,24 @@ fn filled(hub: &Hub) -> (Repo, String) {
 }
 
 #[tokio::test]
+async fn a_hub_over_folders_answers_no_request_before_it_has_all_of_them() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::File::create(folder.path().join("model.safetensors")).unwrap().set_len(200_000_000).unwrap();
+    let repos = [("org/model".to_owned(), folder.path().to_owned())];
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let hub = std::thread::spawn(move || Hub::start_with(port, &repos).unwrap());
+    let url = format!("http://127.0.0.1:{port}/api/models/org/model");
+    let first = loop {
+        match client().get(&url).send().await {
+            Ok(answer) => break answer,
+            Err(_) => tokio::time::sleep(Duration::from_millis(1)).await,
+        }
+    };
+    assert_eq!(first.status(), 200);
+    drop(hub.join());
+}
+
+#[tokio::test]
 async fn info_tree_and_paths_info_agree_on_the_files() {
     let hub = Hub::start().await.unwrap();
     let (_, commit) = filled(&hub);
