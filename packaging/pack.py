@@ -24,12 +24,21 @@ from uuid import NAMESPACE_URL, uuid5
 import certifi
 
 import layout
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGING = ROOT / "packaging"
 PACKAGE = "modelcache-cli"
 ARCHITECTURE = platform.machine()
 COMPLETIONS = {"bash": "modelcache.bash", "zsh": "_modelcache", "fish": "modelcache.fish"}
 LICENCES = ("LICENSE-APACHE", "LICENSE-MIT")
+LGPL = PACKAGING / "LGPL-2.1"
+OTHER_PARTS = """The program contains these packages, each under its licence.
+
+It also contains the standard library of Rust (MIT OR Apache-2.0), and, because it is linked statically, the GNU C
+Library (LGPL-2.1-or-later, https://www.gnu.org/software/libc/). To link it with another version of that library, build
+modelcache from its sources on a machine with that version.
+
+"""
 # File names under which packages have their licences.
 LICENCE_FILES = re.compile(r"(licen[cs]e|copying|notice|unlicense|copyright)", re.IGNORECASE)
 
@@ -82,10 +91,14 @@ def third_party_licences(packages: list[dict[str, Any]]) -> str:
             if path.is_file() and LICENCE_FILES.match(path.name)
         ]
         title = f"{package['name']} {package['version']} ({package['license'] or 'see the text'})"
-        users.setdefault("\n\n".join(texts) or "The package has no text of its licence. LICENSE-APACHE and LICENSE-MIT have the usual ones.", []).append(title)
+        users.setdefault(
+            "\n\n".join(texts)
+            or "The package has no text of its licence. LICENSE-APACHE and LICENSE-MIT have the usual ones.",
+            [],
+        ).append(title)
     line = "-" * 80
     sections = [f"{line}\n" + "\n".join(names) + f"\n{line}\n\n{text}\n" for text, names in users.items()]
-    return "The program contains these packages, each under its licence.\n\n" + "\n".join(sections)
+    return OTHER_PARTS + "\n".join(sections) + f"{line}\nGNU C Library\n{line}\n\n" + LGPL.read_text()
 
 
 def fill(folder: Path, program: Path, packages: list[dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,20 +46,25 @@ def refuse_system_calls_from(number: int) -> bytes:
 
 @dataclass
 class Root:
-    """A root filesystem in a folder. Its programs see neither this machine's files nor, without `network`, its network."""
+    """A root filesystem in a folder. Its programs see no other files, and no network unless `network` is set."""
 
     folder: Path
     network: bool = False
     # Of the user who runs the programs. Only user 0 may change the folder.
     uid: int = 0
 
-    def command(self, *command: str, **environment: str) -> list[str]:
+    def command(self, *command: str, environment: Mapping[str, str] | None = None) -> list[str]:
         """Returns the command that runs a program in the root filesystem."""
         bind = "--bind" if self.uid == 0 else "--ro-bind"
-        sandbox = [str(package("TEST_BUBBLEWRAP") / "usr/bin/bwrap"), "--unshare-all", "--die-with-parent", "--clearenv"]
+        sandbox = [
+            str(package("TEST_BUBBLEWRAP") / "usr/bin/bwrap"),
+            "--unshare-all",
+            "--die-with-parent",
+            "--clearenv",
+        ]
         sandbox += ["--uid", str(self.uid), "--gid", str(self.uid), bind, str(self.folder), "/"]
         sandbox += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--bind", str(self.cache), "/cache"]
-        variables = {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "HOME": "/root"} | environment
+        variables = {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "HOME": "/root"} | dict(environment or {})
         for name, value in variables.items():
             sandbox += ["--setenv", name, value]
         if self.network:
@@ -66,18 +72,20 @@ class Root:
         return [*sandbox, *command]
 
     def run(
-        self, *command: str, check: bool = True, oldest_kernel: bool = False, **environment: str
+        self,
+        *command: str,
+        check: bool = True,
+        oldest_kernel: bool = False,
+        environment: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Runs a program in the root filesystem to its end, with `oldest_kernel` as on Linux 4.4 of January 2016."""
-        line = self.command(*command, **environment)
+        line = self.command(*command, environment=environment)
         with tempfile.TemporaryFile() as program:
             program.write(refuse_system_calls_from(FIRST_NEWER_CALL))
             program.seek(0)
             if oldest_kernel:
                 line[1:1] = ["--seccomp", str(program.fileno())]
-            done = subprocess.run(
-                line, capture_output=True, text=True, timeout=PATIENCE, pass_fds=[program.fileno()]
-            )
+            done = subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE, pass_fds=[program.fileno()])
         assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 

@@ -53,6 +53,7 @@ def test_the_archive_has_the_program_its_pages_and_all_licences(unpacked: Path) 
     }
     licences = (unpacked / "THIRD-PARTY-LICENSES").read_text()
     assert re.search(r"^rustls \S+ \(.*MIT.*\)$", licences, re.MULTILINE)
+    assert "GNU LESSER GENERAL PUBLIC LICENSE" in licences, "the program has glibc in it"
     assert "criterion" not in licences, "a package that only tests use"
 
 
@@ -79,8 +80,8 @@ def test_the_program_runs_where_nothing_else_is(unpacked: Path, tmp_path: Path) 
     assert root.run("/modelcache", "--version").stdout.startswith("modelcache ")
     root.write("/model/weights.bin", "weights")
     variables = {"MODEL_CACHE_DIR": "/cache"}
-    root.run("/modelcache", "put", "model@1", "/model", **variables)
-    path = root.run("/modelcache", "get", "model@1", **variables).stdout.strip()
+    root.run("/modelcache", "put", "model@1", "/model", environment=variables)
+    path = root.run("/modelcache", "get", "model@1", environment=variables).stdout.strip()
     assert (root.cache / Path(path).relative_to("/cache") / "weights.bin").read_text() == "weights"
 
 
@@ -92,11 +93,18 @@ def test_the_program_needs_no_system_call_of_the_last_ten_years(unpacked: Path, 
     assert debian.run("probe", check=False).returncode == 1, "this machine has the call"
     debian.network = True
     variables = {"MODEL_CACHE_DIR": "/cache", "HF_ENDPOINT": hub}
-    path = debian.run("modelcache", "get", "hf://org/model@main", oldest_kernel=True, **variables).stdout.strip()
+    path = debian.run(
+        "modelcache", "get", "hf://org/model@main", oldest_kernel=True, environment=variables
+    ).stdout.strip()
     assert (debian.cache / Path(path).relative_to("/cache") / "model.safetensors").stat().st_size == 1 << 20
     debian.write("/model/weights.bin", "weights")
-    for command in (["put", "model@1", "/model"], ["get", "model@1", "--verify"], ["stats"], ["evict", "model@1", "--yes"]):
-        debian.run("modelcache", *command, oldest_kernel=True, **variables)
+    for command in (
+        ["put", "model@1", "/model"],
+        ["get", "model@1", "--verify"],
+        ["stats"],
+        ["evict", "model@1", "--yes"],
+    ):
+        debian.run("modelcache", *command, oldest_kernel=True, environment=variables)
 
 
 def test_each_system_downloads_by_a_host_name(unpacked: Path, system: Root, hub: str) -> None:
@@ -104,7 +112,7 @@ def test_each_system_downloads_by_a_host_name(unpacked: Path, system: Root, hub:
     system.network = True
     system.write("/etc/hosts", "127.0.0.1 hub.example\n")
     variables = {"MODEL_CACHE_DIR": "/cache", "HF_ENDPOINT": re.sub(r"//[^:]+", "//hub.example", hub)}
-    path = system.run("modelcache", "get", "hf://org/model@main", **variables).stdout.strip()
+    path = system.run("modelcache", "get", "hf://org/model@main", environment=variables).stdout.strip()
     assert (system.cache / Path(path).relative_to("/cache") / "model.safetensors").stat().st_size == 1 << 20
 
 
@@ -118,7 +126,9 @@ def test_the_program_loads_no_plugin_of_the_machines_glibc(unpacked: Path, debia
     assert debian.run("getent", "hosts", "hub.example", check=False).returncode == 99
     debian.network = True
     endpoint = re.sub(r"//[^:]+", "//hub.example", hub)
-    debian.run("modelcache", "get", "hf://org/model@main", MODEL_CACHE_DIR="/cache", HF_ENDPOINT=endpoint)
+    debian.run(
+        "modelcache", "get", "hf://org/model@main", environment={"MODEL_CACHE_DIR": "/cache", "HF_ENDPOINT": endpoint}
+    )
 
 
 def test_the_list_of_components_is_valid_and_has_what_is_linked() -> None:

@@ -46,7 +46,7 @@ def test_the_unit_starts_the_installed_program(installed: Root) -> None:
     started = [line.split("=", 1)[1].split() for line in unit.splitlines() if line.startswith("ExecStart")]
     assert [words[0] for words in started] == ["/usr/bin/modelcache"] * 2
     # The check that runs before the daemon, with the settings of the unit.
-    installed.run(*started[0], MODEL_CACHE_DIR="/cache")
+    installed.run(*started[0], environment={"MODEL_CACHE_DIR": "/cache"})
 
 
 def test_settings_survive_an_update_and_removal_but_not_a_purge(installed: Root) -> None:

@@ -41,7 +41,9 @@ def bundle(image: Path, tmp_path: Path) -> Path:
     """The image, unpacked for a container runtime: the folder `rootfs` and `config.json`."""
     umoci = package("TEST_UMOCI") / "usr/bin/umoci"
     rights = [] if os.geteuid() == 0 else ["--rootless"]
-    tag = json.loads((image / "index.json").read_text())["manifests"][0]["annotations"]["org.opencontainers.image.ref.name"]
+    tag = json.loads((image / "index.json").read_text())["manifests"][0]["annotations"][
+        "org.opencontainers.image.ref.name"
+    ]
     subprocess.run([umoci, "unpack", *rights, "--image", f"{image}:{tag}", tmp_path / "bundle"], check=True)
     return tmp_path / "bundle"
 
@@ -84,7 +86,7 @@ def test_the_image_has_the_program_and_nothing_to_run_it_with(bundle: Path) -> N
 
 
 def test_the_cache_folder_belongs_to_the_user_of_the_image(image: Path) -> None:
-    entries = {}
+    entries: dict[str, tuple[int, int, str]] = {}
     for blob in (image / "blobs/sha256").iterdir():
         if tarfile.is_tarfile(blob):
             with tarfile.open(blob) as layer:
@@ -99,7 +101,7 @@ def test_the_daemon_serves_from_a_read_only_root(bundle: Path, hub: str) -> None
         address = f"127.0.0.1:{free.getsockname()[1]}"
     root = container(bundle)
     environment = variables(bundle) | {"MODEL_CACHE_LISTEN": address, "HF_ENDPOINT": hub}
-    daemon = subprocess.Popen(root.command(*process(bundle)["args"], **environment))
+    daemon = subprocess.Popen(root.command(*process(bundle)["args"], environment=environment))
     try:
         assert len(answer(f"http://{address}/org/model/resolve/main/model.safetensors")) == 1 << 20
     finally:
@@ -143,16 +145,19 @@ def test_servers_are_trusted_by_the_certificates_of_the_image(bundle: Path, http
     root = container(bundle)
     root.write("/etc/hosts", "127.0.0.1 localhost\n")
     command = ["modelcache", "get", f"{url}/model.bin"]
-    failed = root.run(*command, check=False, **variables(bundle))
+    failed = root.run(*command, check=False, environment=variables(bundle))
     assert failed.returncode != 0 and "certificate" in failed.stderr
     with (root.folder / CERTIFICATES).open("ab") as bundled:
         bundled.write(authority.cert_pem.bytes())
-    root.run(*command, **variables(bundle))
+    root.run(*command, environment=variables(bundle))
 
 
 def test_instructions_that_the_builder_does_not_know_are_refused(tmp_path: Path) -> None:
-    for line, message in [("RUN true", "RUN is unknown"), ("COPY one /file", "only folders"), ("FROM debian:13", "without a base")]:
+    for line, message in [
+        ("RUN true", "RUN is unknown"),
+        ("COPY one /file", "only folders"),
+        ("FROM debian:13", "without a base"),
+    ]:
         (tmp_path / "Dockerfile").write_text(f"{line}\n")
         with pytest.raises((ValueError, AssertionError), match=message):
             layout.build(tmp_path, tmp_path / "image.tar", "name:tag", "x86_64", 0)
-

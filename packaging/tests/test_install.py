@@ -36,7 +36,9 @@ def server(files: Path) -> Iterator[str]:
         server.shutdown()
 
 
-def install(*arguments: str | Path, path: str = os.environ["PATH"], **variables: str) -> subprocess.CompletedProcess[str]:
+def install(
+    *arguments: str | Path, path: str = os.environ["PATH"], **variables: str
+) -> subprocess.CompletedProcess[str]:
     command = ["sh", str(SCRIPT), *map(str, arguments)]
     environment = {"PATH": path} | variables
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
@@ -56,7 +58,9 @@ def test_each_system_installs_with_one_command(system: Root) -> None:
     done = system.run("sh", "/opt/release/install.sh", "--from", "/opt/release", "--prefix", "/usr/local")
     assert done.stdout.strip().endswith("as /usr/local/bin/modelcache")
     assert system.run("modelcache", "--version").stdout.split()[1] in SCRIPT.read_text()
-    installed = {path.relative_to(system.folder / "usr/local").as_posix() for path in (system.folder / "usr/local").rglob("*")}
+    installed = {
+        path.relative_to(system.folder / "usr/local").as_posix() for path in (system.folder / "usr/local").rglob("*")
+    }
     assert {
         "share/man/man1/modelcache.1",
         "share/man/man1/modelcache-get.1",
@@ -90,7 +94,11 @@ def test_it_downloads_to_the_home_folder_and_names_the_path(server: str, tmp_pat
 def test_a_program_that_runs_is_replaced(files: Path, tmp_path: Path) -> None:
     prefix = tmp_path / "prefix"
     assert install("--from", files, "--prefix", prefix).returncode == 0
-    variables = {"PATH": os.environ["PATH"], "MODEL_CACHE_DIR": str(tmp_path / "cache"), "MODEL_CACHE_LISTEN": "127.0.0.1:0"}
+    variables = {
+        "PATH": os.environ["PATH"],
+        "MODEL_CACHE_DIR": str(tmp_path / "cache"),
+        "MODEL_CACHE_LISTEN": "127.0.0.1:0",
+    }
     running = subprocess.Popen([prefix / "bin/modelcache", "serve"], env=variables, stderr=subprocess.DEVNULL)
     try:
         done = install("--from", files, "--prefix", prefix)

@@ -41,7 +41,7 @@ def install(interpreter: Path, folder: Path) -> tuple[Path, subprocess.Completed
     if made.returncode:
         pytest.skip(f"{interpreter} makes no environments: {made.stdout}{made.stderr}")
     programs = folder / "venv/bin"
-    pip = [programs / "python", "-m", "pip", "install", "--no-index", "--disable-pip-version-check"]
+    pip: list[str | Path] = [programs / "python", "-m", "pip", "install", "--no-index", "--disable-pip-version-check"]
     return programs, subprocess.run([*pip, file("*.whl")], capture_output=True, text=True)
 
 

@@ -60,8 +60,8 @@ pub struct Dist {
     /// Pack the debug build, without the wheel. For the tests of this repository
     #[arg(long)]
     debug: bool,
-    /// Build a second time, in another folder, and compare the bytes of all files
-    #[arg(long, conflicts_with = "debug")]
+    /// Build a second time, in another folder, and compare the bytes of all files. A debug build is only packed twice
+    #[arg(long)]
     twice: bool,
     /// Arguments for pytest, for instance -k NAME
     #[arg(last = true)]
@@ -69,9 +69,9 @@ pub struct Dist {
 }
 
 impl Dist {
-    /// Packs the debug build.
+    /// Packs the debug build, twice.
     pub(crate) fn of_debug_build() -> Self {
-        Self { debug: true, ..Self::default() }
+        Self { debug: true, twice: true, ..Self::default() }
     }
 
     /// Runs the task.

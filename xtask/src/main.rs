@@ -1,5 +1,4 @@
-//! `cargo xtask demo|test|bench|docs|fuzz|python|page|deploy|site|dist|crates|release`: developer tasks of this repository,
-//! one file per task.
+//! `cargo xtask TASK`: developer tasks of this repository, one file per task.
 //!
 //! If a task fails, it prints one line with the cause, and the exit code is 1. Tasks write below `target/`; `docs` and
 //! `bench` also write pages below `docs/`. No task needs credentials.
