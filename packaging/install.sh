@@ -5,7 +5,7 @@
 #   sh install.sh [--prefix FOLDER] [--from FOLDER-OR-URL]
 #
 # --prefix   where bin/, share/man/ and the shell completions are put (default: ~/.local; /usr/local needs root)
-# --from     where the archive is, instead of the release page
+# --from     the folder or the URL that has the archive (default: the release page, once there is one)
 #
 # The digests are part of this file, so whoever trusts this file gets exactly these archives.
 set -eu
@@ -13,7 +13,7 @@ set -eu
 version=@VERSION@
 digests='@DIGESTS@'
 from=@URL@
-prefix=${HOME:-}/.local
+prefix=${HOME:+$HOME/.local}
 
 fail() {
     echo "install.sh: $1" >&2
@@ -35,6 +35,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 
+[ -n "$prefix" ] || fail "HOME is not set; choose a folder with --prefix"
 [ "$(uname -s)" = Linux ] || fail "modelcache runs on Linux, and this is $(uname -s)"
 architecture=$(uname -m)
 case $architecture in
@@ -43,7 +44,7 @@ case $architecture in
 esac
 archive=modelcache-$version-$architecture-linux.tar.gz
 digest=$(echo "$digests" | sed -n "s/^\([0-9a-f]\{64\}\)  $archive\$/\1/p")
-[ -n "$digest" ] || fail "there is no archive for $architecture; build from source: cargo install modelcache-cli"
+[ -n "$digest" ] || fail "there is no archive for $architecture; build from source: cargo install --path crates/modelcache-cli"
 [ -n "$from" ] || fail "name the folder or the URL of $archive: --from FOLDER-OR-URL"
 command -v sha256sum >/dev/null || fail "sha256sum is missing; install coreutils"
 
@@ -74,9 +75,11 @@ actual=$(sha256sum "$work/$archive" | cut -d ' ' -f 1)
 
 tar -xzf "$work/$archive" -C "$work" || fail "cannot unpack $archive; is the disk full?"
 unpacked=$work/modelcache-$version-$architecture-linux
-"$unpacked/modelcache" --version >/dev/null || fail "the program does not run on this machine"
+"$unpacked/modelcache" --version >/dev/null || 
+    fail "the program does not run, see above; if $prefix is mounted noexec, choose another --prefix"
 
-put() { # SOURCE FOLDER NAME
+# SOURCE FOLDER NAME [MODE]
+put() {
     mkdir -p "$prefix/$2" && cp "$1" "$work/new" && chmod "${4:-644}" "$work/new" && mv -f "$work/new" "$prefix/$2/$3" ||
         fail "cannot write $prefix/$2/$3"
 }

@@ -62,13 +62,14 @@ class Image:
         layer = io.BytesIO()
         with tarfile.open(fileobj=layer, mode="w", format=tarfile.PAX_FORMAT) as tar:
             for path in sorted([root, *root.rglob("*")]):
-                name = (target + path.relative_to(root).as_posix()).strip("/.")
-                if not name:
+                name = (target + path.relative_to(root).as_posix()).lstrip("/").removesuffix("/.")
+                if name == ".":
                     continue
                 entry = tar.gettarinfo(path, arcname=name)
                 entry.uid, entry.gid, entry.uname, entry.gname, entry.mtime = uid, gid, "", "", self.epoch
-                if mode is not None:
-                    entry.mode = int(mode, 8)
+                # Without --chmod, the mode does not depend on the umask of the build.
+                is_open = entry.isdir() or entry.mode & 0o100
+                entry.mode = int(mode, 8) if mode else 0o755 if is_open else 0o644
                 if entry.isfile():
                     with path.open("rb") as file:
                         tar.addfile(entry, file)
@@ -109,7 +110,7 @@ def write(image: Image, archive: Path, name: str, architecture: str) -> None:
         "history": history,
     }
     layers = [blob(gzip.compress(layer, mtime=0), "layer.v1.tar+gzip") for layer in image.layers]
-    manifest = {"schemaVersion": 2, "config": blob(document(config), "config.v1+json"), "layers": layers}
+    manifest: dict[str, Any] = {"schemaVersion": 2, "config": blob(document(config), "config.v1+json"), "layers": layers}
     manifest["mediaType"] = "application/vnd.oci.image.manifest.v1+json"
     reference = blob(document(manifest), "manifest.v1+json") | {
         "platform": platform,
@@ -119,6 +120,9 @@ def write(image: Image, archive: Path, name: str, architecture: str) -> None:
             "io.containerd.image.name": f"docker.io/library/{name}",
         },
     }
+    # For the classic image store of Docker, which does not read index.json.
+    paths = [f"blobs/sha256/{one['digest'].removeprefix('sha256:')}" for one in (manifest["config"], *layers)]
+    files["manifest.json"] = document([{"Config": paths[0], "RepoTags": [name], "Layers": paths[1:]}])
     files["index.json"] = document({"schemaVersion": 2, "manifests": [reference]})
     files["oci-layout"] = document({"imageLayoutVersion": "1.0.0"})
     with tarfile.open(archive, "w", format=tarfile.PAX_FORMAT) as tar:

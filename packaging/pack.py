@@ -1,7 +1,7 @@
 """Pack a built program into the files of a release: python pack.py PROGRAM WORK FOLDER
 
-FOLDER gets the archive, the Debian package, the container image and the list of components (SBOM), then SHA256SUMS of
-all files in it, and last the install script, which has the digests. Equal inputs make equal bytes: all files in the
+FOLDER gets the archive, the Debian package, the container image and the SBOM (list of components), then SHA256SUMS of
+these files and of a wheel in it, and last the install script, which has the digest of the archive. Equal inputs make equal bytes: all files in the
 archives get the time of the environment variable SOURCE_DATE_EPOCH.
 """
 
@@ -32,6 +32,7 @@ ARCHITECTURE = platform.machine()
 COMPLETIONS = {"bash": "modelcache.bash", "zsh": "_modelcache", "fish": "modelcache.fish"}
 LICENCES = ("LICENSE-APACHE", "LICENSE-MIT")
 LGPL = PACKAGING / "LGPL-2.1"
+NO_TEXT = "The package has no file with its licence. LICENSE-APACHE and LICENSE-MIT have the texts."
 OTHER_PARTS = """The program contains these packages, each under its licence.
 
 It also contains the standard library of Rust (MIT OR Apache-2.0), and, because it is linked statically, the GNU C
@@ -60,10 +61,15 @@ def metadata() -> dict[str, Any]:
     return found
 
 
-def linked_packages(metadata: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the packages that are linked into the program, by name."""
-    packages = {package["id"]: package for package in metadata["packages"]}
-    nodes = {node["id"]: node for node in metadata["resolve"]["nodes"]}
+def ordinary_dependencies(node: dict[str, Any]) -> list[str]:
+    """Returns the dependencies of a package, without those for its build script and its tests."""
+    return [one["pkg"] for one in node["deps"] if any(kind["kind"] is None for kind in one["dep_kinds"])]
+
+
+def linked_packages(workspace: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the program's ordinary dependencies and the program, by name. Procedural macros are among them."""
+    packages = {package["id"]: package for package in workspace["packages"]}
+    nodes = {node["id"]: node for node in workspace["resolve"]["nodes"]}
     found: set[str] = set()
     pending = [name for name, package in packages.items() if package["name"] == PACKAGE]
     while pending:
@@ -71,10 +77,7 @@ def linked_packages(metadata: dict[str, Any]) -> list[dict[str, Any]]:
         if name in found:
             continue
         found.add(name)
-        for dependency in nodes[name]["deps"]:
-            # `None` is an ordinary dependency: neither for the build nor for the tests.
-            if any(kind["kind"] is None for kind in dependency["dep_kinds"]):
-                pending.append(dependency["pkg"])
+        pending.extend(ordinary_dependencies(nodes[name]))
     return sorted((packages[name] for name in found), key=lambda package: (package["name"], package["version"]))
 
 
@@ -91,17 +94,15 @@ def third_party_licences(packages: list[dict[str, Any]]) -> str:
             if path.is_file() and LICENCE_FILES.match(path.name)
         ]
         title = f"{package['name']} {package['version']} ({package['license'] or 'see the text'})"
-        users.setdefault(
-            "\n\n".join(texts)
-            or "The package has no text of its licence. LICENSE-APACHE and LICENSE-MIT have the usual ones.",
-            [],
-        ).append(title)
+        if not texts and not re.search("Apache-2.0|MIT", package["license"] or ""):
+            raise SystemExit(f"{title} has no file with its licence, and neither Apache-2.0 nor MIT applies")
+        users.setdefault("\n\n".join(texts) or NO_TEXT, []).append(title)
     line = "-" * 80
     sections = [f"{line}\n" + "\n".join(names) + f"\n{line}\n\n{text}\n" for text, names in users.items()]
     return OTHER_PARTS + "\n".join(sections) + f"{line}\nGNU C Library\n{line}\n\n" + LGPL.read_text()
 
 
-def fill(folder: Path, program: Path, packages: list[dict[str, Any]]) -> None:
+def make_archive_folder(folder: Path, program: Path, packages: list[dict[str, Any]]) -> None:
     """Makes the folder that the archive has: the program, completions, manual pages, licences."""
     (folder / "completions").mkdir(parents=True)
     installed = folder / "modelcache"
@@ -146,7 +147,7 @@ def debian_package(unpacked: Path, work: Path, folder: Path, version: str) -> No
     variables = {
         "VERSION": version,
         "DEB_ARCHITECTURE": layout.ARCHITECTURES[ARCHITECTURE],
-        "PROGRAM": str(unpacked),
+        "ARCHIVE": str(unpacked),
         "DEB": str(work),
     }
     run(nfpm, "package", "--config", PACKAGING / "nfpm.yaml", "--packager", "deb", "--target", folder, **variables)
@@ -156,17 +157,19 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def image(program: Path, folder: Path, target: Path, version: str, epoch: int) -> None:
-    """Makes the container image, and the folder from which `docker build` makes the same one."""
-    (folder / "rootfs/usr/bin").mkdir(parents=True)
-    (folder / "rootfs/etc/ssl/certs").mkdir(parents=True)
-    (folder / "empty").mkdir()
-    shutil.copyfile(program, folder / "rootfs/usr/bin/modelcache")
-    (folder / "rootfs/usr/bin/modelcache").chmod(0o755)
-    shutil.copyfile(certifi.where(), folder / "rootfs/etc/ssl/certs/ca-certificates.crt")
+def image(unpacked: Path, folder: Path, target: Path, version: str, epoch: int) -> None:
+    """Makes the container image, and the folder from which `docker build` makes one with the same files."""
+    root = folder / "rootfs"
+    documents = root / "usr/share/doc/modelcache"
+    for made in (root / "usr/bin", root / "etc/ssl/certs", documents, folder / "empty"):
+        made.mkdir(parents=True)
+    shutil.copy(unpacked / "modelcache", root / "usr/bin/modelcache")
+    for name in (*LICENCES, "THIRD-PARTY-LICENSES"):
+        shutil.copyfile(unpacked / name, documents / name)
+    shutil.copyfile(certifi.where(), root / "etc/ssl/certs/ca-certificates.crt")
     # The names of the users, for programs that look into the container.
-    (folder / "rootfs/etc/passwd").write_text("root:x:0:0::/:\nmodelcache:x:1000:1000::/:\n")
-    (folder / "rootfs/etc/group").write_text("root:x:0:\nmodelcache:x:1000:\n")
+    (root / "etc/passwd").write_text("root:x:0:0::/:\nmodelcache:x:1000:1000::/:\n")
+    (root / "etc/group").write_text("root:x:0:\nmodelcache:x:1000:\n")
     shutil.copyfile(PACKAGING / "Dockerfile", folder / "Dockerfile")
     layout.build(folder, target, f"modelcache:{version}", ARCHITECTURE, epoch)
 
@@ -187,8 +190,8 @@ def install_script(folder: Path, target: Path, version: str, url: str) -> None:
     target.chmod(0o755)
 
 
-def components(metadata: dict[str, Any], epoch: int) -> str:
-    """Returns the list of components (SBOM) of the program, as CycloneDX JSON."""
+def sbom(workspace: dict[str, Any], epoch: int) -> str:
+    """Returns the SBOM of the program, as CycloneDX JSON."""
     from cyclonedx.contrib.license.factories import LicenseFactory
     from cyclonedx.model import HashAlgorithm, HashType
     from cyclonedx.model.bom import Bom
@@ -215,7 +218,7 @@ def components(metadata: dict[str, Any], epoch: int) -> str:
             hashes=[HashType(alg=HashAlgorithm.SHA_256, content=checksum)] if checksum else [],
         )
 
-    packages = linked_packages(metadata)
+    packages = linked_packages(workspace)
     made = {package["id"]: component(package) for package in packages}
     bom = Bom()
     bom.metadata.timestamp = datetime.fromtimestamp(epoch, timezone.utc)
@@ -224,11 +227,10 @@ def components(metadata: dict[str, Any], epoch: int) -> str:
             bom.metadata.component = made[package["id"]]
         else:
             bom.components.add(made[package["id"]])
-    for node in metadata["resolve"]["nodes"]:
+    for node in workspace["resolve"]["nodes"]:
         if node["id"] in made:
-            used = [made[dependency["pkg"]] for dependency in node["deps"] if dependency["pkg"] in made]
-            bom.register_dependency(made[node["id"]], used)
-    # A number that follows from the contents, so that equal contents make equal bytes.
+            bom.register_dependency(made[node["id"]], [made[name] for name in ordinary_dependencies(node)])
+    # Derived from names and versions, so that equal lists have equal bytes.
     bom.serial_number = uuid5(NAMESPACE_URL, " ".join(one.bom_ref.value or "" for one in made.values()))
     return JsonV1Dot6(bom).output_as_string(indent=2)
 
@@ -242,16 +244,16 @@ def main() -> None:
     folder, work = arguments.folder.resolve(), arguments.work.resolve()
     epoch = int(os.environ["SOURCE_DATE_EPOCH"])
 
-    found = metadata()
-    package = next(package for package in found["packages"] if package["name"] == PACKAGE)
+    workspace = metadata()
+    package = next(package for package in workspace["packages"] if package["name"] == PACKAGE)
     version = package["version"]
     unpacked = work / f"modelcache-{version}-{ARCHITECTURE}-linux"
-    fill(unpacked, arguments.program.resolve(), linked_packages(found))
+    make_archive_folder(unpacked, arguments.program.resolve(), linked_packages(workspace))
     tar(unpacked, folder / f"{unpacked.name}.tar.gz", epoch)
     debian_package(unpacked, work / "deb", folder, version)
     packed = folder / f"modelcache-{version}-{ARCHITECTURE}-image.tar"
-    image(unpacked / "modelcache", work / "image", packed, version, epoch)
-    (folder / f"modelcache-{version}.cdx.json").write_text(components(found, epoch))
+    image(unpacked, work / "image", packed, version, epoch)
+    (folder / f"modelcache-{version}.cdx.json").write_text(sbom(workspace, epoch))
 
     sums = [f"{digest(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
     (folder / "SHA256SUMS").write_text("".join(sums))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from systems import Root, file, package
+from systems import MODEL_BYTES, Root, file, package
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a stand-in for the Hugging Face Hub with the repository org/model."""
     folder = tmp_path_factory.mktemp("hub")
     (folder / "org/model").mkdir(parents=True)
-    (folder / "org/model/model.safetensors").write_bytes(bytes(range(256)) * 4096)
+    (folder / "org/model/model.safetensors").write_bytes(bytes(MODEL_BYTES))
     command = [os.environ["TEST_TESTKIT"], "hub", "--folder", str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout

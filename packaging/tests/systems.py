@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import struct
 import subprocess
 import tempfile
@@ -14,10 +15,12 @@ import pytest
 DIST = Path(os.environ["TEST_DIST"])
 # A debug build is packed without the wheel.
 IS_RELEASE = any(DIST.glob("*.whl"))
+# Size of the only file of the repository org/model.
+MODEL_BYTES = 1 << 20
 # The number of the first system call on x86_64 that Linux 4.4 does not have: copy_file_range.
 FIRST_NEWER_CALL = 326
-# Seconds until a program must have ended. It is long, because the test machine may be busy.
-PATIENCE = 120
+# Time until a program must have ended. It is long, because the test machine may be busy.
+TIMEOUT_S = 120
 
 
 def package(variable: str) -> Path:
@@ -50,7 +53,7 @@ class Root:
 
     folder: Path
     network: bool = False
-    # Of the user who runs the programs. Only user 0 may change the folder.
+    # User and group ID of the programs. Only user 0 may change the folder.
     uid: int = 0
 
     def command(self, *command: str, environment: Mapping[str, str] | None = None) -> list[str]:
@@ -85,7 +88,7 @@ class Root:
             program.seek(0)
             if oldest_kernel:
                 line[1:1] = ["--seccomp", str(program.fileno())]
-            done = subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE, pass_fds=[program.fileno()])
+            done = subprocess.run(line, capture_output=True, text=True, timeout=TIMEOUT_S, pass_fds=[program.fileno()])
         assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
@@ -104,3 +107,19 @@ class Root:
         target = self.folder / path.lstrip("/")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text)
+
+    def get_model(self, hub: str, **options: bool) -> None:
+        """Downloads the repository of the stand-in for the Hub by the name hub.example, and checks its size."""
+        self.network = True
+        self.write("/etc/hosts", "127.0.0.1 hub.example\n")
+        variables = {"MODEL_CACHE_DIR": "/cache", "HF_ENDPOINT": re.sub(r"//[^:]+", "//hub.example", hub)}
+        done = self.run("modelcache", "get", "hf://org/model@main", environment=variables, **options)
+        path = Path(done.stdout.strip()).relative_to("/cache") / "model.safetensors"
+        assert (self.cache / path).stat().st_size == MODEL_BYTES
+
+
+def damage(path: Path) -> None:
+    """Changes one byte in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from systems import Root, file
+from systems import Root, damage, file
 
 ENVIRONMENT = "etc/modelcache/modelcache.env"
 
@@ -73,8 +73,6 @@ def test_the_package_says_what_it_is(debian: Root) -> None:
 def test_a_damaged_package_is_refused(debian: Root) -> None:
     target = debian.folder / "modelcache.deb"
     shutil.copy(file("*.deb"), target)
-    content = bytearray(target.read_bytes())
-    content[len(content) // 2] ^= 1
-    target.write_bytes(content)
+    damage(target)
     assert debian.run("dpkg", "--install", "/modelcache.deb", check=False).returncode != 0
     assert not Path(debian.folder / "usr/bin/modelcache").exists()

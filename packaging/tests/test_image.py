@@ -22,9 +22,10 @@ import pytest
 import trustme
 
 import layout
-from systems import PATIENCE, Root, file, package
+from systems import MODEL_BYTES, TIMEOUT_S, Root, file, package
 
 DOCKERFILE = Path(layout.__file__).with_name("Dockerfile")
+LICENCES = ("LICENSE-APACHE", "LICENSE-MIT", "THIRD-PARTY-LICENSES")
 CERTIFICATES = "etc/ssl/certs/ca-certificates.crt"
 
 
@@ -75,10 +76,20 @@ def test_every_blob_has_its_digest(image: Path) -> None:
         assert hashlib.sha256(blob.read_bytes()).hexdigest() == blob.name
 
 
-def test_the_image_has_the_program_and_nothing_to_run_it_with(bundle: Path) -> None:
+def test_docker_finds_the_same_image_as_other_tools(image: Path) -> None:
+    (loaded,) = json.loads((image / "manifest.json").read_text())
+    index = json.loads((image / "index.json").read_text())["manifests"][0]
+    manifest = json.loads((image / "blobs" / index["digest"].replace(":", "/")).read_text())
+    paths = [f"blobs/{blob['digest'].replace(':', '/')}" for blob in (manifest["config"], *manifest["layers"])]
+    assert [loaded["Config"], *loaded["Layers"]] == paths
+    assert loaded["RepoTags"] == [f"modelcache:{index['annotations']['org.opencontainers.image.ref.name']}"]
+
+
+def test_the_image_has_the_program_and_no_shell(bundle: Path) -> None:
     root = bundle / "rootfs"
     files = {path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir()}
-    assert files == {"usr/bin/modelcache", CERTIFICATES, "etc/passwd", "etc/group"}
+    licences = {f"usr/share/doc/modelcache/{name}" for name in LICENCES}
+    assert files == {"usr/bin/modelcache", CERTIFICATES, "etc/passwd", "etc/group"} | licences
     assert oct((root / "tmp").stat().st_mode)[-4:] == "1777"
     started = process(bundle)
     assert started["args"] == ["modelcache", "serve"]
@@ -103,7 +114,7 @@ def test_the_daemon_serves_from_a_read_only_root(bundle: Path, hub: str) -> None
     environment = variables(bundle) | {"MODEL_CACHE_LISTEN": address, "HF_ENDPOINT": hub}
     daemon = subprocess.Popen(root.command(*process(bundle)["args"], environment=environment))
     try:
-        assert len(answer(f"http://{address}/org/model/resolve/main/model.safetensors")) == 1 << 20
+        assert len(answer(f"http://{address}/org/model/resolve/main/model.safetensors")) == MODEL_BYTES
     finally:
         # The processes of the sandbox end with its first one.
         daemon.kill()
@@ -113,12 +124,14 @@ def test_the_daemon_serves_from_a_read_only_root(bundle: Path, hub: str) -> None
 
 def answer(url: str) -> bytes:
     """Returns what the daemon answers, as soon as it answers."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT_S
     while True:
         try:
-            with urllib.request.urlopen(url, timeout=PATIENCE) as response:
+            with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
                 content: bytes = response.read()
                 return content
+        except urllib.error.HTTPError:
+            raise
         except urllib.error.URLError as error:
             assert time.monotonic() < deadline, error
             time.sleep(0.1)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from systems import DIST, PATIENCE, Root, file
+from systems import DIST, TIMEOUT_S, Root, damage, file
 
 SCRIPT = DIST / "install.sh"
 
@@ -41,7 +41,7 @@ def install(
 ) -> subprocess.CompletedProcess[str]:
     command = ["sh", str(SCRIPT), *map(str, arguments)]
     environment = {"PATH": path} | variables
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
 
 
 def refused(done: subprocess.CompletedProcess[str], prefix: Path, *words: str) -> None:
@@ -111,9 +111,7 @@ def test_a_program_that_runs_is_replaced(files: Path, tmp_path: Path) -> None:
 
 def test_a_damaged_archive_installs_nothing(files: Path, tmp_path: Path) -> None:
     (archive,) = files.iterdir()
-    content = bytearray(archive.read_bytes())
-    content[len(content) // 2] ^= 1
-    archive.write_bytes(content)
+    damage(archive)
     refused(install("--from", files, "--prefix", tmp_path / "p"), tmp_path / "p", "SHA-256", "nothing was installed")
 
 

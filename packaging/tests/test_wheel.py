@@ -65,7 +65,7 @@ def test_it_needs_no_newer_glibc_than_its_tag_says() -> None:
     assert versions and max(versions) <= OLDEST_GLIBC
 
 
-def test_the_package_index_gets_what_it_shows() -> None:
+def test_the_wheel_has_the_metadata_that_pypi_shows() -> None:
     with zipfile.ZipFile(file("*.whl")) as wheel:
         (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(wheel.read(name).decode())

@@ -1,12 +1,12 @@
-//! `cargo xtask crates`: checks the published crates: licences and sources of their dependencies, their packages, and
-//! that their interface follows semantic versioning.
+//! `cargo xtask crates`: checks the licences and sources of all dependencies, that the published crates can be packed, and
+//! that the library follows semantic versioning.
 //!
 //! cargo-deny and cargo-semver-checks are built from crates.io into `target/tools` the first time, which takes minutes.
 
 use crate::release::PUBLISHED;
-use crate::repository::{cargo, root, target_folder};
+use crate::repository::{cargo, git, root, target_folder};
 use crate::test::run;
-use anyhow::{Context, Result, ensure};
+use anyhow::Result;
 use clap::Args;
 use std::process::Command;
 
@@ -35,7 +35,7 @@ impl Crates {
         match last_release()? {
             None => println!("no release yet, so there is no interface to stay compatible with"),
             Some(tag) => {
-                // The other crates have no library for others: their interface is the command line and HTTP.
+                // The other published crates have no public Rust API.
                 run(tool(SEMVER_CHECKS)?.args(["semver-checks", "--package", PUBLISHED[0], "--baseline-rev", &tag]))?;
             }
         }
@@ -43,10 +43,9 @@ impl Crates {
     }
 }
 
-/// Returns a command for a program of crates.io. Builds it if it is not there in this version.
+/// Returns a command for a program of crates.io. Builds it unless it is there in this version.
 fn tool((name, version): (&str, &str)) -> Result<Command> {
     let folder = target_folder()?.join("tools");
-    // Cargo does nothing if the program is there in this version.
     run(cargo().args(["install", "--locked", "--quiet", "--version", version, "--root"]).arg(&folder).arg(name))?;
     let mut command = Command::new(folder.join("bin").join(name));
     command.current_dir(root());
@@ -56,7 +55,5 @@ fn tool((name, version): (&str, &str)) -> Result<Command> {
 /// Returns the tag of the last release, such as `v0.1.0`. Returns `None` before the first release.
 fn last_release() -> Result<Option<String>> {
     let list = ["tag", "--list", "v[0-9]*", "--merged", "HEAD", "--sort", "-version:refname"];
-    let output = Command::new("git").args(list).current_dir(root()).output().context("cannot run git")?;
-    ensure!(output.status.success(), "git tag: {}", String::from_utf8_lossy(&output.stderr).trim());
-    Ok(String::from_utf8(output.stdout)?.lines().next().map(str::to_owned))
+    Ok(git(&list)?.lines().next().map(str::to_owned))
 }

@@ -2,25 +2,25 @@
 //!
 //! The program is linked statically, so that one file runs on every Linux distribution and in an empty container image.
 //! `packaging/pack.py` makes the archive, the Debian package, the container image, the list of components and the
-//! install script from it. Maturin makes the wheel. With `--debug`, the debug build is packed, without a wheel. The
+//! install script from it, and maturin makes the wheel. With `--debug`, the debug build is packed, without a wheel. The
 //! programs for the tests come from Debian packages; nothing needs root rights.
 
 use crate::debian::Package;
-use crate::python::{BUILD_XTASK, Python};
-use crate::repository::{build_static, cargo, remap_paths, root, target_folder};
+use crate::python::{BUILD_XTASK, Python, empty_folder};
+use crate::repository::{build_static, cargo, git, remap_paths, root, target_folder};
 use crate::test::run;
 use crate::venv::{self, Requirements};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use clap::Args;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const REQUIREMENTS: [Requirements; 1] = [Requirements::WithDependencies("packaging/requirements.txt")];
-/// The oldest version of glibc on which the wheel works, as a platform tag of Python: that of 2012.
+/// Platform tag of the wheel: glibc 2.17 (2012) or newer.
 const WHEEL_PLATFORM: &str = "manylinux2014";
-/// What the tests need of Debian packages, with the variables in which they expect the folder. Without it, tests are
-/// skipped: with bubblewrap they start programs in other root filesystems, and umoci checks the container image.
+/// Debian packages that the tests need, each with the variable for its folder. Without a package, its tests are skipped.
+/// bubblewrap runs programs in another root filesystem, and umoci unpacks the container image.
 const TEST_PACKAGES: [(&str, Package); 4] = [
     ("TEST_BUBBLEWRAP", Package { name: "bubblewrap", program: "usr/bin/bwrap", libraries: &[] }),
     ("TEST_UMOCI", Package { name: "umoci", program: "usr/bin/umoci", libraries: &[] }),
@@ -60,7 +60,8 @@ pub struct Dist {
     /// Pack the debug build, without the wheel. For the tests of this repository
     #[arg(long)]
     debug: bool,
-    /// Build a second time, in another folder, and compare the bytes of all files. A debug build is only packed twice
+    /// Build a second time, in another folder, and compare the bytes of all files. With --debug, only the packing is
+    /// repeated
     #[arg(long)]
     twice: bool,
     /// Arguments for pytest, for instance -k NAME
@@ -97,20 +98,20 @@ impl Dist {
         }
     }
 
-    /// Builds all files into `folder`. Replaces it.
-    fn build(&self, venv: &Path, folder: &Path, build: &Path) -> Result<()> {
+    /// Builds all files into `folder`. Replaces it. `release_target` is cargo's target folder for release builds.
+    fn build(&self, venv: &Path, folder: &Path, release_target: &Path) -> Result<()> {
         let work = folder.with_extension("work");
-        for folder in [folder, &work] {
-            drop(fs::remove_dir_all(folder));
-            fs::create_dir_all(folder)?;
-        }
-        let epoch = commit_time()?;
-        let program = build_static(if self.debug { None } else { Some(build) })?;
+        empty_folder(folder)?;
+        empty_folder(&work)?;
+        // The time of the last commit, which all packed files get.
+        let epoch = git(&["log", "-1", "--format=%ct"])?.trim().to_owned();
+        let program = build_static((!self.debug).then_some(release_target))?;
         if !self.debug {
             let mut maturin = Command::new(venv.join("bin/maturin"));
             maturin.args(["build", "--release", "--zig", "--compatibility", WHEEL_PLATFORM, "--out"]).arg(folder);
-            maturin.env("SOURCE_DATE_EPOCH", &epoch).env("CARGO_TARGET_DIR", build).env("RUSTFLAGS", remap_paths());
-            // Where maturin finds zig.
+            maturin.env("SOURCE_DATE_EPOCH", &epoch).env("CARGO_TARGET_DIR", release_target);
+            maturin.env("CARGO_ENCODED_RUSTFLAGS", remap_paths());
+            // maturin looks for zig on the PATH.
             let path = std::env::var("PATH").unwrap_or_default();
             maturin.env("PATH", format!("{}:{path}", venv.join("bin").display()));
             run(maturin.current_dir(root().join("crates/modelcache-python")))?;
@@ -119,14 +120,6 @@ impl Dist {
         pack.arg("packaging/pack.py").arg(program).arg(work).arg(folder).current_dir(root());
         run(pack.env("SOURCE_DATE_EPOCH", epoch).env("CARGO", cargo().get_program()))
     }
-}
-
-/// Returns the time of the last commit, in seconds since 1970. All packed files get this time.
-fn commit_time() -> Result<String> {
-    let output = Command::new("git").args(["log", "-1", "--format=%ct"]).current_dir(root()).output();
-    let output = output.context("cannot run git")?;
-    ensure!(output.status.success(), "git log: {}", String::from_utf8_lossy(&output.stderr).trim());
-    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
 }
 
 /// Returns the paths of the files in a folder, sorted.
@@ -139,10 +132,11 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>> {
 /// Fails if the files of two folders differ in number, names or bytes.
 fn compare(first: &Path, second: &Path) -> Result<()> {
     let (first, second) = (files(first)?, files(second)?);
-    ensure!(first.len() == second.len(), "the second build has {} files instead of {}", second.len(), first.len());
+    ensure!(first.len() == second.len(), "the build is not reproducible: {first:?} became {second:?}");
     for (one, other) in first.iter().zip(&second) {
         let is_same = one.file_name() == other.file_name() && fs::read(one)? == fs::read(other)?;
-        ensure!(is_same, "two builds differ: {}, {}", one.display(), other.display());
+        let (one, other) = (one.display(), other.display());
+        ensure!(is_same, "the build is not reproducible: {one} and {other} differ; compare them with diffoscope");
     }
     println!("two builds have equal bytes");
     Ok(())

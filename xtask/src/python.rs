@@ -81,7 +81,7 @@ pub fn pack(python: &Path, native: &Path, folder: &Path) -> Result<PathBuf> {
 }
 
 /// Creates an empty folder. Replaces an existing one.
-fn empty_folder(folder: &Path) -> Result<()> {
+pub(crate) fn empty_folder(folder: &Path) -> Result<()> {
     if folder.exists() {
         fs::remove_dir_all(folder)?;
     }

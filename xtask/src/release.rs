@@ -4,7 +4,7 @@
 //! do. The version of the release is that of the library in Cargo.toml.
 
 use crate::docs::Docs;
-use crate::repository::{cargo, metadata, root};
+use crate::repository::{cargo, git, metadata, root};
 use crate::{table, tidy};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
@@ -94,7 +94,7 @@ fn checks(packages: &[Package], library: &Package) -> Result<Vec<(&'static str, 
         ("licences", licences(packages, root(), |path| path.is_file())),
         ("rust-version", rust_version(packages, &readme)),
         ("README", readme_versions(&readme, &library.version)?),
-        ("working tree", working_tree(&git_status()?)),
+        ("working tree", working_tree(&git(&["status", "--porcelain"])?)),
         ("generated docs", docs.err().map(|error| format!("{error:#}")).into_iter().collect()),
     ])
 }
@@ -343,12 +343,6 @@ fn working_tree(status: &str) -> Problems {
 }
 
 /// Returns the output of `git status --porcelain`.
-fn git_status() -> Result<String> {
-    let output = Command::new("git").args(["status", "--porcelain"]).current_dir(root()).output();
-    let output = output.context("cannot run git")?;
-    ensure!(output.status.success(), "git status: {}", String::from_utf8_lossy(&output.stderr).trim());
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-}
 
 #[cfg(test)]
 mod tests {

@@ -41,6 +41,13 @@ pub fn target_folder() -> Result<PathBuf> {
     Ok(metadata["target_directory"].as_str().context("cargo metadata reports no target folder")?.into())
 }
 
+/// Runs git in the repository and returns what it prints.
+pub(crate) fn git(arguments: &[&str]) -> Result<String> {
+    let output = Command::new("git").args(arguments).current_dir(root()).output().context("cannot run git")?;
+    ensure!(output.status.success(), "git {}: {}", arguments[0], String::from_utf8_lossy(&output.stderr).trim());
+    String::from_utf8(output.stdout).context("git printed a name that is not UTF-8")
+}
+
 /// How `modelcache` is built.
 pub enum Build {
     /// With the features and the profile of the tests, so that nothing is built twice.
@@ -57,33 +64,35 @@ pub fn build_modelcache(build: Build) -> Result<PathBuf> {
         Build::Development => command.arg("--workspace"),
         Build::Release => command.args(["--package", "modelcache-cli", "--release"]),
     };
-    let mut programs = build_messages(&mut command)?
-        .into_iter()
-        .filter_map(|message| Some(PathBuf::from(message["executable"].as_str()?)));
-    programs.next_back().context("cargo built no program")
+    executable(&build_messages(&mut command)?)
 }
 
-/// Builds the program `modelcache` as one file without shared libraries, without symbols, and returns its path. The build
-/// is made in the release profile in the folder `release`; without a folder, it is the development build.
-pub(crate) fn build_static(release: Option<&Path>) -> Result<PathBuf> {
+/// Builds `modelcache` statically linked and without symbols, and returns its path. `release_target` is the target folder
+/// of a release build. `None` makes a debug build in the usual target folder.
+pub(crate) fn build_static(release_target: Option<&Path>) -> Result<PathBuf> {
     let mut command = cargo();
     command.args(["rustc", "--locked", "--package", "modelcache-cli", "--bin", "modelcache"]);
-    if let Some(folder) = release {
-        command.arg("--release").env("CARGO_TARGET_DIR", folder).env("RUSTFLAGS", remap_paths());
+    if let Some(folder) = release_target {
+        command.arg("--release").env("CARGO_TARGET_DIR", folder).env("CARGO_ENCODED_RUSTFLAGS", remap_paths());
     }
     command.args(["--message-format=json-render-diagnostics", "--"]);
     // For the last step only, which links the program. The libraries are those of the ordinary build.
     command.args(["-C", "target-feature=+crt-static", "-C", "strip=symbols"]);
-    let messages = build_messages(&mut command)?;
+    executable(&build_messages(&mut command)?)
+}
+
+/// Returns the path of the program that cargo has built.
+fn executable(messages: &[Value]) -> Result<PathBuf> {
     let mut programs = messages.iter().filter_map(|message| message["executable"].as_str());
     programs.next_back().map(PathBuf::from).context("cargo built no program")
 }
 
-/// Returns flags for rustc, with which the build has no path of this machine, and does not depend on them.
+/// Returns flags of rustc for `CARGO_ENCODED_RUSTFLAGS`. They replace the paths of this machine, so that the build neither
+/// contains them nor depends on them.
 pub(crate) fn remap_paths() -> String {
     let home = std::env::var("HOME").unwrap_or_default();
     let cargo_home = std::env::var("CARGO_HOME").unwrap_or_else(|_| format!("{home}/.cargo"));
-    format!("--remap-path-prefix={}=/modelcache --remap-path-prefix={cargo_home}=/cargo", root().display())
+    format!("--remap-path-prefix={}=/modelcache\x1f--remap-path-prefix={cargo_home}=/cargo", root().display())
 }
 
 /// Builds the native module of the Python package as it is shipped, and returns its path.

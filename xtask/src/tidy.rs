@@ -5,7 +5,7 @@
 //! filesystem with a path. A module of the library imports only from its own layer and from lower ones. The library names
 //! no variable of the front ends.
 
-use crate::repository::root;
+use crate::repository::{git, root};
 use anyhow::{Context, Result, ensure};
 use regex::Regex;
 use std::fs;
@@ -33,9 +33,7 @@ pub(crate) fn check() -> Result<()> {
 
 /// Returns the paths of all files that git tracks.
 pub(crate) fn tracked_files() -> Result<Vec<String>> {
-    let output = Command::new("git").args(["ls-files", "-z"]).current_dir(root()).output().context("cannot run git")?;
-    ensure!(output.status.success(), "git ls-files: {}", String::from_utf8_lossy(&output.stderr).trim());
-    let names = String::from_utf8(output.stdout).context("a tracked name is not UTF-8")?;
+    let names = git(&["ls-files", "-z"])?;
     Ok(names.split_terminator('\0').map(str::to_owned).collect())
 }
 

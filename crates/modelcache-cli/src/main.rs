@@ -1,4 +1,4 @@
-//! The `modelcache` binary. Its code is in the library of this crate.
+//! The `modelcache` binary. All other code is in the library of this crate.
 
 use std::process::ExitCode;
 
@@ -9,8 +9,8 @@ fn main() -> ExitCode {
 }
 
 /// Makes a statically linked program look up hosts in /etc/hosts and by DNS, and users in /etc/passwd, whatever
-/// /etc/nsswitch.conf says. Otherwise glibc loads the plug-ins that this file names, from the machine's own glibc. If it
-/// has another version, the program can crash.
+/// /etc/nsswitch.conf says. Otherwise glibc loads the plug-ins named there from the machine. The program can crash if they
+/// belong to another version of glibc.
 #[cfg(all(target_env = "gnu", target_feature = "crt-static"))]
 #[expect(unsafe_code, reason = "a function of glibc without a safe wrapper")]
 fn look_up_names_without_plugins() {

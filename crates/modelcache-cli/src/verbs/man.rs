@@ -20,13 +20,13 @@ pub(crate) struct Man {
     #[arg(value_name = "COMMAND")]
     pub(crate) verb: Option<String>,
     /// Write the pages of the program and of all commands into this folder, for a package
-    #[arg(long, value_name = "FOLDER", conflicts_with = "verb")]
-    pub(crate) output: Option<PathBuf>,
+    #[arg(long = "output", value_name = "FOLDER", conflicts_with = "verb")]
+    pub(crate) folder: Option<PathBuf>,
 }
 
 impl Man {
     pub(crate) fn run(&self, output: &Output) -> Result<()> {
-        let page = match (&self.output, &self.verb) {
+        let page = match (&self.folder, &self.verb) {
             (Some(folder), _) => return write_pages(folder),
             (None, None) => top_page(),
             (None, Some(name)) => verb_page(find(&built_command(), name)?),
@@ -58,7 +58,7 @@ fn visible_verbs(command: &Command) -> impl Iterator<Item = &Command> {
     command.get_subcommands().filter(|verb| !verb.is_hide_set() && verb.get_name() != "help")
 }
 
-/// Returns the command line with all derived values filled in.
+/// Returns the command line with the values that clap derives, such as the full name of each command.
 fn built_command() -> Command {
     let mut command = Arguments::command();
     command.build();

@@ -108,7 +108,7 @@ class Pending(Generic[_Result]):
         label: str = "",
     ) -> None:
         if progress is not None and not isinstance(progress, bool) and not callable(progress):
-            raise TypeError("progress must be a function or a bool")
+            raise TypeError("progress must be a bool, a function or a progress bar class")
         self.prepared = contextlib.nullcontext(call) if isinstance(call, Call) else call
         # A call that is ready needs no other thread to be prepared on.
         self.is_ready = isinstance(call, Call)

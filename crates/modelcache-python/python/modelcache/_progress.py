@@ -52,10 +52,10 @@ def reporter(call: Call, progress: ProgressArgument, label: str) -> Reporter:
 
     :param label: the description of the call in a display.
     """
-    if isinstance(progress, bool):
+    if progress is True:
         return _Display(call, label)
     # `huggingface_hub` also accepts a `functools.partial` of a class.
-    if inspect.isclass(kind := getattr(progress, "func", progress)) and hasattr(kind, "update"):
+    if inspect.isclass(kind := getattr(progress, "func", progress)) and hasattr(kind, "refresh"):
         return _Bar(call, cast("Callable[..., TqdmLike]", progress), label)
     return _Function(call, cast("Callable[[Progress], object]", progress))
 
@@ -86,7 +86,7 @@ class Reporter:
 
 
 class _Function(Reporter):
-    """Passes the progress to a function, and the last time when the call has succeeded."""
+    """Calls a function with the progress, and once more after success."""
 
     def __init__(self, call: Call, function: Callable[[Progress], object]) -> None:
         super().__init__(call)
@@ -101,7 +101,7 @@ class _Function(Reporter):
 
 
 class _Bar(Reporter):
-    """Shows the progress in a bar of the class that the caller passed. The bar is made for the first bytes."""
+    """Shows the progress in a bar of the class that the caller passed. The bar is created when the total size is known."""
 
     def __init__(self, call: Call, make: Callable[..., TqdmLike], label: str) -> None:
         super().__init__(call)
@@ -146,7 +146,7 @@ class _Display(Reporter):
         self._has_failed = False
         self._started = time.monotonic()
         self._bytes = 0
-        # Phase and total of the last report, and when and with how many bytes it was the first one with them.
+        # The start of the current phase: phase and total, time, and bytes done. The speed is the average since then.
         self._part: tuple[str, int | None] | None = None
         self._part_started, self._part_bytes = 0.0, 0
 
@@ -332,6 +332,7 @@ class _TerminalLine:
 
     def draw(self, fraction: float, text: str) -> None:
         self._texts[self] = text
+        # A copy, because other threads change the dictionary.
         line = " | ".join(tuple(self._texts.values()))
         _write(f"\r{line[: shutil.get_terminal_size().columns - 1]}\x1b[K")
 
