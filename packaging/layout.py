@@ -110,7 +110,11 @@ def write(image: Image, archive: Path, name: str, architecture: str) -> None:
         "history": history,
     }
     layers = [blob(gzip.compress(layer, mtime=0), "layer.v1.tar+gzip") for layer in image.layers]
-    manifest: dict[str, Any] = {"schemaVersion": 2, "config": blob(document(config), "config.v1+json"), "layers": layers}
+    manifest: dict[str, Any] = {
+        "schemaVersion": 2,
+        "config": blob(document(config), "config.v1+json"),
+        "layers": layers,
+    }
     manifest["mediaType"] = "application/vnd.oci.image.manifest.v1+json"
     reference = blob(document(manifest), "manifest.v1+json") | {
         "platform": platform,

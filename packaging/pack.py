@@ -1,8 +1,13 @@
-"""Pack a built program into the files of a release: python pack.py PROGRAM WORK FOLDER
+"""Pack built programs into the files of a release.
 
-FOLDER gets the archive, the Debian package, the container image and the SBOM (list of components), then SHA256SUMS of
-these files and of a wheel in it, and last the install script, which has the digest of the archive. Equal inputs make equal bytes: all files in the
-archives get the time of the environment variable SOURCE_DATE_EPOCH.
+    python pack.py release PROGRAM WORK FOLDER
+    python pack.py licences PACKAGE FILE
+    python pack.py sbom PACKAGE FILE
+
+`release` writes the archive, the Debian package, the container image and the SBOM (list of components) of the program,
+then SHA256SUMS of these files and of a wheel in FOLDER, and last the install script, which has the digest of the
+archive. The other two write a part of the wheel. Equal inputs make equal bytes: all files in the archives get the time
+of the environment variable SOURCE_DATE_EPOCH, and modes that do not depend on the umask.
 """
 
 import argparse
@@ -33,15 +38,15 @@ COMPLETIONS = {"bash": "modelcache.bash", "zsh": "_modelcache", "fish": "modelca
 LICENCES = ("LICENSE-APACHE", "LICENSE-MIT")
 LGPL = PACKAGING / "LGPL-2.1"
 NO_TEXT = "The package has no file with its licence. LICENSE-APACHE and LICENSE-MIT have the texts."
-OTHER_PARTS = """The program contains these packages, each under its licence.
-
-It also contains the standard library of Rust (MIT OR Apache-2.0), and, because it is linked statically, the GNU C
-Library (LGPL-2.1-or-later, https://www.gnu.org/software/libc/). To link it with another version of that library, build
-modelcache from its sources on a machine with that version.
+OTHER_PARTS = """The program contains these packages, each under its licence. It also contains the standard library of
+Rust (MIT OR Apache-2.0).
 
 """
+GLIBC = """The program is linked statically with the GNU C Library (https://www.gnu.org/software/libc/). To link it with
+another version of that library, build modelcache from its sources on a machine with that version.
+"""
 # File names under which packages have their licences.
-LICENCE_FILES = re.compile(r"(licen[cs]e|copying|notice|unlicense|copyright)", re.IGNORECASE)
+LICENCE_FILES = re.compile(r"(licen[cs]e|copying|notice|unlicense|copyright)(?!.*\.(rs|py|go|sh|c|h)$)", re.IGNORECASE)
 
 
 def run(*command: str | Path, **environment: str) -> str:
@@ -52,57 +57,65 @@ def run(*command: str | Path, **environment: str) -> str:
     return done.stdout
 
 
-def metadata() -> dict[str, Any]:
-    """Returns the packages and their dependencies on this platform."""
-    host = re.search(r"^host: (.*)$", run("rustc", "-vV"), re.MULTILINE)
-    assert host is not None
-    arguments = ["--locked", "--format-version", "1", "--filter-platform", host[1]]
-    found: dict[str, Any] = json.loads(run(os.environ.get("CARGO", "cargo"), "metadata", *arguments))
-    return found
+def cargo(*arguments: str) -> str:
+    return run(os.environ.get("CARGO", "cargo"), *arguments, "--locked")
 
 
-def ordinary_dependencies(node: dict[str, Any]) -> list[str]:
-    """Returns the dependencies of a package, without those for its build script and its tests."""
-    return [one["pkg"] for one in node["deps"] if any(kind["kind"] is None for kind in one["dep_kinds"])]
+def rust(field: str) -> str:
+    """Returns a value of `rustc -vV`, such as `host` or `release`."""
+    found = re.search(rf"^{field}: (.*)$", run("rustc", "-vV"), re.MULTILINE)
+    assert found is not None
+    return found[1]
 
 
-def linked_packages(workspace: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the program's ordinary dependencies and the program, by name. Procedural macros are among them."""
-    packages = {package["id"]: package for package in workspace["packages"]}
-    nodes = {node["id"]: node for node in workspace["resolve"]["nodes"]}
-    found: set[str] = set()
-    pending = [name for name, package in packages.items() if package["name"] == PACKAGE]
-    while pending:
-        name = pending.pop()
-        if name in found:
-            continue
-        found.add(name)
-        pending.extend(ordinary_dependencies(nodes[name]))
-    return sorted((packages[name] for name in found), key=lambda package: (package["name"], package["version"]))
+class Workspace:
+    """The packages of the workspace and of crates.io, as cargo resolves them on this platform."""
+
+    def __init__(self) -> None:
+        found = json.loads(cargo("metadata", "--format-version", "1", "--filter-platform", rust("host")))
+        self.packages: dict[str, dict[str, Any]] = {package["id"]: package for package in found["packages"]}
+        self._dependencies = {node["id"]: node["deps"] for node in found["resolve"]["nodes"]}
+
+    def package(self, name: str) -> dict[str, Any]:
+        """Returns a package of this workspace."""
+        return next(one for one in self.packages.values() if one["name"] == name and one["source"] is None)
+
+    def parts(self, name: str) -> list[dict[str, Any]]:
+        """Returns a package and its ordinary dependencies, sorted by name. Procedural macros are among them."""
+        # Unlike the metadata, the tree has only the features that this package enables.
+        tree = cargo("tree", "--edges", "normal", "--prefix", "none", "--format", "{p}", "--package", name)
+        used = {tuple(line.split()[:2]) for line in tree.splitlines() if line}
+        parts = [one for one in self.packages.values() if (one["name"], f"v{one['version']}") in used]
+        return sorted(parts, key=lambda package: (package["name"], package["version"]))
+
+    def dependencies(self, package: dict[str, Any]) -> list[str]:
+        """Returns the ids of the dependencies of a package, without those for its build script and its tests."""
+        dependencies = self._dependencies[package["id"]]
+        return [one["pkg"] for one in dependencies if any(kind["kind"] is None for kind in one["dep_kinds"])]
 
 
-def third_party_licences(packages: list[dict[str, Any]]) -> str:
-    """Returns the licences of the packages of others. Packages with the same text share it."""
+def third_party_licences(packages: list[dict[str, Any]], is_static: bool) -> str:
+    """Returns the licences of the packages of others, and with `is_static` that of glibc. Equal texts appear once."""
     users: dict[str, list[str]] = {}
     for package in packages:
         if package["source"] is None:
             continue
         folder = Path(package["manifest_path"]).parent
-        texts = [
-            path.read_text(errors="replace").strip()
-            for path in sorted(folder.iterdir())
-            if path.is_file() and LICENCE_FILES.match(path.name)
-        ]
+        # Parts of a package may be under other licences, which are in folders of their own.
+        files = [path for path in sorted(folder.rglob("*")) if LICENCE_FILES.match(path.name) and path.is_file()]
+        texts = [path.read_text(errors="replace").strip() for path in files]
         title = f"{package['name']} {package['version']} ({package['license'] or 'see the text'})"
         if not texts and not re.search("Apache-2.0|MIT", package["license"] or ""):
             raise SystemExit(f"{title} has no file with its licence, and neither Apache-2.0 nor MIT applies")
         users.setdefault("\n\n".join(texts) or NO_TEXT, []).append(title)
     line = "-" * 80
     sections = [f"{line}\n" + "\n".join(names) + f"\n{line}\n\n{text}\n" for text, names in users.items()]
-    return OTHER_PARTS + "\n".join(sections) + f"{line}\nGNU C Library\n{line}\n\n" + LGPL.read_text()
+    if is_static:
+        sections.append(f"{line}\nGNU C Library\n{line}\n\n{GLIBC}\n{LGPL.read_text()}")
+    return OTHER_PARTS + "\n".join(sections)
 
 
-def make_archive_folder(folder: Path, program: Path, packages: list[dict[str, Any]]) -> None:
+def make_archive_folder(folder: Path, program: Path, licences: str) -> None:
     """Makes the folder that the archive has: the program, completions, manual pages, licences."""
     (folder / "completions").mkdir(parents=True)
     installed = folder / "modelcache"
@@ -113,7 +126,7 @@ def make_archive_folder(folder: Path, program: Path, packages: list[dict[str, An
     run(installed, "man", "--output", folder / "man")
     for file in ("README.md", "CHANGELOG.md", *LICENCES):
         shutil.copyfile(ROOT / file, folder / file)
-    (folder / "THIRD-PARTY-LICENSES").write_text(third_party_licences(packages))
+    (folder / "THIRD-PARTY-LICENSES").write_text(licences)
 
 
 def tar(folder: Path, target: Path, epoch: int) -> None:
@@ -190,8 +203,8 @@ def install_script(folder: Path, target: Path, version: str, url: str) -> None:
     target.chmod(0o755)
 
 
-def sbom(workspace: dict[str, Any], epoch: int) -> str:
-    """Returns the SBOM of the program, as CycloneDX JSON."""
+def sbom(workspace: Workspace, name: str, epoch: int, is_static: bool) -> str:
+    """Returns the SBOM of a package as CycloneDX JSON, with `is_static` also with glibc as a part."""
     from cyclonedx.contrib.license.factories import LicenseFactory
     from cyclonedx.model import HashAlgorithm, HashType
     from cyclonedx.model.bom import Bom
@@ -204,56 +217,53 @@ def sbom(workspace: dict[str, Any], epoch: int) -> str:
     factory = LicenseFactory()
 
     def component(package: dict[str, Any]) -> Component:
-        name, version = package["name"], package["version"]
-        checksum = checksums.get((name, version))
+        checksum = checksums.get((package["name"], package["version"]))
         expression = (package["license"] or "").replace("/", " OR ")
         return Component(
-            name=name,
-            version=version,
-            type=ComponentType.APPLICATION if name == PACKAGE else ComponentType.LIBRARY,
-            bom_ref=f"{name} {version}",
+            name=package["name"],
+            version=package["version"],
+            type=ComponentType.APPLICATION if package["name"] == name else ComponentType.LIBRARY,
+            bom_ref=f"{package['name']} {package['version']}",
             description=package["description"],
-            purl=PackageURL("cargo", name=name, version=version),
+            purl=PackageURL("cargo", name=package["name"], version=package["version"]),
             licenses=[factory.make_from_string(expression)] if expression else [],
             hashes=[HashType(alg=HashAlgorithm.SHA_256, content=checksum)] if checksum else [],
         )
 
-    packages = linked_packages(workspace)
-    made = {package["id"]: component(package) for package in packages}
+    parts = workspace.parts(name)
+    made = {package["id"]: component(package) for package in parts}
     bom = Bom()
     bom.metadata.timestamp = datetime.fromtimestamp(epoch, timezone.utc)
-    for package in packages:
-        if package["name"] == PACKAGE:
-            bom.metadata.component = made[package["id"]]
+    for package in parts:
+        one = made[package["id"]]
+        if package["name"] == name:
+            bom.metadata.component = one
         else:
-            bom.components.add(made[package["id"]])
-    for node in workspace["resolve"]["nodes"]:
-        if node["id"] in made:
-            bom.register_dependency(made[node["id"]], [made[name] for name in ordinary_dependencies(node)])
+            bom.components.add(one)
+        bom.register_dependency(one, [made[other] for other in workspace.dependencies(package) if other in made])
+    others = [("rust-std", rust("release"), "MIT OR Apache-2.0")]
+    if is_static:
+        others.append(("glibc", (os.confstr("CS_GNU_LIBC_VERSION") or "").split()[1], "LGPL-2.1-or-later"))
+    for other, version, licence in others:
+        licences = [factory.make_from_string(licence)]
+        bom.components.add(Component(name=other, version=version, bom_ref=f"{other} {version}", licenses=licences))
     # Derived from names and versions, so that equal lists have equal bytes.
-    bom.serial_number = uuid5(NAMESPACE_URL, " ".join(one.bom_ref.value or "" for one in made.values()))
+    bom.serial_number = uuid5(NAMESPACE_URL, " ".join(sorted(f"{one.name} {one.version}" for one in bom.components)))
     return JsonV1Dot6(bom).output_as_string(indent=2)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("program", type=Path)
-    parser.add_argument("work", type=Path, help="a folder for the parts of the files")
-    parser.add_argument("folder", type=Path, help="the folder of the files; a wheel in it is kept")
-    arguments = parser.parse_args()
-    folder, work = arguments.folder.resolve(), arguments.work.resolve()
-    epoch = int(os.environ["SOURCE_DATE_EPOCH"])
-
-    workspace = metadata()
-    package = next(package for package in workspace["packages"] if package["name"] == PACKAGE)
+def release(program: Path, work: Path, folder: Path, epoch: int) -> None:
+    """Writes all files of a release into `folder`, except the wheel, which may be there already."""
+    workspace = Workspace()
+    package = workspace.package(PACKAGE)
     version = package["version"]
     unpacked = work / f"modelcache-{version}-{ARCHITECTURE}-linux"
-    make_archive_folder(unpacked, arguments.program.resolve(), linked_packages(workspace))
+    make_archive_folder(unpacked, program, third_party_licences(workspace.parts(PACKAGE), is_static=True))
     tar(unpacked, folder / f"{unpacked.name}.tar.gz", epoch)
     debian_package(unpacked, work / "deb", folder, version)
     packed = folder / f"modelcache-{version}-{ARCHITECTURE}-image.tar"
     image(unpacked, work / "image", packed, version, epoch)
-    (folder / f"modelcache-{version}.cdx.json").write_text(sbom(workspace, epoch))
+    (folder / f"modelcache-{version}.cdx.json").write_text(sbom(workspace, PACKAGE, epoch, is_static=True))
 
     sums = [f"{digest(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
     (folder / "SHA256SUMS").write_text("".join(sums))
@@ -262,6 +272,30 @@ def main() -> None:
     install_script(folder, folder / "install.sh", version, url)
     for path in sorted(folder.iterdir()):
         print(f"{path.stat().st_size:>12,}  {path.name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    tasks = parser.add_subparsers(dest="task", required=True)
+    task = tasks.add_parser("release")
+    task.add_argument("program", type=Path)
+    task.add_argument("work", type=Path, help="a folder for the parts of the files")
+    task.add_argument("folder", type=Path, help="the folder of the files; a wheel in it is kept")
+    for name in ("licences", "sbom"):
+        task = tasks.add_parser(name)
+        task.add_argument("package")
+        task.add_argument("file", type=Path)
+    arguments = parser.parse_args()
+    epoch = int(os.environ["SOURCE_DATE_EPOCH"])
+    os.umask(0o022)
+    match arguments.task:
+        case "release":
+            release(arguments.program.resolve(), arguments.work.resolve(), arguments.folder.resolve(), epoch)
+        case "licences":
+            parts = Workspace().parts(arguments.package)
+            arguments.file.write_text(third_party_licences(parts, is_static=False))
+        case "sbom":
+            arguments.file.write_text(sbom(Workspace(), arguments.package, epoch, is_static=False))
 
 
 if __name__ == "__main__":

@@ -62,6 +62,14 @@ def test_settings_survive_an_update_and_removal_but_not_a_purge(installed: Root)
     assert not settings.exists()
 
 
+def test_a_systemd_that_does_not_answer_hinders_nothing(installed: Root) -> None:
+    (installed.folder / "run/systemd/system").mkdir(parents=True)
+    installed.write("/usr/bin/systemctl", "#!/bin/sh\nexit 1\n")
+    (installed.folder / "usr/bin/systemctl").chmod(0o755)
+    for command in (["--install", "/modelcache.deb"], ["--remove", "modelcache"], ["--purge", "modelcache"]):
+        installed.run("dpkg", *command)
+
+
 def test_the_package_says_what_it_is(debian: Root) -> None:
     shutil.copy(file("*.deb"), debian.folder / "modelcache.deb")
     fields = debian.run("dpkg-deb", "--field", "/modelcache.deb").stdout

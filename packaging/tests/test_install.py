@@ -86,7 +86,7 @@ def test_it_downloads_to_the_home_folder_and_names_the_path(server: str, tmp_pat
     home = tmp_path / "home dir"
     done = install("--from", server, HOME=str(home))
     program = home / ".local/bin/modelcache"
-    assert f"add it to the PATH: export PATH={home}/.local/bin:$PATH" in done.stdout, done.stderr
+    assert f'add it to the PATH: export PATH="{home}/.local/bin:$PATH"' in done.stdout, done.stderr
     assert subprocess.run([program, "--version"], capture_output=True, check=True).stdout.startswith(b"modelcache ")
     assert not list((home / ".local").glob(".modelcache-install*"))
 
@@ -145,8 +145,38 @@ def test_wrong_arguments_are_refused(files: Path, tmp_path: Path) -> None:
     assert done.returncode == 1 and "choose another" in done.stderr
 
 
-def test_help_is_the_first_comment() -> None:
-    done = install("--help")
-    assert done.returncode == 0
-    assert "sh install.sh [--prefix FOLDER] [--from FOLDER-OR-URL]" in done.stdout
-    assert done.stdout.strip().endswith("exactly these archives.")
+def test_a_name_that_is_a_folder_is_refused(files: Path, tmp_path: Path) -> None:
+    (tmp_path / "p/bin/modelcache").mkdir(parents=True)
+    done = install("--from", files, "--prefix", tmp_path / "p")
+    assert done.returncode == 1 and "p/bin/modelcache is a folder; remove it" in done.stderr
+
+
+def test_without_a_home_folder_the_prefix_is_required(files: Path) -> None:
+    for arguments in (["--from", files], ["--from", files, "--prefix", ""]):
+        done = install(*arguments)
+        assert done.returncode == 1 and "choose a folder with --prefix" in done.stderr
+
+
+def test_relative_and_odd_folders_are_what_they_look_like(files: Path, tmp_path: Path) -> None:
+    for prefix in ("-p", "a:b", "back\\slash", "two words"):
+        command = ["sh", str(SCRIPT), "--from", os.path.relpath(files, tmp_path), "--prefix", prefix]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT_S)
+        assert done.returncode == 0, done.stderr
+        subprocess.run([tmp_path / prefix / "bin/modelcache", "--version"], check=True, capture_output=True)
+
+
+def test_other_users_may_use_what_is_installed_whatever_the_umask(files: Path, tmp_path: Path) -> None:
+    command = ["sh", "-c", 'umask 077; exec sh "$@"', "sh", str(SCRIPT), "--from", files, "--prefix", tmp_path / "p"]
+    subprocess.run(command, check=True, capture_output=True, timeout=TIMEOUT_S)
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in (tmp_path / "p").rglob("*"))
+
+
+def test_a_script_that_arrives_incomplete_through_a_pipe_does_nothing(files: Path, tmp_path: Path) -> None:
+    script = SCRIPT.read_bytes()
+    # Without its last line, the call of the main function.
+    for length in (len(script) // 2, script.rindex(b"\nmain ")):
+        command = ["sh", "-s", "--", "--from", str(files), "--prefix", str(tmp_path / "p")]
+        subprocess.run(command, input=script[:length], capture_output=True, timeout=TIMEOUT_S)
+        assert not (tmp_path / "p").exists()
+    done = subprocess.run(["sh", "-s", "--", "--help"], input=script, capture_output=True, timeout=TIMEOUT_S)
+    assert done.returncode == 0 and b"--prefix FOLDER" in done.stdout

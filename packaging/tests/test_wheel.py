@@ -70,9 +70,11 @@ def test_the_wheel_has_the_metadata_that_pypi_shows() -> None:
         (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(wheel.read(name).decode())
         assert {"modelcache/py.typed", "modelcache/_native.pyi"} <= set(wheel.namelist())
+        (sbom,) = (name for name in wheel.namelist() if "/sboms/" in name)
+        assert "pkg:cargo/pyo3@" in wheel.read(sbom).decode() and "file://" not in wheel.read(sbom).decode()
     assert metadata["Name"] == "modelcache"
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "MIT OR Apache-2.0"
     assert metadata["Description-Content-Type"].startswith("text/markdown")
     assert "from modelcache import ModelCache" in metadata.get_payload()
-    assert metadata.get_all("License-File"), "the licences are in the wheel"
+    assert set(metadata.get_all("License-File") or []) == {"LICENSE-APACHE", "LICENSE-MIT", "LICENSE-THIRD-PARTY"}

@@ -6,12 +6,13 @@
 //! programs for the tests come from Debian packages; nothing needs root rights.
 
 use crate::debian::Package;
-use crate::python::{BUILD_XTASK, Python, empty_folder};
+use crate::python::{BUILD_XTASK, PACKAGE, Python, empty_folder};
 use crate::repository::{build_static, cargo, git, remap_paths, root, target_folder};
 use crate::test::run;
 use crate::venv::{self, Requirements};
 use anyhow::{Result, ensure};
 use clap::Args;
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -106,19 +107,29 @@ impl Dist {
         // The time of the last commit, which all packed files get.
         let epoch = git(&["log", "-1", "--format=%ct"])?.trim().to_owned();
         let program = build_static((!self.debug).then_some(release_target))?;
+        let pack = |arguments: &[&OsStr]| {
+            let mut command = Command::new(venv.join("bin/python"));
+            command.arg("packaging/pack.py").args(arguments).current_dir(root());
+            run(command.env("SOURCE_DATE_EPOCH", &epoch).env("CARGO", cargo().get_program()))
+        };
         if !self.debug {
+            // maturin includes all files with this beginning.
+            let licences = root().join(PACKAGE).join("LICENSE-THIRD-PARTY");
+            let sbom = work.join("modelcache-python.cdx.json");
+            pack(&["licences".as_ref(), "modelcache-python".as_ref(), licences.as_ref()])?;
+            pack(&["sbom".as_ref(), "modelcache-python".as_ref(), sbom.as_ref()])?;
             let mut maturin = Command::new(venv.join("bin/maturin"));
-            maturin.args(["build", "--release", "--zig", "--compatibility", WHEEL_PLATFORM, "--out"]).arg(folder);
+            maturin.arg("build").arg("--sbom-include").arg(&sbom);
+            maturin.args(["--release", "--zig", "--compatibility", WHEEL_PLATFORM, "--out"]).arg(folder);
             maturin.env("SOURCE_DATE_EPOCH", &epoch).env("CARGO_TARGET_DIR", release_target);
             maturin.env("CARGO_ENCODED_RUSTFLAGS", remap_paths());
             // maturin looks for zig on the PATH.
             let path = std::env::var("PATH").unwrap_or_default();
             maturin.env("PATH", format!("{}:{path}", venv.join("bin").display()));
-            run(maturin.current_dir(root().join("crates/modelcache-python")))?;
+            run(maturin.current_dir(root().join(PACKAGE)))?;
+            fs::remove_file(licences)?;
         }
-        let mut pack = Command::new(venv.join("bin/python"));
-        pack.arg("packaging/pack.py").arg(program).arg(work).arg(folder).current_dir(root());
-        run(pack.env("SOURCE_DATE_EPOCH", epoch).env("CARGO", cargo().get_program()))
+        pack(&["release".as_ref(), program.as_ref(), work.as_ref(), folder.as_ref()])
     }
 }
 

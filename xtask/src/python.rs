@@ -14,7 +14,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const PACKAGE: &str = "crates/modelcache-python";
+pub(crate) const PACKAGE: &str = "crates/modelcache-python";
 const REQUIREMENTS: [Requirements; 2] = [
     Requirements::WithDependencies("crates/modelcache-python/tests/requirements.txt"),
     Requirements::Exact("crates/modelcache-python/tests/requirements-no-deps.txt"),

@@ -12,7 +12,6 @@ use regex::Regex;
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 /// The published crates in the order of publication: each comes after the crates that it depends on.
 pub(crate) const PUBLISHED: [&str; 3] = ["modelcache", "modelcache-server", "modelcache-cli"];
@@ -341,8 +340,6 @@ fn working_tree(status: &str) -> Problems {
     let more = if files.len() > 1 { format!(" and {} more", files.len() - 1) } else { String::new() };
     files.first().map(|first| format!("{first}{more} not committed; commit or remove")).into_iter().collect()
 }
-
-/// Returns the output of `git status --porcelain`.
 
 #[cfg(test)]
 mod tests {

@@ -6,10 +6,9 @@
 //! no variable of the front ends.
 
 use crate::repository::{git, root};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use regex::Regex;
 use std::fs;
-use std::process::Command;
 
 /// The only package source that the lock file may name.
 const CRATES_IO: &str = "registry+https://github.com/rust-lang/crates.io-index";
