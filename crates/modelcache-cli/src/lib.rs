@@ -16,8 +16,10 @@ mod metrics;
 mod output;
 mod program;
 mod progress;
+mod rate;
 mod signals;
 mod small_memory;
+mod taskbar;
 #[cfg(feature = "otel")]
 mod traces;
 mod verbs;

@@ -29,6 +29,7 @@ mod oci;
 mod offline;
 mod pages;
 mod power_cut;
+mod progress;
 mod proxies;
 mod put_options;
 mod real_model;
