@@ -28,6 +28,8 @@ pub(crate) struct Output {
     colour: bool,
     /// True if standard error is a terminal that can redraw lines.
     can_redraw: bool,
+    /// True if standard output is a terminal that can redraw lines.
+    can_redraw_stdout: bool,
     bars: OnceLock<MultiProgress>,
     /// `None` if the terminal is not known to show progress in the taskbar.
     taskbar: Option<Mutex<Taskbar>>,
@@ -47,6 +49,7 @@ impl Output {
             quiet: global.quiet,
             colour: io::stderr().is_terminal() && !dumb && !is_set("NO_COLOR"),
             can_redraw,
+            can_redraw_stdout: io::stdout().is_terminal() && !dumb && !keeps_log,
             bars: OnceLock::new(),
             taskbar: Taskbar::detect(can_redraw).map(Mutex::new),
             closed: AtomicBool::new(false),
@@ -68,6 +71,16 @@ impl Output {
     /// Returns true if standard error is a terminal that can redraw lines, as a progress bar needs.
     pub(crate) fn can_redraw(&self) -> bool {
         self.can_redraw
+    }
+
+    /// Returns true if standard output is a terminal that can redraw lines, as a live view needs.
+    pub(crate) fn can_redraw_stdout(&self) -> bool {
+        self.can_redraw_stdout
+    }
+
+    /// Returns true once standard output was closed by its reader.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Relaxed)
     }
 
     /// Writes the text that `change` returns to the terminal, if it shows progress in the taskbar.
@@ -110,12 +123,18 @@ impl Output {
         self.write(path.as_os_str().as_bytes())
     }
 
+    /// Writes a line.
     fn write(&self, line: &[u8]) -> Result<()> {
-        if self.closed.load(Ordering::Relaxed) {
+        self.write_exactly(&[line, b"\n"].concat())
+    }
+
+    /// Writes to standard output, for instance control sequences of a live view.
+    pub(crate) fn write_exactly(&self, bytes: &[u8]) -> Result<()> {
+        if self.is_closed() {
             return Ok(());
         }
         let mut stdout = io::stdout().lock();
-        match stdout.write_all(&[line, b"\n"].concat()).and_then(|()| stdout.flush()) {
+        match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
             // The reader closed the pipe: `modelcache ls | head`.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
                 self.closed.store(true, Ordering::Relaxed);

@@ -50,5 +50,6 @@ mod verbs_pin;
 mod verbs_prewarm;
 mod verbs_prune;
 mod verify;
+mod watch;
 mod weather;
 mod web;
