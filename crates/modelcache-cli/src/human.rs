@@ -27,6 +27,14 @@ pub(crate) fn duration(duration: Duration) -> String {
     }
 }
 
+/// Formats the whole seconds until an event: `9 s`, `2 min 5 s`.
+pub(crate) fn countdown(left: Duration) -> String {
+    match left.as_secs() {
+        seconds @ 0..60 => format!("{seconds} s"),
+        _ => duration(left),
+    }
+}
+
 /// Formats the time since `then`, rounded down to one unit. A time in the future counts as now.
 pub(crate) fn ago(then: SystemTime, now: SystemTime) -> String {
     let count = |number: u64, unit: &str| format!("{number} {unit}{} ago", if number == 1 { "" } else { "s" });
@@ -62,6 +70,12 @@ mod tests {
         for (seconds, text) in shown {
             assert_eq!(duration(Duration::from_secs_f64(seconds)), text);
         }
+    }
+
+    #[test]
+    fn a_countdown_has_no_fractions() {
+        let shown = [0, 9, 59, 60, 125].map(|seconds| countdown(Duration::from_secs(seconds)));
+        assert_eq!(shown, ["0 s", "9 s", "59 s", "1 min 0 s", "2 min 5 s"]);
     }
 
     #[test]

@@ -16,8 +16,11 @@ mod metrics;
 mod output;
 mod program;
 mod progress;
+mod rate;
+mod screen;
 mod signals;
 mod small_memory;
+mod taskbar;
 #[cfg(feature = "otel")]
 mod traces;
 mod verbs;
@@ -117,11 +120,9 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
         _ => command_span(name),
     };
     let run = arguments.verb.run(&session).instrument(span.clone());
-    let ended = match &arguments.verb {
-        // The daemon handles signals itself: it lets running requests finish.
-        verbs::Verb::Serve(_) => runtime.block_on(signals::without(run)),
-        // A signal drops the running command.
-        _ => runtime.block_on(signals::run_until_signal(run)),
+    let ended = match arguments.verb.handles_signals() {
+        true => runtime.block_on(signals::without(run)),
+        false => runtime.block_on(signals::run_until_signal(run)),
     };
     let code = match &ended {
         Ok(Ok(code)) => *code,

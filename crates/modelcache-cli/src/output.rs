@@ -8,6 +8,7 @@
 
 use crate::arguments::Global;
 use crate::signals::Signal;
+use crate::taskbar::Taskbar;
 use indicatif::{MultiProgress, ProgressDrawTarget};
 use modelcache::{Error, ErrorKind, Reference, Result, Tier, printable};
 use serde::Serialize;
@@ -17,8 +18,8 @@ use std::io::{self, IsTerminal, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::panic::PanicHookInfo;
 use std::path::Path;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// Standard output and standard error, with the caller's output options.
 pub(crate) struct Output {
@@ -27,7 +28,11 @@ pub(crate) struct Output {
     colour: bool,
     /// True if standard error is a terminal that can redraw lines.
     can_redraw: bool,
+    /// True if standard output is a terminal that can redraw lines.
+    can_redraw_stdout: bool,
     bars: OnceLock<MultiProgress>,
+    /// `None` if the terminal is not known to show progress in the taskbar.
+    taskbar: Option<Mutex<Taskbar>>,
     /// True once standard output was closed by its reader.
     closed: AtomicBool,
 }
@@ -36,13 +41,17 @@ impl Output {
     pub(crate) fn new(global: &Global) -> Self {
         let is_set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
         let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
-        let can_redraw = io::stderr().is_terminal() && !dumb;
+        // Some CI systems run commands on a terminal, and write everything that it receives to a log.
+        let keeps_log = is_set("CI") && std::env::var_os("CI").is_none_or(|value| value != "false");
+        let can_redraw = io::stderr().is_terminal() && !dumb && !keeps_log;
         Self {
             json: global.json,
             quiet: global.quiet,
-            colour: can_redraw && !is_set("NO_COLOR"),
+            colour: io::stderr().is_terminal() && !dumb && !is_set("NO_COLOR"),
             can_redraw,
+            can_redraw_stdout: io::stdout().is_terminal() && !dumb && !keeps_log,
             bars: OnceLock::new(),
+            taskbar: Taskbar::detect(can_redraw).map(Mutex::new),
             closed: AtomicBool::new(false),
         }
     }
@@ -62,6 +71,25 @@ impl Output {
     /// Returns true if standard error is a terminal that can redraw lines, as a progress bar needs.
     pub(crate) fn can_redraw(&self) -> bool {
         self.can_redraw
+    }
+
+    /// Returns true if standard output is a terminal that can redraw lines, as a live view needs.
+    pub(crate) fn can_redraw_stdout(&self) -> bool {
+        self.can_redraw_stdout
+    }
+
+    /// Returns true once standard output was closed by its reader.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Relaxed)
+    }
+
+    /// Writes the text that `change` returns to the terminal, if it shows progress in the taskbar.
+    pub(crate) fn show_in_taskbar(&self, change: impl FnOnce(&mut Taskbar) -> String) {
+        if let Some(taskbar) = &self.taskbar {
+            let mut taskbar = taskbar.lock().unwrap_or_else(PoisonError::into_inner);
+            // The sequence does not move the cursor, so that the bars need not be hidden meanwhile.
+            let _ = io::stderr().lock().write_all(change(&mut taskbar).as_bytes());
+        }
     }
 
     /// Returns the progress bars of this terminal.
@@ -95,12 +123,18 @@ impl Output {
         self.write(path.as_os_str().as_bytes())
     }
 
+    /// Writes a line.
     fn write(&self, line: &[u8]) -> Result<()> {
-        if self.closed.load(Ordering::Relaxed) {
+        self.write_exactly(&[line, b"\n"].concat())
+    }
+
+    /// Writes to standard output, for instance control sequences of a live view.
+    pub(crate) fn write_exactly(&self, bytes: &[u8]) -> Result<()> {
+        if self.is_closed() {
             return Ok(());
         }
         let mut stdout = io::stdout().lock();
-        match stdout.write_all(&[line, b"\n"].concat()).and_then(|()| stdout.flush()) {
+        match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
             // The reader closed the pipe: `modelcache ls | head`.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
                 self.closed.store(true, Ordering::Relaxed);

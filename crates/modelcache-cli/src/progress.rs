@@ -1,13 +1,15 @@
 //! Shows the progress of a running call: a bar on a terminal, otherwise a line every few seconds.
 //!
 //! The display samples counters and does not slow the call down. A call that ends within a second shows nothing. The
-//! bar is removed when the call ends or is dropped.
+//! bar, and the progress in the taskbar, are removed when the call ends or is dropped.
 
 use crate::human;
 use crate::output::Output;
+use crate::rate::{self, RateMeter};
+use crate::taskbar::CallId;
 use indicatif::{ProgressBar, ProgressStyle};
 use modelcache::progress::{Phase, Progress, Snapshot};
-use modelcache::{Tier, printable};
+use modelcache::{Result, Tier, printable};
 use std::future::Future;
 use std::pin::pin;
 use std::time::{Duration, Instant};
@@ -20,11 +22,14 @@ const BAR_INTERVAL: Duration = Duration::from_millis(100);
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
 /// Longest label beside a bar, in characters.
 const LABEL_CHARS_MAX: usize = 28;
-/// Time constant of the moving average of the rate, in seconds.
-const RATE_TIME_CONSTANT_S: f64 = 5.0;
 
 /// Runs `work` and shows `progress` labelled `label`, unless `--quiet` was passed. Returns the outcome of `work`.
-pub(crate) async fn show<T>(output: &Output, label: &str, progress: &Progress, work: impl Future<Output = T>) -> T {
+pub(crate) async fn show<T>(
+    output: &Output,
+    label: &str,
+    progress: &Progress,
+    work: impl Future<Output = Result<T>>,
+) -> Result<T> {
     if output.is_quiet() {
         return work.await;
     }
@@ -36,7 +41,10 @@ pub(crate) async fn show<T>(output: &Output, label: &str, progress: &Progress, w
     loop {
         tokio::select! {
             biased;
-            outcome = &mut work => return outcome,
+            outcome = &mut work => {
+                view.has_failed = outcome.is_err();
+                return outcome;
+            }
             _ = ticks.tick() => view.update(Instant::now(), progress.snapshot()),
         }
     }
@@ -50,12 +58,24 @@ struct View<'a> {
     started: Instant,
     last_line: Option<Instant>,
     bar: Option<ProgressBar>,
+    /// The number of the call in the taskbar, if it was shown there.
+    taskbar_call: Option<CallId>,
+    has_failed: bool,
 }
 
 impl<'a> View<'a> {
     fn new(output: &'a Output, label: &'a str) -> Self {
         let label = printable::line(label).into_owned();
-        Self { output, label, meter: Meter::default(), started: Instant::now(), last_line: None, bar: None }
+        Self {
+            output,
+            label,
+            meter: Meter::default(),
+            started: Instant::now(),
+            last_line: None,
+            bar: None,
+            taskbar_call: None,
+            has_failed: false,
+        }
     }
 
     /// Samples the counters, and updates the bar or prints a line if it is time.
@@ -85,6 +105,10 @@ impl<'a> View<'a> {
         bar.set_position(reading.done_bytes.min(reading.total_bytes));
         bar.set_message(reading.brief());
         bar.tick();
+        self.output.show_in_taskbar(|taskbar| {
+            let call = *self.taskbar_call.get_or_insert_with(|| taskbar.add_call());
+            taskbar.update(call, reading.done_bytes, reading.total_bytes)
+        });
     }
 }
 
@@ -99,6 +123,9 @@ impl Drop for View<'_> {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
             self.output.bars().remove(bar);
+        }
+        if let Some(call) = self.taskbar_call {
+            self.output.show_in_taskbar(|taskbar| taskbar.end(call, self.has_failed));
         }
     }
 }
@@ -153,20 +180,10 @@ impl ProgressSample {
         if self.total_bytes > 0 {
             parts.push(format!("{}{of}{}", human::bytes(self.done_bytes), human::bytes(self.total_bytes)));
             parts.extend(self.bytes_per_second.map(human::rate));
-            parts.extend(self.time_left());
+            let left = rate::time_left(self.done_bytes, self.total_bytes, self.bytes_per_second);
+            parts.extend(left.map(|left| format!("{} left", human::countdown(left))));
         }
         parts.join(separator)
-    }
-
-    /// Returns the time that the rest of the phase takes at the current rate. Returns `None` without a rate, or if the
-    /// time is too long to be a useful estimate.
-    fn time_left(&self) -> Option<String> {
-        let seconds = self.total_bytes.saturating_sub(self.done_bytes) as f64 / self.bytes_per_second?;
-        match seconds.ceil() {
-            seconds if !seconds.is_finite() || seconds >= 1e7 => None,
-            seconds if seconds < 60.0 => Some(format!("{seconds} s left")),
-            seconds => Some(format!("{} left", human::duration(Duration::from_secs(seconds as u64)))),
-        }
     }
 }
 
@@ -178,54 +195,43 @@ fn shortened(label: &str) -> String {
     }
 }
 
-/// Computes a rate from successive samples of the counters.
+/// Computes rate and tier from successive samples of the counters.
 #[derive(Debug, Default)]
 struct Meter {
-    last: Option<(Instant, Snapshot)>,
+    last: Option<Snapshot>,
     tier: Option<Tier>,
-    bytes_per_second: Option<f64>,
+    rate: RateMeter,
 }
 
 impl Meter {
     /// Takes a sample of the counters, and returns it as it is displayed.
     fn sample(&mut self, now: Instant, snapshot: Snapshot) -> ProgressSample {
-        match self.last.take() {
-            // A new phase or a new total starts a new average.
-            Some((then, before)) if before.phase == snapshot.phase && before.total_bytes == snapshot.total_bytes => {
-                self.update_rate(now.duration_since(then).as_secs_f64(), &before, &snapshot);
+        match self.last.replace(snapshot) {
+            Some(before) if before.phase == snapshot.phase && before.total_bytes == snapshot.total_bytes => {
+                self.update_tier(&before, &snapshot);
             }
-            _ => self.bytes_per_second = None,
+            // A new phase or a new total starts a new average.
+            _ => self.rate = RateMeter::default(),
         }
         if snapshot.phase != Phase::Download {
             self.tier = None;
         }
-        self.last = Some((now, snapshot));
         ProgressSample {
             phase: snapshot.phase,
             tier: self.tier,
             done_bytes: snapshot.done_bytes,
             total_bytes: snapshot.total_bytes,
-            bytes_per_second: self.bytes_per_second,
+            bytes_per_second: self.rate.sample(now, snapshot.done_bytes),
         }
     }
 
-    /// Updates the tier and the rate from two samples. The rate is an exponential moving average over time, so that it
-    /// does not depend on the sampling interval.
-    fn update_rate(&mut self, seconds: f64, before: &Snapshot, now: &Snapshot) {
+    /// Updates the tier from two samples.
+    fn update_tier(&mut self, before: &Snapshot, now: &Snapshot) {
         if now.origin_bytes > before.origin_bytes {
             self.tier = Some(Tier::Origin);
         } else if now.remote_bytes > before.remote_bytes {
             self.tier = Some(Tier::Remote);
         }
-        if seconds <= 0.0 {
-            return;
-        }
-        let current = now.done_bytes.saturating_sub(before.done_bytes) as f64 / seconds;
-        self.bytes_per_second = match self.bytes_per_second {
-            None if current == 0.0 => None,
-            None => Some(current),
-            Some(rate) => Some(current + (rate - current) * (-seconds / RATE_TIME_CONSTANT_S).exp()),
-        };
     }
 }
 
@@ -260,15 +266,6 @@ mod tests {
         meter.sample(start + Duration::from_secs(1), snapshot(Phase::Download, 100, 100));
         let reading = meter.sample(start + Duration::from_secs(2), snapshot(Phase::Backfill, 0, 100));
         assert_eq!(reading.text(), "uploading to remote, 0 B of 100 B");
-    }
-
-    #[test]
-    fn discarded_bytes_do_not_make_a_negative_rate() {
-        let start = Instant::now();
-        let mut meter = Meter::default();
-        meter.sample(start, snapshot(Phase::Download, 50, 100));
-        let reading = meter.sample(start + Duration::from_secs(1), snapshot(Phase::Download, 20, 100));
-        assert_eq!(reading.bytes_per_second, None);
     }
 
     #[test]

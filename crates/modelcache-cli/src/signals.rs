@@ -84,6 +84,11 @@ async fn wait_for(expected: Signal) -> Signal {
     }
 }
 
+/// Listens for changes of the size of the terminal. Returns `None` if no handler can be installed.
+pub(crate) fn resizes() -> Option<tokio::signal::unix::Signal> {
+    can_register().then(|| signal(SignalKind::window_change()).ok()).flatten()
+}
+
 /// Returns true if enough descriptors are free for the first signal handler. Without them, `tokio` panics.
 fn can_register() -> bool {
     static HAS_DESCRIPTORS: OnceLock<bool> = OnceLock::new();

@@ -206,18 +206,18 @@ impl Progress {
 
     /// Shows the bytes and the retries of `fill`, which this call waits for.
     pub(crate) fn follow(&self, fill: &Self) {
-        let (done_bytes, total_bytes) = fill.download_bytes();
+        let (done_bytes, total_bytes) = fill.fill_bytes();
         self.set_bytes(done_bytes, total_bytes);
         let retries = fill.retries();
         *self.lock_retries() = retries;
     }
 
-    /// Returns the downloaded and the total bytes, to be shown to callers and processes that wait for this fill. Both
-    /// are 0 outside the download phase.
-    pub(crate) fn download_bytes(&self) -> (u64, u64) {
+    /// Returns the downloaded and the total bytes, for a put the read and the total bytes, to be shown to callers and
+    /// processes that wait for this fill. Both are 0 in other phases.
+    pub(crate) fn fill_bytes(&self) -> (u64, u64) {
         let now = self.snapshot();
         match now.phase {
-            Phase::Download => (now.done_bytes, now.total_bytes),
+            Phase::Download | Phase::Read => (now.done_bytes, now.total_bytes),
             _ => (0, 0),
         }
     }
@@ -272,6 +272,17 @@ impl Drop for PhaseGuard {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_waiting_call_shows_the_bytes_of_a_download_and_of_a_put() {
+        let (fill, waiting) = (Progress::new(), Progress::new());
+        for (phase, shown) in [(Phase::Download, (3, 7)), (Phase::Read, (3, 7)), (Phase::Publish, (0, 0))] {
+            let _phase = fill.enter(phase, 7);
+            fill.done(3);
+            waiting.follow(&fill);
+            assert_eq!((waiting.snapshot().done_bytes, waiting.snapshot().total_bytes), shown, "{phase:?}");
+        }
+    }
 
     #[test]
     fn an_error_is_shown_until_bytes_arrive_and_a_waiting_call_shows_it_too() {

@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
 /// The sources of the types, below `crates/`.
-const SOURCES: [&str; 16] = [
+const SOURCES: [&str; 18] = [
     "modelcache/src/cache/report.rs",
     "modelcache/src/digest.rs",
     "modelcache/src/disk/hub_layout.rs",
@@ -21,6 +21,7 @@ const SOURCES: [&str; 16] = [
     "modelcache/src/disk/misplaced.rs",
     "modelcache/src/disk/pin.rs",
     "modelcache/src/disk/prune.rs",
+    "modelcache/src/disk/running_fills.rs",
     "modelcache/src/check/mod.rs",
     "modelcache/src/error.rs",
     "modelcache/src/finding.rs",
@@ -29,6 +30,7 @@ const SOURCES: [&str; 16] = [
     "modelcache-cli/src/output.rs",
     "modelcache-cli/src/verbs/backfill.rs",
     "modelcache-cli/src/verbs/pin.rs",
+    "modelcache-cli/src/verbs/watch.rs",
 ];
 /// The source of the doctor's report, whose name is not unique.
 const DOCTOR: &str = "modelcache-cli/src/verbs/doctor.rs";
@@ -189,6 +191,7 @@ impl Types {
         }
         let json_type = match of.as_str() {
             "u8" | "u32" | "u64" | "usize" => "integer",
+            "f64" => "number",
             "bool" => "boolean",
             "str" | "String" | "ArtifactName" | "Version" | "FilePath" | "Digest" | "GitOid" => "string",
             name => {

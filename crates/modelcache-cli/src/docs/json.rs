@@ -3,11 +3,11 @@
 //! `cargo xtask docs` writes docs/json.md from this table and from the comments at the fields of the types.
 
 use crate::output::{ErrorJson, Failure, WithReference};
-use crate::verbs::{backfill::Outcome, doctor, pin::UnpinReport};
+use crate::verbs::{backfill::Outcome, doctor, pin::UnpinReport, watch};
 use modelcache::cache::{
     BytesByTier, EvictReport, GetAnswer, GetPlan, GetReport, Holder, HubLayout, InspectedFile, Inspection, KeepReason,
-    KeptArtifact, Leftovers, Link, ListedArtifact, Materialized, PendingBackfill, Pin, PinReport, PlannedFile,
-    PruneReport, PrunedArtifact, PutReport, ResolvedReference, Stats, TagReport,
+    KeptArtifact, LeasedReference, Leftovers, Link, ListedArtifact, Materialized, PendingBackfill, Pin, PinReport,
+    PlannedFile, PruneReport, PrunedArtifact, PutReport, ResolvedReference, RunningFill, Stats, TagReport,
 };
 use modelcache::digest::{Digest, Provenance};
 use modelcache::doctor::{Area, Check};
@@ -198,6 +198,23 @@ pub fn reports() -> Result<Vec<Report>> {
         pending_backfill_bytes: 4_000_008,
         remote: Some("s3://models/prod".into()),
     };
+    let loader = Holder { pid: 1234, command: Some("python3".into()) };
+    let filling = RunningFill {
+        reference: "team/other@1".into(),
+        process: Holder { pid: 1240, command: Some("modelcache".into()) },
+        done_bytes: 1_000_000_000,
+        total_bytes: Some(4_000_000_000),
+    };
+    let sample = watch::Sample {
+        time: "2026-01-02T03:04:05Z".into(),
+        stats: stats.clone(),
+        fills: vec![watch::WatchedFill {
+            fill: filling,
+            bytes_per_second: Some(250_000_000.0),
+            seconds_left: Some(12),
+        }],
+        leased: vec![LeasedReference { reference: key.to_string(), holders: vec![loader] }],
+    };
     let mut verified = VerifyReport::new(Some(key.clone()), key.to_string(), Tier::Disk);
     (verified.files, verified.bytes) = (2, 4_000_008);
     verified.findings.push(Finding {
@@ -255,6 +272,7 @@ pub fn reports() -> Result<Vec<Report>> {
         report("ls", "One object for each artifact. `ls --remote` prints the same.", &["ListedArtifact"], &listed)?,
         report("inspect REF", "One object.", &["Inspection"], &inspection)?,
         report("stats", "One object.", &["Stats"], &stats)?,
+        report("stats --watch", "One object for each interval, until the command ends.", &["Sample"], &sample)?,
         report("verify [REF…]", "One object for each artifact and tier.", &["VerifyReportJson"], &verified)?,
         report("doctor", "One object.", &["Report"], &examined)?,
         report(
@@ -340,6 +358,15 @@ mod tests {
             "filesystem_free_bytes": 100000000000, "leases": 1, "lower_artifacts": 1, "lower_dir": "/baked",
             "min_free_bytes": 10000000000, "pending_backfill_bytes": 4000008, "pending_backfills": 1, "pins": 1,
             "quarantine_bytes": 0, "remote": "s3://models/prod", "resumable_bytes": 0, "staging_bytes": 0, "used_bytes": 4000008},
+        "stats --watch": {"artifacts": 3, "budget_bytes": 14000000000, "dir": "/cache", "files": 12,
+            "filesystem_free_bytes": 100000000000, "leases": 1, "lower_artifacts": 1, "lower_dir": "/baked",
+            "min_free_bytes": 10000000000, "pending_backfill_bytes": 4000008, "pending_backfills": 1, "pins": 1,
+            "quarantine_bytes": 0, "remote": "s3://models/prod", "resumable_bytes": 0, "staging_bytes": 0, "used_bytes": 4000008,
+            "fills": [{"bytes_per_second": 250000000.0, "done_bytes": 1000000000,
+                "process": {"command": "modelcache", "pid": 1240}, "reference": "team/other@1", "seconds_left": 12,
+                "total_bytes": 4000000000}],
+            "leased": [{"holders": [{"command": "python3", "pid": 1234}], "reference": "team/model@3"}],
+            "time": "2026-01-02T03:04:05Z"},
         "verify [REF…]": {"bytes": 4000008, "files": 2, "findings": [{"bad_parts": [{"end": 4000000, "index": 0,
             "start": 0}],
             "detail": null, "expected": "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c",

@@ -73,8 +73,11 @@ async fn count_for_other_remotes(cache: &Cache, session: &Session<'_>) -> Result
 /// completes the pending uploads of earlier runs.
 pub(super) async fn finish(session: &Session<'_>, cache: &Cache) {
     let progress = Progress::new();
-    let report = progress::show(session.output, "backfill", &progress, cache.finish_backfills(&progress)).await;
-    if !report.done.is_empty() {
+    let work = async { Ok(cache.finish_backfills(&progress).await) };
+    let report = progress::show(session.output, "backfill", &progress, work).await;
+    if let Ok(report) = report
+        && !report.done.is_empty()
+    {
         session.output.message(&format!("pending uploads of earlier runs: {}", summary(&report, 0)));
     }
 }

@@ -24,6 +24,7 @@ pub(crate) mod stats;
 pub(crate) mod storage_initializer;
 pub(crate) mod tag;
 pub(crate) mod verify;
+pub(crate) mod watch;
 
 use crate::arguments::Global;
 use crate::output::Output;
@@ -150,6 +151,16 @@ impl Verb {
         if let Self::StorageInitializer(_) = self { exit::OTHER } else { exit::code(kind) }
     }
 
+    /// Returns true if the command waits for signals itself, and ends in its own way. A signal drops other commands.
+    pub(crate) fn handles_signals(&self) -> bool {
+        match self {
+            // The daemon lets running requests finish.
+            Self::Serve(_) => true,
+            Self::Stats(stats) => stats.watch.is_some(),
+            _ => false,
+        }
+    }
+
     /// Returns the name of the command on the command line.
     pub(crate) fn name(&self) -> &'static str {
         match self {
@@ -193,7 +204,7 @@ impl Verb {
             Self::Prune(verb) => return verb.run(session).await,
             Self::Ls(verb) => verb.run(session).await,
             Self::Inspect(verb) => verb.run(session).await,
-            Self::Stats(verb) => verb.run(session).await,
+            Self::Stats(verb) => return verb.run(session).await,
             Self::Verify(verb) => return verb.run(session).await,
             Self::Serve(verb) => return verb.run(session).await,
             Self::StorageInitializer(verb) => verb.run(session).await,

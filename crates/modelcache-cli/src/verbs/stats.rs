@@ -1,24 +1,62 @@
-//! `stats`: shows the state of the local directory.
+//! `stats`: shows the state of the local directory, once or as a live view.
 
-use super::{Session, path_text};
-use crate::human;
+use super::get_arguments::message_with_hint;
+use super::{Session, path_text, watch};
 use crate::output::Lines;
+use crate::{exit, human};
 use clap::Args;
-use modelcache::{Result, cache};
+use modelcache::{Error, Result, cache, settings};
+use std::time::Duration;
+
+/// Shortest interval of `--watch`: a shorter one would keep the directory busy.
+const INTERVAL_MIN: Duration = Duration::from_millis(100);
+/// Longest interval of `--watch`.
+const INTERVAL_MAX: Duration = Duration::from_secs(24 * 3600);
 
 /// Show the disk budget, the space in use, and the free space
+///
+/// With `--watch`, also the running downloads with their rates, and the leases, of all processes that use the
+/// directory. On a terminal the view is redrawn in place until Ctrl-C, which ends it with exit code 0. Elsewhere each
+/// interval appends lines, or with `--json` one object.
 #[derive(Debug, Args)]
-pub(crate) struct Stats {}
+pub(crate) struct Stats {
+    /// Repeat every INTERVAL, for example 5, 500ms or 1min; without a value every second
+    #[arg(long, value_name = "INTERVAL", num_args = 0..=1, default_missing_value = "1s", value_parser = interval)]
+    pub(crate) watch: Option<Duration>,
+}
+
+/// Parses the interval of `--watch`.
+fn interval(text: &str) -> Result<Duration, String> {
+    let interval = settings::parse_duration(text).map_err(message_with_hint)?;
+    if (INTERVAL_MIN..=INTERVAL_MAX).contains(&interval) {
+        return Ok(interval);
+    }
+    Err(message_with_hint(Error::invalid("not between 100ms and 1d")))
+}
 
 impl Stats {
-    pub(crate) async fn run(&self, session: &Session<'_>) -> Result<()> {
+    pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
+        if let Some(interval) = self.watch {
+            return watch::run(session, interval).await;
+        }
         let output = session.output;
         let stats = session.existing_cache()?.stats().await?;
-        if output.is_json() { output.print_json(&stats) } else { output.print(&stats_text(&stats)) }
+        if output.is_json() {
+            output.print_json(&stats)?;
+        } else {
+            output.print(&lines(facts(&stats)))?;
+        }
+        Ok(exit::DONE)
     }
 }
 
-fn stats_text(stats: &cache::Stats) -> Lines {
+/// Returns a line for each name and value.
+pub(super) fn lines(facts: impl IntoIterator<Item = (&'static str, String)>) -> Lines {
+    facts.into_iter().fold(Lines::default(), |lines, (name, value)| lines.and(&format!("{name:<13} {value}")))
+}
+
+/// Returns names and values of the stats, in the order in which they are shown.
+pub(super) fn facts(stats: &cache::Stats) -> [(&'static str, String); 11] {
     let share = match stats.budget_bytes {
         0 => String::new(),
         budget => format!(" ({:.0} %)", stats.used_bytes as f64 * 100.0 / budget as f64),
@@ -27,7 +65,7 @@ fn stats_text(stats: &cache::Stats) -> Lines {
         || "none".into(),
         |dir| format!("{} ({}, read-only)", path_text(dir), human::counted(stats.lower_artifacts, "artifact")),
     );
-    let facts = [
+    [
         ("directory", path_text(&stats.dir)),
         ("lower", lower),
         ("artifacts", format!("{} ({})", stats.artifacts, human::counted(stats.files, "file"))),
@@ -46,8 +84,7 @@ fn stats_text(stats: &cache::Stats) -> Lines {
         ),
         ("pending", pending(stats)),
         ("remote", stats.remote.clone().unwrap_or_else(|| "none".into())),
-    ];
-    facts.into_iter().fold(Lines::default(), |lines, (name, value)| lines.and(&format!("{name:<13} {value}")))
+    ]
 }
 
 /// Returns the space of fills in words.
@@ -99,11 +136,20 @@ mod tests {
             pending_backfill_bytes: 0,
             remote: None,
         };
-        let text = stats_text(&stats).to_string();
+        let text = lines(facts(&stats)).to_string();
         assert!(text.contains("lower         /baked (2 artifacts, read-only)\n"), "{text}");
         assert!(text.contains("used          1.4 GB of 14.0 GB (10 %)\n"), "{text}");
         assert!(text.ends_with("remote        none"), "{text}");
         stats.budget_bytes = 0;
-        assert!(stats_text(&stats).to_string().contains("of 0 B\n"), "no share of nothing");
+        assert!(lines(facts(&stats)).to_string().contains("of 0 B\n"), "no share of nothing");
+    }
+
+    #[test]
+    fn an_interval_is_between_a_tenth_of_a_second_and_a_day() {
+        assert_eq!(interval("2"), Ok(Duration::from_secs(2)));
+        assert_eq!(interval("500ms"), Ok(Duration::from_millis(500)));
+        for refused in ["0", "-1", "0.01", "2d", "soon", "nan", ""] {
+            assert!(interval(refused).is_err(), "{refused}");
+        }
     }
 }

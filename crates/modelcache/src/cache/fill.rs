@@ -465,7 +465,7 @@ impl LeaderGuard {
             let mut interval = time::interval(HEARTBEAT_INTERVAL);
             loop {
                 interval.tick().await;
-                let ((done, total), leader) = (progress.download_bytes(), leader.clone());
+                let ((done, total), leader) = (progress.fill_bytes(), leader.clone());
                 // On a thread for blocking calls, because a hanging filesystem must not block other tasks.
                 let heartbeat = blocking(move || {
                     leader.heartbeat(done, total);

@@ -39,9 +39,10 @@ mod uncached;
 mod verify;
 
 pub use report::{
-    Artifact, BackfillReport, BytesByTier, EvictReport, EvictTier, FillStatus, GetAnswer, GetOptions, GetPlan,
-    GetReport, InspectedFile, Inspection, ListedArtifact, PendingBackfill, PinReport, PlannedFile, PlannedPrewarm,
-    PrewarmPlan, PutOptions, PutReport, PutTier, RemoteSurvey, ResolvedReference, Stats, TagReport,
+    Activity, Artifact, BackfillReport, BytesByTier, EvictReport, EvictTier, FillStatus, GetAnswer, GetOptions,
+    GetPlan, GetReport, InspectedFile, Inspection, LeasedReference, ListedArtifact, PendingBackfill, PinReport,
+    PlannedFile, PlannedPrewarm, PrewarmPlan, PutOptions, PutReport, PutTier, RemoteSurvey, ResolvedReference, Stats,
+    TagReport,
 };
 
 pub use builder::CacheBuilder;
@@ -55,7 +56,7 @@ pub use verify::{Verification, VerifyOptions, VerifyTarget, VerifyTier};
 
 pub use crate::disk::{
     Destination, Holder, HubLayout, KeepReason, KeptArtifact, Leftovers, Link, LinkMode, Materialized, Misplaced, Pin,
-    PruneOptions, PruneReport, PrunedArtifact, Purpose,
+    PruneOptions, PruneReport, PrunedArtifact, Purpose, RunningFill,
 };
 
 use crate::config::{Config, RemoteMode, Secret};

@@ -2,8 +2,10 @@
 
 use super::backfill::pending;
 use super::plan::manifest_of;
-use super::{Cache, GetOptions, InspectedFile, Inspection, ListedArtifact, RemoteSurvey, Stats};
-use crate::disk::{ArtifactDir, Lower, ScannedArtifact};
+use super::{
+    Activity, Cache, GetOptions, InspectedFile, Inspection, LeasedReference, ListedArtifact, RemoteSurvey, Stats,
+};
+use crate::disk::{ArtifactDir, Disk, Lower, ScannedArtifact};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, Manifest, Shape};
@@ -137,11 +139,33 @@ impl Cache {
 
     /// Returns content and disk usage of the local directory.
     pub async fn stats(&self) -> Result<Stats> {
+        self.query_directory(|_, stats, _| Ok(stats)).await
+    }
+
+    /// Returns content and disk usage of the local directory, and the fills and leases of all processes.
+    pub async fn activity(&self) -> Result<Activity> {
+        self.query_directory(|disk, stats, leased| {
+            let lease = |artifact: ScannedArtifact| LeasedReference {
+                reference: artifact.name(),
+                holders: disk.lease_holders(&artifact.dir),
+            };
+            let mut leased: Vec<LeasedReference> = leased.into_iter().map(lease).collect();
+            leased.sort_by(|a, b| a.reference.cmp(&b.reference));
+            Ok(Activity { stats, fills: disk.running_fills()?, leased })
+        })
+        .await
+    }
+
+    /// Returns what `answer` makes of the stats and the leased artifacts.
+    async fn query_directory<T: Send + 'static>(
+        &self,
+        answer: impl FnOnce(&Disk, Stats, Vec<ScannedArtifact>) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
         let lower = self.0.lower.clone();
         let remote = self.0.remote.as_ref().map(|remote| remote.url().to_owned());
         self.on_disk(move |disk| {
             let (usage, quarantine_bytes) = disk.usage()?;
-            let (space, artifacts) = (disk.space()?, disk.scan()?);
+            let (space, mut artifacts) = (disk.space()?, disk.scan()?);
             let manifests: Vec<&Manifest> =
                 artifacts.iter().filter_map(|artifact| artifact.manifest.as_ref()).collect();
             let pinned = |artifact: &&ScannedArtifact| matches!(disk.pin_in(&artifact.dir), Ok(Some(_)));
@@ -150,14 +174,17 @@ impl Cache {
             pending.retain(|pending| pending.remote.is_some());
             let held_files =
                 |manifest: &&Manifest| manifest.files.values().filter(|entry| entry.held.is_some()).count();
-            Ok(Stats {
+            let (present, files) = (manifests.len(), manifests.iter().map(held_files).sum());
+            let pins = artifacts.iter().filter(pinned).count();
+            artifacts.retain(|artifact| disk.is_leased(&artifact.dir));
+            let stats = Stats {
                 dir: disk.layout().root().full(),
                 lower_dir: lower.as_ref().map(|lower| lower.root().full()),
                 lower_artifacts: lower.as_ref().map_or(Ok(0), Lower::artifacts)?,
-                artifacts: manifests.len(),
-                files: manifests.iter().map(held_files).sum(),
-                leases: artifacts.iter().filter(|artifact| disk.is_leased(&artifact.dir)).count(),
-                pins: artifacts.iter().filter(pinned).count(),
+                artifacts: present,
+                files,
+                leases: artifacts.len(),
+                pins,
                 budget_bytes: space.budget,
                 used_bytes: usage.counted(),
                 staging_bytes: usage.staging + usage.temporary,
@@ -168,7 +195,8 @@ impl Cache {
                 pending_backfills: pending.len(),
                 pending_backfill_bytes: pending.iter().map(|pending| pending.bytes).sum(),
                 remote,
-            })
+            };
+            answer(disk, stats, artifacts)
         })
         .await
         .map_err(|error: Error| if error.kind() == ErrorKind::Directory { error.tier(Tier::Disk) } else { error })

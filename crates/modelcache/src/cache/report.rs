@@ -5,7 +5,7 @@
 
 use crate::config::Extract;
 use crate::digest::{Digest, GitOid, Provenance};
-use crate::disk::{Destination, Holder, HubLayout, LeasedArtifact, Link, Materialized, Pin, Purpose};
+use crate::disk::{Destination, Holder, HubLayout, LeasedArtifact, Link, Materialized, Pin, Purpose, RunningFill};
 use crate::error::Tier;
 use crate::format::Format;
 use crate::json;
@@ -604,6 +604,27 @@ pub struct Stats {
     pub pending_backfill_bytes: u64,
     /// The address of the remote, if one is configured.
     pub remote: Option<String>,
+}
+
+/// Result of [`Cache::activity`](super::Cache::activity): the local directory, and what all processes do with it at the
+/// moment.
+#[derive(Debug, Clone)]
+pub struct Activity {
+    /// Content and disk usage.
+    pub stats: Stats,
+    /// The running fills, sorted by reference.
+    pub fills: Vec<RunningFill>,
+    /// The artifacts with a lease, sorted by reference.
+    pub leased: Vec<LeasedReference>,
+}
+
+/// An artifact with a lease.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct LeasedReference {
+    /// The reference to the artifact.
+    pub reference: String,
+    /// The processes that hold a lease, as far as this process can see them.
+    pub holders: Vec<Holder>,
 }
 
 /// The serialized form of a [`Pin`].

@@ -115,7 +115,11 @@ impl Layout {
     /// The lock of the leader of the fill of `key`. Generations above 0 are for successors of a leader whose heartbeat
     /// stopped.
     pub(crate) fn fill_lock(&self, key: &ArtifactKey, generation: usize) -> RootedPath {
-        let hash = key.hash();
+        self.fill_lock_of(&key.hash(), generation)
+    }
+
+    /// The lock of the leader of the fill of the artifact with the key hash `hash`.
+    pub(crate) fn fill_lock_of(&self, hash: &str, generation: usize) -> RootedPath {
         self.locks().join(if generation == 0 { format!("{hash}.fill") } else { format!("{hash}.fill-{generation}") })
     }
 

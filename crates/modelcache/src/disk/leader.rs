@@ -35,9 +35,9 @@ const RECORD_BYTES: usize = 128;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Heartbeat {
     pub(crate) pid: u32,
-    /// Bytes downloaded so far.
+    /// Bytes downloaded so far; for a put, bytes read so far.
     pub(crate) done_bytes: u64,
-    /// Bytes to download in total; 0 while unknown.
+    /// Total bytes of the fill; 0 while unknown.
     pub(crate) total_bytes: u64,
 }
 
@@ -92,6 +92,22 @@ impl Disk {
         // Write a heartbeat at once: the file still has the one of the previous leader.
         leader.heartbeat(0, 0);
         Ok(Leadership::Ours(leader))
+    }
+
+    /// Returns the last heartbeat that process `pid` wrote as the leader of the artifact with the key hash `hash`;
+    /// `None` if it wrote none, or another process has led since. Takes no lock.
+    pub(super) fn heartbeat_of(&self, hash: &str, pid: u32) -> Result<Option<Heartbeat>> {
+        for generation in 0..GENERATIONS_MAX {
+            let path = self.layout().fill_lock_of(hash, generation);
+            if files::stat(&path)?.is_none() {
+                break;
+            }
+            let (heartbeat, _) = read_heartbeat(&path)?;
+            if heartbeat.pid == pid {
+                return Ok(Some(heartbeat));
+            }
+        }
+        Ok(None)
     }
 }
 

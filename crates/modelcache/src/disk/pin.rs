@@ -137,7 +137,7 @@ impl Disk {
     }
 }
 
-/// A process that holds a lease.
+/// A process that holds a lease, or fills an artifact.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Holder {
     /// The process id, in the PID namespace of the process that reads it.

@@ -85,8 +85,9 @@ pub(crate) struct StagingUse {
     /// Bytes that the journal reserves.
     reserved: u64,
     /// The key of the artifact, according to the journal.
-    key: String,
-    pid: u32,
+    pub(super) key: String,
+    /// The process that fills it, according to the journal.
+    pub(super) pid: u32,
 }
 
 impl StagingUse {
@@ -99,8 +100,13 @@ impl StagingUse {
         self.dir.join(JOURNAL)
     }
 
+    /// Returns the hash of the key of the artifact.
+    pub(super) fn key_hash(&self) -> &str {
+        self.dir.name().split('-').next().unwrap_or_default()
+    }
+
     pub(crate) fn is_of(&self, key: &ArtifactKey) -> bool {
-        self.dir.name().starts_with(&key.hash())
+        self.key_hash() == key.hash()
     }
 
     /// Returns a description of a running fill, for messages.

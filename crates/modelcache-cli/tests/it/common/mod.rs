@@ -6,8 +6,9 @@
 #![allow(unreachable_pub)]
 
 pub mod order;
+pub mod tmux;
 
-use modelcache_testkit::{Content, Hub, S3, Shim};
+use modelcache_testkit::{Content, FaultProxy, Hub, S3, Shim};
 use serde_json::Value;
 use std::ffi::OsStr;
 use std::fs;
@@ -122,6 +123,17 @@ impl House {
             .env("MODEL_CACHE_RETRY_DEADLINE", "3s")
             .env("MODEL_CACHE_READ_TIMEOUT", "1s")
             .env("HF_ENDPOINT", self.hub.url())
+    }
+
+    /// Publishes `team/model@1`, a file of 9 MiB, on the remote. Builds a run with the cache directory `dir` and this
+    /// remote behind a proxy, which lets through 3 MiB and then stalls.
+    pub fn on_stalled_remote(&self, dir: &str) -> (FaultProxy, Run) {
+        self.write("file", big());
+        self.on("writer").run(["put", "team/model@1", "file", "--tier", "remote"]).ok();
+        let proxy = FaultProxy::start_on(self.s3.endpoint(), 0).unwrap();
+        proxy.let_through(3 * MIB);
+        let run = self.on(dir).env("AWS_ENDPOINT_URL", proxy.url()).env("MODEL_CACHE_READ_TIMEOUT", "10m");
+        (proxy, run)
     }
 
     /// Returns the staging folders of `dir`: fills in progress and interrupted fills.
