@@ -67,7 +67,7 @@ class Root:
         ]
         sandbox += ["--uid", str(self.uid), "--gid", str(self.uid), bind, str(self.folder), "/"]
         sandbox += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--bind", str(self.cache), "/cache"]
-        variables = {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "HOME": "/root"} | dict(environment or {})
+        variables = {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "HOME": "/home/u"} | dict(environment or {})
         for name, value in variables.items():
             sandbox += ["--setenv", name, value]
         if self.network:
@@ -93,8 +93,8 @@ class Root:
         return done
 
     def __post_init__(self) -> None:
-        for name in ("proc", "dev", "tmp", "root", "cache"):
-            (self.folder / name).mkdir(exist_ok=True)
+        for name in ("proc", "dev", "tmp", "home/u", "cache"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
 
     @property
     def cache(self) -> Path:
