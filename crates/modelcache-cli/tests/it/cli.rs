@@ -221,6 +221,20 @@ fn manual_pages_are_roff() {
 }
 
 #[test]
+fn all_manual_pages_are_written_into_a_folder() {
+    let home = Home::new();
+    let folder = home.path().join("new/man1");
+    let path = folder.to_str().expect("UTF-8");
+    home.run(["man", "--output", path]).answered();
+    for (page, arguments) in [("modelcache.1", &["man"][..]), ("modelcache-get.1", &["man", "get"])] {
+        let written = fs::read_to_string(folder.join(page)).expect("a page");
+        assert_eq!(written.trim_end(), home.run(arguments).answered().stdout.trim_end());
+    }
+    home.run(["man", "get", "--output", path]).refused(2, &["cannot be used with"]);
+    home.run(["man", "--output", "/dev/null/x"]).refused(1, &["cannot write /dev/null/x"]);
+}
+
+#[test]
 fn a_closed_pipe_is_no_failure() {
     let home = Home::new();
     let (reader, writer) = std::io::pipe().expect("pipe");
