@@ -23,7 +23,7 @@ const SPARE_BYTES: u64 = 4 << 30;
 const REMOVE_TRIES_MAX: u32 = 100;
 
 pub(super) struct Scratch {
-    /// For served data.
+    /// For served data, in memory if there is room.
     pub(super) memory: PathBuf,
     /// For downloaded data.
     pub(super) disk: PathBuf,
@@ -141,7 +141,7 @@ mod tests {
         let folder = parent.path().join("run");
         for round in 0..200 {
             fs::create_dir_all(&folder).expect("made");
-            // Fewer files than attempts: each failed attempt met a file that was created meanwhile.
+            // An attempt fails only if a file was created meanwhile, so with fewer files than attempts the last one succeeds.
             let files: Vec<_> = (1..REMOVE_TRIES_MAX).map(|number| folder.join(number.to_string())).collect();
             let (began, beginning) = std::sync::mpsc::channel();
             let writer = std::thread::spawn(move || {

@@ -40,7 +40,8 @@ pub(crate) fn gather_for_doctor(global: &Global) -> DoctorSettings {
     let environment = Environment(texts.collect());
     let files = read_files(ConfigFiles::choose(global.config.as_deref(), &environment)).unwrap_or_default();
     let settings = gather(global);
-    let gather = |flags: &_, environment: &_, files: &[_]| Settings::gather(flags, environment, files, read_if_there);
+    let gather_from =
+        |flags: &_, environment: &_, files: &[_]| Settings::gather(flags, environment, files, read_if_there);
     let (flags, no_flags) = (&global.settings.0, Default::default());
     let is_ours = |name: &&String| name.starts_with("MODEL_CACHE_") || *name == "HF_ENDPOINT";
     let without = |name: &String| {
@@ -54,14 +55,14 @@ pub(crate) fn gather_for_doctor(global: &Global) -> DoctorSettings {
         )
     };
     // Try in this order: everything; no files; all but one variable; no flags; neither flags, variables nor files.
-    let valid_settings = gather(flags, &environment, &files)
-        .or_else(|_| gather(flags, &environment, &[]))
+    let valid_settings = gather_from(flags, &environment, &files)
+        .or_else(|_| gather_from(flags, &environment, &[]))
         .or_else(|error| {
             let reduced = environment.0.keys().filter(is_ours).map(without);
-            reduced.map(|reduced| gather(flags, &reduced, &files)).find(Result::is_ok).unwrap_or(Err(error))
+            reduced.map(|reduced| gather_from(flags, &reduced, &files)).find(Result::is_ok).unwrap_or(Err(error))
         })
-        .or_else(|_| gather(&no_flags, &environment, &files))
-        .or_else(|_| gather(&no_flags, &without_ours(), &[]));
+        .or_else(|_| gather_from(&no_flags, &environment, &files))
+        .or_else(|_| gather_from(&no_flags, &without_ours(), &[]));
     let files = files.into_iter().map(|(path, _)| path).collect();
     DoctorSettings { environment, files, settings, valid_settings }
 }

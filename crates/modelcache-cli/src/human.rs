@@ -13,7 +13,8 @@ pub(crate) fn counted(number: usize, noun: &str) -> String {
     format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
 }
 
-/// Formats a duration with its two largest units: `0.4 ms`, `3.4 s`, `2 min 5 s`, `1 h 3 min`.
+/// Formats a duration in one unit below a minute, and else in its two largest units: `0.4 ms`, `3.4 s`, `2 min 5 s`,
+/// `1 h 3 min`.
 pub(crate) fn duration(duration: Duration) -> String {
     let seconds = duration.as_secs_f64();
     let whole = seconds.round() as u64;

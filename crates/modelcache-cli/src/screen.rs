@@ -44,7 +44,8 @@ fn frame(lines: &Lines, rows: usize, columns: usize) -> String {
     }
     let below = (shown.len() + 1).min(rows);
     shown.resize(rows, String::new());
-    // Clear each row before it is written. Afterwards the cursor may be on its last character.
+    // Each row is cleared before it is written. After a full row, the cursor is on the row's last character, and clearing
+    // would erase it.
     let row = |text: String| format!("\x1b[2K{text}");
     format!("\x1b[H{}\x1b[{below}H", shown.into_iter().map(row).collect::<Vec<_>>().join("\r\n"))
 }

@@ -73,7 +73,8 @@ mod _native {
     /// caller has left the handling of signals to the command.
     #[pyfunction]
     fn run_command(py: Python<'_>, args: Vec<OsString>) -> u8 {
-        // The exit code of Rust programs that panic. The panic is already printed.
+        // A panic of a command is caught in `modelcache_cli::run`. This is for a panic outside of it: the exit code of
+        // Rust programs that panic. The panic is already printed.
         const PANICKED: u8 = 101;
         py.detach(|| {
             let code = catch_unwind(|| modelcache_cli::run(args)).unwrap_or(PANICKED);

@@ -56,7 +56,7 @@ impl ProcessId {
 /// The state of one process.
 pub(crate) struct Process {
     id: ProcessId,
-    runtime: Mutex<Threads>,
+    runtime: Mutex<RuntimeState>,
     /// Reports finished calls to event loops.
     completions: OnceLock<Dispatcher>,
     /// Passes log records to `logging`. Separate from `completions`, because a logging handler may block on an event
@@ -69,8 +69,8 @@ pub(crate) struct Process {
 }
 
 /// The runtime, from the first call until interpreter shutdown.
-enum Threads {
-    None,
+enum RuntimeState {
+    NotStarted,
     Running(Arc<Runtime>),
     ShutDown,
 }
@@ -137,9 +137,9 @@ pub(crate) fn begin_shutdown(py: Python<'_>) {
 pub(crate) fn shut_down(py: Python<'_>) {
     let Some(process) = existing() else { return };
     // Replace the runtime first, so that a new call fails instead of starting a new runtime.
-    let threads = std::mem::replace(&mut *process.runtime.lock(), Threads::ShutDown);
+    let threads = std::mem::replace(&mut *process.runtime.lock(), RuntimeState::ShutDown);
     py.detach(|| {
-        if let Threads::Running(runtime) = threads
+        if let RuntimeState::Running(runtime) = threads
             && let Some(runtime) = into_sole_owner(runtime)
         {
             runtime.shutdown_timeout(RUNTIME_TIMEOUT);
@@ -268,7 +268,7 @@ impl Gate {
 
 impl Process {
     fn new(id: ProcessId) -> Self {
-        let (runtime, records) = (Mutex::new(Threads::None), Mutex::default());
+        let (runtime, records) = (Mutex::new(RuntimeState::NotStarted), Mutex::default());
         let (completions, logger, gate) = (OnceLock::new(), OnceLock::new(), Gate::default());
         Self { id, runtime, completions, logger, gate, records, child: OnceLock::new() }
     }
@@ -276,15 +276,15 @@ impl Process {
     /// Returns the Tokio runtime. The first call starts it; calls after [`shut_down`] fail.
     pub(crate) fn runtime(&self, _: Python<'_>) -> Result<Arc<Runtime>> {
         let mut threads = self.runtime.lock();
-        if let Threads::None = *threads {
+        if let RuntimeState::NotStarted = *threads {
             let has_arenas = std::env::var_os("MALLOC_ARENA_MAX").is_none();
-            *threads = Threads::Running(Arc::new(modelcache::runtime::start(has_arenas)?));
+            *threads = RuntimeState::Running(Arc::new(modelcache::runtime::start(has_arenas)?));
             // Start this thread before other work exhausts the thread limit of the process. If it cannot be started,
             // only calls from event loops fail.
             let _ = dispatcher(&self.completions);
         }
         match &*threads {
-            Threads::Running(runtime) => Ok(runtime.clone()),
+            RuntimeState::Running(runtime) => Ok(runtime.clone()),
             _ => Err(Error::new(ErrorKind::Other, "the Python interpreter is shutting down; no call can be started")),
         }
     }
@@ -380,7 +380,7 @@ fn run(receiver: &Receiver<Message>) {
         let attached = match message {
             Message::Stop => None,
             Message::LogRecords => Python::try_attach(logs::forward_records),
-            // The waiting task forwards the log records. A logging handler must not block this thread, because the
+            // Log records are forwarded by the Python task that awaits this call. A logging handler must not block this thread, because the
             // handler may wait for an event loop that this thread has to wake.
             Message::CallFinished(done, outcome) => Python::try_attach(|py| {
                 if let Err(error) = CallOutput::call_back(py, done.bind(py), outcome) {

@@ -35,7 +35,7 @@ pub(crate) struct RecentError {
     pub(crate) count: u64,
 }
 
-/// Gets at one moment since the start.
+/// The counters of gets at one moment, from the start of the daemon on.
 #[derive(Debug, Clone, Copy)]
 struct Sample {
     hits: u64,

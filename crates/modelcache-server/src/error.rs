@@ -40,8 +40,8 @@ impl ApiError {
     }
 }
 
-/// Returns the status for the kind of an error. The credentials are those of the daemon, so that its client cannot
-/// mend them: they are a failure of the server.
+/// Returns the status for the kind of an error. `Unauthorized` becomes 502, not 401: the refused credentials are those of
+/// the daemon, and its client cannot change them.
 pub(crate) fn status_of(error: &Error) -> StatusCode {
     match error.kind() {
         ErrorKind::Invalid => StatusCode::BAD_REQUEST,

@@ -44,7 +44,7 @@ use std::time::Duration;
 /// Interval at which uploads that failed or were left behind are tried again.
 const UPLOADS_INTERVAL: Duration = Duration::from_secs(60);
 
-/// A daemon over one cache. Its background tasks end when the last router is dropped.
+/// A daemon over one cache. Its background tasks end when its last clone and its last router are dropped.
 #[derive(Clone)]
 pub struct Daemon(Arc<App>);
 
@@ -65,8 +65,8 @@ pub fn complete_config(config: &mut Config) {
 /// Returns 16 random hex digits.
 fn random_id() -> String {
     let mut bytes = [0; 8];
-    // Without random bytes, all ids are zero. Then requests cannot be told apart in the log, and two daemons in a row
-    // take each other for a loop. That is reported, and nothing is lost.
+    // Without random bytes, all ids are zero. Then the log cannot distinguish requests, and a daemon whose Hub endpoint is
+    // another daemon takes its requests for a loop. The loop is reported, and nothing is lost.
     let _ = getrandom(&mut bytes, GetRandomFlags::empty());
     hex::encode(bytes)
 }

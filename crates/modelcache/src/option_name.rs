@@ -8,8 +8,8 @@
 use std::fmt;
 use std::sync::{PoisonError, RwLock};
 
-/// The function of the front end. Only a front end that starts takes the write lock. Readers share the lock, so that a
-/// reader that was interrupted by a fork does not block the child.
+/// The function of the front end. A front end takes the write lock once, when it starts. Afterwards there are only
+/// readers, which share the lock: if a fork happens while a thread reads, the child can still read.
 static WRITE: RwLock<fn(OptionName) -> String> = RwLock::new(plain);
 
 /// Sets how options are written in later messages of this process.

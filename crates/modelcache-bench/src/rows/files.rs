@@ -44,6 +44,7 @@ fn section(setup: &Setup, row: &'static str, (count, each): (usize, u64), requir
         };
         Entry::ours(setting, &[("", durability)], run)
     };
+    // "after": the files become durable after the command has returned.
     let mut entries = vec![our_entry(DEFAULTS, "after", |command| command), our_entry(DURABLE, "yes", durable)];
     for copier in COPIERS {
         let (server, prefix) = (&server, &prefix);

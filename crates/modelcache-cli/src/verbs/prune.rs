@@ -92,7 +92,10 @@ fn report_text(report: &PruneReport, now: SystemTime) -> Lines {
     }
     for entry in &report.set_aside {
         let verb = if report.dry_run { "would move" } else { "moved" };
-        text.push(&format!("{verb} to quarantine: {}, a {} that does not belong there", entry.path, entry.is));
+        text.push(&format!(
+            "{verb} to quarantine: {}, because a {} does not belong at this path",
+            entry.path, entry.is
+        ));
     }
     leftovers_text(&report.leftovers).iter().for_each(|line| text.push(line));
     let [freed, used] = [report.freed_bytes, report.used_bytes].map(human::bytes);

@@ -37,40 +37,41 @@ impl Resolve {
             Some(revision) => reference.at_revision(revision)?,
             None => reference,
         };
-        // Without an origin, there is no answer to record.
+        // An answer of the origin is recorded in the cache directory, which is created for it. Without an origin, the
+        // directory must exist.
         let records = !(self.tiers.offline || self.tiers.local_files_only || session.config.offline);
         let cache = if records { session.cache()? } else { session.existing_cache()? };
-        let pinned = cache.resolve_reference(&reference, &self.tiers.apply(GetOptions::default())).await?;
+        let resolved = cache.resolve_reference(&reference, &self.tiers.apply(GetOptions::default())).await?;
         if output.is_json() {
-            output.print_json(&WithReference { reference: &self.reference, report: &pinned })?;
+            output.print_json(&WithReference { reference: &self.reference, report: &resolved })?;
         } else if self.digest {
-            let reference = pinned.with_digest().ok_or_else(|| unknown_digest(&pinned))?;
+            let reference = resolved.with_digest().ok_or_else(|| unknown_digest(&resolved))?;
             output.print_reference(&reference.to_string())?;
         } else {
-            output.print_reference(&pinned.reference.to_string())?;
+            output.print_reference(&resolved.reference.to_string())?;
         }
-        output.message(&summary(&self.reference, &pinned));
+        output.message(&summary(&self.reference, &resolved));
         Ok(())
     }
 }
 
 /// Returns the error for `--digest` if no tier has the digest of every file.
-fn unknown_digest(pinned: &ResolvedReference) -> Error {
+fn unknown_digest(resolved: &ResolvedReference) -> Error {
     Error::not_found("the digest is not known: neither disk nor remote has the digest of every file")
-        .artifact(&pinned.key)
-        .hint(format!("`modelcache get {}` downloads the files and computes their digests", pinned.reference))
+        .artifact(&resolved.key)
+        .hint(format!("`modelcache get {}` downloads the files and computes their digests", resolved.reference))
 }
 
 /// Formats the summary line: the resolved reference, its digest, and the tier that resolved it.
-fn summary(reference: &str, pinned: &ResolvedReference) -> String {
-    let digest = pinned.sha256.map_or_else(|| "sha256 not known yet".to_owned(), |sha256| format!("sha256 {sha256}"));
-    let from = match (pinned.from, pinned.age) {
+fn summary(reference: &str, resolved: &ResolvedReference) -> String {
+    let digest = resolved.sha256.map_or_else(|| "sha256 not known yet".to_owned(), |sha256| format!("sha256 {sha256}"));
+    let from = match (resolved.from, resolved.age) {
         (Some(tier), Some(age)) if age <= Duration::from_secs(1) => format!(", answered by {tier}"),
         (Some(tier), Some(age)) => format!(", answered by {tier} {} ago", age_text(age)),
         (Some(tier), None) => format!(", on {tier}"),
         (None, _) => String::new(),
     };
-    format!("{reference} resolves to {} ({digest}{from})", pinned.reference)
+    format!("{reference} resolves to {} ({digest}{from})", resolved.reference)
 }
 
 /// Formats the age of a recorded resolution.
@@ -88,7 +89,7 @@ mod tests {
     #[test]
     fn the_summary_has_digest_tier_and_age() {
         let digest = Digest::of(b"x");
-        let mut pinned = ResolvedReference {
+        let mut resolved = ResolvedReference {
             reference: Reference::parse("m@4").expect("reference"),
             key: ArtifactKey::bare("m@4").expect("key"),
             revision: Some("prod".into()),
@@ -96,19 +97,26 @@ mod tests {
             from: Some(Tier::Remote),
             age: Some(Duration::ZERO),
         };
-        assert_eq!(summary("m@prod", &pinned), format!("m@prod resolves to m@4 (sha256 {digest}, answered by remote)"));
-        let object = json!(pinned);
+        assert_eq!(
+            summary("m@prod", &resolved),
+            format!("m@prod resolves to m@4 (sha256 {digest}, answered by remote)")
+        );
+        let object = json!(resolved);
         assert_eq!(object["pinned_with_digest"], format!("m@4#sha256={digest}"));
         assert_eq!(
             (&object["revision"], &object["from"], &object["age_seconds"]),
             (&json!("prod"), &json!("remote"), &json!(0))
         );
-        pinned =
-            ResolvedReference { sha256: None, age: Some(Duration::from_secs(7200)), from: Some(Tier::Disk), ..pinned };
+        resolved = ResolvedReference {
+            sha256: None,
+            age: Some(Duration::from_secs(7200)),
+            from: Some(Tier::Disk),
+            ..resolved
+        };
         assert_eq!(
-            summary("m@prod", &pinned),
+            summary("m@prod", &resolved),
             "m@prod resolves to m@4 (sha256 not known yet, answered by disk 2 h 0 min ago)"
         );
-        assert_eq!(pinned.with_digest(), None);
+        assert_eq!(resolved.with_digest(), None);
     }
 }

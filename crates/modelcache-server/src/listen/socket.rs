@@ -29,7 +29,8 @@ pub(super) struct Socket {
     linger: Option<Linger>,
 }
 
-/// State of a close that waits for the client to take the response.
+/// State of a close while the client may still send. Its input is read and discarded: the kernel resets a connection
+/// that is closed with unread input, and the client could lose the response.
 #[derive(Debug)]
 struct Linger {
     until: Pin<Box<Sleep>>,
@@ -59,8 +60,8 @@ impl Socket {
             Instant::now()
         });
         let due = since + self.send_timeout;
-        // A timer of an earlier wait is left to expire, and set again then: a fast client blocks the socket thousands of
-        // times per second.
+        // The timer is not set for each wait, because a fast client blocks the socket thousands of times per second. If
+        // the timer of an earlier wait expires during this one, it is set to the end of this one.
         let timer = self.timer.get_or_insert_with(|| Box::pin(sleep_until(due)));
         while timer.as_mut().poll(cx).is_ready() {
             if Instant::now() >= due {

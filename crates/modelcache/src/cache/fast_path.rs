@@ -39,7 +39,7 @@ impl Cache {
         };
         let (placed, policy) = (self.0.origins.placed(reference), self.policy(options));
         let key = placed.exact_key().or_else(|| self.cached_key(&placed, policy)).filter(|_| !options.verify)?;
-        // A refresh compares a bare version with the remote's manifest.
+        // A refresh of a bare key has to compare it with the remote's manifest, so it takes the slow path.
         if options.refresh && key.name.scheme().is_none() {
             return None;
         }

@@ -22,7 +22,8 @@ impl Cache {
 }
 
 impl Artifact {
-    /// Replaces the content of the folder with the selected files. Afterwards only symbolic links still need the lease.
+    /// Replaces the content of the folder with the selected files. Hard links and copies outlive the lease. Symbolic links
+    /// point into the cache: keep the lease as long as they are used.
     ///
     /// # Errors
     /// `Corrupt` if cached bytes fail verification while they are copied; `Full`; `Other` if the folder cannot be
@@ -32,7 +33,7 @@ impl Artifact {
         let selected = self.lease.manifest.selected(&self.selection);
         let files: Vec<_> = selected.map(|(path, entry)| (path.clone(), entry.clone())).collect();
         let _phase = progress.enter(Phase::Materialize, files.iter().map(|(_, entry)| entry.size).sum());
-        // Files of the lower directory must not be hard-linked: they are reflinked or copied.
+        // Files of the read-only lower directory must not be hard-linked: they are reflinked or copied.
         let may_link = !self.lease.is_lower;
         let tree = Tree { key: self.key.clone(), from: self.lease.dir.clone(), may_link, files };
         let (destination, progress, lease) = (destination.clone(), progress.clone(), self.lease.clone());

@@ -214,24 +214,26 @@ fn filesystem_type_check(folder: &Path) -> Check {
         return Check::ok(Area::Directory, "the type of the filesystem is unknown");
     };
     // The magic numbers of linux/magic.h and of the filesystems' own headers.
-    let (name, warning) = match stat.f_type as u32 {
+    let (name, remedy) = match stat.f_type as u32 {
         0xef53 => ("ext4", None),
         0x5846_5342 => ("xfs", None),
         0x9123_683e => ("btrfs", None),
         0x2fc1_2fc1 => ("zfs", None),
-        OVERLAY_MAGIC => ("overlay", Some("the container's own layer, removed with the container: mount a volume")),
-        0x0102_1994 => ("tmpfs", Some("in memory: its content is lost at a restart, and counts as used memory")),
-        0x6969 => ("nfs", Some("a network filesystem: a local disk serves hits faster and has more reliable locks")),
-        0x0bd0_0bd0 => ("lustre", Some("a network filesystem: mount it with -o flock, or use a local disk")),
-        0x6573_5546 => ("fuse", Some("a filesystem in user space: it may lack hard links or locks")),
-        0xff53_4d42 | 0xfe53_4d42 => ("smb", Some("a network filesystem: use a local disk")),
-        0x0102_1997 => ("9p", Some("a shared folder of a virtual machine: use a disk of its own")),
-        0x00c3_6400 => ("ceph", Some("a network filesystem: a local disk serves hits faster")),
+        OVERLAY_MAGIC => {
+            ("overlay", Some("mount a volume: this is the container's own layer, which is removed with it"))
+        }
+        0x0102_1994 => ("tmpfs", Some("use a disk: this is memory, which is lost at a restart, and counts as used")),
+        0x6969 => ("nfs", Some("use a local disk: it serves hits faster, and has more reliable locks")),
+        0x0bd0_0bd0 => ("lustre", Some("mount it with -o flock, or use a local disk: it is a network filesystem")),
+        0x6573_5546 => ("fuse", Some("use a local disk: a filesystem in user space may lack hard links or locks")),
+        0xff53_4d42 | 0xfe53_4d42 => ("smb", Some("use a local disk: this is a network filesystem")),
+        0x0102_1997 => ("9p", Some("use a disk of its own: this is a shared folder of a virtual machine")),
+        0x00c3_6400 => ("ceph", Some("use a local disk: it serves hits faster")),
         _ => ("unrecognized type", None),
     };
-    match warning {
+    match remedy {
         None => Check::ok(Area::Directory, format!("filesystem: {name}")),
-        Some(warning) => Check::warning(Area::Directory, format!("filesystem: {name}"), warning),
+        Some(remedy) => Check::warning(Area::Directory, format!("filesystem: {name}"), remedy),
     }
 }
 

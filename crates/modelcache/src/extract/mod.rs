@@ -117,7 +117,7 @@ impl<'a> CheckedEntries<'a> {
     /// Extracts a regular file. Reads `size` bytes of `content`; a shorter one is an error.
     fn file(&mut self, name: &[u8], size: u64, executable: bool, content: &mut dyn Read) -> Result<()> {
         let path = self.path(name)?.filter(|_| !name.ends_with(b"/.") && !name.ends_with(b"/"));
-        let path = path.ok_or_else(|| self.refuse(name, "it is a file, and its name is that of a folder"))?;
+        let path = path.ok_or_else(|| self.refusal(name, "it is a file, and its name is that of a folder"))?;
         self.bytes = self.bytes.saturating_add(size);
         let allowed = self.bytes_max();
         if size > FILE_BYTES_MAX {
@@ -145,13 +145,14 @@ impl<'a> CheckedEntries<'a> {
     /// Returns the path of an entry, without `.` segments; `None` for the folder itself.
     fn path(&self, name: &[u8]) -> Result<Option<FilePath>> {
         let rename = "rename that file, and make the archive again";
-        let text = std::str::from_utf8(name).map_err(|_| self.refusal(name, "its name is not UTF-8", rename))?;
+        let text =
+            std::str::from_utf8(name).map_err(|_| self.refusal_with_hint(name, "its name is not UTF-8", rename))?;
         if text.starts_with('/') {
-            return Err(self.refuse(name, "its name is an absolute path"));
+            return Err(self.refusal(name, "its name is an absolute path"));
         }
         let segments: Vec<&str> = text.split('/').filter(|segment| !matches!(*segment, "" | ".")).collect();
         if segments.contains(&"..") {
-            return Err(self.refuse(name, "its name leads out of the folder"));
+            return Err(self.refusal(name, "its name leads out of the folder"));
         }
         if segments.len() > ARCHIVE_DEPTH_MAX {
             return Err(self.over_limit(&format!("{} is more than {ARCHIVE_DEPTH_MAX} folders deep", shown(name))));
@@ -159,7 +160,7 @@ impl<'a> CheckedEntries<'a> {
         if segments.is_empty() {
             return Ok(None);
         }
-        let renamed = |error: Error| self.refusal(name, error.message(), rename);
+        let renamed = |error: Error| self.refusal_with_hint(name, error.message(), rename);
         FilePath::new(&segments.join("/")).map(Some).map_err(renamed)
     }
 
@@ -171,10 +172,10 @@ impl<'a> CheckedEntries<'a> {
 
     /// Checks the name of a folder in a tar archive, and the size in its header. Some programs skip the content of a
     /// folder, and others read it as further headers.
-    fn empty_folder(&mut self, name: &[u8], size: u64) -> Result<()> {
+    fn tar_folder(&mut self, name: &[u8], size: u64) -> Result<()> {
         match size {
             0 => self.folder(name),
-            _ => Err(self.refuse(name, "it is a folder, and its header states a size")),
+            _ => Err(self.refusal(name, "it is a folder, and its header states a size")),
         }
     }
 
@@ -205,20 +206,20 @@ impl<'a> CheckedEntries<'a> {
         }
         // A path cannot be that of a file and that of a folder.
         if let Some(path) = self.paths.intersection(&self.folders).next() {
-            return Err(self.refuse(path.as_str().as_bytes(), "it is a file and also a folder"));
+            return Err(self.refusal(path.as_str().as_bytes(), "it is a file and also a folder"));
         }
         for path in self.paths.iter().chain(&self.folders).map(FilePath::as_str) {
             let above = path.match_indices('/').map(|(at, _)| &path[..at]);
             if above.into_iter().any(|above| FilePath::new(above).is_ok_and(|above| self.paths.contains(&above))) {
-                return Err(self.refuse(path.as_bytes(), "a folder above it is also a file"));
+                return Err(self.refusal(path.as_bytes(), "a folder above it is also a file"));
             }
         }
         Ok(())
     }
 
     /// Returns the error for an entry that is not extracted.
-    fn refuse(&self, name: &[u8], reason: &str) -> Error {
-        self.refusal(
+    fn refusal(&self, name: &[u8], reason: &str) -> Error {
+        self.refusal_with_hint(
             name,
             reason,
             "make the archive again from inside the folder, with files in the place of links: `tar --dereference \
@@ -226,7 +227,7 @@ impl<'a> CheckedEntries<'a> {
         )
     }
 
-    fn refusal(&self, name: &[u8], reason: &str, hint: &str) -> Error {
+    fn refusal_with_hint(&self, name: &[u8], reason: &str, hint: &str) -> Error {
         let (archive, name) = (self.archive.name, shown(name));
         Error::corrupt(format!("the archive {archive} is refused because of its entry {name}: {reason}")).hint(hint)
     }

@@ -38,12 +38,12 @@ pub(super) fn extract(mut stream: impl Read, guard: &mut CheckedEntries<'_>) -> 
         let is_pax_sparse =
             pax.into_iter().flatten().flatten().any(|field| field.key_bytes().starts_with(b"GNU.sparse."));
         match kind {
-            _ if is_pax_sparse => return Err(guard.refuse(&name, "it is a sparse file in the pax format")),
+            _ if is_pax_sparse => return Err(guard.refusal(&name, "it is a sparse file in the pax format")),
             EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
                 let executable = entry.header().mode().map_err(|cause| guard.unreadable(&cause))? & EXECUTE != 0;
                 // Archives older than POSIX mark a folder by a trailing slash.
                 if name.ends_with(b"/") {
-                    guard.empty_folder(&name, entry.size())?;
+                    guard.tar_folder(&name, entry.size())?;
                 } else {
                     // Content may have any length.
                     header_bytes.set(u64::MAX);
@@ -52,13 +52,13 @@ pub(super) fn extract(mut stream: impl Read, guard: &mut CheckedEntries<'_>) -> 
                     header_bytes.set(0);
                 }
             }
-            EntryType::Directory => guard.empty_folder(&name, entry.size())?,
+            EntryType::Directory => guard.tar_folder(&name, entry.size())?,
             EntryType::XGlobalHeader => {}
-            EntryType::Symlink => return Err(guard.refuse(&name, "it is a symbolic link")),
-            EntryType::Link => return Err(guard.refuse(&name, "it is a hard link")),
-            EntryType::Char | EntryType::Block => return Err(guard.refuse(&name, "it is a device")),
-            EntryType::Fifo => return Err(guard.refuse(&name, "it is a pipe")),
-            _ => return Err(guard.refuse(&name, "it is of an unknown type")),
+            EntryType::Symlink => return Err(guard.refusal(&name, "it is a symbolic link")),
+            EntryType::Link => return Err(guard.refusal(&name, "it is a hard link")),
+            EntryType::Char | EntryType::Block => return Err(guard.refusal(&name, "it is a device")),
+            EntryType::Fifo => return Err(guard.refusal(&name, "it is a pipe")),
+            _ => return Err(guard.refusal(&name, "it is of an unknown type")),
         }
     }
     // After the last file follow blocks of zeros, and the checksum of the compression.

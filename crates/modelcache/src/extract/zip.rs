@@ -43,7 +43,7 @@ pub(super) fn extract(file: File, guard: &mut CheckedEntries<'_>) -> Result<()> 
         drop(entry);
         guard.count_entry(&name)?;
         if name.contains(&b'\\') {
-            return Err(guard.refusal(
+            return Err(guard.refusal_with_hint(
                 &name,
                 "its name has a backslash",
                 "rename that file, and make the archive again",
@@ -54,13 +54,13 @@ pub(super) fn extract(file: File, guard: &mut CheckedEntries<'_>) -> Result<()> 
             continue;
         }
         if !matches!(kind, 0 | REGULAR) {
-            return Err(guard.refuse(&name, "it is a link or a device"));
+            return Err(guard.refusal(&name, "it is a link or a device"));
         }
         if encrypted {
-            return Err(guard.refuse(&name, "it is encrypted"));
+            return Err(guard.refusal(&name, "it is encrypted"));
         }
         if !matches!(method, CompressionMethod::Stored | CompressionMethod::Deflated) {
-            return Err(guard.refuse(&name, "it is compressed by another method than deflate"));
+            return Err(guard.refusal(&name, "it is compressed by another method than deflate"));
         }
         let mut entry = archive.by_index(index).map_err(|cause| guard.damaged(&cause))?;
         let size = entry.size();
@@ -68,7 +68,7 @@ pub(super) fn extract(file: File, guard: &mut CheckedEntries<'_>) -> Result<()> 
         // Read beyond the stated size: this checks the checksum, and that the content ends here.
         match entry.read(&mut [0]) {
             Ok(0) => {}
-            Ok(_) => return Err(guard.refuse(&name, "it is larger than the archive states")),
+            Ok(_) => return Err(guard.refusal(&name, "it is larger than the archive states")),
             Err(cause) => return Err(guard.damaged(&cause)),
         }
     }

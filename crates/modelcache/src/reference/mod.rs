@@ -141,15 +141,16 @@ impl Reference {
 
     /// Parses `text`, a reference of `scheme` or a bare key. The error may quote secrets in it.
     fn parse_unredacted(text: &str, scheme: Option<&'static Scheme>) -> Result<Self> {
-        // A `#` is a character like any other in a key of a bucket, unless a digest follows.
-        let is_key = scheme.is_some_and(|scheme| *scheme == bucket::SCHEME) && !text.contains("#sha256=");
-        let (body, digest) = if is_key { (text, None) } else { split_digest(text)? };
+        // In an object key of a bucket, `#` is a character like any other, unless `#sha256=` begins a digest.
+        let has_literal_hash = scheme.is_some_and(|scheme| *scheme == bucket::SCHEME) && !text.contains("#sha256=");
+        let (body, digest) = if has_literal_hash { (text, None) } else { split_digest(text)? };
         let reference = match (scheme.and_then(|scheme| Some((scheme, scheme.split(body)?))), body.split_once("://")) {
             (Some((scheme, (prefix, rest))), _) => scheme.parse(prefix, rest)?,
             (None, Some((unknown, _))) => {
                 let message = format!("{:?}: unknown scheme {unknown:?}", redact::reference(text));
                 return Err(Error::invalid(message).hint(format!("write name@version, {}", forms())));
             }
+            // As `modelcache ls` prints a key.
             (None, None) => Self { target: Target::Bare(ArtifactKey::listed(body)?), file: None, digest: None },
         };
         Ok(Self { digest, ..reference })

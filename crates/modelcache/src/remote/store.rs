@@ -1,7 +1,7 @@
 //! The storage layer over a [`Backend`]: retries, translated errors, and absence as a value.
 //!
 //! Every operation is retried under the process's shared [`Retry`], except [`Store::read`], which the caller retries,
-//! and [`Store::written_at_ms`]. `object_store`'s own retries are off, so that retries do not multiply. Absence is
+//! [`Store::written_at_ms`] and [`Store::listed`]. `object_store`'s own retries are off, so that retries do not multiply. Absence is
 //! `None`. An unmet condition is the value [`PutOutcome::ConditionFailed`], not an error.
 //!
 //! A create-only write may fail its condition because an earlier attempt of the same write succeeded and its response
@@ -226,9 +226,9 @@ impl Store {
         Ok(self.listed(key).await?.map(|identity| identity.is_some()))
     }
 
-    /// Returns the identity with which a listing names `key`, `Some(None)` if it does not name it, or `None` if listing
-    /// is not permitted. Reads one page of the folder of the object; `None` if the folder has more pages and the first
-    /// one does not name it. Not retried.
+    /// Looks for `key` on the first page of the listing of its folder, and returns its identity there. Returns
+    /// `Some(None)` if the key does not exist. Returns `None` if this is not known: listing is not permitted, or the key
+    /// is not on the first page and more pages follow. Not retried.
     pub(super) async fn listed(&self, key: &Path) -> Result<Option<Option<ObjectIdentity>>> {
         if self.listing_is_denied.load(Ordering::Relaxed) {
             return Ok(None);
@@ -310,7 +310,8 @@ impl Store {
     }
 
     /// Returns the key of a non-empty object directly in `folder`, or `None` if none exists or listing is not
-    /// permitted. Folder markers are empty, and modelcache's own records lie one level deeper.
+    /// permitted. Such an object comes from another tool: folder markers are empty, and modelcache's own records lie one
+    /// level deeper.
     pub(super) async fn first_nonempty_object(&self, folder: &Path) -> Result<Option<String>> {
         let mut found = None;
         let listed = self.for_each_page(Some(folder), true, |page| {
@@ -483,8 +484,8 @@ impl Store {
                 }
             });
             let Some(PaginatedListResult { result, page_token }) = page.await? else { return Ok(false) };
-            // The last keys of the page: of its objects, its folders and the keys that the backend removed. `Paging`
-            // checks that the pages advance.
+            // The end of this page, by which `Paging` checks that the pages advance: the last object, the last folder,
+            // and the last key that the backend left out because `object_store` cannot represent it.
             let skipped =
                 result.extensions.get::<SkippedKeys>().and_then(|SkippedKeys(keys)| keys.last().map(String::as_str));
             let last = [

@@ -81,7 +81,7 @@ impl PartTask {
             if let Some(sink) = &self.file.on_part {
                 sink.notify(&self.file.path, self.generation, range);
             }
-            // If this part closed the gap at the hash cursor, this task hashes the parts that arrived before it.
+            // If the hash of the file waited for this part, this task now hashes the later parts that arrived earlier.
             if part.must_catch_up {
                 if start == run.end {
                     // Hashing may take long and needs no permit.
@@ -94,7 +94,8 @@ impl PartTask {
         Ok(())
     }
 
-    /// Returns the size of every part but the last, in bytes. A file that is read in one stream is one part.
+    /// Returns the number of bytes that are received as one step: a part, or the whole file with all its parts if it is
+    /// read in one stream.
     pub(super) fn part_bytes(&self) -> u64 {
         if self.one_stream { self.file.entry.size.max(1) } else { self.part_size }
     }
@@ -258,7 +259,7 @@ impl PartTask {
         }
         // Wait for the slice that the workers still have, even if the stream failed.
         let matches = part.wait_for_slice(self).await?;
-        part.spare = None;
+        part.returned = None;
         if !matches {
             // The part is complete and wrong, however the stream ended.
             part.restart(self, range);
@@ -266,7 +267,7 @@ impl PartTask {
             let expected = self.file.entry.sha256.map(|digest| digest.short()).unwrap_or_default();
             return Err(PartFailure::Failed(
                 Error::corrupt(format!(
-                    "sha256 mismatch for {} in bytes {}-{}: not part of {expected}…; discarded",
+                    "sha256 mismatch for {} in bytes {}-{}: not the bytes of the file with sha256 {expected}…; discarded",
                     self.file.path, range.start, range.end
                 ))
                 .tier(source.tier())
@@ -377,7 +378,8 @@ impl PartTask {
                     && (buffer.len() as u64) < room
                     && self.file.partial_file.is_waited_for(&(part.next..part.next + buffer.len() as u64))
                 {
-                    // A reader waits for these bytes: write them now. Waiting for the slice reports them to the reader.
+                    // A reader waits for these bytes: write them now. `wait_for_slice` then reports
+                    // them to it.
                     part.submit(self, range, Work::Write, buffer).await?;
                     part.wait_for_slice(self).await?;
                 } else {
@@ -614,7 +616,7 @@ struct PartProgress {
     /// The slice that the workers have, and its length in bytes.
     in_flight: Option<(u64, PendingSlice)>,
     /// An empty buffer that the workers returned.
-    spare: Option<Buffer>,
+    returned: Option<Buffer>,
     /// Bytes of the part reported as done to the progress display.
     reported_bytes: u64,
     /// Number of consecutive responses that ended without an error and without a byte.
@@ -634,7 +636,7 @@ impl PartProgress {
             next: range.start,
             hasher,
             in_flight: None,
-            spare: None,
+            returned: None,
             reported_bytes: 0,
             empty_responses: 0,
             must_catch_up: false,
@@ -669,17 +671,18 @@ impl PartProgress {
 
     /// Returns a second buffer from the pool if the workers have the first one. Otherwise the caller must wait for a
     /// first buffer.
-    fn spare_buffer(&self, task: &PartTask) -> Option<Buffer> {
+    fn second_buffer(&self, task: &PartTask) -> Option<Buffer> {
         self.in_flight.as_ref().and_then(|_| task.engine.spare_buffer())
     }
 
-    /// Returns an empty buffer: the returned one, a spare one, or the next one that the workers return.
+    /// Returns an empty buffer: the one that the workers returned, a second one from the pool, or the next one that the
+    /// workers return.
     async fn buffer(&mut self, task: &PartTask) -> Result<Buffer, PartFailure> {
-        if let Some(buffer) = self.spare.take().or_else(|| self.spare_buffer(task)) {
+        if let Some(buffer) = self.returned.take().or_else(|| self.second_buffer(task)) {
             return Ok(buffer);
         }
         self.wait_for_slice(task).await?;
-        match self.spare.take() {
+        match self.returned.take() {
             Some(buffer) => Ok(buffer),
             None => Ok(task.engine.buffer().await),
         }
@@ -705,7 +708,7 @@ impl PartProgress {
         (self.next, self.in_flight) = (offset + len, Some((len, pending)));
         // Return the second buffer if few are free.
         if task.engine.buffers.is_half_used() {
-            self.spare = None;
+            self.returned = None;
         }
         Ok(())
     }
@@ -719,7 +722,7 @@ impl PartProgress {
         if let Hash::Part(hasher) = hash {
             self.hasher = Some(hasher);
         }
-        (self.spare, self.reported_bytes) = (Some(buffer), self.reported_bytes + len);
+        (self.returned, self.reported_bytes) = (Some(buffer), self.reported_bytes + len);
         self.must_catch_up |= must_catch_up;
         self.matches &= matches;
         task.report_done(len);
@@ -730,7 +733,8 @@ impl PartProgress {
     }
 }
 
-/// Returns the more informative of two failures: damage before absence, and the later one otherwise.
+/// Returns the more informative of two failures: damage rather than anything else, anything rather than a later
+/// absence, and otherwise the later one.
 fn more_informative(first: Option<Error>, second: Error) -> Error {
     match first {
         Some(first) if first.kind() == ErrorKind::Corrupt && second.kind() != ErrorKind::Corrupt => first,

@@ -153,7 +153,7 @@ fn a_download_reaches_a_minimum_share_of_the_best_speed() {
 }
 
 #[test]
-fn a_link_that_sixteen_connections_fill_gets_few_more() {
+fn on_a_link_that_one_connection_fills_the_limit_hardly_grows() {
     let store = Store { each: 1e9, total: 1e9, latency: Duration::from_millis(5), most: usize::MAX };
     let outcome = download(store, 8192.0 * MIB, 16.0 * MIB, None, &mut controller());
     assert!(outcome.limit <= 32, "{outcome:?}");

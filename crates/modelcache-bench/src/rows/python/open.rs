@@ -69,7 +69,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
 
 fn measure(setup: &Setup, server: &ServerProcess, reader: &str, bytes: u64) -> Result<Read> {
     let folder = setup.scratch.empty_folder("run")?;
-    // The script reads the bytes sent until its first tensor.
+    // At its first tensor, the script asks the server for the bytes that it has sent.
     server.reset_counts()?;
     let size = setup.sizes.tensors.to_string();
     let mut command = if reader == "runai" {

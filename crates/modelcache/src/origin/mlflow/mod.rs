@@ -58,7 +58,7 @@ impl Origin for Arc<Mlflow> {
         Some(MlflowSource::for_key(self, &model.name, key))
     }
 
-    /// The listed form is `mlflow/<server>/<model>@<number>`.
+    /// `modelcache ls` prints these keys as `mlflow/<server>/<model>@<number>`.
     fn listed_source(&self, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
         let (server, model) = key.name.as_str().strip_prefix("mlflow/")?.rsplit_once('/')?;
         let number = key.version.as_str().parse().ok()?;
@@ -221,7 +221,7 @@ impl MlflowSource {
     }
 
     /// Returns the path of a folder, if it is below the folder configured for MLflow after links are resolved.
-    /// Otherwise a server could make this process read and publish any file of this machine.
+    /// Without this check, a server could make this process read and publish any file of this machine.
     fn local_folder(&self, path: &str) -> Result<String> {
         // Compare canonical paths, so that neither `..` nor a link leads outside.
         let root = self.mlflow.config.local_root.as_deref().and_then(|root| root.canonicalize().ok());
@@ -261,8 +261,8 @@ impl MlflowSource {
             path: path.clone(),
             size: entry.size,
         };
-        // A range that starts at 0, or ends at the end of the file (a resumed stream), is requested as it is. For any
-        // other range the file is requested from its beginning, and only once the body is read.
+        // A range that starts at 0, or ends at the end of the file (a resumed stream), is requested now. For any other
+        // range, the file is requested from its beginning, when the body is first polled.
         if range.start == 0 || range.end == entry.size {
             return request.open(range).await;
         }
@@ -284,7 +284,7 @@ impl FileRequest {
     /// Sends the request and returns the bytes from `range.start`, or from 0 if the server ignores ranges.
     async fn open(self, range: Range<u64>) -> Result<Body> {
         let mut headers = HeaderMap::new();
-        // A range from the beginning is not requested as one: the body is cut instead.
+        // For a range from the beginning, no `Range` header is sent. The body is cut at the end of the range instead.
         if range.start > 0 {
             headers.insert(RANGE, http::range_header(&range)?);
         }

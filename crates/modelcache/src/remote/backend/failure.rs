@@ -2,8 +2,8 @@
 //! [`ErrorKind`]. `s3/error_response.rs` does so for error responses of a server.
 //!
 //! A missing bucket or a wrong region is never a missing artifact: only a 404 for the object itself is `NotFound`. A
-//! 403 without a specific code is ambiguous, because without `s3:ListBucket` S3 sends 403 for a missing key, too.
-//! Callers that can treat the object as missing test for this with [`is_ambiguous`].
+//! 403 without a code, or with a code that gives no cause such as `AccessDenied`, is ambiguous: without
+//! `s3:ListBucket`, S3 sends 403 for a missing key, too. [`is_ambiguous`] returns true for such a response.
 
 use super::s3::ErrorResponse;
 use crate::error::{Error, ErrorKind, FILE_SIZE_HINT, Tier};
@@ -55,13 +55,14 @@ pub(in crate::remote) fn condition_unsupported(error: &object_store::Error) -> b
         || matches!(error, object_store::Error::NotImplemented { .. } | object_store::Error::NotSupported { .. })
 }
 
-/// Returns true if the object may be missing: the response is a 403, and its code does not blame the request.
+/// Returns true if the object may be missing: the response is a 403 without a code, or with a code that
+/// gives no cause.
 pub(in crate::remote) fn is_ambiguous(error: &object_store::Error) -> bool {
     error_response(error).is_some_and(ErrorResponse::is_ambiguous)
 }
 
 /// Returns true if a write failed because writes are not permitted, so that every other write would fail, too: the
-/// response is a 403 that does not blame access key, signature or clock, or the folder is not writable.
+/// response is a 403 without a code, or with a code that gives no cause, or the folder is not writable.
 pub(in crate::remote) fn refuses_write(error: &object_store::Error) -> bool {
     use std::io::ErrorKind as Io;
     let denied = |io: &std::io::Error| matches!(io.kind(), Io::PermissionDenied | Io::ReadOnlyFilesystem);
