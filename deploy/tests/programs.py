@@ -70,7 +70,11 @@ class Run:
     def __init__(
         self, programs: Programs, container: Container, root: Path, cache_bytes: int = 0, **environment: str
     ) -> None:
-        """With `cache_bytes`, `/cache` is a filesystem of this size, which needs root."""
+        """With `cache_bytes`, `/cache` is a filesystem of this size, which needs root. Otherwise it is on the disk of this
+        machine, of which any share may be free: the free space that the manifests keep is not kept.
+        """
+        if not cache_bytes:
+            environment.setdefault("MODEL_CACHE_MIN_FREE_BYTES", "1MB")
         self.root = root
         self.ports = dict(zip((HTTP, ADMIN), free_ports(2), strict=True))
         for path, text in container.files.items():
