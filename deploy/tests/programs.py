@@ -6,6 +6,7 @@ as the manifest has it: the command, the arguments, the environment and the conf
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -64,6 +65,12 @@ class Container:
     files: dict[str, str] = field(default_factory=dict)
 
 
+def is_nearly_full(folder: Path) -> bool:
+    """Returns true if the filesystem has less free space than the manifests keep, which is a quarter."""
+    usage = shutil.disk_usage(folder)
+    return usage.free < usage.total * 0.26
+
+
 class Run:
     """A container that runs as a process below `root`."""
 
@@ -71,9 +78,9 @@ class Run:
         self, programs: Programs, container: Container, root: Path, cache_bytes: int = 0, **environment: str
     ) -> None:
         """With `cache_bytes`, `/cache` is a filesystem of this size, which needs root. Otherwise it is on the disk of this
-        machine, of which any share may be free: the free space that the manifests keep is not kept.
+        machine. If that is nearly full, the free space that the manifest keeps is not kept.
         """
-        if not cache_bytes:
+        if not cache_bytes and is_nearly_full(root):
             environment.setdefault("MODEL_CACHE_MIN_FREE_BYTES", "1MB")
         self.root = root
         self.ports = dict(zip((HTTP, ADMIN), free_ports(2), strict=True))
