@@ -61,7 +61,7 @@ impl Package {
     pub(crate) fn unpacked(&self) -> Result<Option<PathBuf>> {
         let folder = target_folder()?.join(self.name);
         let root = folder.join("root");
-        // A link counts, whatever it leads to outside of the folder.
+        // A symbolic link counts without its target, which may be an absolute path outside of the folder.
         let is_there = || root.join(self.program).symlink_metadata().is_ok();
         if !is_there() {
             if on_path("apt-get").is_none() || on_path("dpkg").is_none() {

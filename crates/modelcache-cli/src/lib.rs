@@ -121,7 +121,7 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
     };
     let run = arguments.verb.run(&session).instrument(span.clone());
     let ended = match arguments.verb.handles_signals() {
-        true => runtime.block_on(signals::without(run)),
+        true => runtime.block_on(signals::run_handling_signals(run)),
         false => runtime.block_on(signals::run_until_signal(run)),
     };
     let code = match &ended {

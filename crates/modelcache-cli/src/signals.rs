@@ -1,7 +1,8 @@
 //! Signals: a signal drops the running command and determines the exit code (128 + signal number).
 //!
 //! A signal that was ignored when the program started stays ignored, as `nohup` and background jobs of a shell expect.
-//! Handlers do not survive `exec`, unlike ignored signals, so the command that `exec` runs starts with the defaults.
+//! Handlers do not survive the system call `execve`, unlike ignored signals, so the program that `modelcache exec` runs
+//! starts with the default actions.
 
 use crate::exit;
 use std::future::Future;
@@ -54,8 +55,8 @@ pub(crate) async fn run_until_signal<T>(work: impl Future<Output = T>) -> Result
     }
 }
 
-/// Runs `work`, which waits for signals itself, and returns its outcome.
-pub(crate) async fn without<T>(work: impl Future<Output = T>) -> Result<T, Signal> {
+/// Runs `work`, which waits for signals itself. Always returns `Ok`; the type is that of [`run_until_signal`].
+pub(crate) async fn run_handling_signals<T>(work: impl Future<Output = T>) -> Result<T, Signal> {
     fail_writes_beyond_the_file_size_limit();
     Ok(work.await)
 }

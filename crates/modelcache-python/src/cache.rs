@@ -49,7 +49,8 @@ pub(crate) struct Cache {
 /// The open state of a cache in one process.
 struct Open {
     cache: modelcache::Cache,
-    /// Caches for callers that pass a token of their own, keyed by it. The key `None` is for requests without a token.
+    /// Caches for callers that pass a token of their own, keyed by it. The key `None` is for
+    /// callers that pass an empty token, whose requests are sent without one.
     by_token: Mutex<HashMap<Option<String>, modelcache::Cache>>,
     leases: Arc<Mutex<Leases>>,
 }
@@ -398,7 +399,7 @@ impl Cache {
         })
     }
 
-    /// Resolves a reference to a pinned one, without downloading files.
+    /// Resolves a reference to one that names an exact version, without downloading files.
     fn resolve(
         &self,
         py: Python<'_>,

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 /// How long the daemon remembers that a file failed verification while it was sent. Some clients keep what they got and
 /// ask for the rest of it days later.
-const CORRUPT_MEMORY: Duration = Duration::from_secs(7 * 24 * 3600);
+const CORRUPT_REMEMBERED_FOR: Duration = Duration::from_secs(7 * 24 * 3600);
 /// Number of such files that are remembered.
 const CORRUPT_FILES_MAX: usize = 1_000;
 /// Number of downloads that may fail verification before the file is refused. Clients repeat a download without end as
@@ -31,8 +31,8 @@ const CORRUPT_DOWNLOADS_MAX: u32 = 3;
 const CORRUPT_PAUSE: Duration = Duration::from_secs(60);
 /// Number of manifests that are remembered for artifacts that are not on disk yet.
 const MANIFESTS_MAX: usize = 256;
-/// How long the manifest of a revision is used, at most as long as the revision itself: a client asks for all files of a
-/// repository within seconds.
+/// How long the manifest of a revision is used without resolving the revision again, unless `ref_ttl` is shorter. It is
+/// long enough for a client that asks for all files of a repository.
 const REVISION_AGE_MAX: Duration = Duration::from_secs(5);
 /// Number of leases that clients may hold at the same time.
 const HELD_MAX: usize = 10_000;
@@ -91,6 +91,7 @@ pub(crate) struct App {
     pub(crate) doctor: Doctor,
     pub(crate) rights: Rights,
     pub(crate) infos: Infos,
+    /// When the daemon last received a request of its own: the endpoint of its Hub is then its own address.
     pub(crate) own_requests: OwnRequests,
     pub(crate) readiness: Readiness,
     pub(crate) activity: Activity,
@@ -255,7 +256,7 @@ impl App {
     /// Returns what is known about a file if a response with it was cut because its digest did not match.
     pub(crate) fn corrupt_file(&self, reference: &Reference, path: &FilePath) -> Option<CorruptFile> {
         let mut corrupt = self.corrupt.lock();
-        corrupt.retain(|_, file| file.last_failure.elapsed() < CORRUPT_MEMORY);
+        corrupt.retain(|_, file| file.last_failure.elapsed() < CORRUPT_REMEMBERED_FOR);
         corrupt.get(&format!("{reference} {path}")).copied()
     }
 }

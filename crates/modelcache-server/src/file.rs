@@ -79,7 +79,7 @@ impl FileRequest<'_> {
                 let unchecked = range.end == size;
                 let started = Instant::now();
                 let opened = match corrupt.filter(CorruptFile::is_refused) {
-                    // It is there if a later download succeeded.
+                    // The file is on disk if a later download succeeded, so only the disk is tried.
                     Some(corrupt) => {
                         self.open(unchecked, Tier::Disk).await.map_err(|_| self.refused_as_corrupt(corrupt))?
                     }

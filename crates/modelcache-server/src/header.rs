@@ -8,7 +8,7 @@ const RETRY_AFTER_DEFAULT: Duration = Duration::from_secs(5);
 /// Longest value that is made from a text of unknown origin, in characters.
 const TEXT_CHARACTERS_MAX: usize = 400;
 
-/// Returns `text` as a header value; an empty one if a header must not have a character of it.
+/// Returns `text` as a header value. Returns an empty value if a character of it is not allowed in a header.
 pub(crate) fn value(text: &str) -> HeaderValue {
     HeaderValue::from_str(text).unwrap_or(HeaderValue::from_static(""))
 }

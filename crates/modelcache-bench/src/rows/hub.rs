@@ -144,6 +144,7 @@ fn downloaded_file(folder: &Path) -> Result<PathBuf> {
 pub(crate) fn section(setup: &Setup) -> Result<Section> {
     progress(setup, "hub");
     let served = ServedRepo::start(setup, setup.sizes.file)?;
+    // "after": the files become durable after the command has returned.
     let entries = [
         served.ours(DEFAULTS, "after", |command| command),
         served.ours("durable", "yes", durable),

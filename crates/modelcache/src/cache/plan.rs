@@ -138,6 +138,7 @@ impl Cache {
         let from = |path: &FilePath| match plan.sources.get(path).and_then(|sources| sources.first()) {
             _ if is_on_disk(path) => Tier::Disk,
             Some(source) => source.tier(),
+            // A complete staged file is reused, or the get fails.
             None => Tier::Disk,
         };
         let files = plan.selected.iter().map(|(path, entry)| PlannedFile {
@@ -330,7 +331,7 @@ impl Cache {
         match (local, remote) {
             (Some(mut listing), Some(remote)) => {
                 if let Err(error) = listing.learn(&remote) {
-                    // No origin decides whether the local files or the unmanaged objects are the right ones.
+                    // Without an origin, nothing decides whether the local files or the unmanaged objects are the right ones.
                     if tier_manifests.remote_unmanaged && request.origin.is_none() {
                         return Err(unmanaged_objects_changed(request, &error));
                     }

@@ -158,7 +158,7 @@ impl Reading {
         Ok(chunk)
     }
 
-    /// Compares the digest of the whole file, if it was read from its beginning.
+    /// Compares the digest of the bytes with that of the file, if the range is the whole file and a digest is known.
     fn verify(&mut self) -> Result<()> {
         let (path, tier) = (&self.file.path, self.file.sources[self.source].tier());
         match self.hash.take().is_none_or(|hash| hash.matches(&self.file.entry)) {

@@ -44,11 +44,12 @@ use std::time::{Duration, Instant};
 use tokio::sync::OnceCell;
 use url::Url;
 
-/// Requests for one range until the first validators must have come back. A file that was replaced never has them again.
-const LOOKS_MAX: usize = 8;
+/// Maximum number of requests while the responses have other validators than the first one. After that, the file counts
+/// as replaced.
+const ATTEMPTS_MAX: usize = 8;
 /// The same, once a server was seen to return to the first validators: its back ends disagree. Enough for five of them
 /// (0.8^64 < 10^-6).
-const LOOKS_IN_POOL_MAX: usize = 64;
+const ATTEMPTS_IN_POOL_MAX: usize = 64;
 /// Largest checksum file, in bytes. It has one line per file of a release.
 const SIDECAR_BYTES_MAX: u64 = 1024 * 1024;
 /// Largest file without a stated size, in bytes: more than any single file of a model has.
@@ -491,7 +492,8 @@ struct WebSource {
     file: WebFile,
     path: FilePath,
     key: ArtifactKey,
-    /// True if the reference has a digest, so that no warning is needed if the server has none.
+    /// True if the reference has a digest. Validators then need not agree, and a server without a digest causes no
+    /// warning.
     has_expected_digest: bool,
     info: OnceCell<FileInfo>,
     manifest: OnceCell<Manifest>,
@@ -503,8 +505,9 @@ struct WebSource {
     ignores_ranges: AtomicBool,
     /// True if a response had other validators than the first one.
     saw_other_validators: AtomicBool,
-    /// True if the first validators came back after others, so that the file was not replaced.
-    is_pool: AtomicBool,
+    /// True once the first validators came back after others: the file was not replaced, but the back ends of the server
+    /// disagree.
+    back_ends_disagree: AtomicBool,
 }
 
 /// A difference between a response and the first one.
@@ -565,7 +568,7 @@ impl WebSource {
             refuses_ranges: AtomicBool::new(false),
             ignores_ranges: AtomicBool::new(false),
             saw_other_validators: AtomicBool::new(false),
-            is_pool: AtomicBool::new(false),
+            back_ends_disagree: AtomicBool::new(false),
         })
     }
 
@@ -576,16 +579,16 @@ impl WebSource {
     async fn info(&self) -> Result<&FileInfo> {
         let derived = is_derived(&self.key.version);
         let probe = || async {
-            let mut looks = 0;
+            let mut attempts = 0;
             loop {
-                looks += 1;
+                attempts += 1;
                 let info =
                     self.web.retry.run(|| self.web.probe(&self.file.url, derived, self.has_expected_digest)).await?;
                 let version = info.version().ok().filter(|_| derived);
                 match version.filter(|version| *version != self.key.version) {
                     None => return Ok(info),
                     // Another back end may have this version. A digest of the whole file is expensive, and decides.
-                    Some(_) if looks < LOOKS_MAX && info.computed.is_none() => {}
+                    Some(_) if attempts < ATTEMPTS_MAX && info.computed.is_none() => {}
                     Some(version) => return Err(self.superseded(&format!("it is now {version}"))),
                 }
             }
@@ -658,12 +661,12 @@ impl WebSource {
         if let Some(body) = Body::for_empty_range(path, &range, Some(info.size))? {
             return Ok(body);
         }
-        let mut looks = 0;
+        let mut attempts = 0;
         loop {
-            looks += 1;
-            let fetched = self.fetch(info, &range, looks > 1).await?;
+            attempts += 1;
+            let fetched = self.fetch(info, &range, attempts > 1).await?;
             let Some(difference) = info.difference(&fetched)? else {
-                self.record_agreement(looks);
+                self.record_agreement(attempts);
                 return self.body(info, &range, fetched);
             };
             self.saw_other_validators.store(true, Ordering::Relaxed);
@@ -672,18 +675,19 @@ impl WebSource {
             if !is_of_content && !is_refused && self.digest_decides() {
                 return self.body(info, &range, fetched);
             }
-            let looks_max = if self.is_pool.load(Ordering::Relaxed) { LOOKS_IN_POOL_MAX } else { LOOKS_MAX };
-            if is_of_content || looks >= looks_max {
+            let attempts_max =
+                if self.back_ends_disagree.load(Ordering::Relaxed) { ATTEMPTS_IN_POOL_MAX } else { ATTEMPTS_MAX };
+            if is_of_content || attempts >= attempts_max {
                 return Err(self.superseded(&description));
             }
-            tracing::debug!(%path, description, looks, "another validator; requesting the range again");
+            tracing::debug!(%path, description, attempts, "another validator; requesting the range again");
             http::drain(fetched.response).await;
         }
     }
 
-    /// Records that a response agreed with the first one, after `looks` requests.
-    fn record_agreement(&self, looks: usize) {
-        if looks > 1 && !self.is_pool.swap(true, Ordering::Relaxed) {
+    /// Records that a response agreed with the first one, after `attempts` requests.
+    fn record_agreement(&self, attempts: usize) {
+        if attempts > 1 && !self.back_ends_disagree.swap(true, Ordering::Relaxed) {
             tracing::warn!(
                 artifact = %self.key,
                 "the server's answers disagree about the validators of the file, and no digest is known; only answers \
@@ -711,7 +715,7 @@ impl WebSource {
     }
 
     /// Requests `range` from `url`, or the whole file if the server refuses ranges. With a strong entity tag and no
-    /// digest, only if the file is unchanged. `again`: the connection is closed afterwards, because a load balancer may
+    /// digest, the request has the condition `If-Match`: the server refuses it if the file was replaced. `again`: the connection is closed afterwards, because a load balancer may
     /// lead all requests of one connection to the same back end.
     async fn request_range(&self, url: Url, info: &FileInfo, range: &Range<u64>, again: bool) -> Result<FinalResponse> {
         let mut headers = HeaderMap::new();

@@ -95,7 +95,7 @@ impl PartBuffer {
         self.start..self.start + self.buffer.len() as u64
     }
 
-    /// Calls `read` to write the whole part.
+    /// Calls `read` to fill the buffer of the part from the file.
     pub(crate) fn read(&mut self, read: impl FnOnce(&mut [u8]) -> Result<()>) -> Result<()> {
         read(&mut self.buffer)
     }
@@ -216,7 +216,8 @@ impl Multipart {
         (reader, next) = read_part(reader, self.reserve_part(0)).await?;
         for index in 1..self.part_count() {
             let reserved = self.reserve_part(index);
-            // The part is sent as soon as it is hashed: the next one may wait for its memory.
+            // The part is sent as soon as it is hashed, not after the next one is read: reading the next one may wait for
+            // the memory that this part frees.
             let hash_and_send = self.hash_and_send(next, hasher, progress);
             (hasher, (reader, next)) = tokio::try_join!(hash_and_send, read_part(reader, reserved))?;
         }

@@ -207,7 +207,7 @@ pub(super) async fn origin_answer(remote: &Remote, name: &ArtifactName, revision
     })
 }
 
-/// Records an origin's answer, unless the recorded one is newer or equal. A ref in a newer format is left as it is.
+/// Records an origin's answer, unless the recorded one is newer or identical. A ref in a newer format is left as it is.
 pub(super) async fn write_origin_answer(remote: &Remote, name: &ArtifactName, ours: &RemoteRef) -> Result<()> {
     let store = remote.store().await?;
     let found = read_ref(store, name, &ours.revision).await?;
