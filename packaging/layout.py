@@ -20,6 +20,15 @@ from typing import Any
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
+def neutral(entry: tarfile.TarInfo, epoch: int) -> tarfile.TarInfo:
+    """Returns the entry of an archive without owner, time and umask of this machine."""
+    entry.uid = entry.gid = 0
+    entry.uname = entry.gname = ""
+    entry.mtime = epoch
+    entry.mode = 0o755 if entry.isdir() or entry.mode & 0o100 else 0o644
+    return entry
+
+
 class Image:
     """The layers and the configuration that the instructions have made so far."""
 
@@ -65,11 +74,10 @@ class Image:
                 name = (target + path.relative_to(root).as_posix()).lstrip("/").removesuffix("/.")
                 if name == ".":
                     continue
-                entry = tar.gettarinfo(path, arcname=name)
-                entry.uid, entry.gid, entry.uname, entry.gname, entry.mtime = uid, gid, "", "", self.epoch
-                # Without --chmod, the mode does not depend on the umask of the build.
-                is_open = entry.isdir() or entry.mode & 0o100
-                entry.mode = int(mode, 8) if mode else 0o755 if is_open else 0o644
+                entry = neutral(tar.gettarinfo(path, arcname=name), self.epoch)
+                entry.uid, entry.gid = uid, gid
+                if mode is not None:
+                    entry.mode = int(mode, 8)
                 if entry.isfile():
                     with path.open("rb") as file:
                         tar.addfile(entry, file)

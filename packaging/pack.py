@@ -131,21 +131,13 @@ def make_archive_folder(folder: Path, program: Path, licences: str) -> None:
 
 def tar(folder: Path, target: Path, epoch: int) -> None:
     """Packs a folder. Owner and time of the files are not those of this machine."""
-
-    def neutral(entry: tarfile.TarInfo) -> tarfile.TarInfo:
-        entry.uid = entry.gid = 0
-        entry.uname = entry.gname = ""
-        entry.mtime = epoch
-        entry.mode = 0o755 if entry.isdir() or entry.mode & 0o100 else 0o644
-        return entry
-
     with (
         target.open("wb") as file,
         gzip.GzipFile("", "wb", 9, file, mtime=0) as compressed,
         tarfile.open(fileobj=compressed, mode="w", format=tarfile.GNU_FORMAT) as packed,
     ):
         # In sorted order, also below the folder.
-        packed.add(folder, folder.name, filter=neutral)
+        packed.add(folder, folder.name, filter=lambda entry: layout.neutral(entry, epoch))
 
 
 def debian_package(unpacked: Path, work: Path, folder: Path, version: str) -> None:
@@ -203,8 +195,8 @@ def install_script(folder: Path, target: Path, version: str, url: str) -> None:
     target.chmod(0o755)
 
 
-def sbom(workspace: Workspace, name: str, epoch: int, is_static: bool) -> str:
-    """Returns the SBOM of a package as CycloneDX JSON, with `is_static` also with glibc as a part."""
+def sbom(workspace: Workspace, name: str, parts: list[dict[str, Any]], epoch: int, is_static: bool) -> str:
+    """Returns the SBOM of a package with these parts as CycloneDX JSON, with `is_static` also with glibc as a part."""
     from cyclonedx.contrib.license.factories import LicenseFactory
     from cyclonedx.model import HashAlgorithm, HashType
     from cyclonedx.model.bom import Bom
@@ -230,7 +222,6 @@ def sbom(workspace: Workspace, name: str, epoch: int, is_static: bool) -> str:
             hashes=[HashType(alg=HashAlgorithm.SHA_256, content=checksum)] if checksum else [],
         )
 
-    parts = workspace.parts(name)
     made = {package["id"]: component(package) for package in parts}
     bom = Bom()
     bom.metadata.timestamp = datetime.fromtimestamp(epoch, timezone.utc)
@@ -258,12 +249,13 @@ def release(program: Path, work: Path, folder: Path, epoch: int) -> None:
     package = workspace.package(PACKAGE)
     version = package["version"]
     unpacked = work / f"modelcache-{version}-{ARCHITECTURE}-linux"
-    make_archive_folder(unpacked, program, third_party_licences(workspace.parts(PACKAGE), is_static=True))
+    parts = workspace.parts(PACKAGE)
+    make_archive_folder(unpacked, program, third_party_licences(parts, is_static=True))
     tar(unpacked, folder / f"{unpacked.name}.tar.gz", epoch)
     debian_package(unpacked, work / "deb", folder, version)
     packed = folder / f"modelcache-{version}-{ARCHITECTURE}-image.tar"
     image(unpacked, work / "image", packed, version, epoch)
-    (folder / f"modelcache-{version}.cdx.json").write_text(sbom(workspace, PACKAGE, epoch, is_static=True))
+    (folder / f"modelcache-{version}.cdx.json").write_text(sbom(workspace, PACKAGE, parts, epoch, is_static=True))
 
     sums = [f"{digest(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
     (folder / "SHA256SUMS").write_text("".join(sums))
@@ -288,14 +280,15 @@ def main() -> None:
     arguments = parser.parse_args()
     epoch = int(os.environ["SOURCE_DATE_EPOCH"])
     os.umask(0o022)
-    match arguments.task:
-        case "release":
-            release(arguments.program.resolve(), arguments.work.resolve(), arguments.folder.resolve(), epoch)
-        case "licences":
-            parts = Workspace().parts(arguments.package)
-            arguments.file.write_text(third_party_licences(parts, is_static=False))
-        case "sbom":
-            arguments.file.write_text(sbom(Workspace(), arguments.package, epoch, is_static=False))
+    if arguments.task == "release":
+        release(arguments.program.resolve(), arguments.work.resolve(), arguments.folder.resolve(), epoch)
+        return
+    workspace = Workspace()
+    parts = workspace.parts(arguments.package)
+    if arguments.task == "licences":
+        arguments.file.write_text(third_party_licences(parts, is_static=False))
+    else:
+        arguments.file.write_text(sbom(workspace, arguments.package, parts, epoch, is_static=False))
 
 
 if __name__ == "__main__":

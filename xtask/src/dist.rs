@@ -1,9 +1,9 @@
 //! `cargo xtask dist`: builds the files of a release into `target/dist`, and tests them as a user installs them.
 //!
 //! The program is linked statically, so that one file runs on every Linux distribution and in an empty container image.
-//! `packaging/pack.py` makes the archive, the Debian package, the container image, the list of components and the
-//! install script from it, and maturin makes the wheel. With `--debug`, the debug build is packed, without a wheel. The
-//! programs for the tests come from Debian packages; nothing needs root rights.
+//! `packaging/pack.py` makes the archive, the Debian package, the container image, the SBOM and the install script from
+//! it, and maturin makes the wheel. With `--debug`, the debug build is packed, without a wheel. The programs for the
+//! tests come from Debian packages; nothing needs root rights.
 
 use crate::debian::Package;
 use crate::python::{BUILD_XTASK, PACKAGE, Python, empty_folder};
