@@ -1,6 +1,6 @@
 //! The table of exit codes. The mapping of errors, the help text and the documentation are generated from it.
 
-use modelcache::ErrorKind;
+use modelcache::{ErrorKind, Result};
 
 /// Success.
 pub const DONE: u8 = 0;
@@ -62,6 +62,11 @@ pub const EXITS: &[Exit] = &[
 /// Returns the exit code of an error of `kind`.
 pub fn code(kind: ErrorKind) -> u8 {
     EXITS.iter().find(|exit| exit.kinds.contains(&kind)).map_or(OTHER, |exit| exit.code)
+}
+
+/// Returns the exit code of a command that ended with `result`.
+pub(crate) fn code_of<T>(result: &Result<T>) -> u8 {
+    result.as_ref().map_or_else(|error| code(error.kind()), |_| DONE)
 }
 
 /// Returns the table as a help text.

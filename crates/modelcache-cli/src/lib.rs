@@ -34,6 +34,8 @@ mod traces {
         Ok(None)
     }
 
+    pub(crate) fn end(_: &tracing::Span) {}
+
     pub(crate) fn finish() {}
 }
 
@@ -132,8 +134,7 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
         }
         Err(signal) => signal.exit_code(),
     };
-    record_exit(&span, code);
-    drop(span);
+    end_span(&span, code);
     runtime.block_on(session.write_metrics(name, code));
     // Background tasks remove dropped uploads and claims from the remote.
     runtime.block_on(modelcache::transfer::wait_for_cleanup(CLEANUP_WAIT));
@@ -153,12 +154,13 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
     outcome
 }
 
-/// Records the exit code of a command in its span.
-pub(crate) fn record_exit(span: &Span, code: u8) {
+/// Records the exit code of a command in its span, and ends the span.
+pub(crate) fn end_span(span: &Span, code: u8) {
     span.record("exit_code", i64::from(code));
     if code != exit::DONE {
         span.record("otel.status_code", "ERROR");
     }
+    traces::end(span);
 }
 
 /// Returns the span of a command, for traces.

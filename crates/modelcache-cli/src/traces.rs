@@ -7,7 +7,7 @@
 use crate::logs::is_trace_span;
 use modelcache::{Error, Result, redact};
 use opentelemetry::KeyValue;
-use opentelemetry::trace::TracerProvider as _;
+use opentelemetry::trace::{TraceContextExt as _, TracerProvider as _};
 use opentelemetry_otlp::{
     OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_EXPORTER_OTLP_HEADERS, OTEL_EXPORTER_OTLP_TIMEOUT,
     OTEL_EXPORTER_OTLP_TRACES_ENDPOINT, OTEL_EXPORTER_OTLP_TRACES_HEADERS, OTEL_EXPORTER_OTLP_TRACES_TIMEOUT,
@@ -20,7 +20,8 @@ use std::ops::RangeInclusive;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-use tracing::Subscriber;
+use tracing::{Span, Subscriber};
+use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::Layer;
 use tracing_subscriber::registry::LookupSpan;
@@ -86,6 +87,11 @@ where
     // Set once: the subscriber, too, is installed only once per process.
     let _ = PROVIDER.set(provider);
     Ok(Some(layer.with_filter(filter_fn(is_trace_span)).boxed()))
+}
+
+/// Ends `span`, although tasks in the background may still hold clones of it.
+pub(crate) fn end(span: &Span) {
+    span.context().span().end();
 }
 
 /// Sends the spans that have ended, waiting for at most [`FLUSH_WAIT`], and stops tracing.
@@ -167,5 +173,49 @@ impl opentelemetry_sdk::trace::SpanExporter for WarningExporter {
 
     fn set_resource(&mut self, resource: &Resource) {
         self.exporter.set_resource(resource);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use opentelemetry::Context;
+    use opentelemetry_sdk::trace::{Span as SdkSpan, SpanProcessor};
+    use std::sync::{Arc, Mutex};
+    use tracing_subscriber::layer::SubscriberExt as _;
+
+    /// Records the names of the spans that have ended.
+    #[derive(Debug, Clone, Default)]
+    struct Ended(Arc<Mutex<Vec<String>>>);
+
+    impl SpanProcessor for Ended {
+        fn on_start(&self, _: &mut SdkSpan, _: &Context) {}
+
+        fn on_end(&self, span: SpanData) {
+            self.0.lock().unwrap().push(span.name.into_owned());
+        }
+
+        fn force_flush(&self) -> OTelSdkResult {
+            Ok(())
+        }
+
+        fn shutdown_with_timeout(&self, _: Duration) -> OTelSdkResult {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_span_that_is_held_elsewhere_ends_once_and_at_the_call() {
+        let ended = Ended::default();
+        let provider = SdkTracerProvider::builder().with_span_processor(ended.clone()).build();
+        let layer = tracing_opentelemetry::layer().with_tracer(provider.tracer("test"));
+        let _guard = tracing::subscriber::set_default(tracing_subscriber::registry().with(layer));
+        let span = tracing::info_span!("command");
+        let held = span.clone();
+        drop(span.in_scope(|| tracing::info_span!("phase")));
+        end(&span);
+        assert_eq!(*ended.0.lock().unwrap(), ["phase", "command"]);
+        drop((span, held));
+        assert_eq!(ended.0.lock().unwrap().len(), 2);
     }
 }

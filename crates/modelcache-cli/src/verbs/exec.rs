@@ -52,8 +52,7 @@ impl Exec {
         let span = crate::command_span("exec");
         let getting = self.get_all(session, &cache, &references).instrument(span.clone());
         let artifacts = self.arguments.with_timeout(getting).await;
-        crate::record_exit(&span, artifacts.as_ref().map_or_else(|error| exit::code(error.kind()), |_| exit::DONE));
-        drop(span);
+        crate::end_span(&span, exit::code_of(&artifacts));
         let mut artifacts = artifacts?;
         let hub_variables = match self.no_env {
             true => Vec::new(),

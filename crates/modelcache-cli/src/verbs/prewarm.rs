@@ -121,13 +121,12 @@ async fn get_one<'a>(
 ) -> (&'a str, Result<Artifact>) {
     let output = session.output;
     let text = entry.text.as_str();
-    let span = tracing::debug_span!("get", reference = %redact::reference(text), otel.status_code = Empty);
+    let span =
+        tracing::debug_span!("get", reference = %redact::reference(text), otel.status_code = Empty, exit_code = Empty);
     let progress = span.in_scope(Progress::new);
     let getting = cache.get_with(&entry.reference, options, &progress).instrument(span.clone());
     let got = progress::show(output, text, &progress, getting).await;
-    if got.is_err() {
-        span.record("otel.status_code", "ERROR");
-    }
+    crate::end_span(&span, exit::code_of(&got));
     let outcome = got.and_then(|artifact| {
         if output.is_json() {
             output.print_json(&WithReference { reference: text, report: artifact.answer() })?;
