@@ -12,7 +12,7 @@ use super::resolve::FetchRequest;
 use super::{Artifact, BytesByTier, Cache, GetOptions, GetReport};
 use crate::config::{DirLayout, Extract};
 use crate::disk::{
-    AcquireOutcome, Destination, LOCK_WAIT_MAX, LeasedArtifact, MissingFiles, Purpose, RootedPath, StagedFile, Staging,
+    AcquireOutcome, Destination, LOCK_WAIT_MAX, LeasedArtifact, MissingFiles, Purpose, StagedFile, Staging,
     format_name, staged_name,
 };
 use crate::error::{Error, ErrorKind, Result, Tier};
@@ -267,13 +267,13 @@ impl Cache {
                 }
             };
         let fetched_bytes = downloaded.iter().map(|file| file.fetched_bytes).sum();
-        let by_target: BTreeMap<RootedPath, _> =
-            downloaded.into_iter().map(|file| (file.target.clone(), file)).collect();
+        let by_name: BTreeMap<String, _> =
+            downloaded.into_iter().map(|file| (file.target.name().to_owned(), file)).collect();
         // Collect the reused and the downloaded files by path.
         let (mut files, mut bad_on_remote) = (BTreeMap::new(), BTreeSet::new());
         for (path, entry) in &plan.selected {
             let name = staged_name(path, entry);
-            let staged = match (staging.reused(&name), by_target.get(&staging.file(&name))) {
+            let staged = match (staging.reused(&name), by_name.get(&name)) {
                 (Some(identity), _) => {
                     // The bytes are verified, but no ladder was computed. Keep only a ladder from this disk.
                     let ladder = plan.listing.files.get(path).and_then(|listed| listed.ladder.clone());
@@ -410,8 +410,9 @@ fn files_to_download(staging: &Staging, plan: &FillPlan) -> Result<(PartialFiles
             partial_file.mark_verified();
         } else if let Entry::Vacant(vacant) = to_download.entry(name) {
             let (owner, partial_file, sources) = (staging.owner(), partial_file.clone(), plan.sources_of(path)?);
-            let (path, entry) = (path.clone(), entry.clone());
-            vacant.insert(DownloadFile { path, entry, target, owner, sources, on_part: None, partial_file });
+            let (path, entry, may_be_staged) = (path.clone(), entry.clone(), staging.is_adopted());
+            let on_part = None;
+            vacant.insert(DownloadFile { path, entry, target, may_be_staged, owner, sources, on_part, partial_file });
         }
     }
     Ok((partial_files, to_download))

@@ -21,11 +21,10 @@ use super::staging::Staging;
 use super::{Disk, LeasedArtifact};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result, Tier};
-use crate::key::{ArtifactKey, FilePath};
+use crate::key::FilePath;
 use crate::ladder::part_size;
 use crate::manifest::{FileEntry, FileIdentity, HeldIdentity, Manifest};
 use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
 use std::io;
 use std::sync::Arc;
 
@@ -46,6 +45,7 @@ pub(crate) struct StagedFile {
 /// The input of the second critical section, which commits the manifest.
 #[derive(Clone, Copy)]
 struct Commit<'fill> {
+    dir: &'fill ArtifactDir,
     listing: &'fill Manifest,
     staging: &'fill Staging,
     staged: &'fill BTreeMap<FilePath, StagedFile>,
@@ -69,10 +69,10 @@ impl Disk {
         let lease = self.wait_for_lease(&dir)?;
         // Step 2: link the blobs, in the first critical section.
         let blobs = self.publish_blobs(&staging, listing, staged)?;
-        let commit = Commit { listing, staging: &staging, staged, blobs: &blobs };
+        let commit = Commit { dir: &dir, listing, staging: &staging, staged, blobs: &blobs };
         // Step 3: link the views and write the manifest, in the second critical section. Until then the staging folder
         // has links to the blobs, so that no eviction or sweep in between can remove them.
-        let (manifest, link) = self.publish_manifest(&dir, &commit)?;
+        let (manifest, link) = self.publish_manifest(&commit)?;
         self.count_repaired(staged.values().filter_map(|file| file.entry.sha256));
         // From here on the artifact can be synced.
         self.add_pending_sync(&listing.key);
@@ -108,16 +108,23 @@ impl Disk {
         listing: &Manifest,
         staged: &BTreeMap<FilePath, StagedFile>,
     ) -> Result<BTreeMap<Digest, Option<FileIdentity>>> {
-        let mut guard = self.lock_budget()?;
-        let mut blobs = BTreeMap::new();
-        // A blob has one mode, and is not executable. An executable file has no blob.
+        // A blob has one mode, and is not executable. An executable file has no blob. Files with equal content share one
+        // blob. In the order of the digests, each folder in `blobs/` is opened once.
+        let mut distinct = BTreeMap::new();
         for (path, file) in staged.iter().filter(|(path, _)| !is_executable(listing, path)) {
-            let digest = digest_of(path, &file.entry)?;
-            // Files with equal content share one blob.
-            if let Entry::Vacant(vacant) = blobs.entry(digest) {
-                let published = guard.publish_blob(&staging.file(&file.name), &digest, file.identity);
-                vacant.insert(published.map_err(|error| error.artifact(&listing.key))?);
+            distinct.entry(digest_of(path, &file.entry)?).or_insert(file);
+        }
+        let mut guard = self.lock_budget()?;
+        let (mut blobs, mut open_folder) = (BTreeMap::new(), self.layout().blobs());
+        for (digest, file) in distinct {
+            let blob = self.layout().blob(&digest);
+            if let Some(folder) = blob.parent().filter(|folder| *folder != open_folder) {
+                modes::make_dir(&folder).at("make", &folder)?;
+                open_folder = folder.opened();
             }
+            let blob = open_folder.join(blob.name());
+            let published = guard.publish_blob(&staging.file(&file.name), &blob, &digest, file.identity);
+            blobs.insert(digest, published.map_err(|error| error.artifact(&listing.key))?);
         }
         // All bytes are written, so no more room needs to be reserved.
         staging.end_reservation(&listing.key)?;
@@ -130,8 +137,8 @@ impl Disk {
     ///
     /// Returns the manifest, and how the views were linked; `None` if no file was staged. If the views differ, returns
     /// a reflink or copy rather than a hard link.
-    fn publish_manifest(&self, dir: &ArtifactDir, commit: &Commit<'_>) -> Result<(Manifest, Option<Link>)> {
-        let Commit { listing, staging, staged, blobs } = *commit;
+    fn publish_manifest(&self, commit: &Commit<'_>) -> Result<(Manifest, Option<Link>)> {
+        let Commit { dir, listing, staged, .. } = *commit;
         let mut guard = self.lock_budget()?;
         modes::make_dirs(dir.path()).at("make", dir.path())?;
         if !dir.is_real_folder()? {
@@ -153,18 +160,17 @@ impl Disk {
         // Mark the record dirty and write the change log before the first change on disk.
         guard.begin_change_of(dir)?;
         modes::make_dir(&dir.files()).at("make", &dir.files())?;
-        let mut link = None;
+        let (views, present, mut link) = (dir.files().opened(), self.present(), None);
         for (path, file) in staged {
-            let blob = blobs.get(&digest_of(path, &file.entry)?).copied().flatten();
             let executable = is_executable(&manifest, path);
-            let (identity, view_link) = guard.place_view(dir, path, executable, file, blob, staging, &listing.key)?;
+            let (identity, view_link) = guard.place_view(commit, &views, path, executable, file)?;
             link = link.max(Some(view_link));
             if let Some(entry) = manifest.files.get_mut(path) {
                 // Mark the file as unsynced, unless it is recorded as durable under the same identity. The mark is in
                 // the manifest that the commit below renames, so no reader finds the file without it. A file shared
                 // with another artifact is marked, too: that artifact may be evicted before it is synced.
                 if entry.on_disk() != Some(identity) {
-                    entry.held = Some(HeldIdentity::Unsynced(self.unsynced_now(identity)));
+                    entry.held = Some(HeldIdentity::Unsynced(present.mark(identity)));
                 }
             }
         }
@@ -259,18 +265,12 @@ impl BudgetGuard<'_> {
         Ok(self.verified_before.contains(&(*digest, identity)) || self.index()?.vouches(digest, identity))
     }
 
-    /// Returns the identity of the file at `path` if a manifest vouches that it has `digest`.
-    pub(super) fn vouched_file(&mut self, path: &RootedPath, digest: &Digest) -> Result<Option<FileIdentity>> {
-        let Some(metadata) = files::stat(path)?.filter(Metadata::is_file) else { return Ok(None) };
-        let present = metadata.identity();
-        Ok(self.is_vouched(digest, present)?.then_some(present))
-    }
-
-    /// Links the staged file as the blob of `digest`, or uses an existing blob with the right bytes. Returns the
+    /// Links the staged file as `blob`, the blob of `digest`, or uses an existing blob with the right bytes. Returns the
     /// identity of the blob; `None` if the filesystem refuses the link.
     fn publish_blob(
         &mut self,
         staged: &RootedPath,
+        blob: &RootedPath,
         digest: &Digest,
         verified: FileIdentity,
     ) -> Result<Option<FileIdentity>> {
@@ -286,14 +286,10 @@ impl BudgetGuard<'_> {
             staged.open(false).and_then(|file| optional::set_mode(&file, 0o444)).at("make read-only", staged)?;
         }
         let disk = self.disk();
-        let blob = disk.layout().blob(digest);
-        if let Some(folder) = blob.parent() {
-            modes::make_dir(&folder).at("make", &folder)?;
-        }
         loop {
             self.begin_change()?;
             // Link the file and do not rename it, so that the staging folder has a link until the manifest is written.
-            match link::hard_link(staged, &blob) {
+            match link::hard_link(staged, blob) {
                 Ok(true) => {
                     // If the staged file had another link, it was a view without a blob, whose bytes already count.
                     if metadata.nlink() == 1 {
@@ -303,10 +299,10 @@ impl BudgetGuard<'_> {
                 }
                 Ok(false) => return Ok(None),
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(error).at("link", &blob),
+                Err(error) => return Err(error).at("link", blob),
             }
             // The blob exists. The staged file may be a link to it, if the fill reused the blob.
-            if files::stat(&blob)?.is_some_and(|metadata| metadata.identity() == verified) {
+            if files::stat(blob)?.is_some_and(|metadata| metadata.identity() == verified) {
                 return Ok(Some(verified));
             }
             if let Some(existing) = disk.checked_blob(self, digest)? {
@@ -314,7 +310,7 @@ impl BudgetGuard<'_> {
                 // before the view is linked to it. If the link is refused, the view becomes a link to the staged file
                 // instead.
                 let reused = staged.with_file_name(format!("{}.reused", staged.name()));
-                return match link::hard_link(&blob, &reused).at("link", &reused)? {
+                return match link::hard_link(blob, &reused).at("link", &reused)? {
                     true => disk.check_link(&reused, digest, existing),
                     false => Ok(None),
                 };
@@ -323,22 +319,21 @@ impl BudgetGuard<'_> {
         }
     }
 
-    /// Places the view of a published file: a hard link to its blob, otherwise a hard link to the staged file,
+    /// Places the view of a published file in the folder `views`: a hard link to its blob, otherwise a hard link to the staged file,
     /// otherwise a reflink or copy of the staged file. Returns the identity of the view, and how it shares its bytes.
-    #[expect(clippy::too_many_arguments, reason = "each says one thing about the file")]
     fn place_view(
         &mut self,
-        dir: &ArtifactDir,
+        commit: &Commit<'_>,
+        views: &RootedPath,
         path: &FilePath,
         executable: bool,
         file: &StagedFile,
-        blob: Option<FileIdentity>,
-        staging: &Staging,
-        key: &ArtifactKey,
     ) -> Result<(FileIdentity, Link)> {
+        let Commit { dir, listing: Manifest { key, .. }, staging, blobs, .. } = *commit;
         let digest = digest_of(path, &file.entry)?;
-        make_view_folders(&dir.files(), path)?;
-        let (view, staged) = (dir.view(path), staging.file(&file.name));
+        let blob = blobs.get(&digest).copied().flatten();
+        make_view_folders(views, path)?;
+        let (view, staged) = (views.join(path.as_str()), staging.file(&file.name));
         // A view without a blob counts as a reflink or copy, even if it is a hard link to the staged file.
         let without_blob = if staging.is_reflink(&file.name) { Link::Reflink } else { Link::Copy };
         let changed = || Error::corrupt(format!("{path} changed while it was being published")).artifact(key);
@@ -526,7 +521,7 @@ mod tests {
         let blobs = disk.publish_blobs(&staging, &listing, &files).expect("finds the blob");
         disk.evict(&ArtifactKey::bare("first@1").expect("key")).expect("evicts");
         let dir = disk.layout().artifact(&listing.key);
-        let commit = Commit { listing: &listing, staging: &staging, staged: &files, blobs: &blobs };
-        disk.publish_manifest(&dir, &commit).expect("the blob still exists");
+        let commit = Commit { dir: &dir, listing: &listing, staging: &staging, staged: &files, blobs: &blobs };
+        disk.publish_manifest(&commit).expect("the blob still exists");
     }
 }

@@ -48,12 +48,42 @@ struct Root {
 }
 
 /// A path at or below a root. No symbolic link below the root is followed.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone)]
 pub(crate) struct RootedPath {
     root: Arc<Root>,
     /// The path below the root. It has only normal components: no `..`, no `.`, no leading `/`.
     relative: PathBuf,
+    /// See [`RootedPath::opened`].
+    opened: Option<Arc<OpenedFolder>>,
 }
+
+/// An open folder at which the lookups of [`RootedPath`]s at or below it start.
+struct OpenedFolder {
+    /// The path of the folder below the root.
+    relative: PathBuf,
+    folder: Folder,
+}
+
+/// Paths are compared without regard to where their lookups start.
+impl Ord for RootedPath {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (&self.root, &self.relative).cmp(&(&other.root, &other.relative))
+    }
+}
+
+impl PartialOrd for RootedPath {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for RootedPath {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
+impl Eq for RootedPath {}
 
 impl RootedPath {
     /// Returns the path of the root itself. Symbolic links in `path` are resolved once, here. If the root does not
@@ -61,7 +91,29 @@ impl RootedPath {
     pub(crate) fn root(path: &Path) -> Self {
         // Links in the path of the root are followed only here. All other methods use the resolved root.
         let real = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-        Self { root: Arc::new(Root { named: path.to_owned(), real }), relative: PathBuf::new() }
+        Self { root: Arc::new(Root { named: path.to_owned(), real }), relative: PathBuf::new(), opened: None }
+    }
+
+    /// Returns the path of this folder with the folder held open, for work on many names in it. The lookups of this
+    /// path, and of the paths made from it, then start at the open folder and not at the root. If the folder is renamed
+    /// meanwhile, they still lead into it. If it cannot be opened now, returns the path unchanged.
+    pub(crate) fn opened(mut self) -> Self {
+        if let Ok(folder) = self.open_folder() {
+            self.opened = Some(Arc::new(OpenedFolder { relative: self.relative.clone(), folder }));
+        }
+        self
+    }
+
+    /// Returns a path with the same root and the same open folder.
+    fn beside(&self, relative: PathBuf) -> Self {
+        Self { root: self.root.clone(), relative, opened: self.opened.clone() }
+    }
+
+    /// Returns the open folder at which lookups of `relative` start, and the path from there; `None` if they start at
+    /// the root.
+    fn start_of<'a>(&self, relative: &'a Path) -> Option<(&Folder, &'a Path)> {
+        let opened = self.opened.as_deref()?;
+        Some((&opened.folder, relative.strip_prefix(&opened.relative).ok()?))
     }
 
     /// Returns the path of `name`, which has one or more components, in this folder. Components such as `..` are
@@ -74,17 +126,17 @@ impl RootedPath {
                 relative.push(name);
             }
         }
-        Self { root: self.root.clone(), relative }
+        self.beside(relative)
     }
 
     /// Returns the parent folder of this path; `None` for the root.
     pub(crate) fn parent(&self) -> Option<Self> {
-        Some(Self { root: self.root.clone(), relative: self.relative.parent()?.to_owned() })
+        Some(self.beside(self.relative.parent()?.to_owned()))
     }
 
     /// Returns the path of `name` in the parent folder of this path.
     pub(crate) fn with_file_name(&self, name: impl AsRef<OsStr>) -> Self {
-        Self { root: self.root.clone(), relative: self.relative.with_file_name(name) }
+        self.beside(self.relative.with_file_name(name))
     }
 
     /// Returns the last component; empty for the root, or if it is not UTF-8.
@@ -151,11 +203,13 @@ impl RootedPath {
 
     /// Opens the folder at this path, without following a link in any component below the root.
     fn open_as(&self, flags: OFlags) -> io::Result<OwnedFd> {
-        let opened = match openat2(&self.real(), flags) {
-            None => self.open_stepwise(flags),
-            Some(opened) => opened,
+        let opened = match self.start_of(&self.relative) {
+            // `O_PATH` descriptors of the same folder are equal, but only `.` can be opened with other flags.
+            Some((folder, rest)) if rest.as_os_str().is_empty() => openat2(folder, Path::new("."), flags),
+            Some((folder, rest)) => openat2(folder, rest, flags),
+            None => openat2(CWD, &self.real(), flags),
         };
-        match opened {
+        match opened.unwrap_or_else(|| self.open_stepwise(flags)) {
             // A component was a symbolic link.
             Err(Errno::LOOP) => Err(Errno::NOTDIR.into()),
             opened => Ok(opened?),
@@ -179,13 +233,23 @@ impl RootedPath {
     /// Opens the parent folder of this path, and calls `act` with it and the last component. Calls it again if a signal
     /// interrupted it, which happens on network filesystems.
     fn at<T>(&self, act: impl Fn(&Folder, &OsStr) -> io::Result<T>) -> io::Result<T> {
-        let (folder, name) = match (self.parent(), self.relative.file_name()) {
-            (Some(parent), Some(name)) => (parent.open_folder()?, name),
+        let parent;
+        let (folder, name) = match (self.relative.parent(), self.relative.file_name()) {
+            (Some(above), Some(name)) => match self.start_of(above) {
+                Some((folder, rest)) if rest.as_os_str().is_empty() => (folder, name),
+                _ => {
+                    parent = self.beside(above.to_owned()).open_folder()?;
+                    (&parent, name)
+                }
+            },
             // This is the root, whose parent does not belong to the cache. Only methods that change nothing get here.
-            _ => (self.open_folder()?, OsStr::new(".")),
+            _ => {
+                parent = self.open_folder()?;
+                (&parent, OsStr::new("."))
+            }
         };
         loop {
-            match act(&folder, name) {
+            match act(folder, name) {
                 Err(cause) if cause.kind() == io::ErrorKind::Interrupted => {}
                 ended => return ended,
             }
@@ -411,7 +475,7 @@ impl Folders {
         let (Some(parent), Some(name)) = (path.parent(), path.relative.file_name()) else {
             return absent(path.metadata());
         };
-        if self.0.as_ref().is_none_or(|(open, _)| open.relative != parent.relative || open.root != parent.root) {
+        if self.0.as_ref().is_none_or(|(open, _)| *open != parent) {
             let folder = absent(parent.open_folder())?;
             self.0 = Some((parent, folder));
         }
@@ -532,16 +596,17 @@ pub(crate) fn absent<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     }
 }
 
-/// Opens a folder without following a link in any component of its path; `None` if `openat2` is not available.
+/// Opens the folder at `path` from `start`, without following a link in any component; `None` if `openat2` is not
+/// available.
 #[cfg(target_os = "linux")]
-fn openat2(path: &Path, flags: OFlags) -> Option<Result<OwnedFd, Errno>> {
+fn openat2(start: impl AsFd, path: &Path, flags: OFlags) -> Option<Result<OwnedFd, Errno>> {
     /// Linux before 5.6 has no `openat2`. Some sandboxes refuse it with EPERM, which the call itself never returns.
     static IS_UNAVAILABLE: AtomicBool = AtomicBool::new(false);
     if IS_UNAVAILABLE.load(Ordering::Relaxed) {
         return None;
     }
     let links = rustix::fs::ResolveFlags::NO_SYMLINKS;
-    match retry_on_intr(|| rustix::fs::openat2(CWD, path, flags, Mode::empty(), links)) {
+    match retry_on_intr(|| rustix::fs::openat2(&start, path, flags, Mode::empty(), links)) {
         Err(Errno::NOSYS | Errno::PERM) => {
             IS_UNAVAILABLE.store(true, Ordering::Relaxed);
             None
@@ -551,7 +616,7 @@ fn openat2(path: &Path, flags: OFlags) -> Option<Result<OwnedFd, Errno>> {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn openat2(_: &Path, _: OFlags) -> Option<Result<OwnedFd, Errno>> {
+fn openat2(_: impl AsFd, _: &Path, _: OFlags) -> Option<Result<OwnedFd, Errno>> {
     None
 }
 
@@ -676,6 +741,28 @@ mod tests {
                 .map_err(|errno| if errno == Errno::LOOP { Errno::NOTDIR } else { errno });
             assert_eq!(by_kernel, stepwise, "{name:?}");
         }
+    }
+
+    #[test]
+    fn lookups_from_an_open_folder_stay_in_it_and_follow_no_link() {
+        let (_folder, root, outside) = directory();
+        let before = content(&outside);
+        let open = root.join("in").opened();
+        assert_eq!((&open, open.parent()), (&root.join("in"), Some(root.clone())), "the same path");
+        root.join("in").rename(&root.join("moved")).expect("renames");
+        root.join("in").symlink_to(&outside).expect("links");
+        // The names in the folder and in the folders below it.
+        assert_eq!(open.entries().expect("lists"), [root.join("in/deep")]);
+        assert_eq!(io::read_to_string(open.join("deep/file").open(false).expect("opens")).expect("reads"), "ours");
+        drop(open.join("deep/new").create_new(0o600).expect("makes"));
+        open.join("deep/new").rename(&open.join("new")).expect("renames");
+        assert!(root.join("moved/new").metadata().expect("is there").is_file());
+        // A link below it, and the path of the folder itself, which lead out of the root.
+        open.join("link").symlink_to(&outside.join("deep")).expect("links");
+        let through = open.join("link/new").create_new(0o600);
+        assert_eq!(through.expect_err("refused").kind(), io::ErrorKind::NotADirectory);
+        assert!(!open.metadata().expect("examines the link").is_dir());
+        assert_eq!(content(&outside), before);
     }
 
     #[test]

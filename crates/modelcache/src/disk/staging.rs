@@ -66,6 +66,8 @@ struct Journal {
 pub(crate) struct Staging {
     disk: Disk,
     dir: RootedPath,
+    /// True if the folder is that of an earlier fill, and has files that can be resumed.
+    is_adopted: bool,
     /// The lock of the journal.
     owner: Arc<FileLock>,
     /// The hard links and reflinks to local files, by staged name, with the identity under which the bytes are right.
@@ -315,7 +317,7 @@ impl Disk {
             files::remove(&dir)?;
             return Ok(None);
         };
-        let staging = Staging::owned(self, dir, owner);
+        let staging = Staging::owned(self, dir, false, owner);
         staging.write_journal(key, 0)?;
         Ok(Some(staging))
     }
@@ -342,7 +344,7 @@ impl Disk {
             // A process that holds the lock of the journal owns the folder. After locking, `try_existing` checks that
             // the path still leads to the locked file.
             let Some(Some(owner)) = FileLock::try_existing(&dir.join(JOURNAL))? else { continue };
-            let staging = Staging::owned(self, dir, owner);
+            let staging = Staging::owned(self, dir, true, owner);
             // End the reservation of the dead fill.
             staging.write_journal(key, 0)?;
             if staging.keep_only(&names)? {
@@ -405,9 +407,14 @@ impl Disk {
 
 impl Staging {
     /// Returns the staging folder `dir`, whose journal is locked by `owner`.
-    fn owned(disk: &Disk, dir: RootedPath, owner: FileLock) -> Self {
+    fn owned(disk: &Disk, dir: RootedPath, is_adopted: bool, owner: FileLock) -> Self {
         let (reused, reflinked) = (BTreeMap::new(), BTreeMap::new());
-        Self { disk: disk.clone(), dir, owner: Arc::new(owner), reused, reflinked }
+        Self { disk: disk.clone(), dir: dir.opened(), is_adopted, owner: Arc::new(owner), reused, reflinked }
+    }
+
+    /// Returns true if an earlier fill may have left files in the folder.
+    pub(crate) fn is_adopted(&self) -> bool {
+        self.is_adopted
     }
 
     /// Returns the path at which the file called `name` is staged.
@@ -514,9 +521,14 @@ impl Staging {
         let (blob, view) = (self.disk.layout().blob(&digest), self.disk.layout().artifact(key).view(path));
         let known = match self.disk.checked_blob(guard, &digest)? {
             Some(known) => Some((blob, known)),
-            // A view without a blob may be executable, and then has another mode than a plain file.
-            None if files::stat(&view)?.is_some_and(|found| found.mode() & 0o111 != 0) && !entry.executable => None,
-            None => guard.vouched_file(&view, &digest)?.map(|known| (view, known)),
+            None => match files::stat(&view)? {
+                // A view without a blob may be executable, and then has another mode than a plain file.
+                Some(found) if found.mode() & 0o111 != 0 && !entry.executable => None,
+                Some(found) if found.is_file() && guard.is_vouched(&digest, found.identity())? => {
+                    Some((view, found.identity()))
+                }
+                _ => None,
+            },
         };
         let Some((from, known)) = known.filter(|(_, known)| known.bytes == entry.size) else { return Ok(()) };
         // The local file is complete, so remove a partial download that an adopted folder may contain.

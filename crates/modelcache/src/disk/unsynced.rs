@@ -72,6 +72,13 @@ impl Present<'_> {
         if is_recent { MarkState::Recent } else { MarkState::Old }
     }
 
+    /// Returns the mark for a file that is published now. If the kernel reports no boot id, every process hashes the
+    /// file.
+    pub(super) fn mark(&self, identity: FileIdentity) -> UnsyncedFile {
+        let (mount, boottime_s) = self.known();
+        UnsyncedFile { identity, mount: mount.clone().unwrap_or_default(), boottime_s: *boottime_s }
+    }
+
     /// Returns the identity under which the bytes of `entry` are known to be right without reading them.
     pub(super) fn trusted_identity(&self, entry: &FileEntry) -> Option<FileIdentity> {
         let unsynced = || entry.unsynced().filter(|file| self.state(file) != MarkState::Foreign);
@@ -99,14 +106,6 @@ impl Disk {
     /// Returns the present boot, mount and time.
     pub(super) fn present(&self) -> Present<'_> {
         Present { disk: self, known: OnceCell::new() }
-    }
-
-    /// Returns the mark for a file that is published now. If the kernel reports no boot id, every process hashes the
-    /// file.
-    pub(super) fn unsynced_now(&self, identity: FileIdentity) -> UnsyncedFile {
-        let present = self.present();
-        let (mount, boottime_s) = present.known();
-        UnsyncedFile { identity, mount: mount.clone().unwrap_or_default(), boottime_s: *boottime_s }
     }
 
     /// Returns true if a get may return before its files are durable, because the next user can trust the marks. On a
@@ -168,7 +167,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("folder");
         let bounds = (ByteBound::Bytes(1 << 20), ByteBound::Bytes(0));
         let disk = Disk::open(&folder.path().join("cache"), bounds.0, bounds.1, Sharing::Off).expect("opens");
-        let file = disk.unsynced_now(FileIdentity { inode: 1, bytes: 2, mtime_ns: 3 });
+        let file = disk.present().mark(FileIdentity { inode: 1, bytes: 2, mtime_ns: 3 });
         assert_eq!(disk.present().state(&file), MarkState::Recent);
         let state = |mount: Option<&str>, boottime_s| {
             let known = OnceCell::from((mount.map(str::to_owned), boottime_s));

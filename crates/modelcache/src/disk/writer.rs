@@ -13,7 +13,7 @@ use super::optional;
 use super::parts_journal::PartsJournal;
 use super::rooted::{Metadata, RootedPath};
 use crate::digest::{Digest, GitOid};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::ladder::{Ladder, LadderHasher, PartHasher};
 use crate::manifest::FileIdentity;
 use crate::mutex::Mutex;
@@ -25,8 +25,11 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, MutexGuard};
+use std::sync::{Arc, MutexGuard, OnceLock};
 
+/// Maximum size in bytes of a file that is written [as a whole](StagedWriter::whole): one slice, even with little
+/// memory.
+const WHOLE_BYTES_MAX: u64 = 64 << 10;
 /// Alignment in bytes of direct writes, in memory and in the file.
 pub(crate) const ALIGNMENT: usize = 4096;
 
@@ -57,8 +60,10 @@ pub(crate) struct StagedWriter {
     path: RootedPath,
     size: u64,
     part_size: u64,
-    /// The file, opened for reads and writes through the page cache.
-    buffered: File,
+    /// The file, opened for reads and writes through the page cache; `None` if it is written as a whole.
+    buffered: Option<File>,
+    /// The identity of a file that was written as a whole.
+    written: OnceLock<FileIdentity>,
     /// Locked while a slice is written through the page cache.
     buffered_write: Mutex<()>,
     /// The file, opened with O_DIRECT.
@@ -125,6 +130,12 @@ impl StagedFileSpec {
     fn parts(&self) -> u64 {
         self.size.div_ceil(self.part_size)
     }
+
+    /// Returns true if the file is received and written as one slice, and may be written [as a
+    /// whole](StagedWriter::whole).
+    pub(crate) fn is_one_slice(&self) -> bool {
+        (1..=self.part_size.min(WHOLE_BYTES_MAX)).contains(&self.size)
+    }
 }
 
 impl StagedWriter {
@@ -137,7 +148,13 @@ impl StagedWriter {
         let parts = PartsJournal::create(path, spec.size, spec.part_size)?;
         let buffered = path.create_new(0o600).map_err(|cause| at("make", cause))?;
         allocate(&buffered, spec.size).map_err(|cause| at("make room for", cause))?;
-        Ok(Self::from_file(spec, buffered, parts, owner))
+        Ok(Self::from_file(spec, Some(buffered), parts, owner))
+    }
+
+    /// Returns a writer of a small file that is not in staging yet. The file is created, written and sealed in one step,
+    /// by the thread that writes its only slice.
+    pub(crate) fn whole(spec: StagedFileSpec, owner: Option<Arc<FileLock>>) -> Self {
+        Self::from_file(StagedFileSpec { direct: false, ..spec }, None, None, owner)
     }
 
     /// Returns the bytes of the parts that [`resume`](Self::resume) would find in the staged file at `path`.
@@ -185,13 +202,13 @@ impl StagedWriter {
             if is_same { Ok(writable) } else { Err(io::Error::from(Errno::STALE)) }
         };
         let Ok(buffered) = open() else { return Ok(None) };
-        Ok(Some((Self::from_file(spec.clone(), buffered, journal, owner), parts)))
+        Ok(Some((Self::from_file(spec.clone(), Some(buffered), journal, owner), parts)))
     }
 
     /// Returns a writer of the open file `buffered`.
     fn from_file(
         spec: StagedFileSpec,
-        buffered: File,
+        buffered: Option<File>,
         parts: Option<PartsJournal>,
         owner: Option<Arc<FileLock>>,
     ) -> Self {
@@ -199,7 +216,8 @@ impl StagedWriter {
         // The second descriptor is opened by name. Use it only if the name still leads to the same file.
         let inode = |file: &File| Metadata::of(file).map(|found| found.device_and_inode()).ok();
         let direct = direct.then(|| path.open_direct().ok()).flatten();
-        let direct = direct.filter(|direct| inode(direct).is_some_and(|found| Some(found) == inode(&buffered)));
+        let same = buffered.as_ref().and_then(inode);
+        let direct = direct.filter(|direct| same.is_some() && inode(direct) == same);
         Self {
             _owner: owner,
             parts,
@@ -207,6 +225,7 @@ impl StagedWriter {
             size,
             part_size,
             buffered,
+            written: OnceLock::new(),
             buffered_write: Mutex::default(),
             direct,
             direct_failed: AtomicBool::new(false),
@@ -224,11 +243,19 @@ impl StagedWriter {
 
     /// Reads back the bytes that were written at `offset`.
     pub(crate) fn load(&self, offset: u64, into: &mut [u8]) -> Result<()> {
-        self.buffered.read_exact_at(into, offset).map_err(|cause| fault("read back", &self.path, cause))
+        let read = self.buffered().and_then(|file| file.read_exact_at(into, offset));
+        read.map_err(|cause| fault("read back", &self.path, cause))
+    }
+
+    fn buffered(&self) -> io::Result<&File> {
+        self.buffered.as_ref().ok_or_else(|| io::Error::other("the file is written as a whole"))
     }
 
     /// Writes `slice` at `offset` without hashing it. Only an aligned slice can be written with O_DIRECT.
     pub(crate) fn store(&self, offset: u64, slice: &[u8]) -> Result<()> {
+        if self.is_whole() && offset == 0 && slice.len() as u64 == self.size {
+            return self.write_whole(slice);
+        }
         self.write_bytes(offset, slice).map_err(|cause| fault("write", &self.path, cause))
     }
 
@@ -272,6 +299,15 @@ impl StagedWriter {
         (order.hasher.position() == offset).then_some(Cursor { order, position: &self.cursor })
     }
 
+    /// Creates the file with `content`, and seals it.
+    fn write_whole(&self, content: &[u8]) -> Result<()> {
+        let file = self.path.create_new(0o600).map_err(|cause| fault("make", &self.path, cause))?;
+        file.write_all_at(content, 0).map_err(|cause| fault("write", &self.path, cause))?;
+        let identity = seal(file, &self.path)?;
+        self.written.get_or_init(|| identity);
+        Ok(())
+    }
+
     fn write_bytes(&self, offset: u64, slice: &[u8]) -> io::Result<()> {
         let direct = self.direct.as_ref().filter(|_| !self.direct_failed.load(Ordering::Relaxed));
         let Some(direct) = direct.filter(|_| offset.is_multiple_of(ALIGNMENT as u64)) else {
@@ -298,7 +334,7 @@ impl StagedWriter {
         // The kernel executes buffered writes to one file one after the other, and a second writer spins until its
         // turn. Wait on this mutex instead, which leaves the core to other threads.
         let _exclusive = self.buffered_write.lock();
-        self.buffered.write_all_at(slice, offset)
+        self.buffered()?.write_all_at(slice, offset)
     }
 
     /// Records in the journal that a part is completely written and, with a ladder, verified.
@@ -372,20 +408,38 @@ impl StagedWriter {
         FileDigests { sha256, git_oid, ladder }
     }
 
+    /// Returns true if the file is written as a whole.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.buffered.is_none()
+    }
+
+    /// Returns the identity of a file that was written as a whole, and is sealed.
+    pub(crate) fn written(&self) -> Option<FileIdentity> {
+        self.written.get().copied()
+    }
+
     /// Makes the file read-only, closes it, and returns its identity. The file is synced later, after it is published.
     pub(crate) fn seal(self) -> Result<FileIdentity> {
         let path = self.path;
-        optional::set_mode(&self.buffered, 0o444).map_err(|cause| fault("make read-only", &path, cause))?;
-        let written = Metadata::of(&self.buffered).map_err(|cause| fault("examine", &path, cause))?;
-        drop((self.buffered, self.direct, self.parts));
+        let file = self.buffered.ok_or_else(|| Error::new(ErrorKind::Other, format!("{path} was not written")))?;
+        drop((self.direct, self.parts));
+        let identity = seal(file, &path)?;
         // A read-only file counts as complete, so its journal is no longer needed.
         super::files::remove_file(&super::parts_journal::journal_of(&path))?;
-        // After the close, the name must still lead to the file that was written.
-        let metadata = path.metadata().map_err(|cause| fault("examine", &path, cause))?;
-        match metadata.identity() == written.identity() {
-            true => Ok(metadata.identity()),
-            false => Err(Error::corrupt(format!("{path} was replaced while it was being filled"))),
-        }
+        Ok(identity)
+    }
+}
+
+/// Makes a complete file read-only, closes it, and returns its identity.
+fn seal(file: File, path: &RootedPath) -> Result<FileIdentity> {
+    optional::set_mode(&file, 0o444).map_err(|cause| fault("make read-only", path, cause))?;
+    let examined = |cause| fault("examine", path, cause);
+    let written = Metadata::of(&file).map_err(examined)?.identity();
+    drop(file);
+    // After the close, the name must still lead to the file that was written.
+    match path.metadata().map_err(examined)?.identity() == written {
+        true => Ok(written),
+        false => Err(Error::corrupt(format!("{path} was replaced while it was being filled"))),
     }
 }
 
@@ -470,6 +524,27 @@ mod tests {
             writer.seal().expect("seals");
             prop_assert_eq!(std::fs::read(folder.path().join("f")).expect("reads"), content);
         }
+    }
+
+    #[test]
+    fn a_file_that_is_written_as_a_whole_is_sealed_and_never_replaces_another_one() {
+        let folder = tempfile::tempdir().expect("folder");
+        let path = RootedPath::root(folder.path()).join("f");
+        let spec =
+            |path| StagedFileSpec { path, size: 7, part_size: 1 << 20, in_order: false, git: false, direct: false };
+        assert!(spec(path.clone()).is_one_slice());
+        for size in [0, WHOLE_BYTES_MAX + 1] {
+            assert!(!StagedFileSpec { size, ..spec(path.clone()) }.is_one_slice());
+        }
+        let writer = StagedWriter::whole(spec(path.clone()), None);
+        assert!(path.metadata().is_err() && writer.written().is_none(), "there is no file before its content");
+        assert!(writer.store(0, b"half").is_err() && path.metadata().is_err(), "a part of it makes no file");
+        writer.store(0, b"content").expect("writes");
+        let made = path.metadata().expect("is there");
+        assert_eq!((made.mode(), made.nlink(), writer.written()), (0o444, 1, Some(made.identity())));
+        assert_eq!(std::fs::read(path.full()).expect("reads"), b"content");
+        StagedWriter::whole(spec(path.clone()), None).store(0, b"another").expect_err("the name is taken");
+        assert_eq!(path.metadata().expect("is there").identity(), made.identity());
     }
 
     #[test]

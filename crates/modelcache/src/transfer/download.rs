@@ -60,6 +60,8 @@ pub(crate) struct DownloadFile {
     pub(crate) entry: FileEntry,
     /// Path of the staged file.
     pub(crate) target: RootedPath,
+    /// True if an earlier fill may have left the file in staging.
+    pub(crate) may_be_staged: bool,
     /// Lock that marks the staging folder as owned, held as long as a write to it may be in progress.
     pub(crate) owner: Arc<FileLock>,
     /// Sources of the file, best first.
@@ -305,24 +307,31 @@ impl Downloader {
     ) -> Result<(FileEntry, FileIdentity), PartFailure> {
         let (size, in_order) = (file.entry.size, attempt.ladder.is_none());
         let (part_size, owner) = (attempt.part_size(size), file.owner.clone());
-        let (run, write_mode, may_resume) = (attempt.run, self.write_mode, attempt.resume && !attempt.one_stream);
+        let (run, write_mode) = (attempt.run, self.write_mode);
+        let may_resume = attempt.resume && file.may_be_staged && !attempt.one_stream;
         let (path, git) = (file.target.clone(), file.entry.sha256.is_none() && file.entry.git_oid.is_some());
         let partial_file = file.partial_file.clone();
-        let (writer, resumable_parts, generation) = blocking(move || {
-            // Resume the staged file of an earlier fill if there is a usable one, else create it. A new generation
-            // begins before the old file is removed.
-            let direct = goes_direct(write_mode, run.purpose, size, run.bytes, in_order);
-            let spec = StagedFileSpec { path, size, part_size, in_order, git, direct };
-            let resumed = if may_resume { StagedWriter::resume(&spec, Some(owner.clone()))? } else { None };
-            match resumed {
-                Some((writer, parts)) => Ok((writer, parts, partial_file.resume_generation(!in_order))),
-                None => {
-                    let generation = partial_file.begin_generation(!in_order);
-                    Ok((StagedWriter::create(spec, Some(owner))?, BTreeSet::new(), generation))
+        let spec = StagedFileSpec { path, size, part_size, in_order, git, direct: false };
+        let is_new = attempt.resume && !file.may_be_staged;
+        let (writer, resumable_parts, generation) = if is_new && spec.is_one_slice() {
+            (StagedWriter::whole(spec, Some(owner)), BTreeSet::new(), partial_file.begin_generation(!in_order))
+        } else {
+            blocking(move || {
+                // Resume the staged file of an earlier fill if there is a usable one, else create it. A new generation
+                // begins before the old file is removed.
+                let direct = goes_direct(write_mode, run.purpose, size, run.bytes, in_order);
+                let spec = StagedFileSpec { direct, ..spec };
+                let resumed = if may_resume { StagedWriter::resume(&spec, Some(owner.clone()))? } else { None };
+                match resumed {
+                    Some((writer, parts)) => Ok((writer, parts, partial_file.resume_generation(!in_order))),
+                    None => {
+                        let generation = partial_file.begin_generation(!in_order);
+                        Ok((StagedWriter::create(spec, Some(owner))?, BTreeSet::new(), generation))
+                    }
                 }
-            }
-        })
-        .await?;
+            })
+            .await?
+        };
         let order = attempt.order();
         let task = PartTask {
             engine: self.engine().clone(),
@@ -471,7 +480,10 @@ async fn download_and_verify(task: PartTask, order: Order) -> Result<(FileEntry,
             }
         })?,
     };
-    let identity = blocking(move || writer.seal()).await?;
+    let identity = match writer.written() {
+        Some(identity) => identity,
+        None => blocking(move || writer.seal()).await?,
+    };
     Ok((entry, identity))
 }
 
@@ -573,8 +585,8 @@ mod tests {
     use std::collections::VecDeque;
     use std::ops::Range;
 
-    /// A source that sends a file from the start of the requested range to the end of the file. Each request gets the
-    /// next file of the list.
+    /// A source that sends a file from the start of the requested range to the end of the file, in two chunks. Each
+    /// request gets the next file of the list.
     #[derive(Debug)]
     struct RestOfFile(Mutex<VecDeque<Vec<u8>>>);
 
@@ -591,8 +603,9 @@ mod tests {
         async fn read(&self, _: &FilePath, range: Range<u64>) -> Result<Body> {
             let mut files = self.0.lock();
             let file = files.pop_front().ok_or_else(|| Error::unavailable("no more").transient(false))?;
-            let sent = file[usize::try_from(range.start).unwrap_or_default()..].to_vec();
-            Ok(Body { start: range.start, stream: stream::iter([Ok(Bytes::from(sent))]).boxed() })
+            let mut first = Bytes::from(file[usize::try_from(range.start).unwrap_or_default()..].to_vec());
+            let second = first.split_off(first.len() / 2);
+            Ok(Body { start: range.start, stream: stream::iter([Ok(first), Ok(second)]).boxed() })
         }
     }
 
@@ -680,6 +693,7 @@ mod tests {
             path: FilePath::new("file").expect("a path"),
             entry: FileEntry::with(size, FileDetails::default()),
             target: target.clone(),
+            may_be_staged: false,
             owner: Arc::new(owner),
             sources: vec![Arc::new(RestOfFile(Mutex::new(sent_files.into())))],
             on_part: None,
@@ -712,6 +726,17 @@ mod tests {
         }
     }
 
+    /// A reader of unverified bytes gets the slices of a file as they arrive, but a small file is written as a whole.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_small_file_is_written_as_a_whole_also_while_a_reader_waits_for_its_first_byte() {
+        let folder = tempfile::tempdir().expect("folder");
+        let file = file_without_digest(&RootedPath::root(folder.path()), 1000, vec![vec![7; 1000]]);
+        let (target, reader) = (file.target.clone(), file.partial_file.open_reader(true));
+        new_downloader().download(vec![file], Purpose::Read, &Progress::new()).await.expect("downloads");
+        assert!(reader.begin_read(&(0..1000)).is_some(), "the reader may read it");
+        assert_eq!(std::fs::read(target.full()).expect("is there"), [7; 1000]);
+    }
+
     #[tokio::test(flavor = "multi_thread")]
     async fn a_wrong_part_is_rejected_even_if_its_stream_fails_afterwards() {
         let folder = tempfile::tempdir().expect("a folder");
@@ -732,6 +757,7 @@ mod tests {
             path: FilePath::new("file").expect("a path"),
             entry,
             target: target.clone(),
+            may_be_staged: false,
             owner: Arc::new(owner),
             sources: vec![Arc::new(RestOfFile(Mutex::new([damaged, right.clone()].into())))],
             on_part: None,

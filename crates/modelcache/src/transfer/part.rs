@@ -102,9 +102,10 @@ impl PartTask {
 
     /// Returns true if readers of unverified bytes may read each slice of a part as soon as it is written. No byte may
     /// then be written twice in one generation. False with a ladder, because a part that fails verification is written
-    /// again, and if the server ignores ranges, because it may send the file again from the beginning.
+    /// again, and if the server ignores ranges, because it may send the file again from the beginning. Also false for a
+    /// file that is written as a whole.
     fn may_read_slices(&self, source: &dyn Source) -> bool {
-        self.ladder.is_none() && !self.one_stream && !source.ignores_ranges()
+        self.ladder.is_none() && !self.one_stream && !source.ignores_ranges() && !self.writer.is_whole()
     }
 
     /// Adds `bytes` to the progress display.
