@@ -92,7 +92,7 @@ pub(crate) use streamed_fill::StreamedFill;
 pub(crate) use verify::{VerifyItem, VerifyRun};
 pub use write_mode::Purpose;
 pub(crate) use write_mode::goes_direct;
-pub(crate) use writer::{ALIGNMENT, Cursor, FileDigests, StagedFileSpec, StagedWriter};
+pub(crate) use writer::{ALIGNMENT, Cursor, FileDigests, StagedFileSpec, StagedWriter, WHOLE_BYTES_MAX};
 
 use crate::config::{ByteBound, Sharing};
 use crate::digest::{Digest, GitOid};

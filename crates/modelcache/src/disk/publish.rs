@@ -109,7 +109,7 @@ impl Disk {
         staged: &BTreeMap<FilePath, StagedFile>,
     ) -> Result<BTreeMap<Digest, Option<FileIdentity>>> {
         // A blob has one mode, and is not executable. An executable file has no blob. Files with equal content share one
-        // blob. In the order of the digests, each folder in `blobs/` is opened once.
+        // blob. The map is sorted by digest, so that each folder in `blobs/` is opened only once.
         let mut distinct = BTreeMap::new();
         for (path, file) in staged.iter().filter(|(path, _)| !is_executable(listing, path)) {
             distinct.entry(digest_of(path, &file.entry)?).or_insert(file);
@@ -207,21 +207,25 @@ impl Disk {
         }
     }
 
-    /// Returns the identity of the blob of `digest` if the blob exists and has the right bytes: a manifest vouches for
-    /// it, or this call has hashed it. A wrong blob is quarantined; then returns `None`.
-    pub(crate) fn checked_blob(&self, guard: &mut BudgetGuard<'_>, digest: &Digest) -> Result<Option<FileIdentity>> {
-        let path = self.layout().blob(digest);
-        let Some(metadata) = files::stat(&path)? else { return Ok(None) };
+    /// Returns the identity of the blob at `path` if it exists and has the bytes of `digest`: a manifest vouches for it,
+    /// or this call has hashed it. A wrong blob is quarantined; then returns `None`.
+    pub(crate) fn checked_blob(
+        &self,
+        guard: &mut BudgetGuard<'_>,
+        path: &RootedPath,
+        digest: &Digest,
+    ) -> Result<Option<FileIdentity>> {
+        let Some(metadata) = files::stat(path)? else { return Ok(None) };
         let present = metadata.identity();
         if metadata.is_file() && guard.is_vouched(digest, present)? {
             return Ok(Some(present));
         }
         // No manifest vouches for the blob, for instance because its last artifact was evicted: hash it.
         let is_candidate = metadata.is_file() && !was_withdrawn(&metadata);
-        if is_candidate && self.hash_unchanged(&path)? == Some((*digest, present)) {
+        if is_candidate && self.hash_unchanged(path)? == Some((*digest, present)) {
             return Ok(Some(present));
         }
-        guard.quarantine(&path, digest)?;
+        guard.quarantine(path, digest)?;
         Ok(None)
     }
 
@@ -305,7 +309,7 @@ impl BudgetGuard<'_> {
             if files::stat(blob)?.is_some_and(|metadata| metadata.identity() == verified) {
                 return Ok(Some(verified));
             }
-            if let Some(existing) = disk.checked_blob(self, digest)? {
+            if let Some(existing) = disk.checked_blob(self, blob, digest)? {
                 // Link the existing blob into the staging folder. Without that link, it might be evicted or replaced
                 // before the view is linked to it. If the link is refused, the view becomes a link to the staged file
                 // instead.
@@ -319,8 +323,9 @@ impl BudgetGuard<'_> {
         }
     }
 
-    /// Places the view of a published file in the folder `views`: a hard link to its blob, otherwise a hard link to the staged file,
-    /// otherwise a reflink or copy of the staged file. Returns the identity of the view, and how it shares its bytes.
+    /// Places the view of a published file in the folder `views`. It is the first of these that is possible: a hard link
+    /// to the blob, a hard link to the staged file, a reflink of the staged file, a copy of it. Returns the identity of
+    /// the view, and how it shares its bytes.
     fn place_view(
         &mut self,
         commit: &Commit<'_>,

@@ -2,9 +2,9 @@
 //!
 //! Other users may write in a shared directory. They may replace a folder by a symbolic link at any moment, so a check
 //! of a path guarantees nothing for its next use. Each method here therefore has two steps. It opens the parent folder
-//! without following links. Then it acts on that descriptor and one name, without following a link at that name. A link
-//! at the path of a folder counts as an empty folder: lookups find nothing, and creating an entry fails with
-//! `NotADirectory`.
+//! without following links, unless it [is open already](RootedPath::opened). Then it acts on that descriptor and one
+//! name, without following a link at that name. A link at the path of a folder counts as an empty folder: lookups find
+//! nothing, and creating an entry fails with `NotADirectory`.
 //!
 //! A [`RootedPath`] is not a `std::path::Path`. Only [`RootedPath::full`] converts it, for messages and for callers.
 //! `cargo xtask test` rejects calls of `std::fs` in the other modules that work below a root.
@@ -94,11 +94,15 @@ impl RootedPath {
         Self { root: Arc::new(Root { named: path.to_owned(), real }), relative: PathBuf::new(), opened: None }
     }
 
-    /// Returns the path of this folder with the folder held open, for work on many names in it. The lookups of this
-    /// path, and of the paths made from it, then start at the open folder and not at the root. If the folder is renamed
-    /// meanwhile, they still lead into it. If it cannot be opened now, returns the path unchanged.
+    /// Opens this folder, and returns its path with the open descriptor. Calls on names in the folder, through this path
+    /// or paths made from it, start at the descriptor, which is faster. The name of the folder itself, and the names
+    /// above it, are looked up from the root.
+    ///
+    /// Returns the path unchanged if the folder cannot be opened, or if other users may write in it: they could move it
+    /// out of the cache directory, and the descriptor would lead there.
     pub(crate) fn opened(mut self) -> Self {
-        if let Ok(folder) = self.open_folder() {
+        let is_private = |folder: &Folder| Metadata::of(folder).is_ok_and(|found| found.mode() & 0o022 == 0);
+        if let Some(folder) = self.open_folder().ok().filter(is_private) {
             self.opened = Some(Arc::new(OpenedFolder { relative: self.relative.clone(), folder }));
         }
         self
@@ -204,7 +208,7 @@ impl RootedPath {
     /// Opens the folder at this path, without following a link in any component below the root.
     fn open_as(&self, flags: OFlags) -> io::Result<OwnedFd> {
         let opened = match self.start_of(&self.relative) {
-            // `O_PATH` descriptors of the same folder are equal, but only `.` can be opened with other flags.
+            // The folder is opened again, as `.`: its `O_PATH` descriptor can be neither listed nor synced.
             Some((folder, rest)) if rest.as_os_str().is_empty() => openat2(folder, Path::new("."), flags),
             Some((folder, rest)) => openat2(folder, rest, flags),
             None => openat2(CWD, &self.real(), flags),
@@ -218,11 +222,16 @@ impl RootedPath {
 
     /// Opens the folder one component at a time, for kernels and sandboxes without `openat2`.
     fn open_stepwise(&self, flags: OFlags) -> Result<OwnedFd, Errno> {
-        let mut names = self.relative.components().map(|component| component.as_os_str().to_owned()).peekable();
+        let start = self.start_of(&self.relative);
+        let below = start.map_or(self.relative.as_path(), |(_, rest)| rest);
+        let mut names = below.components().map(|component| component.as_os_str().to_owned()).peekable();
         // The last component is opened with `flags`, the folders that lead to it with `FOLDER`.
         let flags_for = |is_last: bool| if is_last { flags } else { FOLDER } | OFlags::NOFOLLOW;
         let first = flags_for(names.peek().is_none());
-        let mut folder = retry_on_intr(|| rustix::fs::open(&self.root.real, first, Mode::empty()))?;
+        let mut folder = retry_on_intr(|| match start {
+            Some((folder, _)) => rustix::fs::openat(folder, c".", first, Mode::empty()),
+            None => rustix::fs::open(&self.root.real, first, Mode::empty()),
+        })?;
         while let Some(name) = names.next() {
             let next = flags_for(names.peek().is_none());
             folder = retry_on_intr(|| rustix::fs::openat(&folder, &name, next, Mode::empty()))?;
@@ -633,7 +642,8 @@ pub(super) fn too_deep() -> io::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs;
+    use std::fs::{self, Permissions};
+    use std::os::unix::fs::PermissionsExt as _;
 
     /// Creates a root with the file `in/deep/file`, and beside it a folder that no path below the root may reach.
     fn directory() -> (tempfile::TempDir, RootedPath, PathBuf) {
@@ -732,14 +742,16 @@ mod tests {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let inode = |opened: Result<OwnedFd, Errno>| opened.map(|fd| Metadata::of(fd).expect("examines").ino());
         root.join("in/link").symlink_to(&outside).expect("links");
-        for name in ["", "in", "in/deep", "in/deep/file", "in/none", "in/link", "in/link/deep"] {
-            let path = root.join(name);
+        let names = ["", "in", "in/deep", "in/deep/file", "in/none", "in/link", "in/link/deep"];
+        let open = root.join("in").opened();
+        let from_open = ["", "deep", "deep/file", "none", "link", "link/deep"].map(|name| open.join(name));
+        for path in names.map(|name| root.join(name)).into_iter().chain(from_open) {
             let by_kernel = path.open_as(flags);
             let by_kernel =
                 inode(by_kernel.map_err(|error| Errno::from_io_error(&error).expect("an error of the system")));
             let stepwise = inode(path.open_stepwise(flags))
                 .map_err(|errno| if errno == Errno::LOOP { Errno::NOTDIR } else { errno });
-            assert_eq!(by_kernel, stepwise, "{name:?}");
+            assert_eq!(by_kernel, stepwise, "{path}");
         }
     }
 
@@ -747,6 +759,7 @@ mod tests {
     fn lookups_from_an_open_folder_stay_in_it_and_follow_no_link() {
         let (_folder, root, outside) = directory();
         let before = content(&outside);
+        fs::set_permissions(root.join("in").full(), Permissions::from_mode(0o755)).expect("sets");
         let open = root.join("in").opened();
         assert_eq!((&open, open.parent()), (&root.join("in"), Some(root.clone())), "the same path");
         root.join("in").rename(&root.join("moved")).expect("renames");
@@ -763,6 +776,16 @@ mod tests {
         assert_eq!(through.expect_err("refused").kind(), io::ErrorKind::NotADirectory);
         assert!(!open.metadata().expect("examines the link").is_dir());
         assert_eq!(content(&outside), before);
+    }
+
+    #[test]
+    fn a_folder_that_others_may_write_is_not_held_open() {
+        let (_folder, root, _) = directory();
+        for (mode, is_held) in [(0o755, true), (0o775, false), (0o757, false)] {
+            fs::set_permissions(root.join("in").full(), Permissions::from_mode(mode)).expect("sets");
+            assert_eq!(root.join("in").opened().opened.is_some(), is_held, "{mode:o}");
+        }
+        assert!(root.join("none").opened().opened.is_none());
     }
 
     #[test]

@@ -66,7 +66,7 @@ struct Journal {
 pub(crate) struct Staging {
     disk: Disk,
     dir: RootedPath,
-    /// True if the folder is that of an earlier fill, and has files that can be resumed.
+    /// True if the folder was made by an earlier fill, which may have left files in it.
     is_adopted: bool,
     /// The lock of the journal.
     owner: Arc<FileLock>,
@@ -519,7 +519,7 @@ impl Staging {
             return Ok(());
         }
         let (blob, view) = (self.disk.layout().blob(&digest), self.disk.layout().artifact(key).view(path));
-        let known = match self.disk.checked_blob(guard, &digest)? {
+        let known = match self.disk.checked_blob(guard, &blob, &digest)? {
             Some(known) => Some((blob, known)),
             None => match files::stat(&view)? {
                 // A view without a blob may be executable, and then has another mode than a plain file.
@@ -608,8 +608,8 @@ pub(super) fn space_to_stage(size: u64) -> u64 {
     allocated_for(size) + allocated_for(journal_bytes(size, part_size(size)))
 }
 
-/// Returns the bytes of complete parts in the folder, from which a later fill can resume. A file is allocated in full
-/// before its first byte is written, so [`staged_bytes`] is larger.
+/// Returns the bytes of complete parts in the folder, from which a later fill can resume. A file of several slices is
+/// allocated in full before its first byte is written, so [`staged_bytes`] may be larger.
 fn resumable_bytes(dir: &RootedPath) -> Result<u64> {
     let mut bytes = 0;
     for path in files::entries_if_accessible(dir)? {

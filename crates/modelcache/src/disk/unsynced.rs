@@ -50,7 +50,8 @@ pub(super) enum MarkState {
     Foreign,
 }
 
-/// The present boot, mount and time, with which marks are compared. Determined when the first mark is found.
+/// The present boot, mount and time, with which marks are compared. Determined when the first mark is
+/// found or made.
 pub(super) struct Present<'disk> {
     disk: &'disk Disk,
     known: OnceCell<(Option<String>, u64)>,

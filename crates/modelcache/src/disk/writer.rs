@@ -27,9 +27,9 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, MutexGuard, OnceLock};
 
-/// Maximum size in bytes of a file that is written [as a whole](StagedWriter::whole): one slice, even with little
-/// memory.
-const WHOLE_BYTES_MAX: u64 = 64 << 10;
+/// Maximum size in bytes of a file that is written [as a whole](StagedWriter::whole). The smallest buffer has this size,
+/// so that such a file always arrives as one slice.
+pub(crate) const WHOLE_BYTES_MAX: u64 = 64 << 10;
 /// Alignment in bytes of direct writes, in memory and in the file.
 pub(crate) const ALIGNMENT: usize = 4096;
 
@@ -131,9 +131,9 @@ impl StagedFileSpec {
         self.size.div_ceil(self.part_size)
     }
 
-    /// Returns true if the file is received and written as one slice, and may be written [as a
+    /// Returns true if the file has one part and fits into every buffer, so that it can be written [as a
     /// whole](StagedWriter::whole).
-    pub(crate) fn is_one_slice(&self) -> bool {
+    pub(crate) fn fits_one_slice(&self) -> bool {
         (1..=self.part_size.min(WHOLE_BYTES_MAX)).contains(&self.size)
     }
 }
@@ -176,7 +176,8 @@ impl StagedWriter {
         if !metadata.is_file() || metadata.len() != spec.size || metadata.nlink() != 1 {
             return Ok(None);
         }
-        // A read-only file is complete and was verified. Its journal was removed when it was sealed.
+        // A read-only file is complete. Its journal was removed when it was sealed. It is verified again like any other:
+        // without a ladder, a small file is made read-only before its digest is compared.
         let sealed = metadata.mode() & 0o222 == 0;
         let journal = match sealed {
             true => PartsJournal::of_sealed(&spec.path, spec.size, spec.part_size)?,
@@ -301,7 +302,15 @@ impl StagedWriter {
 
     /// Creates the file with `content`, and seals it.
     fn write_whole(&self, content: &[u8]) -> Result<()> {
-        let file = self.path.create_new(0o600).map_err(|cause| fault("make", &self.path, cause))?;
+        let file = match self.path.create_new(0o600) {
+            // Another user of a shared directory has placed something there.
+            Err(cause) if cause.kind() == io::ErrorKind::AlreadyExists => {
+                super::files::remove(&self.path)?;
+                self.path.create_new(0o600)
+            }
+            created => created,
+        };
+        let file = file.map_err(|cause| fault("make", &self.path, cause))?;
         file.write_all_at(content, 0).map_err(|cause| fault("write", &self.path, cause))?;
         let identity = seal(file, &self.path)?;
         self.written.get_or_init(|| identity);
@@ -527,14 +536,14 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_written_as_a_whole_is_sealed_and_never_replaces_another_one() {
+    fn a_file_that_is_written_as_a_whole_is_sealed_and_takes_the_place_of_another_entry() {
         let folder = tempfile::tempdir().expect("folder");
         let path = RootedPath::root(folder.path()).join("f");
         let spec =
             |path| StagedFileSpec { path, size: 7, part_size: 1 << 20, in_order: false, git: false, direct: false };
-        assert!(spec(path.clone()).is_one_slice());
+        assert!(spec(path.clone()).fits_one_slice());
         for size in [0, WHOLE_BYTES_MAX + 1] {
-            assert!(!StagedFileSpec { size, ..spec(path.clone()) }.is_one_slice());
+            assert!(!StagedFileSpec { size, ..spec(path.clone()) }.fits_one_slice());
         }
         let writer = StagedWriter::whole(spec(path.clone()), None);
         assert!(path.metadata().is_err() && writer.written().is_none(), "there is no file before its content");
@@ -543,8 +552,14 @@ mod tests {
         let made = path.metadata().expect("is there");
         assert_eq!((made.mode(), made.nlink(), writer.written()), (0o444, 1, Some(made.identity())));
         assert_eq!(std::fs::read(path.full()).expect("reads"), b"content");
-        StagedWriter::whole(spec(path.clone()), None).store(0, b"another").expect_err("the name is taken");
-        assert_eq!(path.metadata().expect("is there").identity(), made.identity());
+        // What another user placed there is removed, and the file behind a link is not touched.
+        let other = folder.path().join("other");
+        std::fs::write(&other, "theirs").expect("writes");
+        path.unlink().expect("removes");
+        path.symlink_to(&other).expect("links");
+        StagedWriter::whole(spec(path.clone()), None).store(0, b"another").expect("writes");
+        assert_eq!(std::fs::read(path.full()).expect("reads"), b"another");
+        assert_eq!(std::fs::read(other).expect("reads"), b"theirs");
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! waits, and arriving bytes stay in the HTTP client and in the kernel. Deadlock cannot occur, because no task waits
 //! for a second buffer while it holds a first one.
 
-use crate::disk::ALIGNMENT;
+use crate::disk::{ALIGNMENT, WHOLE_BYTES_MAX};
 use crate::mutex::Mutex;
 use std::ops::Deref;
 use std::sync::Arc;
@@ -13,8 +13,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Largest size of a slice, the unit of I/O: the bytes that are received, hashed and written at a time.
 pub(crate) const SLICE_BYTES: usize = 512 << 10;
-/// Smallest size of a buffer. Smaller ones would cost too many system calls.
-const SLICE_BYTES_MIN: usize = 64 << 10;
+/// Smallest size of a buffer. Smaller ones would cost too many system calls, and a small file must fit into each.
+const SLICE_BYTES_MIN: usize = WHOLE_BYTES_MAX as usize;
 /// Lower bound on the size of the pool in bytes, however little address space is left.
 const POOL_BYTES_MIN: usize = 8 * SLICE_BYTES;
 

@@ -229,17 +229,17 @@ impl Downloader {
         // An empty file has no part that a ladder could verify: it is hashed as a whole.
         let by_parts = file.entry.sha256.is_some() && file.entry.size > 0;
         let mut ladder = file.entry.ladder.clone().filter(|_| by_parts).map(Arc::new);
-        let (mut skipped, mut mismatches, mut one_stream, mut resume) = (0, 0, false, true);
+        let (mut skipped, mut mismatches, mut one_stream, mut is_first) = (0, 0, false, true);
         loop {
             let attempt = Attempt {
                 sources: file.sources[skipped..].to_vec(),
                 ladder: ladder.clone().filter(|_| !one_stream),
                 run,
                 one_stream,
-                resume: std::mem::take(&mut resume),
+                is_first: std::mem::take(&mut is_first),
                 failures: failures.clone(),
             };
-            let (checked_by_ladder, may_resume) = (attempt.ladder.is_some(), attempt.resume);
+            let (checked_by_ladder, may_resume) = (attempt.ladder.is_some(), attempt.is_first);
             let local = Arc::new(LocalBytes::default());
             let error = match self.attempt(file, attempt, local.clone(), progress).await {
                 Ok((entry, identity)) => {
@@ -308,12 +308,12 @@ impl Downloader {
         let (size, in_order) = (file.entry.size, attempt.ladder.is_none());
         let (part_size, owner) = (attempt.part_size(size), file.owner.clone());
         let (run, write_mode) = (attempt.run, self.write_mode);
-        let may_resume = attempt.resume && file.may_be_staged && !attempt.one_stream;
+        let may_resume = attempt.is_first && file.may_be_staged && !attempt.one_stream;
         let (path, git) = (file.target.clone(), file.entry.sha256.is_none() && file.entry.git_oid.is_some());
         let partial_file = file.partial_file.clone();
         let spec = StagedFileSpec { path, size, part_size, in_order, git, direct: false };
-        let is_new = attempt.resume && !file.may_be_staged;
-        let (writer, resumable_parts, generation) = if is_new && spec.is_one_slice() {
+        let is_new = attempt.is_first && !file.may_be_staged;
+        let (writer, resumable_parts, generation) = if is_new && spec.fits_one_slice() {
             (StagedWriter::whole(spec, Some(owner)), BTreeSet::new(), partial_file.begin_generation(!in_order))
         } else {
             blocking(move || {
@@ -396,8 +396,9 @@ struct Attempt {
     ladder: Option<Arc<Ladder>>,
     run: DownloadRun,
     one_stream: bool,
-    /// True if the staged file of an earlier fill may be resumed.
-    resume: bool,
+    /// True for the first attempt. Only then may the staged file of an earlier fill be resumed, and only then is it certain
+    /// that this fill has not staged the file.
+    is_first: bool,
     failures: Arc<Failures>,
 }
 
