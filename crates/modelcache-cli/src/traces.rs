@@ -181,18 +181,24 @@ mod tests {
     use super::*;
     use opentelemetry::Context;
     use opentelemetry_sdk::trace::{Span as SdkSpan, SpanProcessor};
-    use std::sync::{Arc, Mutex};
+    use std::sync::{Arc, Mutex, MutexGuard};
     use tracing_subscriber::layer::SubscriberExt as _;
 
     /// Records the names of the spans that have ended.
     #[derive(Debug, Clone, Default)]
     struct Ended(Arc<Mutex<Vec<String>>>);
 
+    impl Ended {
+        fn names(&self) -> MutexGuard<'_, Vec<String>> {
+            self.0.lock().expect("no thread panicked")
+        }
+    }
+
     impl SpanProcessor for Ended {
         fn on_start(&self, _: &mut SdkSpan, _: &Context) {}
 
         fn on_end(&self, span: SpanData) {
-            self.0.lock().unwrap().push(span.name.into_owned());
+            self.names().push(span.name.into_owned());
         }
 
         fn force_flush(&self) -> OTelSdkResult {
@@ -214,8 +220,8 @@ mod tests {
         let held = span.clone();
         drop(span.in_scope(|| tracing::info_span!("phase")));
         end(&span);
-        assert_eq!(*ended.0.lock().unwrap(), ["phase", "command"]);
+        assert_eq!(*ended.names(), ["phase", "command"]);
         drop((span, held));
-        assert_eq!(ended.0.lock().unwrap().len(), 2);
+        assert_eq!(ended.names().len(), 2);
     }
 }
