@@ -289,7 +289,7 @@ def test_closing_the_cache_closes_its_files_and_ends_waiting_reads(published: Sl
 
 
 def test_a_read_times_out(published: SlowProxy, open_cache: Any) -> None:
-    file = partly_downloaded(published, open_cache, timeout=0.5)
+    file = partly_downloaded(published, open_cache, timeout=3)
     with pytest.raises(modelcache.UnavailableError, match="not done within"):
         file.read()
     published.let_through(None)
@@ -311,11 +311,13 @@ def test_bytes_without_checkpoints_are_returned_only_if_unchecked(
     published.let_through(SIZE - MIB)
     reference = f"s3://models/by-hand-{os.getpid()}/weights.bin"
     unchecked = cache.open(reference, unchecked=True)
-    checked = cache.open(reference, timeout=0.3)
+    checked = cache.open(reference, timeout=3)
     assert unchecked.pread(10, SIZE - 10) == noise(SIZE)[-10:]
     with pytest.raises(modelcache.UnavailableError):
         checked.pread(10, SIZE - 10)
     published.let_through(None)
+    # This waits without a timeout until the file is published.
+    assert unchecked.path.read_bytes() == noise(SIZE)
     assert checked.path.read_bytes() == unchecked.read() == checked.read() == noise(SIZE)
 
 

@@ -57,6 +57,7 @@ pub use moto::Moto;
 pub use proxy::FaultProxy;
 pub use registry::Registry;
 pub use s3::S3;
+pub use serve::free_port;
 pub use shim::{Call, Errno, Flock, Shim, ShimRun};
 pub use tls::{Authority, ConnectProxy, TlsFront};
 pub use web::{Page, Ranges, Web};

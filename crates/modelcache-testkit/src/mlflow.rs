@@ -3,7 +3,7 @@
 //! Starting takes seconds, so each test binary should start only one. The database and the artifacts are in one folder.
 
 use std::fs::File;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -29,7 +29,7 @@ impl Mlflow {
     /// `server.log` in the folder. Fails if the program is missing, exits early or does not answer in time.
     pub fn start(venv: &Path, folder: &Path, args: &[&str]) -> anyhow::Result<Self> {
         std::fs::create_dir_all(folder)?;
-        let addr = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+        let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, crate::free_port()?));
         let log = File::create(folder.join("server.log"))?;
         let program = venv.join("bin/mlflow");
         let child = Command::new(&program)

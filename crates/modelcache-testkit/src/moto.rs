@@ -3,7 +3,7 @@
 //! Runs `moto_server` from an existing Python environment and kills it when dropped. It keeps objects in memory and
 //! accepts any key pair.
 
-use std::net::{SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -35,7 +35,7 @@ impl Moto {
 
     /// Returns `None` if the port was taken by another process.
     fn try_start(program: &Path) -> anyhow::Result<Option<Self>> {
-        let addr = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+        let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, crate::free_port()?));
         let child = Command::new(program)
             .args(["-H", "127.0.0.1", "-p", &addr.port().to_string()])
             .stdin(Stdio::null())

@@ -4,7 +4,7 @@
 //! password requires it from every client (`Basic`); put a [`Gate`](crate::Gate) in front of it for tokens and
 //! redirects.
 
-use std::net::{SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -59,7 +59,7 @@ impl Registry {
     /// blocks until it answers, at most 30 s. Fails if it exits early or does not answer in time.
     pub fn start(program: &Path, folder: &Path, with_password: bool) -> anyhow::Result<Self> {
         std::fs::create_dir_all(folder)?;
-        let addr = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+        let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, crate::free_port()?));
         let users = folder.join("htpasswd");
         std::fs::write(&users, HTPASSWD)?;
         let auth = if with_password { json!({"htpasswd": {"realm": "testkit", "path": users}}) } else { json!({}) };

@@ -6,7 +6,8 @@
 use std::convert::Infallible;
 use std::future::Future;
 use std::net::{SocketAddr, TcpListener as StdListener, ToSocketAddrs};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use anyhow::Context as _;
@@ -25,6 +26,28 @@ use tokio::task::{AbortHandle, JoinSet};
 pub(crate) type BoxError = Box<dyn std::error::Error + Send + Sync>;
 pub(crate) type Body = UnsyncBoxBody<Bytes, BoxError>;
 pub(crate) type Answer = Response<Body>;
+
+/// Returns a port of 127.0.0.1 that nothing listens on, for a program that is started with it. The port is below those
+/// that the kernel assigns, so that no other connection or server takes it meanwhile.
+///
+/// # Errors
+/// All ports are taken.
+pub fn free_port() -> std::io::Result<u16> {
+    const PORTS: Range<u16> = 20_000..32_000;
+    /// Number of ports that a process may take before it meets those of the process that was started after it.
+    const PORTS_PER_PROCESS: u32 = 7;
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let first = std::process::id().wrapping_mul(PORTS_PER_PROCESS);
+    for _ in PORTS {
+        let number = first.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
+        let offset = number % u32::from(PORTS.end - PORTS.start);
+        let port = PORTS.start + u16::try_from(offset).unwrap_or_default();
+        if StdListener::bind(("127.0.0.1", port)).is_ok() {
+            return Ok(port);
+        }
+    }
+    Err(std::io::ErrorKind::AddrInUse.into())
+}
 
 /// Error of a handler that drops the connection without an answer.
 #[derive(Debug)]

@@ -365,12 +365,13 @@ impl CrashTest {
 
     /// Kills a get of [`V1`] that has written one part of its large file and recorded it in the journal.
     fn leave_a_part(&self, dir: &str) {
-        let stall = HubFault::stall(65_536, Duration::from_secs(600)).on("model.safetensors").once();
+        let stall = HubFault::stall_at(65_536, Duration::from_secs(600)).on("model.safetensors");
         self.house.hub.faults().add(stall);
         let running = self.run(&ROW, dir).env("MODEL_CACHE_READ_TIMEOUT", "10m").start(["get", V1]);
         wait_until("one part is marked", || self.house.marked_parts(dir) > 0);
         running.signal("KILL");
         assert_eq!(running.wait().code, None);
+        self.house.hub.faults().clear();
     }
 
     /// Asserts that one `backfill` completes the pending upload.

@@ -179,11 +179,9 @@ fn one_object_may_be_the_version_itself() {
 /// Runs a get of `big@1` and replaces its object `times` times, each time while a read is held back.
 fn replaced_while_read(times: u64) -> (House, Outcome) {
     let house = by_hand(&[("big/1/model.bin", Content::generated(0, 50_000))]);
-    let held = house
-        .s3
-        .faults()
-        .add(S3Fault::delay(Duration::from_millis(600)).method("GET").on("big/1/model.bin").times(times));
-    let running = house.on("a").start(["get", "big@1"]);
+    let held =
+        house.s3.faults().add(S3Fault::delay(Duration::from_secs(2)).method("GET").on("big/1/model.bin").times(times));
+    let running = house.on("a").env("MODEL_CACHE_READ_TIMEOUT", "30s").start(["get", "big@1"]);
     for time in 1..=times {
         wait_until("the read is held back", || held.count() >= time);
         house.s3.put(BUCKET, "cache/big/1/model.bin", Content::generated(time, 50_000)).unwrap();
@@ -289,9 +287,9 @@ fn an_object_replaced_together_with_its_checksum_is_listed_again() {
     for reference in both_ways() {
         let (house, new) = (House::new(), Content::generated(9, 50_000));
         put(&house, &Content::generated(8, 50_000));
-        let held = S3Fault::delay(Duration::from_millis(600)).method("GET").on("m/1/model.bin?").times(1);
+        let held = S3Fault::delay(Duration::from_secs(2)).method("GET").on("m/1/model.bin?").times(1);
         let held = house.s3.faults().add(held);
-        let running = house.on("a").start(["get", &reference]);
+        let running = house.on("a").env("MODEL_CACHE_READ_TIMEOUT", "30s").start(["get", &reference]);
         wait_until("the read is held back", || held.count() == 1);
         put(&house, &new);
         assert_same(&running.wait().path_saying(&["starting over"]), &new);

@@ -153,7 +153,7 @@ fn start_jitter_delays_a_fetch_and_never_a_hit() {
     assert_model(&jitter("a").run(["get", &exact]).path_saying(&["on disk"]));
     assert_model(&jitter("a").run(["get", "hf://org/model", "--local-files-only"]).path());
     for reference in [&exact, "hf://org/model", "m@1"] {
-        let got = jitter("b").run(["get", reference, "--timeout", "500ms"]);
+        let got = jitter("b").run(["get", reference, "--timeout", "3s"]);
         got.failed(7, &["waiting a random time", "MODEL_CACHE_START_JITTER", "not done within"]);
     }
     assert_unasked(&house, true);

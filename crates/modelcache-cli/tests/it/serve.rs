@@ -15,11 +15,6 @@ fn content() -> Content {
     Content::generated(8, SIZE)
 }
 
-/// Returns a port that nothing listens on.
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
-
 /// A running daemon.
 pub(crate) struct Daemon {
     pub(crate) port: u16,
@@ -29,7 +24,7 @@ pub(crate) struct Daemon {
 impl Daemon {
     /// Starts a daemon over the cache directory `a`, and waits until it answers.
     pub(crate) fn start(run: Run, arguments: &[&str]) -> Self {
-        let port = free_port();
+        let port = modelcache_testkit::free_port().unwrap();
         let run = run.env("MODEL_CACHE_LISTEN", format!("127.0.0.1:{port}"));
         let daemon = Self { port, running: run.start([&["serve"], arguments].concat()) };
         wait_until("the daemon answers", || TcpStream::connect(("127.0.0.1", port)).is_ok());
@@ -79,7 +74,7 @@ fn stall() -> HubFault {
 #[test]
 fn a_daemon_that_is_killed_in_the_middle_of_a_fill_continues_it_after_a_restart() {
     let (house, path) = house();
-    let stall = house.hub.faults().add(stall().once());
+    let stall = house.hub.faults().add(stall());
     let run = || house.on_local("a").env("MODEL_CACHE_READ_TIMEOUT", "600s");
     let daemon = Daemon::start(run(), &[]);
     let port = daemon.port;
@@ -95,6 +90,7 @@ fn a_daemon_that_is_killed_in_the_middle_of_a_fill_continues_it_after_a_restart(
     assert!((partial.len() as u64) < SIZE, "the fill was over already");
     assert!(content().to_vec().unwrap().starts_with(&partial));
 
+    house.hub.faults().clear();
     house.hub.clear_requests();
     let daemon = Daemon::start(run(), &[]);
     let (head, body) = daemon.get(&path);
@@ -153,7 +149,7 @@ fn a_taken_port_is_an_error_with_the_remedy() {
 #[test]
 fn a_check_ends_without_serving() {
     let (house, _) = house();
-    let port = free_port();
+    let port = modelcache_testkit::free_port().unwrap();
     let run = || house.on_local("a").env("MODEL_CACHE_LISTEN", format!("127.0.0.1:{port}"));
     run().run(["serve", "--check", "hf://org/model"]).ok().said(&["ready to serve", &port.to_string()]);
     assert!(house.hub.requests().is_empty());

@@ -17,11 +17,12 @@ fn big() -> Content {
     Content::generated(1, 20 * MIB + 4321)
 }
 
-/// An environment in which the Hub stalls one part of the model for `pause`.
+/// An environment in which the Hub delays the answer to one request for the model by `pause`. A response that stalls
+/// later would be overtaken by a second connection.
 async fn house(pause: Duration) -> House {
     let house = House::new().await;
     house.hub.repo("org/model").commit().file("config.json", "{}").lfs("model.bin", big()).publish().unwrap();
-    house.hub.faults().add(HubFault::stall(MIB, pause).on("model.bin").once());
+    house.hub.faults().add(HubFault::delay(pause).method("GET").on("model.bin").once());
     house
 }
 
@@ -50,7 +51,7 @@ async fn a_cancelled_leader_or_waiter_leaves_the_fill_to_the_others() {
     let leader = start();
     until(|| house.hub.body_bytes() > 0).await;
     let (waiter, other) = (start(), start());
-    sleep(Duration::from_millis(50)).await;
+    until(|| cache.metrics().counts().waiting_calls == 2).await;
     leader.abort();
     waiter.abort();
     assert_same(&other.await.unwrap().unwrap().join("model.bin"), &big());
@@ -65,7 +66,7 @@ async fn a_fill_without_waiters_ends_and_the_next_fill_resumes_it() {
         let cache = cache.clone();
         async move { get(&cache, MODEL).await.map(|_| ()) }
     });
-    // The file has three parts. One of them stalls after its first MiB.
+    // All parts but the delayed one arrive.
     until(|| house.hub.body_bytes() >= big().len() - 8 * MIB).await;
     sleep(Duration::from_millis(300)).await;
     only.abort();

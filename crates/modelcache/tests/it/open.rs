@@ -160,23 +160,32 @@ async fn the_first_bytes_and_then_the_last_are_read_before_half_of_the_file_has_
     assert_eq!(cache.metrics().counts().hits.remote, 1, "it counts as a get");
 }
 
+/// A source that does not send the whole file yet.
+#[derive(Clone, Copy)]
+enum Paused<'a> {
+    /// The proxy before the remote lets only some bytes through.
+    Remote(&'a Weather),
+    /// The Hub stalls, also on further connections.
+    Hub(&'a House),
+}
+
 /// Opens `reference` for two readers, of which one accepts unverified bytes. Asserts that the other one can read
-/// nothing before the download is complete. With `weather`, the rest of the file arrives when the proxy lets it
-/// through; otherwise it arrives late by itself.
-async fn assert_unchecked_reads_early(weather: Option<&Weather>, cache: &Cache, reference: &str, content: &Content) {
+/// nothing before the download is complete. Then `source` sends the rest of the file.
+async fn assert_unchecked_reads_early(source: Paused<'_>, cache: &Cache, reference: &str, content: &Content) {
     let first = async {
         let (unchecked, checked) = (open_unchecked(cache, reference).await, open(cache, reference).await);
         read(&unchecked, content, 0..100).await;
         (unchecked, checked)
     };
-    let (unchecked, checked) = match weather {
-        Some(weather) => trickle(weather, first).await,
-        None => first.await,
+    let (unchecked, checked) = match source {
+        Paused::Remote(weather) => trickle(weather, first).await,
+        Paused::Hub(_) => first.await,
     };
     let mut waits = Box::pin(checked.wait(0..100));
     assert!(timeout(Duration::from_millis(300), &mut waits).await.is_err(), "unverified bytes were readable");
-    if let Some(weather) = weather {
-        weather.proxy.let_through(WIDE);
+    match source {
+        Paused::Remote(weather) => weather.proxy.let_through(WIDE),
+        Paused::Hub(house) => house.hub.faults().clear(),
     }
     soon(waits).await.unwrap();
     read(&checked, content, 0..content.len()).await;
@@ -188,14 +197,14 @@ async fn without_a_ladder_only_unchecked_readers_get_bytes_before_the_file_is_ve
     let (weather, content) = (Weather::new().await, Content::generated(6, 48 * MIB + 1));
     weather.put("m", &content).await;
     edit(&weather, |entry| entry.ladder = None);
-    assert_unchecked_reads_early(Some(&weather), &patient(&weather, "a"), "m@1", &content).await;
+    assert_unchecked_reads_early(Paused::Remote(&weather), &patient(&weather, "a"), "m@1", &content).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn with_a_demanded_digest_the_ladder_of_the_remote_releases_nothing_early() {
     let weather = weather().await;
     let reference = format!("m@1#sha256={}", CONTENT.sha256().unwrap());
-    assert_unchecked_reads_early(Some(&weather), &patient(&weather, "a"), &reference, &CONTENT).await;
+    assert_unchecked_reads_early(Paused::Remote(&weather), &patient(&weather, "a"), &reference, &CONTENT).await;
 }
 
 /// An environment with the model at the Hub. Also returns the content of its file.
@@ -237,8 +246,8 @@ async fn with_a_list_from_the_origin_the_ladder_of_the_remote_releases_nothing_e
     assert!(edited.files.values().all(|entry| entry.ladder.is_some()));
     edited.files.values_mut().for_each(|entry| entry.held = None);
     fs::write(&manifest, edited.to_bytes().unwrap()).unwrap();
-    house.hub.faults().add(stall().once());
-    assert_unchecked_reads_early(None, &impatient(config("a")), HUB, &content).await;
+    house.hub.faults().add(stall());
+    assert_unchecked_reads_early(Paused::Hub(&house), &impatient(config("a")), HUB, &content).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -348,7 +357,7 @@ async fn readers_and_a_get_share_one_fill() {
 async fn a_file_is_readable_before_the_other_files_of_its_fill_are_complete() {
     let (house, content) = house_with_model().await;
     house.hub.repo("org/model").commit().lfs("other.bin", Content::generated(1, 9 * MIB)).publish().unwrap();
-    house.hub.faults().add(HubFault::stall(MIB, Duration::from_secs(2)).on("other.bin").once());
+    house.hub.faults().add(HubFault::delay(Duration::from_secs(2)).method("GET").on("other.bin").once());
     let retry = RetryConfig { deadline: Duration::from_secs(3), read_timeout: Duration::from_secs(600) };
     let cache = Cache::open({
         let mut config = house.config("a");
