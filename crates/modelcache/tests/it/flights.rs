@@ -12,17 +12,18 @@ use tokio::time::sleep;
 
 const MIB: u64 = 1 << 20;
 const MODEL: &str = "hf://org/model";
+const FOR_EVER: Duration = Duration::from_secs(600);
 
 fn big() -> Content {
     Content::generated(1, 20 * MIB + 4321)
 }
 
-/// An environment in which the Hub delays the answer to one request for the model by `pause`. A response that stalls
-/// later would be overtaken by a second connection.
-async fn house(pause: Duration) -> House {
+/// An environment in which one response with a part of the model stalls. The rest of that part comes half a second later,
+/// over a second connection.
+async fn house() -> House {
     let house = House::new().await;
     house.hub.repo("org/model").commit().file("config.json", "{}").lfs("model.bin", big()).publish().unwrap();
-    house.hub.faults().add(HubFault::delay(pause).method("GET").on("model.bin").once());
+    house.hub.faults().add(HubFault::stall(MIB, FOR_EVER).on("model.bin").once());
     house
 }
 
@@ -42,7 +43,7 @@ fn bytes_of_all() -> u64 {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cancelled_leader_or_waiter_leaves_the_fill_to_the_others() {
-    let house = house(Duration::from_millis(700)).await;
+    let house = house().await;
     let cache = patient(&house);
     let start = || {
         let cache = cache.clone();
@@ -60,19 +61,22 @@ async fn a_cancelled_leader_or_waiter_leaves_the_fill_to_the_others() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_fill_without_waiters_ends_and_the_next_fill_resumes_it() {
-    let house = house(Duration::from_secs(600)).await;
+    let house = house().await;
+    // The last part stalls on each connection.
+    house.hub.faults().clear();
+    house.hub.faults().add(HubFault::stall_at(17 * MIB, FOR_EVER).on("model.bin"));
     let cache = patient(&house);
     let only = tokio::spawn({
         let cache = cache.clone();
         async move { get(&cache, MODEL).await.map(|_| ()) }
     });
-    // All parts but the delayed one arrive.
     until(|| house.hub.body_bytes() >= big().len() - 8 * MIB).await;
     sleep(Duration::from_millis(300)).await;
     only.abort();
     assert!(only.await.unwrap_err().is_cancelled());
     // Writes in flight keep the staging folder locked for a moment.
     sleep(Duration::from_millis(300)).await;
+    house.hub.faults().clear();
     house.hub.clear_requests();
     let got = get(&cache, MODEL).await.unwrap();
     assert_same(&got.path.join("model.bin"), &big());
@@ -82,7 +86,7 @@ async fn a_fill_without_waiters_ends_and_the_next_fill_resumes_it() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn waiters_see_progress_and_get_a_report() {
-    let house = house(Duration::from_millis(1500)).await;
+    let house = house().await;
     let cache = patient(&house);
     let first = tokio::spawn({
         let cache = cache.clone();
@@ -125,7 +129,7 @@ async fn waiters_share_a_failure() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn another_selection_waits_and_then_fetches_only_its_own() {
-    let house = house(Duration::from_millis(500)).await;
+    let house = house().await;
     let cache = patient(&house);
     let all = tokio::spawn({
         let cache = cache.clone();
