@@ -411,8 +411,16 @@ fn files_to_download(staging: &Staging, plan: &FillPlan) -> Result<(PartialFiles
         } else if let Entry::Vacant(vacant) = to_download.entry(name) {
             let (owner, partial_file, sources) = (staging.owner(), partial_file.clone(), plan.sources_of(path)?);
             let (path, entry, may_be_staged) = (path.clone(), entry.clone(), staging.is_adopted());
-            let on_part = None;
-            vacant.insert(DownloadFile { path, entry, target, may_be_staged, owner, sources, on_part, partial_file });
+            vacant.insert(DownloadFile {
+                path,
+                entry,
+                target,
+                may_be_staged,
+                owner,
+                sources,
+                on_part: None,
+                partial_file,
+            });
         }
     }
     Ok((partial_files, to_download))

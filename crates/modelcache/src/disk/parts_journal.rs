@@ -56,8 +56,8 @@ impl PartsJournal {
         Ok(Some(Self { file, path }))
     }
 
-    /// Creates a journal that lists every part, for a sealed file (complete and read-only), and returns those
-    /// parts; `None` for a file of one part.
+    /// Creates a journal that lists every part, for a sealed file (complete and read-only), and returns those parts;
+    /// `None` for a file of one part.
     pub(super) fn of_sealed(staged: &RootedPath, size: u64, part_size: u64) -> Result<Option<(Self, BTreeSet<u64>)>> {
         let Some(journal) = Self::create(staged, size, part_size)? else { return Ok(None) };
         let parts: BTreeSet<u64> = (0..size.div_ceil(part_size)).collect();

@@ -154,7 +154,7 @@ impl StagedWriter {
     /// Returns a writer of a small file that is not in staging yet. The file is created, written and sealed in one step,
     /// by the thread that writes its only slice.
     pub(crate) fn whole(spec: StagedFileSpec, owner: Option<Arc<FileLock>>) -> Self {
-        Self::from_file(StagedFileSpec { direct: false, ..spec }, None, None, owner)
+        Self::from_file(spec, None, None, owner)
     }
 
     /// Returns the bytes of the parts that [`resume`](Self::resume) would find in the staged file at `path`.

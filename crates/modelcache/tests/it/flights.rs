@@ -18,13 +18,18 @@ fn big() -> Content {
     Content::generated(1, 20 * MIB + 4321)
 }
 
-/// An environment in which one response with a part of the model stalls. The rest of that part comes half a second later,
-/// over a second connection.
-async fn house() -> House {
+/// An environment in which the Hub has a fault for the model.
+async fn house(fault: HubFault) -> House {
     let house = House::new().await;
     house.hub.repo("org/model").commit().file("config.json", "{}").lfs("model.bin", big()).publish().unwrap();
-    house.hub.faults().add(HubFault::stall(MIB, FOR_EVER).on("model.bin").once());
+    house.hub.faults().add(fault.on("model.bin"));
     house
+}
+
+/// One response with a part of the model stalls. The rest of that part comes half a second later, over a second
+/// connection.
+fn stall_once() -> HubFault {
+    HubFault::stall(MIB, FOR_EVER).once()
 }
 
 fn patient(house: &House) -> Cache {
@@ -43,7 +48,7 @@ fn bytes_of_all() -> u64 {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cancelled_leader_or_waiter_leaves_the_fill_to_the_others() {
-    let house = house().await;
+    let house = house(stall_once()).await;
     let cache = patient(&house);
     let start = || {
         let cache = cache.clone();
@@ -61,10 +66,8 @@ async fn a_cancelled_leader_or_waiter_leaves_the_fill_to_the_others() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_fill_without_waiters_ends_and_the_next_fill_resumes_it() {
-    let house = house().await;
     // The last part stalls on each connection.
-    house.hub.faults().clear();
-    house.hub.faults().add(HubFault::stall_at(17 * MIB, FOR_EVER).on("model.bin"));
+    let house = house(HubFault::stall_at(17 * MIB, FOR_EVER)).await;
     let cache = patient(&house);
     let only = tokio::spawn({
         let cache = cache.clone();
@@ -86,7 +89,7 @@ async fn a_fill_without_waiters_ends_and_the_next_fill_resumes_it() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn waiters_see_progress_and_get_a_report() {
-    let house = house().await;
+    let house = house(stall_once()).await;
     let cache = patient(&house);
     let first = tokio::spawn({
         let cache = cache.clone();
@@ -129,7 +132,7 @@ async fn waiters_share_a_failure() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn another_selection_waits_and_then_fetches_only_its_own() {
-    let house = house().await;
+    let house = house(stall_once()).await;
     let cache = patient(&house);
     let all = tokio::spawn({
         let cache = cache.clone();
