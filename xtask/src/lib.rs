@@ -8,6 +8,7 @@ pub mod demo;
 pub mod deploy;
 pub mod dist;
 pub mod docs;
+mod features;
 pub mod fuzz;
 mod hub_clients;
 pub mod monitoring;

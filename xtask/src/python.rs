@@ -66,7 +66,8 @@ impl Python {
     }
 }
 
-/// Builds xtask as well, because it selects the dependency features of the whole workspace.
+/// Builds xtask as well: its Cargo.toml enables the dependency features that the tests need, so that no dependency is
+/// built twice.
 pub const BUILD_XTASK: [&str; 2] = ["--package", "xtask"];
 /// File name of the native module that cargo builds.
 pub const NATIVE: &str = "libmodelcache_native.so";

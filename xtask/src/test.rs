@@ -9,7 +9,7 @@ use crate::docs::Docs;
 use crate::python::Python;
 use crate::repository::{cargo, shell_line, target_folder};
 use crate::venv::{self, Requirements};
-use crate::{debian, deploy, dist, hub_clients, page, site, table, tidy};
+use crate::{debian, deploy, dist, features, hub_clients, page, site, table, tidy};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use std::path::Path;
@@ -41,6 +41,7 @@ impl Test {
         if !self.quick {
             stages.run("format", || run(cargo().args(["fmt", "--all", "--check"])));
             stages.run("tidy", tidy::check);
+            stages.run("features", features::check);
             stages.run("generated docs", || Docs { check: true }.run());
             // The second time without the optional origins.
             let clippy = |what| run(cargo().args(["clippy", "--workspace", what, "--", "-D", "warnings"]));
