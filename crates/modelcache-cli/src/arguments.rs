@@ -7,7 +7,7 @@
 use crate::exit;
 use crate::verbs::Verb;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
-use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches, Parser};
+use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches, Parser, Subcommand as _};
 use modelcache::option_name::OptionName;
 use modelcache::settings::{SETTINGS, SWITCH, Setting};
 use modelcache::{printable, redact};
@@ -27,6 +27,19 @@ pub(crate) struct Arguments {
     /// The command.
     #[command(subcommand)]
     pub(crate) verb: Verb,
+}
+
+/// Parses a command line, which begins with the program's name.
+///
+/// Each command accepts every setting as an option, so the definition of all commands has hundreds of options. Building
+/// it takes longer than a hit. The first attempt therefore defines only the commands whose names are among the arguments.
+/// If it fails, the complete definition provides the error, the help or the version.
+pub(crate) fn parse(args: &[OsString]) -> Result<Arguments, clap::Error> {
+    let verbs = Verb::augment_subcommands(Command::new("modelcache"));
+    let named = verbs.get_subcommands().filter(|verb| args.iter().any(|arg| arg == verb.get_name()));
+    let command = Global::augment_args(Command::new("modelcache")).subcommands(named.cloned());
+    let matches = command.try_get_matches_from(args);
+    matches.and_then(|matches| Arguments::from_arg_matches(&matches)).or_else(|_| Arguments::try_parse_from(args))
 }
 
 /// Options of every command.
@@ -231,8 +244,22 @@ mod tests {
     use super::*;
     use clap::CommandFactory;
 
+    fn try_parse(args: &[&str]) -> Result<Arguments, clap::Error> {
+        super::parse(&["modelcache"].iter().chain(args).map(OsString::from).collect::<Vec<_>>())
+    }
+
     fn parse(args: &[&str]) -> Arguments {
-        Arguments::try_parse_from(["modelcache"].iter().chain(args)).unwrap_or_else(|error| panic!("{error}"))
+        try_parse(args).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    #[test]
+    fn errors_help_and_version_come_from_the_definition_of_all_commands() {
+        for args in [&["get"][..], &["get", "--help"], &["gte", "ls"], &["--version"], &["ls", "--no-such"], &[]] {
+            let complete = Arguments::try_parse_from(["modelcache"].iter().chain(args)).expect_err("no arguments");
+            assert_eq!(try_parse(args).expect_err("no arguments").to_string(), complete.to_string(), "{args:?}");
+        }
+        let exec = parse(&["--json", "exec", "a@1", "--", "get", "--no-such"]);
+        assert!(exec.global.json && matches!(exec.verb, Verb::Exec(_)));
     }
 
     #[test]

@@ -40,7 +40,6 @@ mod traces {
 }
 
 use arguments::Arguments;
-use clap::Parser;
 use modelcache::Result;
 use output::Output;
 use std::ffi::OsString;
@@ -74,7 +73,7 @@ fn code_or_panic(work: impl FnOnce() -> u8) -> u8 {
 
 fn run_command(args: &[OsString]) -> u8 {
     small_memory::restart_with_one_arena(args);
-    match Arguments::try_parse_from(args) {
+    match arguments::parse(args) {
         Ok(arguments) => {
             let output = Output::new(&arguments.global);
             execute(&arguments, &output).unwrap_or_else(|error| {
@@ -105,7 +104,7 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
     logs::start(&settings.log, output)?;
     settings.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
 
-    let runtime = modelcache::runtime::start(!small_memory::has_one_arena())?;
+    let runtime = modelcache::runtime::start(!small_memory::arenas_are_limited())?;
     let session = Session {
         global: &arguments.global,
         output,

@@ -19,7 +19,7 @@ const RESTARTED_VARIABLE: &str = "_MODELCACHE_ONE_ARENA";
 /// Replaces the process with the same command and a single arena if the address space is limited. Returns if there is
 /// nothing to do or if `exec` fails.
 pub(crate) fn restart_with_one_arena(args: &[OsString]) {
-    if getrlimit(Resource::As).current.is_none() || has_one_arena() {
+    if getrlimit(Resource::As).current.is_none() || arenas_are_limited() {
         return;
     }
     let Some(mut command) = env::current_exe().ok().and_then(program::command) else { return };
@@ -29,7 +29,7 @@ pub(crate) fn restart_with_one_arena(args: &[OsString]) {
 }
 
 /// Returns true if `MALLOC_ARENA_MAX` is set, by this module or by the user.
-pub(crate) fn has_one_arena() -> bool {
+pub(crate) fn arenas_are_limited() -> bool {
     env::var_os(ARENAS_VARIABLE).is_some()
 }
 

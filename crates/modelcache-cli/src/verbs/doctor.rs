@@ -64,7 +64,7 @@ impl Doctor {
             checks.push(Check::problem(Area::Configuration, &error));
         }
         let options = DoctorOptions { read_only: self.read_only };
-        let runtime = modelcache::runtime::start(!small_memory::has_one_arena())?;
+        let runtime = modelcache::runtime::start(!small_memory::arenas_are_limited())?;
         match runtime.block_on(signals::run_until_signal(doctor::examine(
             &settings.config,
             &gathered.environment,

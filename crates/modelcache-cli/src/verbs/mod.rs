@@ -30,6 +30,7 @@ use crate::arguments::Global;
 use crate::output::Output;
 use crate::{exit, metrics};
 use clap::Subcommand;
+use futures::future::{FutureExt as _, LocalBoxFuture, TryFutureExt as _, ready};
 use modelcache::cache::Artifact;
 use modelcache::config::Durable;
 use modelcache::progress::Phase;
@@ -188,30 +189,33 @@ impl Verb {
         }
     }
 
-    /// Runs the command and returns its exit code.
-    pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
+    /// Runs the command and returns its exit code. The future is on the heap and has the size that this command needs:
+    /// a future for all commands would be copied several times, and touch a hundred pages of the stack.
+    pub(crate) fn run<'a>(&'a self, session: &'a Session<'a>) -> LocalBoxFuture<'a, Result<u8>> {
+        let done = |()| exit::DONE;
         match self {
-            Self::Get(verb) => return verb.run(session).await,
-            Self::Exec(verb) => return verb.run(session).await,
-            Self::Prewarm(verb) => return verb.run(session).await,
-            Self::Put(verb) => verb.run(session).await,
-            Self::Tag(verb) => verb.run(session).await,
-            Self::Resolve(verb) => verb.run(session).await,
-            Self::Backfill(verb) => return verb.run(session).await,
-            Self::Evict(verb) => return verb.run(session).await,
-            Self::Pin(verb) => verb.run(session).await,
-            Self::Unpin(verb) => verb.run(session).await,
-            Self::Prune(verb) => return verb.run(session).await,
-            Self::Ls(verb) => verb.run(session).await,
-            Self::Inspect(verb) => verb.run(session).await,
-            Self::Stats(verb) => return verb.run(session).await,
-            Self::Verify(verb) => return verb.run(session).await,
-            Self::Serve(verb) => return verb.run(session).await,
-            Self::StorageInitializer(verb) => verb.run(session).await,
+            Self::Get(verb) => verb.run(session).boxed_local(),
+            Self::Exec(verb) => verb.run(session).boxed_local(),
+            Self::Prewarm(verb) => verb.run(session).boxed_local(),
+            Self::Put(verb) => verb.run(session).map_ok(done).boxed_local(),
+            Self::Tag(verb) => verb.run(session).map_ok(done).boxed_local(),
+            Self::Resolve(verb) => verb.run(session).map_ok(done).boxed_local(),
+            Self::Backfill(verb) => verb.run(session).boxed_local(),
+            Self::Evict(verb) => verb.run(session).boxed_local(),
+            Self::Pin(verb) => verb.run(session).map_ok(done).boxed_local(),
+            Self::Unpin(verb) => verb.run(session).map_ok(done).boxed_local(),
+            Self::Prune(verb) => verb.run(session).boxed_local(),
+            Self::Ls(verb) => verb.run(session).map_ok(done).boxed_local(),
+            Self::Inspect(verb) => verb.run(session).map_ok(done).boxed_local(),
+            Self::Stats(verb) => verb.run(session).boxed_local(),
+            Self::Verify(verb) => verb.run(session).boxed_local(),
+            Self::Serve(verb) => verb.run(session).boxed_local(),
+            Self::StorageInitializer(verb) => verb.run(session).map_ok(done).boxed_local(),
             // `execute` in `lib.rs` has already run these.
-            Self::Completions(_) | Self::Man(_) | Self::Help(_) | Self::Doctor(_) => Ok(()),
+            Self::Completions(_) | Self::Man(_) | Self::Help(_) | Self::Doctor(_) => {
+                ready(Ok(exit::DONE)).boxed_local()
+            }
         }
-        .map(|()| exit::DONE)
     }
 }
 
