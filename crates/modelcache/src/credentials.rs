@@ -195,7 +195,9 @@ impl Tokenizer<'_> {
 
     /// Skips a macro, which ends at an empty line.
     fn skip_macro(&mut self) {
-        self.skip(self.rest.find("\n\n").map_or(self.rest.len(), |at| at + 2));
+        let is_empty_line = |at: &usize| self.rest[at + 1..].trim_start_matches('\r').starts_with('\n');
+        let end = self.rest.match_indices('\n').map(|(at, _)| at).find(is_empty_line);
+        self.skip(end.unwrap_or(self.rest.len()));
     }
 
     /// Returns the next word, and whether it was quoted.
@@ -260,19 +262,19 @@ mod tests {
 
     #[test]
     fn a_netrc_is_read_as_curl_reads_it() {
-        let netrc = Netrc::parse(
-            "# a comment with machine evil in it\nmachine A.example login ann password \"p w\\\"#\\\\\"\n\
+        let text = "# a comment with machine evil in it\nmachine A.example login ann password \"p w\\\"#\\\\\"\n\
              macdef init\nmachine inside macro\n\nmachine b.example\n\tlogin bob\n\taccount x\n\tpassword #hash\n\
              machine b.example login late password late\nmachine none.example login only\n\
-             default login any password common\n",
-        );
-        let mut credentials = Credentials::default();
-        credentials.set_netrc(netrc.expect("reads"));
-        assert_eq!(choose(&credentials, "https://a.example/x"), Choice::Netrc(&basic("ann", "p w\"#\\")));
-        assert_eq!(choose(&credentials, "https://b.example:8443/x"), Choice::Netrc(&basic("bob", "#hash")));
-        assert_eq!(choose(&credentials, "https://c.example/x"), Choice::Netrc(&basic("any", "common")));
-        assert_eq!(choose(&credentials, "https://none.example/x"), Choice::None, "not the default");
-        assert_eq!(choose(&credentials, "http://a.example/x"), Choice::Withheld);
+             default login any password common\n";
+        for text in [text.to_owned(), text.replace('\n', "\r\n")] {
+            let mut credentials = Credentials::default();
+            credentials.set_netrc(Netrc::parse(&text).expect("reads"));
+            assert_eq!(choose(&credentials, "https://a.example/x"), Choice::Netrc(&basic("ann", "p w\"#\\")));
+            assert_eq!(choose(&credentials, "https://b.example:8443/x"), Choice::Netrc(&basic("bob", "#hash")));
+            assert_eq!(choose(&credentials, "https://c.example/x"), Choice::Netrc(&basic("any", "common")));
+            assert_eq!(choose(&credentials, "https://none.example/x"), Choice::None, "not the default");
+            assert_eq!(choose(&credentials, "http://a.example/x"), Choice::Withheld);
+        }
     }
 
     #[test]
