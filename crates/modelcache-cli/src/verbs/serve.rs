@@ -29,7 +29,9 @@ impl Serve {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
         let settings = &session.serve;
         let tls = tls_files(settings)?;
-        require_token(settings)?;
+        let from_systemd = Listeners::from_systemd()?;
+        let addresses = from_systemd.as_ref().map_or(Ok(settings.listen.clone()), Listeners::local_addrs)?;
+        require_token(&addresses, settings)?;
         let mut config = session.config.clone();
         complete_config(&mut config);
         let cache = Cache::open(config)?;
@@ -37,7 +39,7 @@ impl Serve {
         if let Some(tls) = &tls {
             tls.check()?;
         }
-        let listeners = match Listeners::from_systemd()? {
+        let listeners = match from_systemd {
             Some(listeners) => listeners,
             None => match Listeners::bind(&settings.listen) {
                 // The daemon itself may be running, or systemd may hold its socket.
@@ -124,10 +126,10 @@ impl Serve {
     }
 }
 
-/// Refuses to listen on an address that other machines can reach without a token.
-fn require_token(settings: &ServeSettings) -> Result<()> {
+/// Refuses to listen without a token on an address that other machines can reach, unless `insecure` is set.
+fn require_token(addresses: &[SocketAddr], settings: &ServeSettings) -> Result<()> {
     let is_open = |address: &&SocketAddr| !address.ip().to_canonical().is_loopback();
-    match settings.listen.iter().find(is_open) {
+    match addresses.iter().find(is_open) {
         Some(address) if settings.token.is_none() && !settings.insecure => Err(Error::invalid(format!(
             "{address} can be reached from other machines, and there is no token"
         ))

@@ -5,6 +5,7 @@ use modelcache_testkit::Content;
 use modelcache_testkit::hub::HubFault;
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsRawFd as _;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -174,6 +175,21 @@ fn settings_that_cannot_work_are_refused_before_anything_is_served() {
     check(&[("MODEL_CACHE_TLS_CERTIFICATE", "/none.pem"), ("MODEL_CACHE_TLS_KEY", "/none.pem")])
         .failed(2, &["/none.pem"]);
     check(&[("MODEL_CACHE_PREWARM", "no-version")]).failed(2, &["no-version"]);
+}
+
+#[test]
+fn sockets_of_systemd_need_a_token_if_other_machines_can_reach_them() {
+    let house = House::new();
+    let check = |passed: &str, setting: &str| {
+        let socket = TcpListener::bind(passed).unwrap();
+        // The descriptor is inherited, as from systemd.
+        rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::empty()).unwrap();
+        let run = house.on_local("a").env("MODEL_CACHE_LISTEN", setting);
+        let passing = format!("exec 3<&{}; LISTEN_PID=$$ LISTEN_FDS=1", socket.as_raw_fd());
+        run.shell(&format!("{passing} exec {BIN} serve --check"))
+    };
+    check("0.0.0.0:0", "127.0.0.1:0").failed(2, &["no token"]);
+    check("127.0.0.1:0", "0.0.0.0:0").ok();
 }
 
 #[test]

@@ -84,8 +84,8 @@ impl Notifier {
     }
 }
 
-/// Returns the time after which systemd restarts a silent daemon, from the values of `WATCHDOG_USEC` and `WATCHDOG_PID`.
-/// `None` if there is none, or if it is meant for another process.
+/// Returns the time after which systemd restarts a silent daemon, from the values of `WATCHDOG_USEC` and
+/// `WATCHDOG_PID`. `None` if there is none, or if it is meant for another process.
 pub fn watchdog_time(watchdog_usec: Option<&str>, watchdog_pid: Option<&str>) -> Option<Duration> {
     if watchdog_pid.is_some_and(|pid| pid.parse() != Ok(std::process::id())) {
         return None;
@@ -96,8 +96,8 @@ pub fn watchdog_time(watchdog_usec: Option<&str>, watchdog_pid: Option<&str>) ->
 
 /// Takes the listening sockets that systemd passed to this process. Empty if it passed none.
 ///
-/// This reads `LISTEN_FDS` and `LISTEN_PID`, the only environment variables that this crate reads: `sd_listen_fds` makes
-/// owned descriptors of them only if they are meant for this process.
+/// This reads `LISTEN_FDS`, `LISTEN_FDNAMES` and `LISTEN_PID`, the only environment variables that this crate reads.
+/// `sd_listen_fds` reads them itself, and returns owned descriptors only if `LISTEN_PID` is this process.
 pub(super) fn take_listeners() -> Result<Vec<TcpListener>> {
     static TAKEN: AtomicBool = AtomicBool::new(false);
     if TAKEN.swap(true, Ordering::Relaxed) {
@@ -105,8 +105,11 @@ pub(super) fn take_listeners() -> Result<Vec<TcpListener>> {
         return Err(Error::new(ErrorKind::Other, "the sockets of systemd have already been taken"));
     }
     let hint = "the unit of type socket must have ListenStream= with an IP address and port, and Accept=no";
-    let passed = sd_listen_fds::get()
-        .map_err(|error| Error::invalid("LISTEN_FDS or LISTEN_PID is malformed").hint(hint).cause(error))?;
+    let passed = sd_listen_fds::get().map_err(|error| {
+        Error::invalid("LISTEN_FDS or LISTEN_PID is malformed")
+            .hint("unset both variables, unless systemd started the daemon")
+            .cause(error)
+    })?;
     let mut listeners = Vec::new();
     for (name, descriptor) in passed {
         let listener = TcpListener::from(descriptor.into_std());
