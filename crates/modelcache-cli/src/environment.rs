@@ -40,8 +40,9 @@ pub(crate) fn gather_for_doctor(global: &Global) -> DoctorSettings {
     let environment = Environment(texts.collect());
     let files = read_files(ConfigFiles::choose(global.config.as_deref(), &environment)).unwrap_or_default();
     let settings = gather(global);
-    let gather_from =
-        |flags: &_, environment: &_, files: &[_]| Settings::gather(flags, environment, files, read_if_there);
+    let gather_from = |flags: &_, environment: &_, files: &[_]| {
+        Settings::gather(flags, environment, files, read_if_there)?.completed_on_this_machine(environment)
+    };
     let (flags, no_flags) = (&global.settings.0, Default::default());
     let is_ours = |name: &&String| name.starts_with("MODEL_CACHE_") || *name == "HF_ENDPOINT";
     let without = |name: &String| {

@@ -102,7 +102,7 @@ fn summary(report: &BackfillReport, others: usize) -> String {
         text.push_str(&format!(", {number} {what}"));
     }
     if others > 0 {
-        text.push_str(&format!("; {} for another remote stay pending", counted(others)));
+        text.push_str(&format!("; still pending for another remote: {}", counted(others)));
     }
     text
 }
@@ -157,7 +157,7 @@ mod tests {
         report.failed.push((key.clone(), Error::unavailable("down")));
         report.busy.push(key);
         let expected = "1 artifact complete on the remote, 5.0 MB to remote, 7 B copied within the remote, \
-                        1 still pending, 1 in progress elsewhere; 2 artifacts for another remote stay pending";
+                        1 still pending, 1 in progress elsewhere; still pending for another remote: 2 artifacts";
         assert_eq!(summary(&report, 2), expected);
         assert_eq!(summary(&BackfillReport::default(), 0), "nothing to upload");
         assert_eq!(remote_bytes_text(0, 0), None);

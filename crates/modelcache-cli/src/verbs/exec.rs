@@ -101,6 +101,8 @@ impl Exec {
                 .parse()
                 .ok()
                 .map(|number: usize| (number, word.clone()))
+                // `usize` also parses `+3`.
+                .filter(|(number, word)| word == format!("{{{number}}}").as_str())
         };
         let references = self.references.len();
         match self.command.iter().filter_map(number).find(|(number, _)| !(1..=references).contains(number)) {

@@ -140,8 +140,8 @@ async fn get_one<'a>(
 /// Returns the references of a list with their line numbers. A comment needs a space before the `#`, because `#` in a
 /// reference introduces a digest.
 fn references_in(list: &str) -> impl Iterator<Item = (usize, &str)> {
-    let text = |line: &str| line.find(" #").or_else(|| line.find("\t#")).unwrap_or(line.len());
-    let lines = (1..).zip(list.lines()).map(move |(number, line)| (number, line[..text(line)].trim()));
+    let end = |line: &str| [" #", "\t#"].iter().filter_map(|start| line.find(start)).min().unwrap_or(line.len());
+    let lines = (1..).zip(list.lines()).map(move |(number, line)| (number, line[..end(line)].trim()));
     lines.filter(|(_, line)| !line.is_empty() && !line.starts_with('#'))
 }
 
@@ -220,7 +220,7 @@ mod tests {
 
     #[test]
     fn a_list_has_comments_and_a_reference_may_demand_a_digest() {
-        let list = "# models\n\na@1\n  b@1#sha256=00  # the good one\n#c@1\nd@1\t# x\r\n";
+        let list = "# models\n\na@1\n  b@1#sha256=00  # the good one\n#c@1\nd@1\t# x # y\r\n";
         assert_eq!(references_in(list).collect::<Vec<_>>(), [(3, "a@1"), (4, "b@1#sha256=00"), (6, "d@1")]);
     }
 
