@@ -46,7 +46,7 @@ const REQUEST_BYTES_MAX: u64 = 16 << 20;
 const REQUEST_BYTES_FIRST: u64 = 8 << 20;
 /// How long one request should take. A shorter one is not worth its round trip, and a longer one ends after all others.
 const REQUEST_TIME: Duration = Duration::from_millis(250);
-/// How long a failed download waits for the files whose bytes are on the way. A file of one part is kept for the next
+/// How long a failed download waits for the files that are being downloaded. A file of one part is kept for the next
 /// fill only if it is complete.
 const SEAL_WAIT_MAX: Duration = Duration::from_secs(1);
 /// Interval for checking whether the in-order hash has caught up.
@@ -154,8 +154,8 @@ impl Downloader {
         &self.retry
     }
 
-    /// Begins with the limit on concurrent requests that an earlier process found, unless there was a download in this
-    /// one. Returns false if there was.
+    /// Raises the initial limit on concurrent requests to `remembered`, which an earlier process found. Returns false
+    /// and changes nothing if this process has already downloaded.
     pub(crate) fn start_with(&self, remembered: Option<FoundLimit>) -> bool {
         self.engine().limiter.start_with(remembered)
     }
@@ -184,8 +184,8 @@ impl Downloader {
                 let Some(file) = waiting.next() else { break };
                 running.push(self.download_file(file, run, progress));
             }
-            // After a failure, files whose bytes have arrived are still sealed, so that the next fill resumes with
-            // them.
+            // After a failure, no file is started. The running ones may still complete within `SEAL_WAIT_MAX`, so that
+            // the next fill resumes with them.
             let ended = match &failure {
                 None => running.next().await,
                 Some((_, end)) => tokio::time::timeout_at(*end, running.next()).await.ok().flatten(),
@@ -305,7 +305,8 @@ impl Downloader {
         local: Arc<LocalBytes>,
         progress: &Progress,
     ) -> Result<(FileEntry, FileIdentity), PartFailure> {
-        let (size, in_order) = (file.entry.size, attempt.ladder.is_none());
+        let (size, has_ladder) = (file.entry.size, attempt.ladder.is_some());
+        let in_order = !has_ladder;
         let (part_size, owner) = (attempt.part_size(size), file.owner.clone());
         let (run, write_mode) = (attempt.run, self.write_mode);
         let may_resume = attempt.is_first && file.may_be_staged && !attempt.one_stream;
@@ -314,7 +315,7 @@ impl Downloader {
         let spec = StagedFileSpec { path, size, part_size, in_order, git, direct: false };
         let is_new = attempt.is_first && !file.may_be_staged;
         let (writer, resumable_parts, generation) = if is_new && spec.fits_one_slice() {
-            (StagedWriter::whole(spec, Some(owner)), BTreeSet::new(), partial_file.begin_generation(!in_order))
+            (StagedWriter::whole(spec, Some(owner)), BTreeSet::new(), partial_file.begin_generation(has_ladder))
         } else {
             blocking(move || {
                 // Resume the staged file of an earlier fill if there is a usable one, else create it. A new generation
@@ -323,9 +324,9 @@ impl Downloader {
                 let spec = StagedFileSpec { direct, ..spec };
                 let resumed = if may_resume { StagedWriter::resume(&spec, Some(owner.clone()))? } else { None };
                 match resumed {
-                    Some((writer, parts)) => Ok((writer, parts, partial_file.resume_generation(!in_order))),
+                    Some((writer, parts)) => Ok((writer, parts, partial_file.resume_generation(has_ladder))),
                     None => {
-                        let generation = partial_file.begin_generation(!in_order);
+                        let generation = partial_file.begin_generation(has_ladder);
                         Ok((StagedWriter::create(spec, Some(owner))?, BTreeSet::new(), generation))
                     }
                 }
@@ -378,7 +379,7 @@ impl Failures {
         self.bad.lock().clone()
     }
 
-    /// Counts `bytes` from `tier` that failed verification. The file is counted once.
+    /// Counts `bytes` from `tier` that failed verification. The file is counted once for each tier.
     pub(super) fn count_corrupt(&self, metrics: &Metrics, tier: Tier, bytes: u64) {
         let files = u64::from(self.corrupt.lock().insert(tier));
         metrics.record_corrupt(tier, files, bytes);
@@ -396,8 +397,8 @@ struct Attempt {
     ladder: Option<Arc<Ladder>>,
     run: DownloadRun,
     one_stream: bool,
-    /// True for the first attempt. Only then may the staged file of an earlier fill be resumed, and only then is it certain
-    /// that this fill has not staged the file.
+    /// True for the first attempt. Only then may the staged file of an earlier fill be resumed, and only then is it
+    /// certain that this fill has not staged the file.
     is_first: bool,
     failures: Arc<Failures>,
 }
@@ -481,6 +482,7 @@ async fn download_and_verify(task: PartTask, order: Order) -> Result<(FileEntry,
             }
         })?,
     };
+    // A file that was written as a whole is sealed already.
     let identity = match writer.written() {
         Some(identity) => identity,
         None => blocking(move || writer.seal()).await?,
@@ -508,13 +510,14 @@ async fn download_parts(task: &PartTask, order: Order) -> Result<(), PartFailure
         let (next, pause) = next_part(task, &mut queue, part_bytes, running.len());
         if let Some((part, most)) = next {
             let parts = queue.take_run(part, most, |part| task.resumable_parts.contains(&part));
-            let run = parts.start * part_bytes..(parts.end * part_bytes).min(size);
+            let range = parts.start * part_bytes..(parts.end * part_bytes).min(size);
             let progress = task.progress.clone();
-            let download = task.clone().run(run, permit);
+            let download = task.clone().run(range, permit);
             running.spawn(async move { recording_retries(&progress, download).await });
             continue;
         }
-        // Nothing may be requested now: return the permit and wait until a run ends, a demand changes or time is up.
+        // Nothing may be requested now: return the permit and wait until a request ends, a demand changes or time is
+        // up.
         drop(permit);
         tokio::select! {
             Some(ended) = running.join_next() => part_result(ended)?,
@@ -550,11 +553,12 @@ fn next_part(
     let request = in_order.map(|part| (part, most));
     // True if the in-order hash is so far behind that `part` should not be requested yet.
     let hash_lags = |part: u64| {
-        let ahead = task.writer.hashed_bytes().saturating_add(HASH_LAG_BYTES_MAX);
-        let behind = task.writer.parts_behind() as u64 * part_bytes;
-        // One part of each running request may wait: on slow connections, parts of all requests arrive together.
-        part * part_bytes > ahead
-            || task.resumable_parts.is_empty() && behind > UNHASHED_BYTES_MAX.max(running as u64 * part_bytes)
+        let offset_max = task.writer.hashed_bytes().saturating_add(HASH_LAG_BYTES_MAX);
+        let unhashed = task.writer.parts_behind() as u64 * part_bytes;
+        // At least one part of each running request may wait for the in-order hash: on slow connections, parts of all
+        // requests arrive together.
+        let unhashed_max = UNHASHED_BYTES_MAX.max(running as u64 * part_bytes);
+        part * part_bytes > offset_max || task.resumable_parts.is_empty() && unhashed > unhashed_max
     };
     match next {
         // A waiting reader is served regardless of how far the hash lags behind. It gets a connection for each part.
@@ -610,11 +614,13 @@ mod tests {
         }
     }
 
-    /// A source that sends at most `bytes_max` of each requested range, and that may be missing.
+    /// A source that sends at most `bytes_max` bytes of each requested range. It lacks the file if `content` is `None`.
     #[derive(Debug)]
     struct Ranges {
         content: Option<Vec<u8>>,
         bytes_max: usize,
+        /// Number of bytes by which the response claims to begin after the requested range does.
+        shift: u64,
         requests: Mutex<Vec<Range<u64>>>,
     }
 
@@ -633,12 +639,14 @@ mod tests {
             self.requests.lock().push(range.clone());
             let content = self.content.as_ref().ok_or_else(|| Error::not_found("no such file"))?;
             let sent = &content[at(range.start)..at(range.end).min(at(range.start).saturating_add(self.bytes_max))];
-            Ok(Body { start: range.start, stream: stream::iter([Ok(Bytes::copy_from_slice(sent))]).boxed() })
+            let stream = stream::iter([Ok(Bytes::copy_from_slice(sent))]).boxed();
+            Ok(Body { start: range.start + self.shift, stream })
         }
     }
 
-    /// Downloads 64 parts from these sources, after one that lacks the file if `has_missing` is true. Returns the ranges
-    /// that were requested from the source that has it, and the number of retries.
+    /// Downloads a file of 64 parts from a [`Ranges`] source. If `has_missing` is true, a source that lacks the file is
+    /// tried before it. Returns the ranges that were requested from the source that has the file, and the number of
+    /// retries.
     async fn download_ranges(bytes_max: usize, has_missing: bool) -> (Vec<Range<u64>>, u64) {
         let folder = tempfile::tempdir().expect("a folder");
         let content: Vec<u8> = (0..64 * RANGES_PART).map(|at| (at % 251) as u8).collect();
@@ -646,7 +654,7 @@ mod tests {
         hasher.update(&content);
         let (sha256, ladder) = hasher.finish();
         let details = FileDetails { sha256: Some(sha256), ladder: Some(ladder), ..FileDetails::default() };
-        let source = |content| Arc::new(Ranges { content, bytes_max, requests: Mutex::default() });
+        let source = |content| Arc::new(Ranges { content, bytes_max, shift: 0, requests: Mutex::default() });
         let (missing, right) = (source(None), source(Some(content.clone())));
         let mut file = file_without_digest(&RootedPath::root(folder.path()), content.len() as u64, Vec::new());
         file.entry = FileEntry::with(content.len() as u64, details);
@@ -680,6 +688,17 @@ mod tests {
         let (requests, retries) = download_ranges(RANGES_PART as usize, false).await;
         assert_eq!((requests.len(), retries), (64, 0), "{requests:?}");
         assert!(requests.iter().any(|range| range.end - range.start > RANGES_PART), "{requests:?}");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_response_that_begins_after_the_first_byte_is_not_taken_for_the_file() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut file = file_without_digest(&RootedPath::root(folder.path()), 1000, Vec::new());
+        let (content, requests) = (Some(vec![7; 1000]), Mutex::default());
+        file.sources = vec![Arc::new(Ranges { content, bytes_max: usize::MAX, shift: 5, requests })];
+        let download = new_downloader().download(vec![file], Purpose::Read, &Progress::new()).await;
+        let error = download.expect_err("the response is not the file");
+        assert!(error.to_string().contains("begins at byte 5"), "{error}");
     }
 
     fn new_downloader() -> Downloader {

@@ -322,10 +322,15 @@ impl PartTask {
             }
             // The response begins at another offset. It is usable only if it is the whole file, and the whole file was
             // requested.
+            let is_whole_file = range.start == 0 && end == self.file.entry.size;
+            if is_whole_file && body.start != 0 {
+                let message = format!("the whole file was requested, and the response begins at byte {}", body.start);
+                return Err(Error::corrupt(message).tier(source.tier()).transient(false).into());
+            }
             if body.start != 0 || part.next != range.start {
                 part.restart(self, range);
             }
-            if range.start != 0 || end != self.file.entry.size {
+            if !is_whole_file {
                 return Err(PartFailure::IgnoresRanges);
             }
             // The response may differ from the one before, so its bytes are hashed from the beginning.
