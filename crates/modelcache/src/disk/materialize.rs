@@ -37,7 +37,7 @@ use std::path::{Path, PathBuf};
 
 /// Name of the marker file, which lists the files of a materialized folder. No artifact has a file of this name.
 pub(super) const MARKER: &str = ".modelcache.json";
-/// Name of a cache directory in a mount point that is a destination.
+/// Name of the temporary cache directory that `storage-initializer` creates in a destination that is a mount point.
 pub const CACHE_IN_MOUNT: &str = ".modelcache-storage-initializer";
 /// Suffix of the temporary name of the old folder, where the filesystem cannot exchange two folders.
 const OLD: &str = "-old";
@@ -73,7 +73,8 @@ pub struct Destination {
     mode: LinkMode,
     /// True for a mount point, whose content is replaced file by file.
     in_place: bool,
-    /// True if no link into the cache is possible there, so that every file takes space.
+    /// True if every file is copied and takes space: no link into the cache is possible there, or the mode allows only
+    /// copies.
     needs_copies: bool,
 }
 
@@ -83,7 +84,8 @@ pub struct Materialized {
     /// The folder.
     #[serde(serialize_with = "json::path")]
     pub dir: PathBuf,
-    /// The file, if the artifact or the selection is a single file; otherwise the folder. The report of the get has it.
+    /// The folder. If the artifact or the selection is a single file, `cache/materialize.rs` replaces it with the path
+    /// of that file. Not serialized, because the report of the get contains it.
     #[serde(skip)]
     pub path: PathBuf,
     /// Number of files by kind of link.
@@ -136,11 +138,11 @@ impl Destination {
         }
         let real = real_path(dir)?;
         let cache_root = cache.root().full();
-        let cache_root = fs::canonicalize(&cache_root).unwrap_or(cache_root); // outside the root
+        let cache_root = fs::canonicalize(&cache_root).unwrap_or(cache_root); // not below the root
         if std::env::current_dir().is_ok_and(|current| current.starts_with(&real)) {
             return refuse(
-                "is the folder this command runs in, and would be replaced as a whole",
-                "name a folder in it, or run the command elsewhere",
+                "is or contains the folder this command runs in, and would be replaced as a whole",
+                "name an empty or absent folder in it, or run the command elsewhere",
             );
         }
         // A mount point may have the cache directory in it, under a name that no artifact has.
@@ -151,7 +153,7 @@ impl Destination {
                 "choose a folder outside the cache directory",
             );
         }
-        // outside the root
+        // not below the root
         if real.file_name().is_none() || absent(fs::metadata(&real)).is_ok_and(|m| m.is_some_and(|m| !m.is_dir())) {
             return refuse("is not a folder", "name a folder; it need not exist");
         }
@@ -159,7 +161,7 @@ impl Destination {
         let dir_in_parent = RootedPath::root(parent).join(name);
         let in_place = files::is_folder(&dir_in_parent)?
             && dir_in_parent.is_mount().map_err(|cause| destination_error("examine", dir, cause))?;
-        // Files of a mount are created below it, so it is the root of all paths.
+        // In a mount point, all files are created below `real`, so `real` itself is the root of the paths.
         let dir_to_fill = if in_place { RootedPath::root(&real) } else { dir_in_parent };
         let requested = dir.to_owned();
         let mut destination = Self { dir: dir_to_fill, requested, mode, in_place, needs_copies: false };
@@ -169,7 +171,7 @@ impl Destination {
     }
 
     /// Creates a temporary folder where the new files will be, and tries the links of the mode in it. Returns true if
-    /// only copies are possible.
+    /// the files have to be copied.
     ///
     /// # Errors
     /// `Other` if nothing can be created there, or if the only kind of link that is allowed is not possible.
@@ -184,7 +186,10 @@ impl Destination {
         let kinds = kinds_to_try(self.mode, true);
         let is_possible = |kind: &Link| match kind {
             Link::Hard => source.hard_link(&target).and_then(|()| target.unlink()).is_ok(),
-            Link::Reflink => reflink(&source, &target, 0o666).and_then(|()| target.unlink()).is_ok(),
+            Link::Reflink => {
+                let cloned = source.open(false).and_then(|from| reflink(&from, &target, 0o666));
+                cloned.and_then(|()| target.unlink()).is_ok()
+            }
             Link::Symlink => true,
             Link::Copy => false,
         };
@@ -203,15 +208,14 @@ impl Destination {
             return Ok(());
         }
         let marker = read_marker(&self.dir)?;
-        let in_place = |path: &FilePath, entry: &FileEntry| {
+        let is_kept = |path: &FilePath, entry: &FileEntry| {
             self.in_place
                 && marker
                     .as_ref()
                     .and_then(|marker| marker.files.get(path))
                     .is_some_and(|marked| has_content(marked, entry))
         };
-        let needed: u64 =
-            files.iter().filter(|(path, entry)| !in_place(path, entry)).map(|(_, entry)| entry.size).sum();
+        let needed: u64 = files.iter().filter(|(path, entry)| !is_kept(path, entry)).map(|(_, entry)| entry.size).sum();
         let existing = nearest_existing(&self.build_parent());
         let room = existing.filesystem().map_err(|cause| destination_error("examine", &existing, cause))?;
         let free = room.f_bavail.saturating_mul(room.f_frsize);
@@ -260,7 +264,7 @@ impl Destination {
     /// Durable on return.
     pub(crate) fn materialize(&self, tree: &Tree, progress: &Progress) -> Result<Materialized> {
         let parent = self.build_parent();
-        fs::create_dir_all(parent.full()).map_err(|cause| destination_error("make", &parent, cause))?; // outside the root
+        fs::create_dir_all(parent.full()).map_err(|cause| destination_error("make", &parent, cause))?; // not below the root
         let _only_call = if self.in_place { Some(self.lock()?) } else { None };
         // Step 1: remove the leftovers of killed calls. In a mount point, first complete what they were moving.
         let prefix = self.build_prefix();
@@ -326,8 +330,8 @@ impl Destination {
         built_folders(&self.dir)?.iter().try_for_each(|built| self.move_into_place(built))
     }
 
-    /// Moves the files of the folder `built`, which is in the mount point, to their places. Files of the old marker are
-    /// removed, and the new marker is moved last. Does nothing if `built` has no marker.
+    /// Moves the files of the folder `built`, which is in the mount point, to their places. Files that only the old
+    /// marker lists are removed first, and the new marker is moved last. Does nothing if `built` has no marker.
     fn move_into_place(&self, built: &RootedPath) -> Result<()> {
         let Some(new) = read_marker(built)? else { return Ok(()) };
         let fail = |operation, path: &RootedPath| {
@@ -476,11 +480,11 @@ fn real_path(dir: &Path) -> Result<PathBuf> {
     let mut missing = Vec::new();
     let mut existing = absolute.as_path();
     loop {
-        // outside the root
+        // not below the root
         match fs::canonicalize(existing) {
             Ok(real) => return Ok(missing.iter().rev().fold(real, |path, name| path.join(name))),
             Err(cause) => match (existing.parent(), existing.file_name()) {
-                // outside the root
+                // not below the root
                 _ if fs::symlink_metadata(existing).is_ok_and(|metadata| metadata.is_symlink())
                     && cause.kind() == io::ErrorKind::NotFound =>
                 {
@@ -584,7 +588,7 @@ fn create_file(
         // After a refusal, try the next kind. Any other error ends the call.
         let outcome = match kind {
             Link::Hard => hard_link(view, target, entry),
-            Link::Reflink => reflink(view, target, mode_of(entry)),
+            Link::Reflink => open_unchanged(view, entry).and_then(|from| reflink(&from, target, mode_of(entry))),
             Link::Symlink => target.symlink_to(&view.full()),
             // A copy reports its progress and its errors itself.
             Link::Copy => {
@@ -609,7 +613,8 @@ fn impossible_link(kinds: &[Link], target: &RootedPath, refused: io::Error) -> E
     let kind = if kinds == [Link::Reflink] { "a reflink" } else { "a hard link" };
     Error::new(ErrorKind::Other, format!("{kind} is not possible at {target}"))
         .hint(format!(
-            "the folder lies on another filesystem, on one without such links, or beside the lower directory: try {}",
+            "the folder is on another filesystem, its filesystem has no such links, or the files are in the lower \
+             directory, which is never hard-linked: try {}",
             LINK.set_to("auto")
         ))
         .cause(refused)
@@ -620,30 +625,41 @@ fn is_refusal(cause: &io::Error) -> bool {
     link::is_refusal(cause) || matches!(errno(cause), Some(Errno::INVAL | Errno::NOTTY))
 }
 
-/// Creates a hard link to `view`, which must be a read-only file of the right size.
+/// Creates a hard link to `view`, which must be a read-only file of the right size. Otherwise returns a refusal, as
+/// [`open_unchanged`] does.
 fn hard_link(view: &RootedPath, target: &RootedPath, entry: &FileEntry) -> io::Result<()> {
     // Check the new link, not the view: another user of a shared directory may replace the view at any time.
     view.hard_link(target)?;
-    let linked = target.metadata()?;
-    if linked.is_file() && linked.len() == entry.size && linked.mode() & 0o222 == 0 {
+    if is_as_published(&target.metadata()?, entry) {
         return Ok(());
     }
-    // Return a refusal. The caller then makes a copy, whose bytes are verified.
     target.unlink()?;
     Err(Errno::PERM.into())
 }
 
-/// Creates a reflink of `view`, and syncs it.
-fn reflink(view: &RootedPath, target: &RootedPath, mode: u32) -> io::Result<()> {
-    let (from, to) = (view.open(false)?, target.create_new(mode)?);
-    let cloned = ioctl_ficlone(&to, &from).map_err(io::Error::from).and_then(|()| to.sync_all());
+/// Opens `view`, which must be a read-only file of the right size. Otherwise returns a refusal: the caller then makes a
+/// copy, whose bytes are verified.
+fn open_unchanged(view: &RootedPath, entry: &FileEntry) -> io::Result<fs::File> {
+    let file = view.open(false)?;
+    if is_as_published(&Metadata::of(&file)?, entry) { Ok(file) } else { Err(Errno::PERM.into()) }
+}
+
+/// Returns true if a file is read-only and has the right size, as it was published.
+fn is_as_published(metadata: &Metadata, entry: &FileEntry) -> bool {
+    metadata.is_file() && metadata.len() == entry.size && metadata.mode() & 0o222 == 0
+}
+
+/// Creates a reflink of the open file `from`, and syncs it.
+fn reflink(from: &fs::File, target: &RootedPath, mode: u32) -> io::Result<()> {
+    let to = target.create_new(mode)?;
+    let cloned = ioctl_ficlone(&to, from).map_err(io::Error::from).and_then(|()| to.sync_all());
     if cloned.is_err() {
         let _ = target.unlink();
     }
     cloned
 }
 
-/// Returns the mode of a separate file, which the umask reduces.
+/// Returns the mode with which a copy or a reflink is created; the umask reduces it.
 fn mode_of(entry: &FileEntry) -> u32 {
     if entry.executable { 0o777 } else { 0o666 }
 }

@@ -459,7 +459,7 @@ impl Disk {
         }
         let (mut freed, mut shared) = (0, 0);
         for (links, metadata) in views.into_values() {
-            if links == metadata.nlink() { freed += metadata.len() } else { shared += metadata.len() }
+            if links == metadata.nlink() { freed += metadata.allocated() } else { shared += metadata.allocated() }
         }
         Ok(Some((freed, shared)))
     }
@@ -521,7 +521,7 @@ fn make_root(root: &Path, sharing: Sharing) -> Result<()> {
     if root.is_dir() {
         return Ok(());
     }
-    std::fs::create_dir_all(parent).at("make the cache directory", root)?; // outside the root
+    std::fs::create_dir_all(parent).at("make the cache directory", root)?; // not below the root
     modes::make_top_dir(&RootedPath::root(parent).join(name), sharing, Removal::ByOwner)
 }
 
