@@ -138,6 +138,8 @@ enum Row {
     Tls,
     /// Sixteen large files
     FilesLarge,
+    /// Ten thousand files of 1 MiB
+    FilesMedium,
     /// Two thousand small files
     FilesSmall,
     /// One large file from S3 to disk, with a rate limit on each connection
@@ -200,6 +202,7 @@ impl Row {
             Self::Loaded => rows::large_file::loaded(setup),
             Self::Tls => rows::large_file::over_tls(setup),
             Self::FilesLarge => rows::files::large(setup),
+            Self::FilesMedium => rows::files::medium(setup),
             Self::FilesSmall => rows::files::small(setup),
             Self::Shaped => rows::shaped::section(setup),
             Self::Hub => rows::hub::section(setup),
@@ -284,9 +287,18 @@ impl Bench {
 /// Returns the rows in the order of measurement: first those that share the large file, then the others, some of
 /// which remove it to make room.
 fn measurement_order() -> Vec<Row> {
-    let of_python = |row: Row| row.is_in_python() && row != Row::PythonCold;
     let last = |row: &&Row| {
-        of_python(**row) || matches!(row, Row::FilesLarge | Row::FilesSmall | Row::Growth | Row::Warm | Row::Hash)
+        row.is_in_python() && **row != Row::PythonCold
+            || matches!(
+                row,
+                Row::Archive
+                    | Row::FilesLarge
+                    | Row::FilesMedium
+                    | Row::FilesSmall
+                    | Row::Growth
+                    | Row::Warm
+                    | Row::Hash
+            )
     };
     let (last, first): (Vec<Row>, Vec<Row>) = Row::value_variants().iter().partition(last);
     first.into_iter().chain(last).collect()

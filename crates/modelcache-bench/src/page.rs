@@ -104,7 +104,8 @@ impl Section {
     }
 }
 
-/// Writes the page with these sections; other rows keep theirs. `rows` is the order of all rows.
+/// Writes the page with these sections; other rows keep theirs. `rows` is the order of all rows. The first line of
+/// `machine` states the date and the number of rounds, and the other lines describe the machine.
 pub(super) fn write(rows: &[&str], sections: &[Section], machine: &str) -> Result<()> {
     let path = root().join(PAGE);
     let existing = fs::read_to_string(&path).unwrap_or_default();

@@ -28,6 +28,7 @@ pub(super) struct Sizes {
     /// Size of the large file that most rows move.
     pub(super) file: u64,
     pub(super) large_files: (usize, u64),
+    pub(super) medium_files: (usize, u64),
     pub(super) small_files: (usize, u64),
     /// Size of the sparse file.
     pub(super) sparse: u64,
@@ -43,6 +44,7 @@ impl Sizes {
     pub(super) const FULL: Self = Self {
         file: 4 << 30,
         large_files: (16, 256 << 20),
+        medium_files: (10_000, 1 << 20),
         small_files: (2000, 4 << 10),
         sparse: 100_000_000_000,
         tensors: 2 << 30,
@@ -52,6 +54,7 @@ impl Sizes {
     pub(super) const QUICK: Self = Self {
         file: 256 << 20,
         large_files: (16, 16 << 20),
+        medium_files: (20, 1 << 20),
         small_files: (200, 4 << 10),
         sparse: 4_000_000_000,
         tensors: 256 << 20,

@@ -1,4 +1,4 @@
-//! Row for an archive in S3, until its files are on disk: downloaded and extracted in one pass, or in two.
+//! Row for the time from an archive in S3 to its files on disk, downloaded and extracted in one pass or in two.
 
 use super::{progress, size};
 use crate::comparison::{Entry, Line, OURS, compare_to_disk, ours, table};
@@ -14,7 +14,7 @@ use std::path::Path;
 use std::process::Command;
 
 const WEIGHTS: &str = "weights.bin";
-/// Name of the archive in the table, and the setting of our get.
+/// The texts of our entries in the column `setting`. Those of the peers end with the first or the second.
 const GZIP: &str = "tar.gz";
 const PLAIN: &str = "tar";
 const NOT_EXTRACTED: &str = "tar, not extracted";
@@ -144,8 +144,8 @@ fn gunzip(archive: &Path) -> Result<Vec<Usage>> {
     Ok(vec![measure(command.args(["-c", "gzip -dc \"$0\" > /dev/null"]).arg(archive))?])
 }
 
-/// Writes numbers like weights in bfloat16: a byte of mantissa, which is random, and one of sign and exponent, which has
-/// few values.
+/// Writes numbers like weights in bfloat16: a byte of mantissa, which is random, and one of sign and exponent, which
+/// has few values.
 fn write_weights(path: &Path, bytes: u64) -> Result<()> {
     let mut file = BufWriter::with_capacity(1 << 20, File::create(path)?);
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;

@@ -1,4 +1,4 @@
-//! Rows with many files: sixteen large ones, and two thousand small ones.
+//! Rows with many files: large, medium and small ones.
 
 use super::large_file::make_room;
 use super::{DEFAULTS, DURABLE, durable, progress, size};
@@ -14,6 +14,10 @@ use std::process::Command;
 
 pub(crate) fn large(setup: &Setup) -> Result<Section> {
     section(setup, "files-large", setup.sizes.large_files, 1.5)
+}
+
+pub(crate) fn medium(setup: &Setup) -> Result<Section> {
+    section(setup, "files-medium", setup.sizes.medium_files, 1.5)
 }
 
 pub(crate) fn small(setup: &Setup) -> Result<Section> {

@@ -13,7 +13,7 @@ use anyhow::Result;
 use std::fs;
 use xtask::table::markdown;
 
-/// Size of each file of the row with many files.
+/// Size of each file in the measurement by number of files.
 const FILE_BYTES: u64 = 4 << 10;
 const FILES: [usize; 5] = [1, 10, 100, 1000, 10_000];
 /// Most files with `--quick`.
@@ -139,7 +139,7 @@ fn by_connections(setup: &Setup) -> Result<Vec<(usize, Usage)>> {
         for round in 1..=setup.rounds {
             let ((client, _), used) = daemon.usage_during(|| fetch(&url, count, bytes))?;
             eprintln!("  {round}  {count} connections  {:.2} s", client.seconds);
-            // The kernel counts in ticks of this length.
+            // The kernel counts CPU time in ticks of 0.01 s. A run that is shorter counts as one tick, not as none.
             runs.push(Usage { seconds: client.seconds, core_seconds: used.core_seconds.max(0.01), ..used });
         }
         lines.push((count, medians(&runs)));

@@ -1,4 +1,4 @@
-//! The rows of the page: one file each, or one file for several similar rows.
+//! The rows of docs/benchmarks.md: one file each, or one file for several similar rows.
 
 pub(super) mod archive;
 mod calls;

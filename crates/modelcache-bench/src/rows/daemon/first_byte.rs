@@ -24,7 +24,8 @@ const RUNS_PER_ROUND: usize = 4;
 const ORIGINS: [(ServerKind, u64); 3] =
     [(ServerKind::SHAPED, 0), (ServerKind::SHAPED, SHAPED_FIRST_BYTE_MS), (ServerKind::Plain, 0)];
 
-/// Lets the daemon send a request to the Hub, so that it has a connection, as one that has been running for a while.
+/// Makes the daemon send a request to the Hub, so that it has a connection to the Hub, like a daemon that has been
+/// running for a while.
 fn use_hub(daemon: &Service) -> Result<()> {
     let mut stream = TcpStream::connect(daemon.address())?;
     write!(stream, "GET /api/whoami-v2 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
@@ -76,9 +77,10 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
         what: format!(
             "The time from connecting to the first byte of the file, with a client that requests the file and follows \
              redirects: `direct` from the stand-in for the Hub and from its CDN, and through a daemon that has \
-             another artifact in its cache, and has sent one request to the Hub before. The CDN and the Hub delay each response by the time in the first two columns. \
-             Before the daemon requests the file, it asks the Hub whether the client may read the repository, and for \
-             the files with their digests. The target is for the first origin. {} runs each.",
+             another artifact in its cache, and has sent one request to the Hub before. The CDN and the Hub delay each \
+             response by the time in the first two columns. Before the daemon requests the file, it asks the Hub \
+             whether the client may read the repository, and for the files with their digests. The target is for the \
+             first two rows. {} runs each.",
             setup.rounds * RUNS_PER_ROUND
         ),
         tables: vec![markdown(

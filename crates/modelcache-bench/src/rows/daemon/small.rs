@@ -78,11 +78,11 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
         title: format!("Daemon: {REQUESTS_PER_S} requests per second for a {} file", size(FILE_BYTES)),
         what: format!(
             "The requests are sent at fixed times over {CONNECTIONS} keep-alive connections, for {seconds} s in each \
-             round (open loop). The latency is measured from the scheduled time, so a request that waits for its \
-             connection is not counted as faster (no coordinated omission). `sent late` is the part of it before the \
-             request was sent. The load generator shares both cores with the server. The figures are medians over the \
-             rounds. The daemon has two routes for files: that of the Hub for clients with `HF_ENDPOINT`, and its own \
-             below `/cache/artifacts`. nginx has one process."
+             round (open loop). The latency is measured from the scheduled time, so the time for which a \
+             request waits for its connection counts, too (no coordinated omission). `sent late` is the part of the \
+             latency before the request was sent. The load generator shares both cores with the server. The figures are \
+             medians over the rounds. The daemon has two routes for files: that of the Hub for clients with \
+             `HF_ENDPOINT`, and its own below `/cache/artifacts`. nginx has one process."
         ),
         tables: vec![markdown(
             &[

@@ -13,7 +13,8 @@ use crate::usage::Usage;
 use anyhow::{Context, Result};
 use std::path::Path;
 
-/// The steps of a server in between: it does not have the file, then it has it.
+/// The steps of a download through a server, each with its cell in the column `durable`: first the server does not have
+/// the file, then it has it.
 const COLD_AND_WARM: [(&str, &str); 2] = [("cold", "no"), ("warm", "no")];
 
 /// The setting of the download without a server in between.

@@ -1,4 +1,5 @@
-//! Row for a safetensors file on disk and in the page cache, until all its tensors are numpy arrays in memory.
+//! Row for loading a safetensors file that is on disk and in the page cache: the time until all its tensors are numpy
+//! arrays in memory.
 
 use crate::comparison::{Entry, OURS, best_peer, compare, table};
 use crate::page::Section;
@@ -20,8 +21,8 @@ struct Loader {
     setting: &'static str,
     /// The package that must be installed.
     needs: &'static str,
-    /// The setting of the run in which our cache provides the path. `None` if there is no such run, because the peer's
-    /// own run shows the same.
+    /// The text in the column `setting` of a second entry, in which our cache provides the path. `None` if there is no
+    /// second entry, because the peer's own entry shows the same.
     setting_with_ours: Option<&'static str>,
 }
 

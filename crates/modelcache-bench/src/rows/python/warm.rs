@@ -125,7 +125,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
             &rows,
         )],
         charts: Vec::new(),
-        targets: vec![Target::at_most(&format!("`{BY_NAME}`, p50"), by_name_us, " us", 25.0, None)],
+        targets: vec![Target::at_most(&format!("`{BY_NAME}`, p50"), by_name_us, " us", 25.0, Some(18.0))],
         notes: Vec::new(),
     })
 }
