@@ -228,7 +228,8 @@ fn published(packages: &[Package]) -> Problems {
     problems
 }
 
-/// Checks that the published crates depend on published versions of each other, and that their order respects it.
+/// Checks that each published crate depends only on those crates of the workspace that are published before it, and
+/// requires their present versions.
 fn dependencies(packages: &[Package]) -> Problems {
     let mut problems = Vec::new();
     for package in packages.iter().filter(|package| package.is_published) {
@@ -250,8 +251,8 @@ fn dependencies(packages: &[Package]) -> Problems {
     problems
 }
 
-/// Checks that the lock file beside `manifest` is up to date. The fuzz targets are not in the workspace, so that other
-/// cargo commands do not notice. Cargo reads the index of the registry if it needs it.
+/// Checks that the lock file beside `manifest` is up to date. The fuzz targets are not in the workspace, so no other
+/// cargo command reports that their lock file is out of date. Cargo reads the index of the registry if it needs it.
 fn lock_file(manifest: &Path) -> Result<Problems> {
     let arguments = ["update", "--workspace", "--locked", "--manifest-path"];
     let output = cargo().args(arguments).arg(manifest).output().context("cannot run cargo")?;
@@ -508,7 +509,7 @@ mod tests {
         assert_eq!(error.to_string(), "1 of 2 checks failed");
     }
 
-    // What does not depend on the date of a release holds at every commit.
+    // These checks must pass at every commit. The others need to pass only at a release.
     #[test]
     fn the_packages_of_this_repository_fit_together() {
         let packages = super::packages().expect("cargo metadata");

@@ -99,7 +99,7 @@ fn line_layer(format: LogFormat, output: &Output) -> LineLayer {
     }
 }
 
-/// Writes log lines to standard error while the progress bar is hidden.
+/// Writes log lines to standard error. The progress bar is hidden during each write.
 #[derive(Clone)]
 struct Writer {
     line: ErrorLine,
@@ -120,7 +120,8 @@ impl Write for Writer {
         let text = String::from_utf8_lossy(bytes);
         let text = redact::text(text.trim_end_matches('\n'));
         let text = match self.format {
-            // The field formatter has already made the fields printable. Only the colours of the log are left.
+            // The field formatter has already made the fields printable. The only escape sequences in the line are the
+            // colours of the log.
             LogFormat::Text => text,
             LogFormat::Json => printable::json(&text).into_owned().into(),
         };

@@ -184,8 +184,8 @@ impl Cache {
                 let path = CallOutput::Path(artifact.path.clone());
                 // The patterns are part of the key of the lease. The empty string separates the two lists.
                 let patterns = [include, vec![String::new()], exclude].concat();
-                let (pinned, key) = (reference.pinned(&artifact.key), (artifact.key.clone(), patterns));
-                let keep = move || drop(leases.lock().insert(key, (pinned, options.selection, artifact)));
+                let (exact, key) = (reference.at_key(&artifact.key), (artifact.key.clone(), patterns));
+                let keep = move || drop(leases.lock().insert(key, (exact, options.selection, artifact)));
                 Ok(CallOutput::StoreLeases(Box::new(keep), Box::new(path)))
             };
             Ok((handles, work))
@@ -324,7 +324,13 @@ impl Cache {
         dry_run: bool,
     ) -> PyResult<Call> {
         self.json_call(py, |open| {
-            let of = |name, text, error: Error| Error::invalid(format!("{name}={text:?}: {}", error.message()));
+            let of = |name, text, error: Error| {
+                let refused = Error::invalid(format!("{name}={text:?}: {}", error.message()));
+                match error.hint_text() {
+                    Some(hint) => refused.hint(hint),
+                    None => refused,
+                }
+            };
             let age =
                 older_than.map(|text| settings::parse_lifetime(text).map_err(|error| of("older_than", text, error)));
             let size = to.map(|text| settings::parse_size(text).map_err(|error| of("to", text, error)));
@@ -632,17 +638,17 @@ impl Open {
         let leases = self.leases.lock();
         leases
             .iter()
-            .map(|((_, patterns), (pinned, selection, _))| (patterns.clone(), pinned.clone(), selection.clone()))
+            .map(|((_, patterns), (exact, selection, _))| (patterns.clone(), exact.clone(), selection.clone()))
             .collect()
     }
 
     /// Leases these artifacts. Uses only the disk.
     async fn acquire_leases(&self, wanted: Vec<(Vec<String>, Reference, Selection)>) {
-        for (patterns, pinned, selection) in wanted {
+        for (patterns, exact, selection) in wanted {
             let options = GetOptions { selection: selection.clone(), max_tier: Tier::Disk, ..GetOptions::default() };
-            match self.cache.get_with(&pinned, &options, &Progress::new()).await {
+            match self.cache.get_with(&exact, &options, &Progress::new()).await {
                 Ok(artifact) => {
-                    self.leases.lock().insert((artifact.key.clone(), patterns), (pinned, selection, artifact));
+                    self.leases.lock().insert((artifact.key.clone(), patterns), (exact, selection, artifact));
                 }
                 Err(error) => tracing::warn!(%error, "a forked child could not lease an artifact of its parent"),
             }
@@ -668,7 +674,7 @@ async fn prewarm(
         rows[index] = match result {
             Ok(artifact) => {
                 let row = call::json(&artifact.answer())?;
-                leased.push((references[index].pinned(&artifact.key), artifact));
+                leased.push((references[index].at_key(&artifact.key), artifact));
                 row
             }
             Err(error) => failure_row(&error),
@@ -678,8 +684,8 @@ async fn prewarm(
     // Runs with the interpreter's lock held, see `inherited_leases`. If the call is cancelled, the leases are released.
     let keep = move || {
         let mut leases = leases.lock();
-        for (pinned, artifact) in leased {
-            leases.insert((artifact.key.clone(), vec![String::new()]), (pinned, Selection::all(), artifact));
+        for (exact, artifact) in leased {
+            leases.insert((artifact.key.clone(), vec![String::new()]), (exact, Selection::all(), artifact));
         }
     };
     Ok(CallOutput::StoreLeases(Box::new(keep), Box::new(CallOutput::Json(rows.into()))))

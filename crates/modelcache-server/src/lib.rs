@@ -1,7 +1,7 @@
 //! The HTTP daemon of modelcache: native routes, a Hugging Face endpoint, probes, metrics and a status page.
 //!
-//! [`router`] returns the routes as an [`axum::Router`]; [`serve`] serves them on sockets, with limits. The daemon has no
-//! state of its own: everything lasting is in the cache directory, so that it may be killed at any moment.
+//! [`router`] returns the routes as an [`axum::Router`]; [`serve`] serves them on sockets, with limits. The daemon has
+//! no state of its own: everything lasting is in the cache directory, so that it may be killed at any moment.
 
 mod access;
 mod activity;
@@ -65,8 +65,9 @@ pub fn complete_config(config: &mut Config) {
 /// Returns 16 random hex digits.
 fn random_id() -> String {
     let mut bytes = [0; 8];
-    // Without random bytes, all ids are zero. Then the log cannot distinguish requests, and a daemon whose Hub endpoint is
-    // another daemon takes its requests for a loop. The loop is reported, and nothing is lost.
+    // Without random bytes, all ids are zero. Then the log cannot distinguish requests, and a daemon that is the
+    // Hub endpoint of another daemon takes the requests of that daemon for its own. It reports a loop, and nothing is
+    // lost.
     let _ = getrandom(&mut bytes, GetRandomFlags::empty());
     hex::encode(bytes)
 }

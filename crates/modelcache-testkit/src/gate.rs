@@ -67,7 +67,7 @@ struct Rules {
     issued: usize,
     /// Downloads with this string in their path are redirected.
     redirected: Option<String>,
-    /// Requests that each CDN address may be used for; `None` is no limit.
+    /// Requests that each signed URL of the CDN may be used for; `None` is no limit.
     spent_after: Option<usize>,
     signatures: HashMap<String, usize>,
 }
@@ -75,16 +75,16 @@ struct Rules {
 impl Gate {
     /// Starts a gate in front of the server at `behind`. It requires no credentials at first.
     pub fn start(behind: SocketAddr) -> anyhow::Result<Self> {
-        Self::start_before(behind, false)
+        Self::start_in_front_of(behind, false)
     }
 
     /// Starts a gate that forwards every request unchanged, including the host and credentials that a signature may
     /// cover.
     pub fn transparent(behind: SocketAddr) -> anyhow::Result<Self> {
-        Self::start_before(behind, true)
+        Self::start_in_front_of(behind, true)
     }
 
-    fn start_before(behind: SocketAddr, is_transparent: bool) -> anyhow::Result<Self> {
+    fn start_in_front_of(behind: SocketAddr, is_transparent: bool) -> anyhow::Result<Self> {
         let rules = Mutex::new(Rules { uses: usize::MAX, ..Rules::default() });
         let shared = Arc::new(Shared {
             behind,
@@ -139,8 +139,8 @@ impl Gate {
         lock(&self.shared.rules).realm = Some(realm.to_owned());
     }
 
-    /// Limits how many requests the next token may be used for. Later tokens have no limit: concurrent requests would
-    /// use up the new token of another request.
+    /// Limits how many requests the next token may be used for. Later tokens have no limit: otherwise,
+    /// concurrent requests could use up the new token that another request has just fetched.
     pub fn next_token_uses(&self, uses: usize) {
         lock(&self.shared.rules).uses = uses;
     }
@@ -150,7 +150,7 @@ impl Gate {
         lock(&self.shared.rules).redirected = Some(part.to_owned());
     }
 
-    /// Limits how many requests each CDN address may be used for.
+    /// Limits how many requests each signed URL of the CDN may be used for.
     pub fn spent_after(&self, requests: usize) {
         lock(&self.shared.rules).spent_after = Some(requests);
     }
@@ -194,7 +194,7 @@ async fn at_the_cdn(shared: Arc<Shared>, request: Request<Incoming>) -> Result<A
     // The CDN accepts signatures only; a token does not help.
     let answer = match shared.signature_holds(request.uri().query().unwrap_or_default()) {
         true => forward(&shared, request).await,
-        false => Ok(refuse(StatusCode::FORBIDDEN, "spent")),
+        false => Ok(json_answer(StatusCode::FORBIDDEN, "spent")),
     };
     seen.status = answer.as_ref().map_or(0, |answer| answer.status().as_u16());
     shared.log.push(seen);
@@ -221,7 +221,7 @@ impl Shared {
             let signature = format!("canary-signature-{}", rules.signatures.len());
             let good_for = rules.spent_after.unwrap_or(usize::MAX);
             rules.signatures.insert(signature.clone(), good_for);
-            let mut answer = refuse(StatusCode::TEMPORARY_REDIRECT, "");
+            let mut answer = json_answer(StatusCode::TEMPORARY_REDIRECT, "");
             let place = format!("http://{cdn}{path}?signature={signature}");
             answer.headers_mut().insert(LOCATION, HeaderValue::from_str(&place).expect("an address"));
             answer
@@ -257,7 +257,7 @@ impl Rules {
 
     fn challenge(&self, front: SocketAddr) -> Answer {
         let mut answer =
-            refuse(StatusCode::UNAUTHORIZED, "{\"errors\":[{\"code\":\"UNAUTHORIZED\",\"message\":\"who?\"}]}");
+            json_answer(StatusCode::UNAUTHORIZED, "{\"errors\":[{\"code\":\"UNAUTHORIZED\",\"message\":\"who?\"}]}");
         let realm = self.realm.clone().unwrap_or_else(|| format!("http://{front}/token"));
         let challenge = match &self.demand {
             Demand::Token(_) => {
@@ -270,13 +270,13 @@ impl Rules {
     }
 
     fn token(&mut self, shown: &str) -> Answer {
-        let Demand::Token(login) = &self.demand else { return refuse(StatusCode::NOT_FOUND, "no tokens here") };
+        let Demand::Token(login) = &self.demand else { return json_answer(StatusCode::NOT_FOUND, "no tokens here") };
         let wanted = login.as_ref().map(|(user, password)| {
             let pair = base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}"));
             format!("Basic {pair}")
         });
         if wanted.is_some_and(|wanted| wanted != shown) {
-            return refuse(StatusCode::UNAUTHORIZED, "{\"details\":\"wrong\"}");
+            return json_answer(StatusCode::UNAUTHORIZED, "{\"details\":\"wrong\"}");
         }
         self.issued += 1;
         let token = format!("canary-token-{}", self.issued);
@@ -285,7 +285,7 @@ impl Rules {
     }
 }
 
-fn refuse(status: StatusCode, body: &'static str) -> Answer {
+fn json_answer(status: StatusCode, body: &'static str) -> Answer {
     answer(status, "application/json", body)
 }
 

@@ -5,7 +5,8 @@
 use crate::manifest::Manifest;
 use crate::{origin, remote};
 
-/// Parses the manifest inside an envelope. Checks that a valid manifest round-trips and merges with itself.
+/// Parses a manifest without its envelope (format number and checksum). Checks that a valid manifest round-trips and
+/// merges with itself.
 pub fn manifest_list(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     let Ok(manifest) = Manifest::from_list(text) else { return };
@@ -18,7 +19,7 @@ pub fn manifest_list(bytes: &[u8]) {
     }
 }
 
-/// Parses the manifest inside an envelope, without further checks.
+/// Parses a manifest without its envelope, and checks nothing further.
 pub fn read_manifest_list(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     let _ = Manifest::from_list(text);

@@ -84,11 +84,13 @@ impl ArtifactName {
             )));
         }
         if let Some(word) = name.scheme() {
-            return Err(Error::invalid(format!("the name {text:?} begins with {word:?}, which stands for a URI"))
-                .hint(format!(
-                    "write the URI itself ({}://…), or choose another first segment",
-                    word.trim_start_matches(OWN_ORIGIN)
-                )));
+            let uri = match (scheme_of_word(word), word.strip_prefix(OWN_ORIGIN)) {
+                (Some(scheme), _) => format!("write the URI itself ({}), or ", scheme.form),
+                (None, Some(own)) => format!("write the URI itself ({own}://…), or "),
+                (None, None) => String::new(),
+            };
+            return Err(Error::invalid(format!("the name {text:?} begins with {word:?}, which is reserved"))
+                .hint(format!("{uri}choose another first segment")));
         }
         Ok(name)
     }
@@ -235,8 +237,9 @@ impl ArtifactKey {
         parse().map_err(|error| redact::refusal(text, error))
     }
 
-    /// Parses a key as `ls` prints it: a bare key, or a name from a URI with the version. The second form denotes
-    /// earlier content of a folder (`file/models/m@4451…`) or a web page, whose URI denotes only the present content.
+    /// Parses a key that `ls` prints without `://`: a bare key, or a name from a URI with the version. The second form
+    /// can denote earlier content of a folder (`file/models/m@4451…`) or of a file on a web server. Their URIs denote
+    /// only the present content.
     pub(crate) fn listed(text: &str) -> Result<Self> {
         match text.rsplit_once('@') {
             Some((name, version)) if Self::is_uri_name_listed_with_version(name) => {

@@ -47,8 +47,9 @@ pub const MANIFEST_DEPTH_MAX: usize = 40;
 /// zeros compress to a thousandth.
 pub const ARCHIVE_RATIO_MAX: u64 = 200;
 
-/// The extracted files of an archive may always have this many bytes, whatever its own size.
-pub const ARCHIVE_FREE_BYTES: u64 = 64 * MIB;
+/// Total size that the extracted files of an archive may always have, even if it is more than [`ARCHIVE_RATIO_MAX`]
+/// times the size of the archive.
+pub const ARCHIVE_BYTES_ALWAYS_ALLOWED: u64 = 64 * MIB;
 
 /// Maximum number of entries in an archive. Each takes about 2 KiB of memory until the files are published.
 pub const ARCHIVE_ENTRIES_MAX: usize = 200_000;

@@ -67,8 +67,8 @@ impl Selection {
         (self.include.is_empty() || any(&self.include)) && !any(&self.exclude)
     }
 
-    /// Returns true if `path` matches an exclude pattern. A folder, whose path ends in a slash, matches if every file
-    /// below it does.
+    /// Returns true if `path` matches an exclude pattern. The path of a folder must end in a slash: a pattern for all
+    /// files below the folder (`onnx/`, `onnx/*`) matches that path, too. The files themselves are not looked at.
     pub(crate) fn excludes(&self, path: &str) -> bool {
         self.exclude.iter().any(|pattern| pattern.is_match(path))
     }

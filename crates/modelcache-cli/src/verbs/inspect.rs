@@ -54,7 +54,7 @@ fn inspection_text(inspection: &Inspection, now: SystemTime) -> Lines {
     ];
     facts.extend(inspection.pin.as_ref().map(|pin| ("pin", pin.to_string())));
     if inspection.known_in_lower {
-        facts.push(("lower", "also listed in the lower directory".into()));
+        facts.push(("lower", "the lower directory has a manifest of it".into()));
     }
     if let Some(why) = &inspection.remote_error {
         facts.push(("remote", format!("cannot be reached: {why}")));

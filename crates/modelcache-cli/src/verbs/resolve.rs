@@ -22,7 +22,7 @@ pub(crate) struct Resolve {
     /// Branch, tag or commit to use instead of the one in the reference
     #[arg(long, value_name = "REVISION")]
     pub(crate) revision: Option<String>,
-    /// Append the expected digest, #sha256=…: the digest of the file, or of the file list of a tree
+    /// Append `#sha256=DIGEST` to the printed reference: the digest of the file, or of the file list of a tree
     #[arg(long)]
     pub(crate) digest: bool,
     #[command(flatten)]

@@ -87,7 +87,7 @@ impl WatchedDirectory {
         let mut watched = |fill: RunningFill| {
             let id = (fill.reference.clone(), fill.process.pid);
             let mut meter = before.remove(&id).unwrap_or_default();
-            // While the total is unknown, the bytes are those on disk.
+            // While the total is unknown, `done_bytes` is the space that the fill takes on disk, which gives no rate.
             let bytes_per_second = fill.total_bytes.and_then(|_| meter.sample(now, fill.done_bytes));
             let left = fill.total_bytes.and_then(|total| time_left(fill.done_bytes, total, bytes_per_second));
             self.rates.insert(id, meter);

@@ -186,7 +186,7 @@ fn an_unknown_variable_is_logged_in_the_chosen_format() {
 fn invalid_references_are_refused_with_a_remedy() {
     let home = Home::new();
     home.run(["evict", "fraud"]).refused(2, &["has no version", "hint: write NAME@VERSION"]);
-    home.run(["put", "hf/org/model@1", "."]).refused(2, &["stands for a URI"]);
+    home.run(["put", "hf/org/model@1", "."]).refused(2, &["is reserved"]);
     home.run(["inspect", "ftp://host/x"]).refused(2, &["unknown scheme"]);
 }
 

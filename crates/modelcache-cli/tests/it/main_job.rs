@@ -448,7 +448,7 @@ fn an_old_version_of_a_folder_is_addressed_by_its_listed_key() {
     assert_same(&house.on("a").run(["get", &once]).path().join("weights"), &"first".into());
     house.on("a").run(["evict", &once, "--yes"]).ok();
     assert!(!house.listed("a").contains(&once) && house.listed("a").len() == 1, "{:?}", house.listed("a"));
-    house.on("a").run(["put", &once, "mine"]).failed(2, &["stands for a URI"]);
+    house.on("a").run(["put", &once, "mine"]).failed(2, &["is reserved"]);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! The paths of the Hub.
 //!
-//! A path is split before it is decoded, because a revision such as `refs%2Fpr%2F1` is one segment. A repository has
-//! one or two segments; the word after it tells.
+//! A path is split before it is decoded, because a revision such as `refs%2Fpr%2F1` is one segment. The name of a
+//! repository has one or two segments; the word after them, such as `resolve` or `tree`, shows where it ends.
 
 use modelcache::config::encode_segment;
 use percent_encoding::percent_decode_str;
@@ -56,7 +56,8 @@ pub(crate) enum Route {
 /// Parses a path that is still percent-encoded. Returns `None` if it is not one of the Hub.
 pub(crate) fn parse(path: &str) -> Option<Route> {
     let segments: Vec<&str> = path.strip_prefix('/')?.split('/').collect();
-    // URLs are shortened by such segments, so a request that is passed on would reach another path of the Hub.
+    // Refuse `.` and `..` segments, and `\`, which URL parsers treat as `/`. They are resolved when the request is
+    // passed on, which would then reach another path of the Hub.
     let is_dots = |segment: &&str| matches!(&*percent_decode_str(segment).collect::<Vec<u8>>(), b"." | b"..");
     if segments.iter().any(|segment| is_dots(segment) || segment.contains('\\')) {
         return None;

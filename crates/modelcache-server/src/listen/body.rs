@@ -24,7 +24,8 @@ pub(super) struct RequestBody {
     received: u64,
     bytes_max: u64,
     rate_min: u64,
-    start: Duration,
+    /// Time before `rate_min` applies.
+    grace: Duration,
     started: Option<Instant>,
     timer: Option<Pin<Box<Sleep>>>,
     ended: bool,
@@ -45,7 +46,7 @@ impl RequestBody {
             received: 0,
             bytes_max: limits.body_bytes,
             rate_min: limits.body_rate_min.max(1),
-            start: limits.body_start,
+            grace: limits.body_start,
             started: None,
             timer: None,
             ended,
@@ -69,7 +70,7 @@ impl RequestBody {
 
     /// Returns when the next byte must have arrived.
     fn due(&self, started: Instant) -> Instant {
-        started + self.start + Duration::from_secs_f64(self.received as f64 / self.rate_min as f64)
+        started + self.grace + Duration::from_secs_f64(self.received as f64 / self.rate_min as f64)
     }
 }
 

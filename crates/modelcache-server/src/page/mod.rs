@@ -40,7 +40,7 @@ const HEADERS: [(HeaderName, HeaderValue); 5] = [
 pub(crate) async fn page(State(app): State<Arc<App>>, extensions: Extensions) -> Response {
     let (stats, error) = match stats_report(&app, &extensions).await {
         Ok(stats) => (stats, Value::Null),
-        // The rest is worth showing without the directory.
+        // If the cache directory cannot be read, show the rest of the page and this error.
         Err(error) => (Value::Null, error.fields()),
     };
     let data = json!({

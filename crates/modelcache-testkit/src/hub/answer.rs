@@ -143,7 +143,7 @@ impl HubRequest<'_> {
             Route::Tree { repo, revision, folder } => {
                 let data = visible(&repos, repo, headers)?;
                 let (path, query) = (&self.seen.path, &self.seen.query);
-                let page = api::PageOf { headers, path, query, own_url: shared.hub_url() };
+                let page = api::PageRequest { headers, path, query, own_url: shared.hub_url() };
                 api::tree(shared, data, &*tree_at(data, revision)?, folder, &page)
             }
             Route::PathsInfo { repo, revision } => {

@@ -62,37 +62,37 @@ pub(super) fn info(shared: &Shared, id: &RepoId, repo: &RepoData, tree: &Tree, q
 }
 
 /// Returns one page of the entries below a folder.
-pub(super) fn tree(shared: &Shared, repo: &RepoData, tree: &Tree, folder: &str, at: &PageOf<'_>) -> Answer {
+pub(super) fn tree(shared: &Shared, repo: &RepoData, tree: &Tree, folder: &str, request: &PageRequest<'_>) -> Answer {
     let folder = folder.trim_matches('/');
-    let rows = rows_below(tree, folder, is_set(at.query, "recursive"));
+    let rows = rows_below(tree, folder, is_set(request.query, "recursive"));
     if rows.is_empty() && !folder.is_empty() {
         return refuse::no_entry(&tree.commit);
     }
-    let number = |name| values(at.query, name).first().and_then(|value| value.parse::<usize>().ok());
+    let number = |name| values(request.query, name).first().and_then(|value| value.parse::<usize>().ok());
     let page_size = lock(&shared.settings).page_size;
     let page_size = number("limit").map_or(page_size, |limit| limit.clamp(1, page_size));
     let start = number("cursor").unwrap_or(0);
-    let expand = is_set(at.query, "expand");
+    let expand = is_set(request.query, "expand");
     let page = rows.iter().skip(start).take(page_size);
     let page: Vec<Value> = page.map(|row| row.json(shared, repo, tree, expand)).collect();
     let mut answer = json(&Value::Array(page));
     if start + page_size < rows.len() {
         // Paging as on the Hub: a `Link` header names the next page, the last page has none.
-        let link = format!("<{}>; rel=\"next\"", at.next_url(start + page_size));
+        let link = format!("<{}>; rel=\"next\"", request.next_url(start + page_size));
         answer.headers_mut().insert(LINK, link.parse().expect("a URL from a request is a header value"));
     }
     answer
 }
 
 /// The request for a page, from which the URL of the next page is built.
-pub(super) struct PageOf<'a> {
+pub(super) struct PageRequest<'a> {
     pub(super) headers: &'a HeaderMap,
     pub(super) path: &'a str,
     pub(super) query: &'a str,
     pub(super) own_url: &'a str,
 }
 
-impl PageOf<'_> {
+impl PageRequest<'_> {
     fn next_url(&self, cursor: usize) -> String {
         // The host that the client used, so that a proxy in front of the Hub also sees the request for the next page.
         let host = self.headers.get(HOST).and_then(|host| host.to_str().ok());

@@ -1,8 +1,9 @@
 //! Faults of the S3 server.
 //!
 //! [`Fault::on`] is compared with the decoded `/bucket/key?query`, so a fault can be aimed at `partNumber=2` or
-//! `list-type` as well as at a key. Errors are returned before the request takes effect; only [`S3Fault::lose_reply`]
-//! comes after.
+//! `list-type` as well as at a key. [`S3Fault::ignore_conditions`] and [`S3Fault::no_list_permission`] are compared
+//! with `/bucket/key` only; in a listing, the prefix takes the place of the key. Errors are returned before the request
+//! takes effect; only [`S3Fault::lose_reply`] comes after.
 
 use std::time::Duration;
 
@@ -95,8 +96,8 @@ impl Fault<Kind> {
         Self::new(Kind::IgnoreConditions)
     }
 
-    /// The object is served with the ETag `etag`, and listed with its real one. `If-Match` is compared with `etag`; the
-    /// store itself must not compare it ([`S3Fault::ignore_conditions`]).
+    /// The object is served with the ETag `etag`, and listed with its real one. `If-Match` is compared with `etag`, and
+    /// then by the store with the real one. Add [`S3Fault::ignore_conditions`] as well, so that the store accepts it.
     pub fn other_etag(etag: &str) -> Self {
         Self::new(Kind::OtherEtag(Some(etag.to_owned())))
     }

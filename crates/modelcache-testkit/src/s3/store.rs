@@ -142,15 +142,19 @@ pub(super) fn note_path(root: &std::path::Path, bucket: &str, key: &str) -> Path
 }
 
 /// Fails with 412 or 304 if the conditions of a read do not hold.
-fn check_read(tag: Option<&ETag>, matching: Option<&ETagCondition>, none: Option<&ETagCondition>) -> S3Result<()> {
+fn check_read(
+    tag: Option<&ETag>,
+    if_match: Option<&ETagCondition>,
+    if_none_match: Option<&ETagCondition>,
+) -> S3Result<()> {
     let is = |condition: &ETagCondition| match condition {
         ETagCondition::Any => true,
         ETagCondition::ETag(wanted) => tag.is_some_and(|tag| tag.value() == wanted.value()),
     };
-    if matching.is_some_and(|condition| !is(condition)) {
+    if if_match.is_some_and(|condition| !is(condition)) {
         return Err(s3_error!(PreconditionFailed, "At least one of the pre-conditions you specified did not hold"));
     }
-    if none.is_some_and(is) {
+    if if_none_match.is_some_and(is) {
         return Err(s3_error!(NotModified));
     }
     Ok(())
@@ -192,13 +196,13 @@ impl S3 for Store {
             return Err(self.missing("GET", &bucket, &key));
         }
         // s3s-fs must not see the conditions: they are checked here.
-        let (matching, none) = (req.input.if_match.take(), req.input.if_none_match.take());
-        let conditional = matching.is_some() || none.is_some();
+        let (if_match, if_none_match) = (req.input.if_match.take(), req.input.if_none_match.take());
+        let conditional = if_match.is_some() || if_none_match.is_some();
         // The open file keeps its content even if a later write replaces the object while the body streams.
         let file = File::open(self.root.join(&bucket).join(&key)).map_err(|error| s3_error!(error, NoSuchKey))?;
         let mut answer = self.inner.get_object(req).await?;
         if conditional && !self.ignores_conditions("GET", &bucket, &key) {
-            check_read(answer.output.e_tag.as_ref(), matching.as_ref(), none.as_ref())?;
+            check_read(answer.output.e_tag.as_ref(), if_match.as_ref(), if_none_match.as_ref())?;
         }
         if let Some((start, len)) = extent(&answer.output) {
             answer.output.body = Some(file_body(file, start, len));
@@ -213,11 +217,11 @@ impl S3 for Store {
         if !self.is_object(&bucket, &key) {
             return Err(self.missing("HEAD", &bucket, &key));
         }
-        let (matching, none) = (req.input.if_match.take(), req.input.if_none_match.take());
-        let conditional = matching.is_some() || none.is_some();
+        let (if_match, if_none_match) = (req.input.if_match.take(), req.input.if_none_match.take());
+        let conditional = if_match.is_some() || if_none_match.is_some();
         let answer = self.inner.head_object(req).await?;
         if conditional && !self.ignores_conditions("HEAD", &bucket, &key) {
-            check_read(answer.output.e_tag.as_ref(), matching.as_ref(), none.as_ref())?;
+            check_read(answer.output.e_tag.as_ref(), if_match.as_ref(), if_none_match.as_ref())?;
         }
         Ok(answer)
     }

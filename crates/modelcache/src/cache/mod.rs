@@ -99,7 +99,7 @@ impl Cache {
     /// # Errors
     /// `Directory` if the local directory cannot be used; `Invalid` if the configuration of the remote is wrong.
     pub fn open(config: Config) -> Result<Self> {
-        let exists = config.dir.exists(); // outside the root
+        let exists = config.dir.exists(); // not below the root
         let disk = match config.create_dir || exists {
             true => Disk::open(&config.dir, config.max_bytes, config.min_free_bytes, config.shared)?,
             false => Disk::open_absent(&config.dir, config.max_bytes, config.min_free_bytes)?,

@@ -52,10 +52,10 @@ impl Cache {
         };
         let is_bare = matches!(reference.target, Target::Bare(_));
         let sha256 = manifest.as_ref().and_then(|manifest| request.known_digest(manifest));
-        let pinned = Reference { digest: None, ..reference.pinned(&request.key) };
+        let exact = Reference { digest: None, ..reference.at_key(&request.key) };
         // A bare version is confirmed by the tier that has its manifest.
         let from = from.or(manifest_tier.filter(|_| is_bare));
-        Ok(ResolvedReference { reference: pinned, key: request.key, revision, sha256, from, age })
+        Ok(ResolvedReference { reference: exact, key: request.key, revision, sha256, from, age })
     }
 
     /// Returns the first manifest found on disk, in the lower directory or on the remote, with its tier.

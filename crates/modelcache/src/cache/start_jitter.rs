@@ -1,14 +1,14 @@
 //! Start jitter: a random delay before the first request, so that machines that start together do not send their
 //! requests together.
 //!
-//! All calls of a process share one delay. A get of a local artifact is not delayed.
+//! All calls of a cache share one delay. A get of a local artifact is not delayed.
 
 use super::Cache;
 use crate::option_name::setting::START_JITTER;
 use std::time::Duration;
 use tokio::sync::OnceCell;
 
-/// The cell is set once the delay of this process is over.
+/// The cell is set once the delay of this cache is over.
 #[derive(Debug, Default)]
 pub(super) struct StartJitter(OnceCell<()>);
 

@@ -129,9 +129,11 @@ impl Cache {
         let bad = verified.iter().flat_map(|verified| &verified.findings).find(|finding| !finding.withdrawn);
         match bad {
             None => Ok(()),
-            Some(finding) => Err(Error::corrupt(format!("{}: {}", file_of(finding), finding.problem))
-                .tier(Tier::Disk)
-                .hint(format!("this directory is read-only: mount it writable, or point {DIR} to another directory"))),
+            Some(finding) => {
+                Err(Error::corrupt(format!("{}: {}", file_of(finding), finding.problem)).tier(Tier::Disk).hint(
+                    format!("the cache directory is read-only: mount it writable, or point {DIR} to another directory"),
+                ))
+            }
         }
     }
 
@@ -215,7 +217,7 @@ impl Verification {
                 VerifyTarget { reference: dir.to_string(), tier: Tier::Disk, subject: Subject::Nameless(dir) }
             }
         };
-        // Last, so that blobs which artifacts share are already read.
+        // The blobs come last: those that were already read as files of artifacts are skipped.
         let blobs = VerifyTarget { reference: "blobs".into(), tier: Tier::Disk, subject: Subject::Blobs };
         Ok(stored.into_iter().map(target).chain([blobs]).collect())
     }

@@ -44,12 +44,13 @@ const BLOCK_BYTES: u64 = 4096;
 /// The budget record. It is stored in the lock file as JSON.
 #[derive(Debug, Serialize, Deserialize)]
 struct BudgetRecord {
-    /// Allocated bytes of blobs, quarantine, and views without a blob.
+    /// Allocated bytes of blobs, quarantine, views without a blob, and temporary files beside manifests.
     total: u64,
     /// True while a change is in progress. Also true if the total is unknown, until a holder of the lock counts again.
     dirty: bool,
     boot_id: String,
-    /// The last process that held the lock, for messages.
+    /// The process that wrote the record, for messages. A holder of the lock that has changed nothing has not written
+    /// it.
     pid: u32,
     /// The end of the change log.
     changes: Position,
@@ -70,7 +71,7 @@ pub(super) struct Maintenance {
 pub(crate) struct BudgetGuard<'disk> {
     disk: &'disk Disk,
     lock: FileLock,
-    /// Allocated bytes of blobs, quarantine, and views without a blob.
+    /// Allocated bytes of blobs, quarantine, views without a blob, and temporary files beside manifests.
     total: u64,
     /// True if the record on disk is marked dirty.
     dirty: bool,
@@ -95,7 +96,7 @@ pub(crate) struct BudgetGuard<'disk> {
 /// The bytes that count against the budget, by kind.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Usage {
-    /// Blobs, quarantine, and views without a blob.
+    /// Blobs, quarantine, views without a blob, and temporary files beside manifests.
     pub(crate) published: u64,
     /// Files in staging folders.
     pub(crate) staging: u64,
@@ -499,8 +500,8 @@ impl BudgetGuard<'_> {
         let only_copies = match obstacles.only_copies {
             true => {
                 format!(
-                    "; only copies: upload them (set {REMOTE}, then `modelcache backfill`), or remove them \
-                     (`modelcache evict NAME@VERSION --tier disk --yes`)"
+                    "; an artifact that is the only copy: upload it (set {REMOTE}, then `modelcache backfill`), or \
+                     remove it (`modelcache evict NAME@VERSION --tier disk --yes`)"
                 )
             }
             false => String::new(),
@@ -534,8 +535,8 @@ impl BudgetGuard<'_> {
         Ok(EvictOutcome::Freed(freed))
     }
 
-    /// Returns true if no other tier is known to have the artifact: an upload of it is pending, or it was put without a
-    /// remote, and it has no origin that keeps old versions.
+    /// Returns true if no other tier is known to have the artifact: it has no origin that keeps old versions, and an
+    /// upload of it is pending or was never begun, because it was put without a remote.
     pub(super) fn is_only_copy(&mut self, artifact: &ScannedArtifact) -> Result<bool> {
         let pending = match self.pending_hashes.take() {
             Some(hashes) => hashes,
@@ -592,10 +593,11 @@ impl BudgetGuard<'_> {
             return Ok(0);
         }
         let manifest = self.disk.read_manifest(dir).unwrap_or(None);
-        // While the manifest exists: after a crash, the artifact is complete, and only links to it are missing.
+        // Remove the links below `hub/` while the manifest exists: after a crash at this point, the artifact is
+        // complete and lacks only these links.
         self.remove_hub_layout(dir, manifest.as_ref())?;
         let mut freed = self.subtract_copies(dir, manifest.as_ref())?;
-        // Remove the manifest first: after a crash, a sweep removes the rest as a leftover.
+        // Remove the manifest before the files: after a crash at this point, a sweep removes the rest as a leftover.
         files::remove_file(&dir.manifest())?;
         self.disk.remove_pending_upload(&dir.hash())?;
         files::remove_unless_open(&dir.files())?;
@@ -897,17 +899,20 @@ pub(super) fn recorded_total(layout: &super::Layout) -> Option<u64> {
 
 /// Returns the error for a budget lock that another process has held for `waited`.
 fn held_too_long(path: &RootedPath, waited: Duration) -> Error {
-    let holder = path.open(false).ok().and_then(|file| read_record(&file)).map(|record| record.pid);
-    let holder = holder.map_or_else(|| "another process".into(), |pid| format!("process {pid}"));
-    Error::new(ErrorKind::Unavailable, format!("the budget lock has been held for {} s by {holder}", waited.as_secs()))
+    let writer = path.open(false).ok().and_then(|file| read_record(&file)).map(|record| record.pid);
+    let writer = writer.map_or_else(String::new, |pid| format!("; its record was last written by process {pid}"));
+    Error::new(ErrorKind::Unavailable, format!("the budget lock has been held for {} s{writer}", waited.as_secs()))
         .tier(Tier::Disk)
-        .hint("check whether that process is stopped; the lock is released when it ends")
+        .hint(
+            "check whether a process that uses this directory hangs or is suspended; the lock is released when that \
+             process ends",
+        )
 }
 
 /// Returns the kernel's identifier of this boot, or an empty text if the kernel reports none.
 pub(super) fn boot_id() -> String {
     static BOOT_ID: OnceLock<String> = OnceLock::new();
-    let read = || std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().to_owned()); // outside the root
+    let read = || std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().to_owned()); // not below the root
     BOOT_ID.get_or_init(|| read().unwrap_or_default()).clone()
 }
 

@@ -62,7 +62,7 @@ fn examine_root(root: &Path, config: &Config, checks: &mut Vec<Check>) {
         return;
     };
     let root_exists = folder == root;
-    // outside the root
+    // not below the root
     match fs::metadata(&folder) {
         Ok(metadata) if !metadata.is_dir() => {
             let error = Error::new(ErrorKind::Directory, format!("{} is not a folder", folder.display()));
@@ -88,7 +88,7 @@ fn examine_root(root: &Path, config: &Config, checks: &mut Vec<Check>) {
 
 /// Returns the first of `root` and the paths above it that exists. It may not be a folder.
 pub(super) fn nearest_existing(root: &Path) -> Option<PathBuf> {
-    root.ancestors().find(|path| fs::symlink_metadata(path).is_ok()).map(Path::to_owned) // outside the root
+    root.ancestors().find(|path| fs::symlink_metadata(path).is_ok()).map(Path::to_owned) // not below the root
 }
 
 /// Reports owner, group and mode of the root.
@@ -109,7 +109,7 @@ fn root_check(root: &Path, root_exists: bool, metadata: &fs::Metadata) -> Check 
 /// Reports whether `folder` can be written. A read-only cache directory with artifacts is still served.
 fn access_check(folder: &Path, root_exists: bool) -> Check {
     let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
-    // outside the root
+    // not below the root
     match rustix::fs::access(folder, access).at("write to", folder) {
         Ok(()) => Check::ok(Area::Directory, format!("{} can be written", folder.display())),
         Err(error) if root_exists && has_artifacts(folder) => {
@@ -127,7 +127,7 @@ fn has_artifacts(root: &Path) -> bool {
 
 /// Reports type, free space and free inodes of the filesystem.
 fn filesystem_checks(folder: &Path, config: &Config, layout: &Layout, root_exists: bool) -> Vec<Check> {
-    // outside the root
+    // not below the root
     let stat = match rustix::fs::statvfs(folder).at("examine the filesystem of", folder) {
         Ok(stat) => stat,
         Err(error) => return vec![Check::problem(Area::Directory, &error)],
@@ -158,8 +158,9 @@ fn filesystem_checks(folder: &Path, config: &Config, layout: &Layout, root_exist
     });
     if stat.f_files > 0 && stat.f_favail < INODES_WARNING {
         let summary = format!("{} of {} inodes are free", stat.f_favail, stat.f_files);
-        let fix =
-            format!("remove small files on this filesystem, or point {DIR} elsewhere; every cached file takes one");
+        let fix = format!(
+            "remove small files on this filesystem, or point {DIR} elsewhere; every cached file takes an inode"
+        );
         checks.push(match stat.f_favail {
             0 => Check::problem(Area::Directory, &Error::new(ErrorKind::Full, summary).hint(fix)),
             _ => Check::warning(Area::Directory, summary, fix),
@@ -174,10 +175,10 @@ fn volume_limit_check(folder: &Path, budget: ByteBound, environment: &Environmen
     // Kubernetes sets the variable in every container.
     environment.get("KUBERNETES_SERVICE_HOST")?;
     let ByteBound::Percent(percent) = budget else { return None };
-    let device = |path: &Path| fs::metadata(path).ok().map(|metadata| metadata.dev()); // outside the root
+    let device = |path: &Path| fs::metadata(path).ok().map(|metadata| metadata.dev()); // not below the root
     let own = device(folder)?;
     // The layer of the container is on the node, too, and counts towards the limit of the pod.
-    let statfs = rustix::fs::statfs(folder); // outside the root
+    let statfs = rustix::fs::statfs(folder); // not below the root
     let is_layer = statfs.is_ok_and(|stat| stat.f_type as u32 == OVERLAY_MAGIC);
     if !is_layer && !KUBELET_FILES.iter().any(|file| device(Path::new(file)) == Some(own)) {
         return None;
@@ -209,7 +210,7 @@ fn gigabytes(bytes: u64) -> String {
 
 /// Reports the type of the filesystem, with a warning if a cache should not be on such a filesystem.
 fn filesystem_type_check(folder: &Path) -> Check {
-    // outside the root
+    // not below the root
     let Ok(stat) = rustix::fs::statfs(folder) else {
         return Check::ok(Area::Directory, "the type of the filesystem is unknown");
     };
@@ -222,9 +223,11 @@ fn filesystem_type_check(folder: &Path) -> Check {
         OVERLAY_MAGIC => {
             ("overlay", Some("mount a volume: this is the container's own layer, which is removed with it"))
         }
-        0x0102_1994 => ("tmpfs", Some("use a disk: this is memory, which is lost at a restart, and counts as used")),
+        0x0102_1994 => {
+            ("tmpfs", Some("use a disk: this is memory, so the files take up memory and are lost at a restart"))
+        }
         0x6969 => ("nfs", Some("use a local disk: it serves hits faster, and has more reliable locks")),
-        0x0bd0_0bd0 => ("lustre", Some("mount it with -o flock, or use a local disk: it is a network filesystem")),
+        0x0bd0_0bd0 => ("lustre", Some("mount it with -o flock, or use a local disk: this is a network filesystem")),
         0x6573_5546 => ("fuse", Some("use a local disk: a filesystem in user space may lack hard links or locks")),
         0xff53_4d42 | 0xfe53_4d42 => ("smb", Some("use a local disk: this is a network filesystem")),
         0x0102_1997 => ("9p", Some("use a disk of its own: this is a shared folder of a virtual machine")),

@@ -134,7 +134,7 @@ pub(super) fn is_local(root: &Path) -> bool {
         0x794c_7630, // overlayfs
     ];
     #[allow(clippy::unnecessary_cast)]
-    rustix::fs::statfs(root).is_ok_and(|filesystem| LOCAL.contains(&(filesystem.f_type as u32))) // outside the root
+    rustix::fs::statfs(root).is_ok_and(|filesystem| LOCAL.contains(&(filesystem.f_type as u32))) // not below the root
 }
 
 #[cfg(not(target_os = "linux"))]

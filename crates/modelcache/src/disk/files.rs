@@ -85,8 +85,8 @@ pub(crate) fn replace_unsynced(target: &RootedPath, bytes: &[u8], temporary_dir:
     write_then(target, bytes, temporary_dir, sync, place).at("write", target)
 }
 
-/// Replaces the content of a hint atomically, without syncing. After a power cut, the old and the new content may be
-/// lost.
+/// Replaces the content of a file that can be determined again, such as a remembered request limit, atomically and
+/// without syncing. After a power cut, the old and the new content may be lost.
 pub(crate) fn replace_hint(target: &RootedPath, bytes: &[u8], temporary_dir: &RootedPath) -> Result<()> {
     let place = |temporary: &RootedPath| temporary.rename(target);
     write_then(target, bytes, temporary_dir, SyncScope::Nothing, place).at("write", target)
@@ -123,7 +123,8 @@ fn write_then(
     let temporary = dir.join(format!("{TEMPORARY_PREFIX}{}", random_name()));
     let sync_content = |file: &File| if sync == SyncScope::Nothing { Ok(()) } else { file.sync_all() };
     let written = modes::create_readable(&temporary).and_then(|file| {
-        // Lock the file before the first byte and until the rename: a sweep removes temporary files without a lock.
+        // Lock the file before the first byte and until the rename: a sweep removes temporary files that are not
+        // locked.
         let lock = FileLock::of_temporary(file)?;
         lock.file().write_all(bytes)?;
         sync_content(lock.file())?;

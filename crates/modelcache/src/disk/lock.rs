@@ -1,10 +1,11 @@
 //! Locks between processes, by `flock`. The files below `locks/` are never unlinked.
 //!
 //! - No process blocks in `flock`. It tries, sleeps and tries again.
-//! - Locks are taken in this order: backfill, fill, owner, shared lease, check, budget, then (one try) exclusive lease
-//!   or owner.
+//! - Locks are taken in this order: backfill, fill, owner (the journal in a staging folder), shared lease, check,
+//!   budget,
+//!   then (one try) exclusive lease or owner.
 //! - Some filesystems grant every lock, and some support none; [`are_honest`] detects both. If a filesystem supports no
-//!   locks, a lock counts as taken. Code that depends on exclusion calls `Disk::locks_are_honest`.
+//!   locks, every try succeeds. Code that depends on exclusion calls `Disk::locks_are_honest`.
 
 use super::files;
 use super::io_error::{IoContext, errno};
@@ -78,7 +79,8 @@ impl FileLock {
     /// Tries to lock the existing file at `path` exclusively. Returns `None` if the file does not exist or was removed
     /// before the lock was taken, and `Some(None)` if another process holds the lock.
     ///
-    /// Never creates the file: a journal that its owner is removing must not be created again.
+    /// Used for the journals of staging folders and for temporary files. Never creates the file, because its owner may
+    /// be removing it.
     pub(crate) fn try_existing(path: &RootedPath) -> Result<Option<Option<Self>>> {
         // A temporary file of another user can only be opened read-only. On local filesystems this is enough to lock
         // it.
@@ -107,7 +109,7 @@ impl FileLock {
         match outcome {
             Ok(()) => Ok(Some(Self { file })),
             Err(TryLockError::WouldBlock) => Ok(None),
-            // The filesystem does not support locks: continue as if this lock were held.
+            // The filesystem does not support locks: continue as if this process had got the lock.
             Err(TryLockError::Error(cause)) if has_no_locks(&cause) => Ok(Some(Self { file })),
             Err(TryLockError::Error(cause)) => Err(cause),
         }

@@ -5,8 +5,8 @@
 //! can write to the parent, the umask decides. Modes of existing entries are never changed, and no symbolic link is
 //! followed.
 //!
-//! A shared folder is sticky if entries in it need to be removed by their owners only, so that no user can replace an
-//! entry of another user.
+//! A shared top folder is sticky if only the owner of an entry in it needs to remove it. Then no user can replace an
+//! entry of another user. The folders below it are not sticky.
 
 use super::files::{TEMPORARY_PREFIX, random_name};
 use super::io_error::{IoContext, errno};

@@ -25,7 +25,7 @@ enum Location {
 impl LocalFile {
     pub(crate) fn open(&self) -> io::Result<File> {
         match &self.0 {
-            Location::External(path) => File::open(path), // outside the root
+            Location::External(path) => File::open(path), // not below the root
             Location::Cached(path) => path.open(false),
         }
     }

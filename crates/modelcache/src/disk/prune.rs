@@ -27,8 +27,8 @@ pub struct PruneOptions {
     /// Removes the least recently used artifacts until at most this much is used. A percentage refers to the size of
     /// the filesystem.
     pub to: Option<ByteBound>,
-    /// Also removes artifacts that no other tier is known to have: those put without a remote, and those whose upload
-    /// is pending and whose origin does not keep old versions.
+    /// Also removes artifacts that no other tier is known to have: those without an origin that keeps old versions, if
+    /// they were put without a remote or their upload is pending.
     pub only_copies: bool,
     /// Changes nothing, and only reports what would be removed.
     pub dry_run: bool,
@@ -59,7 +59,7 @@ pub struct PruneReport {
     pub set_aside: Vec<Misplaced>,
 }
 
-/// Files that neither an artifact nor a running fill uses. Bytes are bytes freed.
+/// Files that neither an artifact nor a running fill uses. Each number of bytes is what their removal frees.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Leftovers {
     /// Number of staging folders of dead fills.
@@ -128,8 +128,8 @@ trait PruneActions {
     fn used(&mut self) -> Result<u64>;
     /// Removes leftovers.
     fn sweep(&mut self) -> Result<Leftovers>;
-    /// Evicts one artifact unless it is leased or pinned, or, without `only_copies`, the only copy. With `for_space`,
-    /// also keeps it if no byte would become free.
+    /// Evicts one artifact, unless it is leased or pinned. If `only_copies` is false, also keeps it if it is the only
+    /// copy. If `for_space` is true, also keeps it if no byte would become free.
     fn evict(&mut self, artifact: &ScannedArtifact, for_space: bool, only_copies: bool) -> Result<EvictOutcome>;
 }
 
@@ -187,14 +187,15 @@ impl Disk {
         Ok(self.pin_in(dir)?.map(KeepReason::Pinned))
     }
 
-    /// Returns the bytes that sweeping and evicting everything would free at this moment, except the artifacts in
-    /// `kept` and the blobs with the inodes `kept_inodes`.
+    /// Returns the bytes that a sweep and the eviction of all artifacts would free at this moment. Leased and pinned
+    /// artifacts, only copies, the artifacts in `kept` and the blobs with the inodes `kept_inodes` stay.
     pub(super) fn evictable_bytes(&self, kept: &BTreeSet<ArtifactKey>, kept_inodes: &[u64]) -> Result<u64> {
         let (mut dry_run, pending) = (DryRun::new(self)?, self.pending_hashes()?);
         kept_inodes.iter().for_each(|inode| dry_run.keep(*inode));
         let mut bytes = dry_run.sweep()?.bytes();
         let others = |artifact: &&ScannedArtifact| artifact.manifest.as_ref().is_none_or(|m| !kept.contains(&m.key));
         for artifact in self.scan()?.iter().filter(others).filter(|artifact| !artifact.is_only_copy(&pending)) {
+            // Only copies are filtered out above, and are not looked up again.
             if let EvictOutcome::Freed(freed) = dry_run.evict(artifact, false, true)? {
                 bytes += freed;
             }
@@ -324,7 +325,8 @@ impl<'disk> DryRun<'disk> {
         })?;
         for artifact in disk.scan()? {
             used += disk.temporaries(artifact.dir.path())?.iter().map(|file| file.allocated()).sum::<u64>();
-            // The bytes of a view without a blob count separately, whatever other links it has.
+            // A view that is neither a blob nor quarantined counts, too: once for all its links, even if some are
+            // outside the cache.
             files::walk(&artifact.dir.files(), &mut |_, metadata| {
                 if let Entry::Vacant(vacant) = blobs.entry(metadata.ino())
                     && !quarantined.contains(&metadata.ino())

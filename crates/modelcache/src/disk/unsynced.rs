@@ -1,9 +1,9 @@
 //! The marks of unsynced files: files that are published and may not be on stable storage yet.
 //!
-//! Publishing does not wait for the disk. Its manifest marks each file with the boot and the mount that hold the bytes
-//! in their page cache, and with the time. The kernel writes the bytes back on its own. As long as boot and mount are
-//! the same, reading the file gives the right bytes, even if its writer has ended. After a reboot it is unknown what
-//! reached the disk, and the file is hashed before it is used.
+//! Publishing does not wait for the disk. The published manifest marks each file with the boot and the mount during
+//! which the page cache holds the bytes, and with the time. The kernel writes the bytes back on its own. As long as
+//! boot and mount are the same, reading the file gives the right bytes, even if its writer has ended. After a reboot it
+//! is unknown what reached the disk, and the file is hashed before it is used.
 //!
 //! `sync.rs` clears the marks.
 
@@ -22,8 +22,9 @@ use std::io::Write;
 use std::sync::MutexGuard;
 use std::sync::atomic::AtomicBool;
 
-/// Age of a mark from which a use syncs the file. The kernel starts to write a page back when it has been dirty for
-/// 30 s, and looks for such pages every 5 s (`vm.dirty_expire_centisecs`, `vm.dirty_writeback_centisecs`).
+/// Age of a mark, in seconds, from which it counts as old: the next use of the file syncs it. The kernel starts to
+/// write a page back when it has been dirty for 30 s, and looks for such pages every 5 s (`vm.dirty_expire_centisecs`,
+/// `vm.dirty_writeback_centisecs`).
 const WRITE_BACK_S: u64 = 35;
 /// Hexadecimal digits of a mount id.
 const MOUNT_DIGITS: usize = 16;
@@ -42,7 +43,7 @@ pub(super) struct PendingSyncs {
 /// What the mark of an unsynced file says at present, ordered by how much is to be done about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum MarkState {
-    /// The page cache has the bytes. A sync could wait for the disk.
+    /// The page cache has the bytes. A sync now might block until the disk has written them.
     Recent,
     /// The page cache has the bytes, and the kernel has had the time to write them back.
     Old,
@@ -140,7 +141,8 @@ impl Disk {
     }
 }
 
-/// Returns the seconds since boot, including suspended time. This clock is never set, and belongs to the boot id.
+/// Returns the seconds since boot, including suspended time. This clock cannot be set. It starts again at each boot, so
+/// only times under the same boot id can be compared.
 fn boottime_s() -> u64 {
     clock_gettime(ClockId::Boottime).tv_sec.try_into().unwrap_or_default()
 }

@@ -12,7 +12,7 @@ use crate::format::Format;
 use crate::human;
 use crate::key::FilePath;
 use crate::limits::{
-    ARCHIVE_DEPTH_MAX, ARCHIVE_ENTRIES_MAX, ARCHIVE_FREE_BYTES, ARCHIVE_NAME_BYTES_MAX, ARCHIVE_RATIO_MAX,
+    ARCHIVE_BYTES_ALWAYS_ALLOWED, ARCHIVE_DEPTH_MAX, ARCHIVE_ENTRIES_MAX, ARCHIVE_NAME_BYTES_MAX, ARCHIVE_RATIO_MAX,
     ARCHIVE_XZ_KIB_MAX, FILE_BYTES_MAX,
 };
 use std::collections::BTreeSet;
@@ -127,7 +127,7 @@ impl<'a> CheckedEntries<'a> {
             return Err(self.over_limit(&format!(
                 "its files take more than {}: the larger of {} and {ARCHIVE_RATIO_MAX} times its own {}",
                 human::bytes(allowed),
-                human::bytes(ARCHIVE_FREE_BYTES),
+                human::bytes(ARCHIVE_BYTES_ALWAYS_ALLOWED),
                 human::bytes(self.archive.size)
             )));
         }
@@ -195,7 +195,7 @@ impl<'a> CheckedEntries<'a> {
 
     /// Returns the number of bytes that all files together may take.
     fn bytes_max(&self) -> u64 {
-        ARCHIVE_FREE_BYTES.max(self.archive.size.saturating_mul(ARCHIVE_RATIO_MAX))
+        ARCHIVE_BYTES_ALWAYS_ALLOWED.max(self.archive.size.saturating_mul(ARCHIVE_RATIO_MAX))
     }
 
     /// Checks that no path is both a file and a folder, which needs all entries.

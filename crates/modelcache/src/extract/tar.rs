@@ -3,7 +3,7 @@
 use super::{CheckedEntries, TAR_HEAD_BYTES};
 use crate::error::Result;
 use crate::format::Format;
-use crate::limits::{ARCHIVE_FREE_BYTES, ARCHIVE_HEADER_BYTES_MAX};
+use crate::limits::{ARCHIVE_BYTES_ALWAYS_ALLOWED, ARCHIVE_HEADER_BYTES_MAX};
 use std::cell::Cell;
 use std::io::{self, Read};
 use std::rc::Rc;
@@ -63,9 +63,9 @@ pub(super) fn extract(mut stream: impl Read, guard: &mut CheckedEntries<'_>) -> 
     }
     // After the last file follow blocks of zeros, and the checksum of the compression.
     header_bytes.set(u64::MAX);
-    let rest =
-        io::copy(&mut stream.take(ARCHIVE_FREE_BYTES), &mut io::sink()).map_err(|cause| guard.unreadable(&cause))?;
-    match rest == ARCHIVE_FREE_BYTES {
+    let rest = io::copy(&mut stream.take(ARCHIVE_BYTES_ALWAYS_ALLOWED), &mut io::sink())
+        .map_err(|cause| guard.unreadable(&cause))?;
+    match rest == ARCHIVE_BYTES_ALWAYS_ALLOWED {
         true => Err(guard.over_limit("more than 64 MiB follow the end of the tar archive")),
         false => Ok(true),
     }

@@ -10,7 +10,8 @@
 //! contract in [`source`](crate::source) and passes its conformance suite.
 //!
 //! - If an origin lists no files, the artifact does not exist: `NotFound`, and nothing is stored.
-//! - Credentials are sent only to the scheme, host and port that they were configured for, not to redirect targets.
+//! - Credentials are sent only to the scheme, host and port that they were configured for, or over TLS to the same host.
+//!   Other redirect targets do not get them.
 //! - No connection is made and no certificate is read before the first request.
 //!
 //! # An application's own origin

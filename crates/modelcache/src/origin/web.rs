@@ -10,7 +10,8 @@
 //! response that differs is requested again a few times; then the read fails as superseded.
 //!
 //! Digests come from `Repr-Digest`, `Digest`, `Content-Digest` and `X-Checksum-Sha256`, and from a `.sha256` file
-//! beside the file. Credentials are sent only to the scheme, host and port of the reference's URL.
+//! beside the file. Credentials are sent only to the scheme, host and port of the reference's URL, or over TLS to the
+//! same host.
 
 use super::authorization;
 use super::http::{self, FinalResponse, Http, HttpErrorResponse, Request, Server};

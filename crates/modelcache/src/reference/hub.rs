@@ -111,7 +111,7 @@ impl Location for HubRepo {
         Ok(Some(Target::Hub(Self { revision: checked_revision(revision)?, ..self.clone() })))
     }
 
-    fn pinned(&self, key: &ArtifactKey) -> Target {
+    fn at_key(&self, key: &ArtifactKey) -> Target {
         Target::Hub(Self { revision: key.version.as_str().to_owned(), ..self.clone() })
     }
 

@@ -22,9 +22,9 @@ pub(super) trait Location: fmt::Display {
         Ok(None)
     }
 
-    /// Returns the location pinned to `key`, the version that it resolved to. The default is the bare key, for
+    /// Returns the location of `key`, the version that this location resolved to. The default is the bare key, for
     /// locations whose own references cannot name a version.
-    fn pinned(&self, key: &ArtifactKey) -> Target {
+    fn at_key(&self, key: &ArtifactKey) -> Target {
         Target::Bare(key.clone())
     }
 

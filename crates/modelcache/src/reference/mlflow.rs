@@ -89,7 +89,7 @@ impl Location for MlflowModel {
         Ok(Some(Target::Mlflow(Self { version: parse_revision(revision)?, ..self.clone() })))
     }
 
-    fn pinned(&self, key: &ArtifactKey) -> Target {
+    fn at_key(&self, key: &ArtifactKey) -> Target {
         match key.version.as_str().parse() {
             Ok(number) => Target::Mlflow(Self { version: MlflowVersion::Number(number), ..self.clone() }),
             Err(_) => Target::Bare(key.clone()),
@@ -164,7 +164,7 @@ fn parse_stage(text: &str) -> Result<MlflowVersion, &'static str> {
         return Ok(MlflowVersion::Latest);
     }
     let stage = STAGES.into_iter().find(|stage| stage.eq_ignore_ascii_case(text));
-    stage.map(MlflowVersion::Stage).ok_or("a version is a number or latest; write an alias after an @")
+    stage.map(MlflowVersion::Stage).ok_or("a version is a number from 1, or latest; write an alias after an @")
 }
 
 /// Parses an alias. MLflow accepts letters, digits, `_` and `-`, except the word `latest`.

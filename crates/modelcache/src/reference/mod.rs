@@ -193,9 +193,9 @@ impl Reference {
         self.target.location().pointer()
     }
 
-    /// Returns the reference pinned to `key`, the version that it resolved to.
-    pub fn pinned(&self, key: &ArtifactKey) -> Self {
-        Self { target: self.target.location().pinned(key), ..self.clone() }
+    /// Returns the reference of `key`, the version that this reference resolved to.
+    pub fn at_key(&self, key: &ArtifactKey) -> Self {
+        Self { target: self.target.location().at_key(key), ..self.clone() }
     }
 
     /// Returns the reference with a version that the caller chooses. Unchanged if the origin determines the version.

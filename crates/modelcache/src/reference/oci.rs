@@ -81,7 +81,7 @@ impl Location for OciRepo {
         Ok(Some(Target::Oci(Self { at: parse_at(revision)?, ..self.clone() })))
     }
 
-    fn pinned(&self, key: &ArtifactKey) -> Target {
+    fn at_key(&self, key: &ArtifactKey) -> Target {
         match parse_at(key.version.as_str()) {
             Ok(at) => Target::Oci(Self { at, ..self.clone() }),
             Err(_) => Target::Bare(key.clone()),

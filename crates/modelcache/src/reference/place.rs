@@ -107,7 +107,7 @@ impl Location for Place {
         Ok(Some(Target::Own(Self { revision, ..self.clone() })))
     }
 
-    fn pinned(&self, key: &ArtifactKey) -> Target {
+    fn at_key(&self, key: &ArtifactKey) -> Target {
         Target::Own(Self { revision: key.version.as_str().to_owned(), ..self.clone() })
     }
 
@@ -171,7 +171,7 @@ mod tests {
         let pointer = movable.pointer().expect("movable");
         assert_eq!((pointer.name, pointer.revision.as_str()), (key.name.clone(), "current"));
         assert!(movable.exact_key().is_none() && !movable.can_resolve_to(&Version::new("draft").expect("version")));
-        assert_eq!(movable.pinned(&key), exact);
+        assert_eq!(movable.at_key(&key), exact);
         assert_eq!(movable.at_revision("2").expect("revisions"), exact);
         assert_eq!(Place::of_key(&SHELF, &key).as_ref(), exact.place());
     }

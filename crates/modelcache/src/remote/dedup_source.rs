@@ -61,8 +61,8 @@ pub(super) async fn find(
     sources
 }
 
-/// Returns the files of the newest versions that are on the remote. Used before the digests of the local files are
-/// known.
+/// Returns those files of the newest versions that the remote holds, as possible duplicates. Used before the digests of
+/// the local files are known.
 pub(super) async fn candidates(store: &Arc<Store>, folder: &Folder) -> Vec<FileEntry> {
     let mut entries = Vec::new();
     for version in newest(store, folder).await.unwrap_or_default().into_iter().take(MANIFESTS_MAX) {
@@ -116,8 +116,8 @@ async fn newest(store: &Arc<Store>, folder: &Folder) -> Result<Vec<Version>> {
     Ok(dated.into_iter().map(|(_, version)| version).collect())
 }
 
-/// Returns a sort key for natural order, in which `v9` comes before `v10`: digits compare as numbers, the rest by
-/// character.
+/// Returns a sort key in which `v9` comes before `v10`: a list of numbers, each with the text before it. The text
+/// decides only between equal numbers.
 fn natural_order(text: &str) -> Vec<(u64, String)> {
     let mut parts: Vec<(u64, String)> = Vec::new();
     let mut rest = text;

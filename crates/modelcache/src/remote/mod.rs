@@ -81,7 +81,7 @@ use tokio::sync::OnceCell;
 ///   may upload twice or end in a conflict. Readers still never accept wrong bytes, because they check digests.
 /// - An absent artifact is `None`. A missing bucket, a wrong region or bad credentials are errors, never absence.
 /// - [`Remote::open`] sends no request. Clients and certificates are loaded at the first request.
-/// - No error, log line or `Debug` output contains a key, a token or a signature.
+/// - No error, log line or `Debug` output contains a secret key, a token or a signature.
 #[derive(Clone)]
 pub struct Remote(Arc<RemoteInner>);
 
@@ -102,7 +102,7 @@ struct RemoteInner {
     has_published: AtomicBool,
 }
 
-/// Prints the address only, because the configuration may contain keys.
+/// Prints the address only, because the configuration may contain secret keys.
 impl fmt::Debug for Remote {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Remote({})", self.0.config.url)
@@ -229,9 +229,9 @@ impl Remote {
 
     /// Uploads `files` (path in the artifact -> local file) and publishes `manifest`.
     ///
-    /// If a manifest is published, files are skipped whose objects exist as that manifest records them. Files that
-    /// `manifest` lists and `files` does not contain are left as they are on the remote. Local files are hashed while
-    /// they are sent.
+    /// If the remote already has a manifest of the key, files are skipped whose objects exist as it records them. Files
+    /// that `manifest` lists and `files` does not contain are left as they are on the remote. Local files are hashed
+    /// while they are sent.
     ///
     /// # Errors
     /// [`ErrorKind::Conflict`] if the key has other content (unless `force`), or the folder holds unmanaged objects;
@@ -292,8 +292,8 @@ impl Remote {
         list::list(self).await.map_err(|error| error.tier(Tier::Remote))
     }
 
-    /// Returns the manifests as [`list`](Self::list) does, every tag with its name, and what else is there, from one
-    /// listing.
+    /// Returns, from one listing, the manifests as [`list`](Self::list) does, every tag with the name of its artifact,
+    /// and what the listing skipped: artifacts under longer prefixes, and folders of other tools.
     pub(crate) async fn list_with_tags(&self) -> Result<RemoteListing> {
         list::list_with_tags(self).await.map_err(|error| error.tier(Tier::Remote))
     }
@@ -426,7 +426,8 @@ impl Folder {
         store.key(&format!("{}/{path}", self.base))
     }
 
-    /// Returns the key of a record of modelcache (manifest, claim) in this folder; with an empty `file`, the prefix of all.
+    /// Returns the key of a record of modelcache (manifest, claim) in this folder; with an empty `file`, the prefix of
+    /// all.
     fn record_key(&self, store: &Store, file: &str) -> Result<Path> {
         store.key(&format!("{}/{OWN_FOLDER}/{file}", self.base))
     }

@@ -5,8 +5,8 @@
 //! files are not part of the artifact. Unusable ones are reported in a warning and ignored. A file without a checksum
 //! is trusted on first use: this disk records the digest of its first download.
 //!
-//! A read succeeds only if the object is still the one that was listed, by its ETag ([`ListedReads`]). Otherwise it fails
-//! with a conflict, and the caller lists again.
+//! A read succeeds only if the object is still the one that was listed, by its ETag ([`ListedReads`]). Otherwise it
+//! fails with a conflict, and the caller lists again.
 
 use super::Remote;
 use super::backend::StoredChecksums;
@@ -63,29 +63,29 @@ impl UnmanagedObjects {
     /// Reads the checksums of the files of `listing` and builds the manifest. Logs a warning for each kind of problem
     /// found.
     pub(super) async fn from_listing(store: &Store, key: &ArtifactKey, listing: Arc<Listing>) -> Result<Self> {
-        let (files, sidecars) = split(&listing);
+        let (files, checksum_paths) = split(&listing);
         let mut digests = DigestsByFile::new();
         let (mut unusable, mut absent) = (Vec::new(), BTreeSet::new());
         // Step 1: checksum files, from the lowest precedence to the highest. A later one overrides an earlier one.
-        for (sidecar, checksum_file) in read_checksum_files(store, &listing, &sidecars, &files).await? {
+        for (checksum_path, checksum_file) in read_checksum_files(store, &listing, &checksum_paths, &files).await? {
             // For a single object, the other files of the folder were not listed, so it is unknown whether they exist.
-            if !listing.single && sidecar.ends_with(SUMS) {
+            if !listing.single && checksum_path.ends_with(SUMS) {
                 absent.extend(checksum_file.absent);
             }
             if checksum_file.found.is_empty() {
-                unusable.push(sidecar);
+                unusable.push(checksum_path);
                 continue;
             }
             for (path, digest) in checksum_file.found {
-                let overridden = digests.insert(path.clone(), (digest, sidecar.clone()));
+                let overridden = digests.insert(path.clone(), (digest, checksum_path.clone()));
                 if let Some((earlier, by)) = overridden.filter(|(earlier, _)| *earlier != digest) {
-                    tracing::warn!(artifact = %key, %path, "{by} and {sidecar} list different digests ({earlier} and {digest}); {sidecar} takes precedence");
+                    tracing::warn!(artifact = %key, %path, "{by} and {checksum_path} list different digests ({earlier} and {digest}); {checksum_path} takes precedence");
                 }
             }
         }
         // Step 2: for the files without a digest, ask the store.
         unusable.extend(query_store_checksums(store, &listing, &files, &mut digests).await?);
-        // Step 3: build the manifest. It records every listed object as the remote's.
+        // Step 3: build the manifest. It records each file as held by the remote.
         let mut manifest = Manifest::new(key.clone(), listing.shape(files.iter().cloned()));
         let mut stated_by = BTreeMap::new();
         for path in &files {
@@ -320,16 +320,16 @@ async fn read(
 /// Splits the listed paths into files and checksum files. If there are only checksum files, they are the files.
 fn split(listing: &Listing) -> (BTreeSet<FilePath>, Vec<FilePath>) {
     let paths = || listing.objects.keys().cloned();
-    let is_sidecar = |path: &FilePath| {
+    let is_checksum_file = |path: &FilePath| {
         let name = path.file_name();
         name == SUMS || (name.len() > SIDECAR.len() && name.ends_with(SIDECAR))
     };
-    let files: BTreeSet<FilePath> = paths().filter(|path| !is_sidecar(path)).collect();
+    let files: BTreeSet<FilePath> = paths().filter(|path| !is_checksum_file(path)).collect();
     match (listing.single, files.is_empty()) {
         // A single object: the other objects of its folder were not listed.
         (true, _) => (paths().collect(), Vec::new()),
         (false, true) => (paths().collect(), Vec::new()),
-        (false, false) => (files, paths().filter(is_sidecar).collect()),
+        (false, false) => (files, paths().filter(is_checksum_file).collect()),
     }
 }
 
@@ -339,13 +339,13 @@ fn split(listing: &Listing) -> (BTreeSet<FilePath>, Vec<FilePath>) {
 async fn read_checksum_files(
     store: &Store,
     listing: &Listing,
-    sidecars: &[FilePath],
+    checksum_paths: &[FilePath],
     files: &BTreeSet<FilePath>,
 ) -> Result<Vec<(String, ChecksumFile)>> {
     // Path and whether it was listed. The checksum files of a single object were not listed and may not exist.
     let mut wanted: Vec<(String, bool)> = match (listing.single, listing.objects.keys().next()) {
         (true, Some(file)) => vec![(SUMS.to_owned(), false), (format!("{file}{SIDECAR}"), false)],
-        _ => sidecars.iter().map(|path| (path.to_string(), true)).collect(),
+        _ => checksum_paths.iter().map(|path| (path.to_string(), true)).collect(),
     };
     let precedence = |path: &str| (path.ends_with(SIDECAR), path.matches('/').count(), path.to_owned());
     wanted.sort_by_key(|(path, _)| precedence(path));
@@ -367,10 +367,10 @@ async fn read_checksum_files(
 
 /// Parses a checksum file. Its paths are relative to its own folder. A file such as `model.bin.sha256` may also list
 /// `model.bin` under another path, or contain only the digest.
-fn parse_checksum_file(sidecar: &str, text: &str, files: &BTreeSet<FilePath>) -> ChecksumFile {
-    let folder = sidecar.rsplit_once('/').map_or_else(String::new, |(folder, _)| format!("{folder}/"));
+fn parse_checksum_file(checksum_path: &str, text: &str, files: &BTreeSet<FilePath>) -> ChecksumFile {
+    let folder = checksum_path.rsplit_once('/').map_or_else(String::new, |(folder, _)| format!("{folder}/"));
     // The file that the checksum file is named after, if it exists.
-    let target = sidecar.strip_suffix(SIDECAR).and_then(|target| files.get(&FilePath::new(target).ok()?));
+    let target = checksum_path.strip_suffix(SIDECAR).and_then(|target| files.get(&FilePath::new(target).ok()?));
     if let Some(target) = target {
         let found = sidecar::digest_of(text, target.file_name()).map(|digest| (target.clone(), digest));
         return ChecksumFile { found: found.into_iter().collect(), absent: Vec::new() };
@@ -395,10 +395,11 @@ async fn query_store_checksums(
     let requests = unknown.map(|path| async move {
         let key = store.key(&listing.key_of(path.as_str()))?;
         let Some(stored) = store.stored_checksums(&key).await? else { return Ok(None) };
-        // If the object was replaced since the listing, its checksum does not apply, and the read will fail. But some
-        // stores list another ETag than they state for the object.
+        // If the object was replaced since the listing, its checksum does not apply, and the read will fail. Another
+        // ETag alone does not prove this, because some stores list another ETag than they send with the object. So list
+        // the object again.
         if let Some(listed) = listing.objects.get(path)
-            && was_replaced(listed, &stored)
+            && has_other_etag(listed, &stored)
             && !is_still_listed(store, &key, listed).await?
         {
             return Ok(None);
@@ -420,8 +421,8 @@ async fn query_store_checksums(
     Ok(unusable)
 }
 
-/// Returns true if `stored` is known to be of another object than the listed one. Some stores list no ETags.
-fn was_replaced(listed: &ObjectIdentity, stored: &StoredChecksums) -> bool {
+/// Returns true if `stored` has another ETag than the listed object. Returns false if either is unknown.
+fn has_other_etag(listed: &ObjectIdentity, stored: &StoredChecksums) -> bool {
     listed.etag.as_deref().is_some_and(|etag| etag_differs(etag, stored.etag.as_deref()))
 }
 
@@ -456,14 +457,14 @@ mod tests {
 
     #[test]
     fn checksums_apply_unless_another_etag_was_listed() {
-        let was_replaced = |listed: Option<&str>, stored: Option<&str>| {
+        let has_other_etag = |listed: Option<&str>, stored: Option<&str>| {
             let listed = ObjectIdentity { etag: listed.map(str::to_owned), object_bytes: 1 };
             let stored = StoredChecksums { etag: stored.map(str::to_owned), sha256: None, invalid_header: None };
-            was_replaced(&listed, &stored)
+            super::has_other_etag(&listed, &stored)
         };
-        assert!(!was_replaced(None, Some("\"a\"")), "the listing has no ETag");
-        assert!(!was_replaced(Some("a"), Some("\"a\"")) && !was_replaced(Some("a"), None));
-        assert!(was_replaced(Some("a"), Some("b")));
+        assert!(!has_other_etag(None, Some("\"a\"")), "the listing has no ETag");
+        assert!(!has_other_etag(Some("a"), Some("\"a\"")) && !has_other_etag(Some("a"), None));
+        assert!(has_other_etag(Some("a"), Some("b")));
     }
 
     #[test]

@@ -26,10 +26,11 @@ const CONNECTIONS_SHARE: (usize, usize) = (10, 16);
 /// Memory that the HTTP client needs for a connection whose bytes arrive faster than they are processed. Measured as
 /// the growth of the peak RSS from 32 to 224 connections.
 const CONNECTION_BYTES: usize = 640 << 10;
-/// Descriptors to reserve for each request if each is for another file: two connections (a redirect opens a second
-/// one), six for the file, and as many again for the next file and for an upload at the same time.
+/// Descriptors to reserve for each request if each is for another file: eight, namely two connections (a redirect opens
+/// a second one) and six for the file; and another eight, which the next file and an upload at the same time share.
 const DESCRIPTORS_PER_REQUEST: u64 = 16;
-/// Descriptors to reserve for [`FILES_MAX`] files, eight each. Beyond them, each request needs two connections.
+/// Descriptors to reserve for [`FILES_MAX`] files, eight each. Each request needs two of the other descriptors, one for
+/// each connection.
 const DESCRIPTORS_FOR_FILES: u64 = 512;
 /// Upper bound on the number of files that one fill downloads concurrently.
 const FILES_MAX: usize = 64;
@@ -91,8 +92,8 @@ impl Engine {
     }
 }
 
-/// Returns the memory that downloads may use, in bytes, if `free` bytes of memory are free now, and this many bytes of
-/// address space are left, if they are limited.
+/// Returns the memory that downloads may use, in bytes. `free` is the free memory, if it is known, and
+/// `address_space_left` the rest of the address space, if that is limited.
 fn memory_budget(free: Option<u64>, address_space_left: Option<u64>) -> usize {
     let share = free.map_or(MEMORY_MIN, |free| usize::try_from(free / MEMORY_DIVISOR).unwrap_or(MEMORY_MAX));
     let fitting = address_space_left.map_or(usize::MAX, |left| usize::try_from(left / 2).unwrap_or(usize::MAX));
@@ -113,6 +114,7 @@ fn connections_max(memory: usize, descriptors: Option<u64>) -> usize {
 
 /// Returns the highest number of files that one fill downloads concurrently.
 fn files_max(descriptors: Option<u64>) -> usize {
+    // Eight descriptors for each file: half of `DESCRIPTORS_PER_REQUEST`.
     let fitting = descriptors.map_or(FILES_MAX as u64, |all| 2 * all / DESCRIPTORS_PER_REQUEST);
     usize::try_from(fitting).unwrap_or(FILES_MAX).clamp(CONCURRENCY_MIN, FILES_MAX)
 }

@@ -10,10 +10,10 @@ const UNKNOWN_HOST_DEADLINE: Duration = Duration::from_secs(5);
 /// Returns the error if `reason` is that TLS with `server` is impossible. `roots_remedy` tells how to trust another
 /// root certificate.
 pub(crate) fn tls_error(server: &str, reason: &str, roots_remedy: &str) -> Option<Error> {
-    let untrusted = |what: String| Error::unavailable(what).transient(false).cause(reason.to_owned());
+    let failure = |what: String| Error::unavailable(what).transient(false).cause(reason.to_owned());
     if reason.contains("InvalidContentType") {
         let remedy = "check scheme and port of the address: at this port the server may want http://";
-        return Some(untrusted(format!("{server} does not speak TLS")).hint(remedy));
+        return Some(failure(format!("{server} does not speak TLS")).hint(remedy));
     }
     if !reason.contains("certificate") {
         return None;
@@ -35,7 +35,7 @@ pub(crate) fn tls_error(server: &str, reason: &str, roots_remedy: &str) -> Optio
     } else {
         ("the issuer of its certificate is unknown", roots_remedy)
     };
-    Some(untrusted(format!("{server} is not trusted: {what}")).hint(remedy))
+    Some(failure(format!("{server} is not trusted: {what}")).hint(remedy))
 }
 
 /// Limits the retries of `error`, a failure to connect, if `reason` is that DNS does not know the host.

@@ -22,7 +22,8 @@ use tokio::sync::{Notify, watch};
 const AHEAD_PARTS: u64 = 4;
 /// Largest gap, in bytes, between two reads that still count as sequential.
 const GAP_BYTES: u64 = 1 << 20;
-/// Largest range, in bytes, that a reader gets before the slice with it is full.
+/// Largest range, in bytes, for which a slice is written before it is full, because a reader of unverified bytes waits
+/// for the range. For a longer range, the reader waits until the slice with its end is full.
 const SHORT_BYTES: u64 = 64 << 10;
 /// Time to wait for a reader's next demand after its last one was satisfied. After it, parts without a demand are
 /// requested.
@@ -99,7 +100,8 @@ pub(super) enum NextPart {
     Demanded(u64),
     /// The next part in the usual order.
     Any,
-    /// No part: the demanded part is already being downloaded and gets the whole bandwidth.
+    /// No part yet: the demanded part is already being downloaded and gets the whole bandwidth, or the next demand of a
+    /// reader is expected within [`NEXT_DEMAND_WAIT`].
     Wait,
 }
 
@@ -128,8 +130,9 @@ impl PartialFile {
 
     /// Starts a new generation and returns its number. All bytes received before become invalid.
     ///
-    /// Must be called before the old file is removed and the new one created. A reader that opens the staged file and
-    /// then finds its generation still current has therefore opened the file of that generation.
+    /// Must be called before the old file is removed and the new one created. A reader gets a generation from
+    /// [`begin_read`](PartialReader::begin_read), opens the staged file, and then checks that this generation is
+    /// current. If it is, the opened file is the file of that generation.
     pub(super) fn begin_generation(&self, has_ladder: bool) -> u64 {
         self.replace(1, ReceivedBytes { exists: true, has_ladder, ..ReceivedBytes::default() })
     }
@@ -204,7 +207,8 @@ impl PartialFile {
     pub(super) fn next_part(&self, queue: &PartQueue, part_size: u64) -> NextPart {
         let by_part = self.is_readable_by_part();
         let demands = self.demands.lock();
-        // A reader that must wait for the whole file does not change the order of requests, which follows the hash.
+        // A reader that must wait until the whole file is verified does not change the order of requests: no order
+        // gives it the bytes earlier.
         let relevant: Vec<&Demand> = demands.values().filter(|demand| demand.unchecked || by_part).collect();
         let parts = |range: Range<u64>| range.start / part_size..range.end.div_ceil(part_size);
         // Ranges that readers wait for come before ranges that they are expected to read next.
@@ -219,8 +223,8 @@ impl PartialFile {
         }
     }
 
-    /// Returns true if a reader of unverified bytes waits for a short range, which ends within `received`. A longer range
-    /// is not worth a slice of its own.
+    /// Returns true if a reader of unverified bytes waits for a short range, which ends within `received`. A longer
+    /// range is not worth a slice of its own.
     pub(super) fn is_waited_for(&self, received: &Range<u64>) -> bool {
         let ends_here = |range: &Range<u64>| {
             range.end - range.start <= SHORT_BYTES && range.end > received.start && range.end <= received.end

@@ -145,8 +145,9 @@ impl CheckpointPair {
 }
 
 impl Workers {
-    /// Creates a pool for a machine with `cores` cores. The workers are the bottleneck if more than `backlog_bytes_max`
-    /// are queued. Shorter queues are normal, because slices of many connections arrive together.
+    /// Creates a pool for a machine with `cores` cores. The workers count as the bottleneck if more than
+    /// `backlog_bytes_max` bytes are queued. Shorter queues are normal, because slices of many connections arrive
+    /// together.
     pub(super) fn new(cores: usize, backlog_bytes_max: usize) -> Self {
         let workers_max = (2 * cores).clamp(WORKERS_MIN, WORKERS_MAX);
         // Half of the cores receive. A core that hashes pairs keeps up with a core that receives.
@@ -221,7 +222,7 @@ struct Slot<'a>(&'a WorkerPool);
 /// The jobs that a worker takes from the queue at a time: one, or a pair to hash interleaved.
 struct Batch<'a> {
     jobs: Vec<SliceJob>,
-    /// `None` if the job needs no hashing now.
+    /// `None` if the job cannot be hashed yet, because the in-order hash has not reached its slice.
     slot: Option<Slot<'a>>,
 }
 
@@ -267,7 +268,8 @@ impl Worker {
                 pool.freed.notify_all();
                 return None;
             }
-            // Take the first job that can run now. Without a free slot that is one that needs no hashing.
+            // Take the first job that can run now. Without a free slot, that is one that cannot be hashed yet: it is
+            // only written, and hashed later.
             let is_free = state.hashing < pool.hashing_max;
             let Some(at) = state.queue.iter().position(|job| is_free || !job.can_hash()) else {
                 state = pool.freed.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -277,7 +279,7 @@ impl Worker {
             if !is_free || !jobs.iter().all(SliceJob::can_hash) {
                 return Some(Batch { jobs, slot: None });
             }
-            // Pair it with a second job that needs hashing, if there is one. Never wait for it.
+            // Pair it with a second job that can be hashed, if there is one. Never wait for it.
             if let Some(at) = state.queue.iter().position(SliceJob::can_hash) {
                 jobs.extend(state.queue.remove(at));
                 state.pairs += 1;

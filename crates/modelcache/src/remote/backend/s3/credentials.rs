@@ -60,7 +60,7 @@ pub(super) struct CredentialSource {
     /// The provider that returned the credentials.
     pub(super) provider_name: String,
     /// The first [`KEY_CHARS_SHOWN`] characters of the access key id.
-    pub(super) key_prefix: String,
+    pub(super) key_id_start: String,
     /// Expiry time of temporary credentials.
     pub(super) expires_at: Option<SystemTime>,
 }
@@ -193,8 +193,8 @@ impl Credentials {
     /// Searches the chain and returns the source of the credentials. Does not use the cache.
     pub(super) async fn credential_source(&self) -> Result<CredentialSource> {
         let (provider_name, found) = self.search().await.map_err(|tried| self.none_found(&tried))?;
-        let key_prefix = found.credential.key_id.chars().take(KEY_CHARS_SHOWN).collect();
-        Ok(CredentialSource { provider_name, key_prefix, expires_at: found.expires_at })
+        let key_id_start = found.credential.key_id.chars().take(KEY_CHARS_SHOWN).collect();
+        Ok(CredentialSource { provider_name, key_id_start, expires_at: found.expires_at })
     }
 
     /// Returns the error of a search without result. `tried` lists the providers with their reasons.

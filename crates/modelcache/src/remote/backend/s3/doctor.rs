@@ -64,9 +64,9 @@ impl S3Backend {
         if self.options.is_on(AmazonS3ConfigKey::SkipSignature) {
             return Ok(Check::ok(Area::Credentials, "requests are not signed (skip_signature)"));
         }
-        let CredentialSource { provider_name, key_prefix, expires_at } =
+        let CredentialSource { provider_name, key_id_start, expires_at } =
             with_timeout(self.credentials.credential_source()).await?;
-        let mut message = format!("from {provider_name}; the access key id begins with {key_prefix}");
+        let mut message = format!("from {provider_name}; the access key id begins with {key_id_start}");
         let left = expires_at.map(|expires_at| expires_at.duration_since(SystemTime::now()).unwrap_or_default());
         if let Some(left) = left {
             message.push_str(&format!("; they expire in {} min", left.as_secs() / 60));

@@ -43,8 +43,9 @@ pub(super) struct RawClient {
     request_payer: bool,
 }
 
-/// Returns false if an option changes how read requests are signed or encrypted, which [`RawClient`] does not support.
-/// The remote then reads no checksums of objects, and cannot list multipart uploads.
+/// Returns false if an option is on that changes how read requests are signed or encrypted. [`RawClient`] is then not
+/// used for reads: the remote reads no checksums of objects, and cannot list multipart uploads. Copies and uploads of
+/// parts support `request_payer` all the same.
 pub(super) fn supports_reads(options: &Options) -> bool {
     use AmazonS3ConfigKey as Key;
     let needs_customer_key = options.passed_on.iter().any(|(key, _)| key.as_ref() == "aws_sse_customer_key_base64");
