@@ -37,8 +37,8 @@ pub(crate) struct Arguments {
 pub(crate) fn parse(args: &[OsString]) -> Result<Arguments, clap::Error> {
     let verbs = Verb::augment_subcommands(Command::new("modelcache"));
     let named = verbs.get_subcommands().filter(|verb| args.iter().any(|arg| arg == verb.get_name()));
-    let command = Global::augment_args(Command::new("modelcache")).subcommands(named.cloned());
-    let matches = command.try_get_matches_from(args);
+    let command = Command::new("modelcache").disable_help_subcommand(true).subcommands(named.cloned());
+    let matches = Global::augment_args(command).try_get_matches_from(args);
     matches.and_then(|matches| Arguments::from_arg_matches(&matches)).or_else(|_| Arguments::try_parse_from(args))
 }
 

@@ -228,7 +228,7 @@ fn a_pending_upload_for_another_remote_is_kept() {
     house.on("a").run(["get", REF, "--backfill", "later"]).path();
     let elsewhere = format!("file://{}", house.path("elsewhere").display());
     let run = || house.on_local("a").env("MODEL_CACHE_REMOTE", &elsewhere);
-    run().run(["backfill"]).ok().said(&["1 artifact for another remote"]);
+    run().run(["backfill"]).ok().said(&["pending for another remote: 1 artifact"]);
     assert_eq!(house.pending("a").0, 1);
     house.on_local("a").run(["backfill"]).failed(2, &["no remote is configured"]);
     house.on("a").run(["backfill"]).ok();

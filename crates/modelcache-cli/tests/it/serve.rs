@@ -5,7 +5,7 @@ use modelcache_testkit::Content;
 use modelcache_testkit::hub::HubFault;
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::AsRawFd as _;
+use std::os::fd::OwnedFd;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -180,16 +180,19 @@ fn settings_that_cannot_work_are_refused_before_anything_is_served() {
 #[test]
 fn sockets_of_systemd_need_a_token_if_other_machines_can_reach_them() {
     let house = House::new();
+    // Passes a socket as descriptor 3, as systemd does.
     let check = |passed: &str, setting: &str| {
-        let socket = TcpListener::bind(passed).unwrap();
-        // The descriptor is inherited, as from systemd.
-        rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::empty()).unwrap();
-        let run = house.on_local("a").env("MODEL_CACHE_LISTEN", setting);
-        let passing = format!("exec 3<&{}; LISTEN_PID=$$ LISTEN_FDS=1", socket.as_raw_fd());
-        run.shell(&format!("{passing} exec {BIN} serve --check"))
+        let script = r#"LISTEN_PID=$$ LISTEN_FDS=1 exec "$0" serve --check 3<&0"#;
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", script, BIN]).env_clear().env("MODEL_CACHE_DIR", house.path("a"));
+        let socket = OwnedFd::from(TcpListener::bind(passed).unwrap());
+        let output = command.env("MODEL_CACHE_LISTEN", setting).stdin(socket).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
     };
-    check("0.0.0.0:0", "127.0.0.1:0").failed(2, &["no token"]);
-    check("127.0.0.1:0", "0.0.0.0:0").ok();
+    let (code, message) = check("0.0.0.0:0", "127.0.0.1:0");
+    assert!(code == Some(2) && message.contains("no token"), "{code:?} {message}");
+    let (code, message) = check("127.0.0.1:0", "0.0.0.0:0");
+    assert!(code == Some(0) && message.contains("ready to serve"), "{code:?} {message}");
 }
 
 #[test]

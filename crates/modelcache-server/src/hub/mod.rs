@@ -5,7 +5,7 @@
 //!
 //! Clients compare only the size of a file. If a digest does not match, the connection is cut before the last bytes,
 //! and a client that asks for the rest of the file gets the whole file again; old clients, which would append it, get an
-//! error. After several such downloads in a row the file is refused for a minute.
+//! error. After three such downloads, each within a week of the one before, the file is refused for a minute.
 
 mod listing;
 mod rights;

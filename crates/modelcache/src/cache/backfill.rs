@@ -164,7 +164,9 @@ impl Cache {
     async fn upload(&self, leased: &Arc<LeasedArtifact>, job: BackfillJob, progress: &Progress) -> PublishedBytes {
         let Some(remote) = &self.0.remote else { return PublishedBytes::default() };
         let (key, files) = (&leased.manifest.key, job.missing.files.clone());
-        let uploaded = self.upload_under_lock(remote, leased, job, progress).await;
+        let Some(uploaded) = self.upload_under_lock(remote, leased, job, progress).await.transpose() else {
+            return PublishedBytes::default();
+        };
         self.metrics().record_health(Tier::Remote, &uploaded);
         match uploaded {
             Ok(published) => {
@@ -180,18 +182,19 @@ impl Cache {
         }
     }
 
-    /// Takes the backfill lock and uploads the files, unless another process has uploaded them meanwhile.
+    /// Takes the backfill lock and uploads the files. Returns `None` if it did not contact the remote: the remote refuses
+    /// writes, or another process uploads the files or has uploaded them.
     async fn upload_under_lock(
         &self,
         remote: &Remote,
         leased: &Arc<LeasedArtifact>,
         mut job: BackfillJob,
         progress: &Progress,
-    ) -> Result<PublishedBytes> {
+    ) -> Result<Option<PublishedBytes>> {
         let key = &leased.manifest.key;
         if let Some(refusal) = remote.refusal() {
             log_failure(remote, &refusal, false);
-            return Ok(PublishedBytes::default());
+            return Ok(None);
         }
         // Step 1: take the backfill lock.
         let started = Instant::now();
@@ -200,7 +203,7 @@ impl Cache {
                 Some(lock) => break lock,
                 None if started.elapsed() > WAIT_MAX => {
                     tracing::info!(artifact = %key, "another process is uploading this artifact to the remote");
-                    return Ok(PublishedBytes::default());
+                    return Ok(None);
                 }
                 None => {
                     // Release the claim of the streaming upload: the process that holds the lock needs it.
@@ -211,14 +214,14 @@ impl Cache {
         };
         // Step 2: check the record. The process that held the lock before may have uploaded the files.
         if job.is_recorded && self.pending_upload(remote, key).await?.is_none() {
-            return Ok(PublishedBytes::default());
+            return Ok(None);
         }
         // Step 3: complete the streaming upload, upload the other files and publish them.
         let pending = match job.streaming {
             Some((streaming_upload, proven)) => streaming_upload.finish(proven).await,
             None => None,
         };
-        self.upload_and_publish(remote, leased, &job.missing, pending, progress).await
+        self.upload_and_publish(remote, leased, &job.missing, pending, progress).await.map(Some)
     }
 
     /// Uploads leased files and publishes them on the remote. Then removes them from the pending upload. The caller

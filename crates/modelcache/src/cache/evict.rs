@@ -116,7 +116,8 @@ impl Cache {
             if dry_run {
                 return Ok(expected);
             }
-            Ok(disk.evict(key)?.map(|freed| (freed, expected.map_or(0, |(_, shared)| shared))))
+            // Report sizes of files, as a dry run does. The eviction itself counts allocated bytes.
+            Ok(disk.evict(key)?.map(|allocated| expected.unwrap_or((allocated, 0))))
         };
         // If one of them cannot be evicted, none is.
         if !dry_run {

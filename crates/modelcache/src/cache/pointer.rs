@@ -298,18 +298,20 @@ impl Cache {
         let manifest = self.on_disk(move |disk| disk.shared_manifest(&dir)).await?;
         let digest = manifest.and_then(|manifest| manifest.content_digest());
         let Some(on_disk) = digest.filter(|on_disk| *on_disk != sha256) else { return Ok(()) };
-        match remote.source(key).manifest().await {
+        let on_remote =
+            remote.source(key).manifest().await.ok().flatten().and_then(|manifest| manifest.content_digest());
+        match on_remote {
             // Disk and remote differ: the version was replaced on the remote, and the local copy is outdated.
-            Ok(Some(remote)) if remote.content_digest().is_some_and(|on_remote| on_remote != on_disk) => {
+            Some(on_remote) if on_remote != on_disk => {
                 Err(digest_alerts::outdated_on_disk(key, &tag_record.tag, sha256, on_disk))
             }
             // Disk and remote agree: the version was replaced after it was tagged.
-            Ok(Some(_)) => {
+            Some(_) => {
                 digest_alerts::changed_after_tagging(key, &tag_record.tag, sha256, on_disk);
                 Ok(())
             }
-            // The remote is unavailable, so it cannot be decided which content is right.
-            _ => Ok(()),
+            // The remote is unavailable or has no digest, so it cannot be decided which content is right.
+            None => Ok(()),
         }
     }
 

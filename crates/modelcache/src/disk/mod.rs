@@ -459,7 +459,7 @@ impl Disk {
         }
         let (mut freed, mut shared) = (0, 0);
         for (links, metadata) in views.into_values() {
-            if links == metadata.nlink() { freed += metadata.allocated() } else { shared += metadata.allocated() }
+            if links == metadata.nlink() { freed += metadata.len() } else { shared += metadata.len() }
         }
         Ok(Some((freed, shared)))
     }
