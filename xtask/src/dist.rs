@@ -20,8 +20,8 @@ use std::process::Command;
 const REQUIREMENTS: [Requirements; 1] = [Requirements::WithDependencies("packaging/requirements.txt")];
 /// Platform tag of the wheel: glibc 2.17 (2012) or newer.
 const WHEEL_PLATFORM: &str = "manylinux2014";
-/// Debian packages that the tests need, each with the variable for its folder. Without a package, its tests are skipped.
-/// bubblewrap runs programs in another root filesystem, and umoci unpacks the container image.
+/// Debian packages that the tests need, each with the variable for its folder. Without a package, its tests are
+/// skipped. bubblewrap runs programs in another root filesystem, and umoci unpacks the container image.
 const TEST_PACKAGES: [(&str, Package); 4] = [
     ("TEST_BUBBLEWRAP", Package { name: "bubblewrap", program: "usr/bin/bwrap", libraries: &[] }),
     ("TEST_UMOCI", Package { name: "umoci", program: "usr/bin/umoci", libraries: &[] }),
@@ -113,7 +113,7 @@ impl Dist {
             run(command.env("SOURCE_DATE_EPOCH", &epoch).env("CARGO", cargo().get_program()))
         };
         if !self.debug {
-            // maturin includes all files with this beginning.
+            // maturin includes all files whose names begin with `LICENSE`.
             let licences = root().join(PACKAGE).join("LICENSE-THIRD-PARTY");
             let sbom = work.join("modelcache-python.cdx.json");
             pack(&["licences".as_ref(), "modelcache-python".as_ref(), licences.as_ref()])?;

@@ -1,7 +1,7 @@
 //! `cargo xtask TASK`: developer tasks of this repository, one file per task.
 //!
 //! If a task fails, it prints one line with the cause, and the exit code is 1. Tasks write below `target/`; `docs` and
-//! `bench` also write pages below `docs/`. No task needs credentials.
+//! `bench` also write pages below `docs/`, and `deploy --write` writes below `deploy/`. No task needs credentials.
 #![expect(clippy::print_stderr, reason = "a program for the terminal")]
 
 use xtask::{bench, crates, demo, deploy, dist, docs, fuzz, page, python, release, site, test};

@@ -67,8 +67,8 @@ pub fn build_modelcache(build: Build) -> Result<PathBuf> {
     executable(&build_messages(&mut command)?)
 }
 
-/// Builds `modelcache` statically linked and without symbols, and returns its path. `release_target` is the target folder
-/// of a release build. `None` makes a debug build in the usual target folder.
+/// Builds `modelcache` statically linked and without symbols, and returns its path. `release_target` is the target
+/// folder of a release build. `None` makes a debug build in the usual target folder.
 pub(crate) fn build_static(release_target: Option<&Path>) -> Result<PathBuf> {
     let mut command = cargo();
     command.args(["rustc", "--locked", "--package", "modelcache-cli", "--bin", "modelcache"]);
@@ -76,7 +76,7 @@ pub(crate) fn build_static(release_target: Option<&Path>) -> Result<PathBuf> {
         command.arg("--release").env("CARGO_TARGET_DIR", folder).env("CARGO_ENCODED_RUSTFLAGS", remap_paths());
     }
     command.args(["--message-format=json-render-diagnostics", "--"]);
-    // For the last step only, which links the program. The libraries are those of the ordinary build.
+    // These flags apply only to the last step, which links the program. Its dependencies are built without them.
     command.args(["-C", "target-feature=+crt-static", "-C", "strip=symbols"]);
     executable(&build_messages(&mut command)?)
 }
@@ -87,8 +87,8 @@ fn executable(messages: &[Value]) -> Result<PathBuf> {
     programs.next_back().map(PathBuf::from).context("cargo built no program")
 }
 
-/// Returns flags of rustc for `CARGO_ENCODED_RUSTFLAGS`. They replace the paths of this machine, so that the build neither
-/// contains them nor depends on them.
+/// Returns flags of rustc for `CARGO_ENCODED_RUSTFLAGS`. They replace the paths of this machine, so that the build
+/// neither contains them nor depends on them.
 pub(crate) fn remap_paths() -> String {
     let home = std::env::var("HOME").unwrap_or_default();
     let cargo_home = std::env::var("CARGO_HOME").unwrap_or_else(|_| format!("{home}/.cargo"));

@@ -1,4 +1,5 @@
-//! Line charts on two logarithmic axes, as SVG files beside the page: a straight line of slope one is proportional cost.
+//! Line charts on two logarithmic axes, as SVG files beside the page. On these axes, a cost that is proportional to the
+//! horizontal value is a straight line of slope one.
 
 use anyhow::{Context, Result, ensure};
 use plotters::prelude::*;
@@ -7,7 +8,8 @@ use std::path::Path;
 
 /// Width and height of a chart, in pixels.
 const SIZE: (u32, u32) = (640, 360);
-/// Readable on white and on dark backgrounds, and distinguishable without red and green.
+/// Colours of the lines. They are readable on white and on dark backgrounds, and distinguishable for readers with
+/// red-green colour blindness.
 const COLOURS: [RGBColor; 3] = [RGBColor(0, 114, 178), RGBColor(213, 94, 0), RGBColor(0, 158, 115)];
 /// Free space around the lines, as a factor.
 const MARGIN: f64 = 1.5;
@@ -16,7 +18,7 @@ const MARGIN: f64 = 1.5;
 pub(super) struct Chart {
     /// Name of the file, without its extension.
     pub(super) name: &'static str,
-    /// What the chart shows, for readers who cannot see it.
+    /// What the chart shows. It is the caption, and the text for readers who cannot see the chart.
     pub(super) title: String,
     /// Name and unit of the horizontal axis.
     pub(super) x: &'static str,
@@ -54,7 +56,8 @@ impl Chart {
             let (least, most) = points()
                 .map(value)
                 .fold((f64::INFINITY, 0.0_f64), |(least, most), value| (least.min(value), most.max(value)));
-            // Whole decades: ticks are at powers of ten, and an axis without one has no labels.
+            // Extend the axis to whole decades. The first tick is at a power of ten, so an axis that contains no power
+            // of ten would have no labels.
             let power = |exponent: f64| 10_f64.powf(exponent);
             (power(least.log10().floor()) / MARGIN..power(most.log10().ceil()) * MARGIN).log_scale()
         };

@@ -1,8 +1,9 @@
 //! Compares programs in rounds; each round runs every program once.
 //!
-//! The speed of a machine drifts, so only results of the same rounds are compared. If the runs of a program differ much,
-//! there are additional rounds. A slow program drops out after [`SPENT_S_MAX`] seconds and at least [`ROUNDS_MIN`] runs;
-//! its line shows the number of its runs. A program that fails drops out, too, and its line shows the reason.
+//! The speed of a machine drifts, so only results of the same rounds are compared. If the runs of a program differ
+//! much, there are additional rounds. A slow program drops out after [`SPENT_S_MAX`] seconds and at least
+//! [`ROUNDS_MIN`] runs; its line shows the number of its runs. A program that fails drops out, too, and its line shows
+//! the reason.
 
 use super::machine::memory_bytes;
 use super::setup::Setup;
@@ -17,8 +18,8 @@ use xtask::table;
 const SPENT_S_MAX: f64 = 25.0;
 /// Minimum number of runs of a slow program, because a single run is no measurement.
 const ROUNDS_MIN: usize = 2;
-/// If the interquartile range of a program is a larger share of its median, all programs run in up to as many rounds
-/// again. With fewer than five runs, the range of all runs takes the place of the interquartile range.
+/// If the interquartile range of a program exceeds this share of its median, additional rounds follow, at most as many
+/// as before. With fewer than five runs, the range of all runs takes the place of the interquartile range.
 const INTERQUARTILE_SHARE_MAX: f64 = 0.1;
 /// A comparison that moves at most this many bytes per run keeps the files of all runs until it ends. An ext4 without a
 /// journal skips inodes that were freed in the last minutes, so removing the files of one run would slow down the next
@@ -71,10 +72,10 @@ pub(super) fn compare(setup: &Setup, bytes: u64, entries: &[Entry<'_>]) -> Resul
     in_turn(setup, bytes, entries, || Ok(()))
 }
 
-/// Like [`compare`], for programs that write to disk. Warms the page cache before each run, so that every program
-/// finds equally much memory for it.
+/// Like [`compare`], for programs that write to disk. Calls [`claim_page_cache_memory`] before each run, so that every
+/// program finds the same amount of memory for its page cache.
 pub(super) fn compare_to_disk(setup: &Setup, bytes: u64, entries: &[Entry<'_>]) -> Result<Vec<Line>> {
-    in_turn(setup, bytes, entries, || warm_page_cache(&setup.scratch.disk, bytes))
+    in_turn(setup, bytes, entries, || claim_page_cache_memory(&setup.scratch.disk, bytes))
 }
 
 fn in_turn(setup: &Setup, bytes: u64, entries: &[Entry<'_>], prepare: impl Fn() -> Result<()>) -> Result<Vec<Line>> {
@@ -132,7 +133,7 @@ fn in_turn(setup: &Setup, bytes: u64, entries: &[Entry<'_>], prepare: impl Fn() 
 /// writes. That costs several times the write itself and would be charged to the program that runs after one without
 /// page cache use. The kernel reuses the memory of a file just removed before any other, so the next program gets pages
 /// that are already backed.
-pub(super) fn warm_page_cache(folder: &Path, bytes: u64) -> Result<()> {
+pub(super) fn claim_page_cache_memory(folder: &Path, bytes: u64) -> Result<()> {
     let warmed = bytes.saturating_add(bytes / 8).min(memory_bytes("MemAvailable") / 2);
     let path = folder.join("warm");
     let mut file = BufWriter::with_capacity(1 << 20, File::create(&path)?);

@@ -119,7 +119,8 @@ impl Copier {
         path: &Path,
     ) -> Result<Command> {
         let mut command = setup.peers.debian_program("rclone")?;
-        // rclone compares an ETag of this form with the MD5 of the file, and those of the bench server are no digests.
+        // rclone takes an ETag of 32 hex digits for the MD5 of the object, and compares it with that of the file. The
+        // ETags of the bench server have this form, but are not MD5 digests.
         command.arg("--ignore-checksum");
         let remote = format!(":s3,provider=Other,env_auth=true,endpoint='{}':{BUCKET}/{key}", server.url());
         match operation {
@@ -150,7 +151,7 @@ impl Copier {
     }
 }
 
-/// Returns a download command for aria2c, which does not speak S3: plain HTTP with 16 connections.
+/// Returns a download command for aria2c with 16 connections. aria2c does not speak S3 and sends plain HTTP requests.
 pub(super) fn aria2(setup: &Setup, server: &ServerProcess, key: &str, path: &Path) -> Result<Command> {
     let mut command = setup.peers.debian_program("aria2c")?;
     command.args(["--quiet", "--max-connection-per-server=16", "--split=16", "--min-split-size=16M"]);

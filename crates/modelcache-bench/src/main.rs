@@ -156,7 +156,7 @@ enum Row {
     Verify,
     /// Hits: artifacts that are on disk
     Warm,
-    /// A hit as a Hugging Face cache
+    /// A hit that provides its files as a Hugging Face cache
     Layout,
     /// Peak memory
     Memory,

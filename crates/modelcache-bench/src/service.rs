@@ -52,7 +52,8 @@ impl Service {
         format!("http://{}", self.address)
     }
 
-    /// Runs `work`. Returns its result and what the server used meanwhile: the peak memory is that since its start.
+    /// Runs `work`. Returns its result, the time that it took, the core-seconds of the server during this time, and the
+    /// peak memory of the server since its start.
     pub(super) fn usage_during<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<(T, Usage)> {
         let (started, before) = (Instant::now(), self.core_seconds()?);
         let result = work()?;

@@ -35,7 +35,7 @@ pub(super) struct Sizes {
     /// Size of all tensors of the safetensors file.
     pub(super) tensors: u64,
     /// Bytes that the daemon sends over all connections together.
-    pub(super) growth: u64,
+    pub(super) daemon_bytes: u64,
     /// Number of calls in one Python process.
     pub(super) calls: usize,
 }
@@ -48,7 +48,7 @@ impl Sizes {
         small_files: (2000, 4 << 10),
         sparse: 100_000_000_000,
         tensors: 2 << 30,
-        growth: 1 << 30,
+        daemon_bytes: 1 << 30,
         calls: 10_000,
     };
     pub(super) const QUICK: Self = Self {
@@ -58,7 +58,7 @@ impl Sizes {
         small_files: (200, 4 << 10),
         sparse: 4_000_000_000,
         tensors: 256 << 20,
-        growth: 64 << 20,
+        daemon_bytes: 64 << 20,
         calls: 1000,
     };
 }

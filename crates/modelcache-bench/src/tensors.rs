@@ -1,4 +1,4 @@
-//! Writes the safetensors file of the Python rows, of any size. It is written in slices, because this process must stay
+//! Writes a safetensors file of any size for the Python rows. It is written in slices, because this process must stay
 //! small: its size is a lower bound of the measured memory (see `usage`).
 //!
 //! All tensors are vectors of 32-bit numbers and have equal length. Any bit pattern may occur, including NaN.
@@ -30,8 +30,8 @@ pub(super) fn write_tensor_file(setup: &Setup) -> Result<(PathBuf, u64)> {
     Ok((folder, bytes))
 }
 
-/// Writes a file with `bytes` of tensors, which must be a multiple of [`TENSORS`] numbers. Returns its size including
-/// the header.
+/// Writes a file whose tensors have `bytes` bytes in all. `bytes` must be a multiple of 4 * [`TENSORS`], because each
+/// number has 4 bytes. Returns the size of the file including the header.
 fn write(path: &Path, seed: u64, bytes: u64) -> Result<u64> {
     write_to(path, seed, bytes).with_context(|| format!("cannot write {}", path.display()))
 }

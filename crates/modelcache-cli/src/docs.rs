@@ -16,7 +16,8 @@ use modelcache::settings;
 /// The width of help texts on the pages, in columns.
 const HELP_COLUMNS: usize = 100;
 
-/// Returns every generated page: its path relative to the repository, and its text.
+/// Returns the pages that this module generates: their paths relative to the repository, and their texts.
+/// `cargo xtask docs` also writes docs/json.md and docs/http.md.
 pub fn pages() -> Vec<(&'static str, String)> {
     vec![
         ("docs/configuration.md", configuration()),

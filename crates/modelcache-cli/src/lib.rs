@@ -148,7 +148,7 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
             Ok(signal.exit_code())
         }
     };
-    // Last: the end of the runtime has ended the spans of interrupted requests.
+    // This call comes last, because the spans of interrupted requests end when the runtime is shut down.
     traces::finish();
     outcome
 }

@@ -83,13 +83,15 @@ pub(crate) const FAMILIES: &[Descriptor<EndedCommand>] = &[
     Descriptor::gauge("command", &["verb"], "1 for the verb of the last command", |command| {
         vec![Sample::labelled([command.verb], 1.0)]
     }),
-    Descriptor::gauge("command_end_timestamp_seconds", &[], "Time at which it ended (Unix time)", |command| {
+    Descriptor::gauge("command_end_timestamp_seconds", &[], "Unix time at which the last command ended", |command| {
         Sample::only(command.ended_unix.as_secs_f64())
     }),
-    Descriptor::gauge("command_duration_seconds", &[], "Its duration", |command| {
+    Descriptor::gauge("command_duration_seconds", &[], "Duration of the last command", |command| {
         Sample::only(command.took.as_secs_f64())
     }),
-    Descriptor::gauge("command_exit_code", &[], "Its exit code", |command| Sample::only(f64::from(command.exit_code))),
+    Descriptor::gauge("command_exit_code", &[], "Exit code of the last command", |command| {
+        Sample::only(f64::from(command.exit_code))
+    }),
     Descriptor::gauge(
         "command_artifacts",
         &["from"],

@@ -1,9 +1,10 @@
 //! All output of the program: results go to standard output, everything else to standard error.
 //!
-//! No other module writes to these streams. Text from servers, files, other users and the command line is made safe for
-//! a terminal here: every line passes through [`printable`]. Two results stay exact, because scripts read them: the
-//! path that `get` prints, and the reference that `resolve` prints into a pipe. If the reader closes standard output
-//! early (`modelcache ls | head`), the rest of the output is dropped without an error. Lines on standard error and the
+//! No other module writes to these streams, except `arguments`: it prints help, version and usage errors before there
+//! is an [`Output`]. Text from servers, files, other users and the command line is made safe for a terminal here: every
+//! line passes through [`printable`]. Two results stay exact, because scripts read them: the path that `get` prints,
+//! and the reference that `resolve` prints into a pipe. If the reader closes standard output early
+//! (`modelcache ls | head`), the rest of the output is dropped without an error. Lines on standard error and the
 //! progress bar never overlap.
 
 use crate::arguments::Global;

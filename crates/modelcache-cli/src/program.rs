@@ -1,4 +1,4 @@
-//! How to start this program again, as itself or with another command.
+//! How to start this program again.
 //!
 //! The program is the binary `modelcache`, or a Python interpreter that runs the command of the Python package. The
 //! words before the arguments are therefore, for example, `modelcache` or `python -m modelcache`.
@@ -11,7 +11,8 @@ use std::sync::OnceLock;
 /// The words of the command line before the arguments. Empty if they are unknown.
 static PROGRAM: OnceLock<Vec<OsString>> = OnceLock::new();
 
-/// Records the words before the arguments `args`, whose first element is the name of the program.
+/// Records the words of the command line that precede the arguments. `args` is the name of the program, followed by the
+/// arguments.
 pub(crate) fn record(args: &[OsString]) {
     let words: Vec<OsString> = std::env::args_os().collect();
     let arguments = args.get(1..).unwrap_or_default();

@@ -127,8 +127,8 @@ impl Call {
     }
 }
 
-/// Runs a call for at most [`WAIT_INTERVAL`]. Returns its outcome. If it has not ended, returns the task in which it
-/// continues as `Err`.
+/// Runs a call for at most [`WAIT_INTERVAL`]. Returns `Ok` with its outcome or, if it has not ended, `Err` with the
+/// task in which it continues.
 fn run_for_interval(
     runtime: &Runtime,
     stage: Option<Stage>,

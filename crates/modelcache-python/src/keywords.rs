@@ -3,7 +3,8 @@
 use modelcache::option_name::{OptionName, Scope, call};
 use modelcache::settings::Setting;
 
-/// Returns the keyword of an option: its name, or that of `huggingface_hub` for the same thing.
+/// Returns the keyword of an option in the Python package. It differs from the option's name mainly where
+/// `huggingface_hub` has a name for the same thing.
 fn keyword(option: OptionName) -> &'static str {
     match option.name {
         "dir" => "cache_dir",

@@ -26,7 +26,8 @@ static LEVEL: AtomicU8 = AtomicU8::new(30);
 
 /// Installs the subscriber that records events.
 pub(crate) fn install() {
-    // Fails if this build already has a global subscriber. That one stays in place.
+    // Fails if a global subscriber is already set, for instance by a command that ran in this process. That one stays
+    // in place.
     let _ = tracing::subscriber::set_global_default(Recorder);
 }
 
@@ -86,7 +87,7 @@ impl Subscriber for Recorder {
         let metadata = event.metadata();
         // Escape control characters, because handlers write the text to terminals and files as it is.
         let text = printable::line(&(text.message + &text.fields)).into_owned();
-        // The modules of this crate log as those of the library do.
+        // Events of this crate go to the loggers below `modelcache`, like those of the library.
         let logger = metadata.target().replace("modelcache_native", "modelcache").replace("::", ".");
         process.log((python_level(metadata.level()), logger, text));
     }

@@ -34,7 +34,7 @@ const RUNTIME_TIMEOUT: Duration = Duration::from_secs(1);
 const RECORDS_MAX: usize = 10_000;
 
 /// The first process in the chain of forks. Each process links to its forked child, in the child's copy of the memory.
-/// Links are never freed; without forks there is one.
+/// The chain is never freed. Without forks, it has one element.
 static FIRST: OnceLock<Process> = OnceLock::new();
 /// Number of forks between the first process and this one.
 static FORKS: AtomicU32 = AtomicU32::new(0);
@@ -137,9 +137,9 @@ pub(crate) fn begin_shutdown(py: Python<'_>) {
 pub(crate) fn shut_down(py: Python<'_>) {
     let Some(process) = existing() else { return };
     // Replace the runtime first, so that a new call fails instead of starting a new runtime.
-    let threads = std::mem::replace(&mut *process.runtime.lock(), RuntimeState::ShutDown);
+    let state = std::mem::replace(&mut *process.runtime.lock(), RuntimeState::ShutDown);
     py.detach(|| {
-        if let RuntimeState::Running(runtime) = threads
+        if let RuntimeState::Running(runtime) = state
             && let Some(runtime) = into_sole_owner(runtime)
         {
             runtime.shutdown_timeout(RUNTIME_TIMEOUT);
@@ -275,15 +275,15 @@ impl Process {
 
     /// Returns the Tokio runtime. The first call starts it; calls after [`shut_down`] fail.
     pub(crate) fn runtime(&self, _: Python<'_>) -> Result<Arc<Runtime>> {
-        let mut threads = self.runtime.lock();
-        if let RuntimeState::NotStarted = *threads {
+        let mut state = self.runtime.lock();
+        if let RuntimeState::NotStarted = *state {
             let has_arenas = std::env::var_os("MALLOC_ARENA_MAX").is_none();
-            *threads = RuntimeState::Running(Arc::new(modelcache::runtime::start(has_arenas)?));
+            *state = RuntimeState::Running(Arc::new(modelcache::runtime::start(has_arenas)?));
             // Start this thread before other work exhausts the thread limit of the process. If it cannot be started,
             // only calls from event loops fail.
             let _ = dispatcher(&self.completions);
         }
-        match &*threads {
+        match &*state {
             RuntimeState::Running(runtime) => Ok(runtime.clone()),
             _ => Err(Error::new(ErrorKind::Other, "the Python interpreter is shutting down; no call can be started")),
         }
@@ -380,8 +380,8 @@ fn run(receiver: &Receiver<Message>) {
         let attached = match message {
             Message::Stop => None,
             Message::LogRecords => Python::try_attach(logs::forward_records),
-            // Log records are forwarded by the Python task that awaits this call. A logging handler must not block this thread, because the
-            // handler may wait for an event loop that this thread has to wake.
+            // Log records are forwarded by the Python task that awaits this call. A logging handler must not block this
+            // thread, because the handler may wait for an event loop that this thread has to wake.
             Message::CallFinished(done, outcome) => Python::try_attach(|py| {
                 if let Err(error) = CallOutput::call_back(py, done.bind(py), outcome) {
                     error.write_unraisable(py, Some(done.bind(py)));

@@ -148,7 +148,8 @@ def test_the_hint_of_an_error_is_in_the_words_of_the_package(tmp_path: Path, ope
     with pytest.raises(modelcache.InvalidError) as offline:
         cache.get("hf://org/model", force_refresh=True, local_files_only=True)
     assert offline.value.hint == (
-        "leave out force_refresh=True, or be online: offline=True, local_files_only=True, ModelCache(offline=True)"
+        "leave out force_refresh=True, or leave out offline=True, local_files_only=True and ModelCache(offline=True) "
+        "to be online"
     )
     with pytest.raises(modelcache.FullError) as full:
         open_cache(max_bytes=500).put("m", "2", model)

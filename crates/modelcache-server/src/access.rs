@@ -91,8 +91,8 @@ fn check(app: &App, headers: &HeaderMap) -> ApiResult<()> {
     }
 }
 
-/// Returns true if the `Host` header names this machine itself. A page of another site that points its own name at
-/// 127.0.0.1 sends that name.
+/// Returns true if the `Host` header names this machine itself. If the domain name of another site resolves to
+/// 127.0.0.1 (DNS rebinding), the requests of its pages have that domain name in the `Host` header.
 fn is_loopback_name(host: &str) -> bool {
     let name = match host.rsplit_once(':') {
         Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,

@@ -91,14 +91,15 @@ pub(crate) struct App {
     pub(crate) doctor: Doctor,
     pub(crate) rights: Rights,
     pub(crate) infos: Infos,
-    /// When the daemon last received a request of its own: the endpoint of its Hub is then its own address.
+    /// When the daemon last received a request that it had sent itself, because the endpoint of its Hub is its own
+    /// address.
     pub(crate) own_requests: OwnRequests,
     pub(crate) readiness: Readiness,
     pub(crate) activity: Activity,
     pub(crate) http: HttpMetrics,
     pub(crate) connections: Arc<ConnectionCounters>,
-    /// The manifests of artifacts that are not on disk yet, so that listing and download request them once: by key, and
-    /// by revision with the time of the answer.
+    /// The manifests of artifacts that are not on disk yet, by key and by revision, each with the time of the answer.
+    /// They are kept so that listing and download request them once.
     manifests: Mutex<HashMap<String, (Instant, Arc<Manifest>)>>,
     /// The running requests for manifests, so that all clients of a cold artifact share one.
     listings: Mutex<HashMap<String, WeakListing>>,

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Memory for the chunks of all responses together. With more responses the chunks become smaller.
 const CHUNK_MEMORY: usize = 32 << 20;
-/// Largest and smallest chunk. A larger one saves no more time; a smaller one costs a system call for little.
+/// Largest and smallest chunk. A larger one saves no more time; a smaller one costs a system call for few bytes.
 const CHUNK_MAX: usize = 512 << 10;
 const CHUNK_MIN: usize = 32 << 10;
 /// Size of the first chunk. Small, so that the first byte of a file that is downloading is sent early.
@@ -29,7 +29,7 @@ static BODIES: AtomicUsize = AtomicUsize::new(0);
 pub(crate) enum Opened {
     /// On disk, or on its way there.
     Cached(Arc<OpenFile>),
-    /// Larger than the budget.
+    /// Passed through without being stored, because the cache has no room for it.
     Uncached(UncachedFile),
 }
 

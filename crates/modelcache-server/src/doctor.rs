@@ -54,8 +54,9 @@ impl Doctor {
         self.last.lock().as_ref().map(|(_, report)| report.clone())
     }
 
-    /// Returns the last report if it is at most `max_age` old; otherwise runs the doctor. Requests that arrive during a
-    /// run share the next report.
+    /// Returns the last report if its run began at most `max_age` ago; otherwise runs the doctor. A request that
+    /// arrives during a run waits for the end of that run. It gets the report of that run if the run began at most
+    /// `max_age` before the request, and the report of a later run otherwise.
     ///
     /// # Errors
     /// 404 if the front end handed in no doctor.

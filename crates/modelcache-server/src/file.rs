@@ -62,7 +62,7 @@ impl FileRequest<'_> {
         let (status, range) = match &asked {
             Requested::Whole => (StatusCode::OK, 0..size),
             Requested::Part { range, .. } => (StatusCode::PARTIAL_CONTENT, range.clone()),
-            // With the length that the file has: without one, axum would state that of the empty body.
+            // State the length of the file. Otherwise axum would state the length of the empty body.
             Requested::NotModified => return Ok(self.response(StatusCode::NOT_MODIFIED, size, Body::empty())),
             Requested::Unsatisfiable => {
                 let mut response = self.response(StatusCode::RANGE_NOT_SATISFIABLE, 0, Body::empty());
@@ -75,7 +75,8 @@ impl FileRequest<'_> {
             true => Body::empty(),
             false => {
                 // Bytes up to the end of the file may be sent before they are verified, because the last of them is
-                // sent only if the digest of the whole file holds. A closed range has no such end.
+                // sent only if the digest of the whole file holds. The bytes of a range that ends earlier must be
+                // verified before they are sent.
                 let unchecked = range.end == size;
                 let started = Instant::now();
                 let opened = match corrupt.filter(CorruptFile::is_refused) {

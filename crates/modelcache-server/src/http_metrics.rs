@@ -79,7 +79,7 @@ pub const HTTP_METRICS: &[Descriptor<HttpCounts>] = &[
     Descriptor::histogram(
         "http_request_seconds",
         &["route"],
-        "Times from a request to the head of its response, in seconds, by route, without requests whose client left before",
+        "Times from a request to the head of its response, in seconds, by route, unless the client left earlier",
         |counts: &HttpCounts| {
             let sample = |(route, histogram): (&String, &Histogram)| Sample {
                 labels: vec![route.clone()],

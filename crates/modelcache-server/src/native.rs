@@ -309,8 +309,8 @@ pub(crate) async fn evict(
     Ok(Json(json!(report)).into_response())
 }
 
-/// Returns the farthest tier that a client may have contacted for a reference. For a version at a server that is not
-/// part of the configuration, as `ls` prints it, that is the remote.
+/// Returns the farthest tier that the daemon may contact for a client's reference. If the reference names a version at
+/// a server that is not part of the configuration, as references in the output of `ls` do, that is the remote.
 ///
 /// # Errors
 /// 403 for a reference that only such a server can resolve.
@@ -341,8 +341,8 @@ fn may_ask_origin(app: &App, reference: &Reference) -> bool {
     app.options.allow_any_origin || has_configured_origin(reference)
 }
 
-/// Returns true if the origin of a reference is part of the configuration. A bare name that begins like a URI is the key
-/// of an artifact from there.
+/// Returns true if the origin of a reference is part of the configuration. A bare name that begins like a URI is the
+/// key of an artifact from there.
 fn has_configured_origin(reference: &Reference) -> bool {
     match reference.scheme() {
         Some(_) => CONFIGURED_SCHEMES.iter().any(|scheme| reference.to_string().starts_with(scheme)),
@@ -358,7 +358,8 @@ fn origin_refused() -> ApiError {
     )
 }
 
-/// Returns the error of a reference whose origin was left out if `max_tier` says so.
+/// Returns the error of a call that was limited to `max_tier`. If the call could not ask the origin, the refusal of
+/// the origin replaces `NotFound`.
 fn without_origin(error: Error, max_tier: Tier) -> ApiError {
     match (error.kind(), max_tier) {
         (ErrorKind::NotFound, Tier::Disk | Tier::Remote) => origin_refused(),

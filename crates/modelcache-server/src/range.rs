@@ -28,7 +28,7 @@ pub(crate) fn requested(headers: &HeaderMap, size: u64, etag: Option<&str>) -> R
     {
         return Requested::NotModified;
     }
-    // A range of a file that the client has another version of is of no use to it.
+    // A client that has another version of the file cannot use a range of this one.
     let is_same = text(IF_RANGE).is_none_or(|tag| Some(tag.trim()) == etag);
     let range = text(RANGE).filter(|_| is_same).and_then(|text| text.trim().strip_prefix("bytes="));
     range.and_then(|range| parse(range.trim(), size)).unwrap_or(Requested::Whole)

@@ -43,7 +43,7 @@ impl<K> Fault<K> {
         self
     }
 
-    /// Applies the fault only if the decoded path, with the query at the Hub, contains `part`.
+    /// Applies the fault only if the decoded path contains `part`. Most faults are also compared with the query.
     pub fn on(mut self, part: impl Into<String>) -> Self {
         self.on = Some(part.into());
         self
@@ -98,7 +98,8 @@ impl<K: Clone> Faults<K> {
     }
 
     /// Applies the first armed fault that matches the request, among the kinds that `accepts` returns true for, and
-    /// returns its kind. `subject` is the text that [`Fault::on`] is compared with: the decoded path, and the query.
+    /// returns its kind. `subject` is the text that [`Fault::on`] is compared with: the decoded path, mostly followed
+    /// by the query.
     pub(crate) fn take(&self, method: &str, subject: &str, accepts: impl Fn(&K) -> bool) -> Option<K> {
         let mut armed = lock(&self.armed);
         for (fault, hits) in armed.iter_mut() {

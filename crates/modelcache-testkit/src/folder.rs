@@ -25,7 +25,7 @@ pub struct Census {
     /// Views of artifacts that have no manifest.
     pub loose_views: Vec<PathBuf>,
     /// Records of pending uploads, one file per artifact.
-    pub intents: Vec<PathBuf>,
+    pub pending_uploads: Vec<PathBuf>,
 }
 
 impl Census {
@@ -63,7 +63,7 @@ impl Census {
             census.stagings_with_bytes.extend(has_bytes.then(|| path.clone()));
             census.stagings.push(path);
         }
-        census.intents = entries(&root.join("backfill"))?;
+        census.pending_uploads = entries(&root.join("backfill"))?;
         for name in entries(&root.join("artifacts"))? {
             for version in entries(&name)? {
                 let is_loose = !version.join("manifest.json").exists();
@@ -135,7 +135,7 @@ mod tests {
         assert_eq!(census.stagings.len(), 2);
         assert_eq!(census.temporaries, [root.join("staging/new-1")]);
         assert_eq!(census.loose_views, [root.join("artifacts/n/1/files/loose")]);
-        assert_eq!(census.intents, [root.join("backfill/k")]);
+        assert_eq!(census.pending_uploads, [root.join("backfill/k")]);
         assert_eq!(Census::of(&root.join("nowhere")).unwrap().counted_bytes, 0);
     }
 }

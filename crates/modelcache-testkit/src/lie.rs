@@ -37,7 +37,8 @@ pub enum Kind {
     Short(usize),
     /// The first byte of the body is changed.
     Flip,
-    /// `Content-Range` states offsets and a size that are higher by these numbers.
+    /// `Content-Range` states offsets that are higher by the first number, and a file size that is higher by the sum of
+    /// both numbers.
     Shift(u64, u64),
     /// The answer has this `Content-Encoding`, although the body is not encoded.
     Encoded(&'static str),
@@ -72,7 +73,7 @@ impl Fault<Kind> {
         Self::new(Kind::Flip)
     }
 
-    /// Answers with a `Content-Range` whose offsets are `by` higher than requested.
+    /// Answers with a `Content-Range` whose offsets are `by` higher than requested. Its file size is `by` higher, too.
     pub fn other_range(by: u64) -> Self {
         Self::new(Kind::Shift(by, 0))
     }
@@ -186,7 +187,7 @@ impl Kind {
     }
 }
 
-/// Raises the offsets and the size in `Content-Range`, if the header is present.
+/// Raises the offsets in `Content-Range` by `offset`, and the file size by `offset + size`, if the header is present.
 fn shift(headers: &mut hyper::HeaderMap, offset: u64, size: u64) {
     let name: HeaderName = CONTENT_RANGE;
     let shifted = headers.get(&name).and_then(|value| value.to_str().ok()).and_then(|text| {

@@ -28,7 +28,8 @@ impl Moto {
     /// is missing, ends each time, or does not answer in time.
     pub fn start(venv: impl AsRef<Path>) -> anyhow::Result<Self> {
         let program = venv.as_ref().join("bin/moto_server");
-        // Another process may take the port before the server does. Then the server ends, or another one answers.
+        // Another process may take the port before the server does. Then the server ends, and the next attempt uses
+        // another port.
         let started = (0..ATTEMPTS).find_map(|_| Self::try_start(&program).transpose());
         started.unwrap_or_else(|| Err(anyhow::anyhow!("moto_server found no free port in {ATTEMPTS} attempts")))
     }

@@ -109,9 +109,10 @@ struct Shared {
     bytes_up: AtomicU64,
     bytes_down: AtomicU64,
     sever: Notify,
-    /// Bytes that may still reach clients. Used once [`FaultProxy::let_through`] was called.
-    line: Semaphore,
-    is_narrow: AtomicBool,
+    /// Bytes that may still reach clients. Has no effect until [`FaultProxy::let_through`] is called.
+    allowance: Semaphore,
+    /// True after the first call of [`FaultProxy::let_through`].
+    is_limited: AtomicBool,
 }
 
 impl FaultProxy {
@@ -134,8 +135,8 @@ impl FaultProxy {
             bytes_up: AtomicU64::new(0),
             bytes_down: AtomicU64::new(0),
             sever: Notify::new(),
-            line: Semaphore::new(0),
-            is_narrow: AtomicBool::new(false),
+            allowance: Semaphore::new(0),
+            is_limited: AtomicBool::new(false),
         });
         let (listener, addr) = bind(("127.0.0.1", port))?;
         let task = runtime().spawn(accept(listener, shared.clone())).abort_handle();
@@ -175,8 +176,8 @@ impl FaultProxy {
     /// Stops passing bytes to clients, except for `bytes` more over all connections, in the order of arrival. Further
     /// calls add to the allowance.
     pub fn let_through(&self, bytes: u64) {
-        self.shared.is_narrow.store(true, Ordering::SeqCst);
-        self.shared.line.add_permits(usize::try_from(bytes).unwrap_or(Semaphore::MAX_PERMITS));
+        self.shared.is_limited.store(true, Ordering::SeqCst);
+        self.shared.allowance.add_permits(usize::try_from(bytes).unwrap_or(Semaphore::MAX_PERMITS));
     }
 
     /// Closes all open connections.
@@ -266,10 +267,10 @@ async fn pass_down(
             return Ok(());
         }
         // With `let_through`, wait for an allowance of this many bytes and use it up.
-        if shared.is_narrow.load(Ordering::SeqCst)
-            && let Ok(turn) = shared.line.acquire_many(u32::try_from(read).unwrap_or(u32::MAX)).await
+        if shared.is_limited.load(Ordering::SeqCst)
+            && let Ok(permits) = shared.allowance.acquire_many(u32::try_from(read).unwrap_or(u32::MAX)).await
         {
-            turn.forget();
+            permits.forget();
         }
         let chunk = &mut buffer[..read];
         // Returns the position of the fault's offset in this chunk, or `None` if it is elsewhere.

@@ -103,7 +103,7 @@ impl Registry {
     pub fn push_blob(&self, repository: &str, content: &[u8]) -> anyhow::Result<String> {
         let digest = format!("sha256:{}", sha256(content));
         let begun = self.ask("POST", &format!("/v2/{repository}/blobs/uploads/"), &[], b"")?.want(202)?;
-        let place = begun.header("location").context("an upload without a place")?;
+        let place = begun.header("location").context("the answer has no location for the upload")?;
         // The location may be a full URL, and may have a query.
         let path = place.split_once("://").map_or(place, |(_, rest)| &rest[rest.find('/').unwrap_or(rest.len())..]);
         let joint = if path.contains('?') { '&' } else { '?' };

@@ -45,7 +45,7 @@ pub struct Call {
 
 /// Error number for a failing call, as Linux numbers them on all but a few old platforms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(missing_docs, reason = "they are described where the C library describes them")]
+#[allow(missing_docs, reason = "the manual page errno(3) describes them")]
 pub enum Errno {
     EPERM = 1,
     EINTR = 4,
@@ -121,7 +121,7 @@ impl ShimRun {
         self.with("SHIM_STICKY", 1)
     }
 
-    /// Counts only calls of the functions `call`, separated by commas, when it selects the call to fail. Threads
+    /// Makes [`Shim::fail_at`] count only calls of the functions `call` (names separated by commas). Threads
     /// interleave, so a number among all calls could hit any function.
     #[must_use]
     pub fn of(self, call: &str) -> Self {
@@ -140,7 +140,7 @@ impl ShimRun {
         self.with("SHIM_BOOT_ID", file.display())
     }
 
-    /// Makes the program run `seconds` later by the clock that counts from the boot.
+    /// Sets the clock that counts from the boot (`CLOCK_BOOTTIME`) ahead by `seconds` for the program.
     #[must_use]
     pub fn later(self, seconds: u32) -> Self {
         self.with("SHIM_AHEAD", seconds)

@@ -151,7 +151,7 @@ async fn socks_tunnel(
     log: &Mutex<Vec<String>>,
     hosts: &BTreeMap<String, SocketAddr>,
 ) -> std::io::Result<()> {
-    // The greeting lists authentication methods. The answer selects none (0).
+    // The greeting lists authentication methods. The answer selects "no authentication" (0).
     let mut greeting = [0; 2];
     client.read_exact(&mut greeting).await?;
     client.read_exact(&mut vec![0; greeting[1].into()]).await?;

@@ -40,8 +40,8 @@ pub struct Config {
     pub durable: Durable,
     /// Which users share the local directory.
     pub shared: Sharing,
-    /// A second cache directory, only read, in which files are looked up that the local directory lacks, for example
-    /// one that is part of a container image.
+    /// A second, read-only cache directory, for example one that is part of a container image. Files that the local
+    /// directory lacks are looked up there.
     pub lower_dir: Option<PathBuf>,
     /// How files are written to disk.
     pub write_mode: WriteMode,
@@ -194,8 +194,8 @@ pub enum Extract {
     /// Never: an archive is a file like any other.
     #[default]
     Never,
-    /// If the content of the file is an archive (tar, plain or compressed, or zip), and its name has the extension of one,
-    /// or no extension. Anything else is returned as it is.
+    /// If the content of the file is an archive (tar, plain or compressed, or zip), and its name has the extension of
+    /// one, or no extension. Anything else is returned as it is.
     Auto,
     /// Always: anything that is not an archive is an error.
     Always,
@@ -211,7 +211,7 @@ impl Extract {
             "never" => Ok(Self::Never),
             "auto" => Ok(Self::Auto),
             "always" => Ok(Self::Always),
-            _ => Err(Error::invalid(format!("{name:?} says not whether to extract archives"))
+            _ => Err(Error::invalid(format!("{name:?} does not state whether to extract archives"))
                 .hint("accepted: auto, always or never")),
         }
     }

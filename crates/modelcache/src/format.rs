@@ -3,8 +3,8 @@
 //! Only the first [`HEAD_BYTES`] of a file are examined, never its name, and nothing is deserialized. Of a pickle two
 //! opcodes are read; of a gzip file the first 512 bytes are decompressed.
 //!
-//! The end of a file is not examined, so a truncated file is not detected. This identifies a format, and does not
-//! validate a file.
+//! The end of a file is not examined, so a truncated file is not detected. Detection identifies the format of a file,
+//! and does not validate the file.
 
 use crate::error::{Error, Result};
 use crate::key::FilePath;
@@ -186,7 +186,9 @@ impl Format {
                 "the download probably returned a login or error page instead of the file: download it again".into()
             }
             Empty => "the program that writes it has not run, or failed: write the file again, then put it".into(),
-            Gzip if expected == TarGz => "only a file was compressed, not a folder: make it with `tar -czf`".into(),
+            Gzip if expected == TarGz => {
+                "only a file was compressed, not a folder: pack the folder with `tar -czf`".into()
+            }
             Tar if expected == TarGz => format!("compress it with gzip, or put it with {}", EXPECT.set_to("tar")),
             format if EXPECTABLE.contains(&format) => {
                 format!("put the right file, or use {}", EXPECT.set_to(format.name().unwrap_or_default()))

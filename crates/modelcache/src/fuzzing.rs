@@ -9,7 +9,7 @@ use crate::{origin, remote};
 /// merges with itself.
 pub fn manifest_list(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
-    let Ok(manifest) = Manifest::from_list(text) else { return };
+    let Ok(manifest) = Manifest::from_member(text) else { return };
     if manifest.check().is_ok() {
         let written = manifest.to_bytes().expect("a valid manifest can be written");
         assert_eq!(Manifest::from_bytes(&written).expect("a written manifest can be read"), manifest);
@@ -22,7 +22,7 @@ pub fn manifest_list(bytes: &[u8]) {
 /// Parses a manifest without its envelope, and checks nothing further.
 pub fn read_manifest_list(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
-    let _ = Manifest::from_list(text);
+    let _ = Manifest::from_member(text);
 }
 
 /// Returns a manifest of thousands of files, each with `bytes` as its entry.

@@ -24,8 +24,9 @@ pub(crate) fn first_few<T: Display>(names: impl IntoIterator<Item = T>, shown: u
     few.join(", ")
 }
 
-/// Returns the name in `known` that is closest to `name`, if at most a third of its characters differ (1 to 3). Ignores
-/// case, and treats `-` and `_` as equal.
+/// Returns the name in `known` that is closest to `name`. Returns `None` if the edit distance of the two exceeds a
+/// third of the length of `name`; this limit is at least 1 and at most 3. Ignores case, and treats `-` and `_` as
+/// equal.
 pub(crate) fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let plain = |name: &str| name.to_ascii_lowercase().replace('-', "_");
     let (name, distance_max) = (plain(name), (name.chars().count() / 3).clamp(1, 3));

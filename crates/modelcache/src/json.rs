@@ -4,7 +4,7 @@ use serde::{Serialize, Serializer};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// The first second after the year 9999, which RFC 3339 cannot express.
+/// The beginning of the year 10000, in seconds since the Unix epoch. RFC 3339 cannot express times from then on.
 const YEAR_10000: u64 = 253_402_300_800;
 
 /// Serializes a time as RFC 3339 in UTC, to the second. A time outside the years 1970 to 9999 is `null`.

@@ -154,7 +154,7 @@ impl ArtifactName {
 
     /// Returns true if the name comes from a URI whose origin keeps old versions, so that a version can be downloaded
     /// again after the origin has moved on.
-    pub(crate) fn has_origin_with_versions(&self) -> bool {
+    pub(crate) fn origin_keeps_versions(&self) -> bool {
         self.scheme().is_some_and(|word| scheme_of_word(word).is_none_or(|scheme| scheme.keeps_versions))
     }
 

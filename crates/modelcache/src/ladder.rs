@@ -145,7 +145,8 @@ impl TryFrom<StoredLadder> for Ladder {
     }
 }
 
-/// A SHA-256 hasher for a range of a file. The range starts at a block boundary, and may end at one.
+/// A SHA-256 hasher for a range of a file. The range starts at a block boundary. If it also ends at one, another hasher
+/// can continue from the [`state`](PartHasher::state) there.
 #[derive(Clone)]
 pub struct PartHasher {
     state: State,

@@ -104,8 +104,9 @@
 //!
 //! # Features
 //!
-//! `mlflow` and `oci`, both on by default, are the clients of those registries. Without one, its artifacts are still
-//! served from the local directory and the remote, and what needs the registry fails with the name of the feature.
+//! The features `mlflow` and `oci`, both on by default, contain the clients of those registries. If a feature is
+//! disabled, the artifacts of its registry are still served from the local directory and the remote. A call that needs
+//! the registry fails with an error that names the feature.
 //!
 //! # Guarantees
 //!

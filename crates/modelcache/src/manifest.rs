@@ -94,7 +94,7 @@ pub struct FileDetails {
     pub executable: bool,
 }
 
-/// The identity by which a tier recognises the bytes that it holds without reading them.
+/// The identity by which a tier recognises, without reading them, the bytes that it holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
 pub enum HeldIdentity {
@@ -214,7 +214,8 @@ impl Manifest {
         )))
     }
 
-    /// Logs a warning if files of `self`, the published content, stay executable although they are not in `other`.
+    /// Logs a warning if files of `self`, the published content, stay executable although `other` has them as not
+    /// executable.
     pub(crate) fn warn_kept_executable(&self, other: &Self) {
         let is_plain = |path: &FilePath| other.files.get(path).is_some_and(|entry| !entry.executable);
         let kept: Vec<_> = self.files.iter().filter(|(path, entry)| entry.executable && is_plain(path)).collect();
@@ -303,7 +304,7 @@ impl Manifest {
 
     /// Parses the member `manifest` of the stored form. Checks only types and limits.
     #[cfg(fuzzing)]
-    pub(crate) fn from_list(text: &str) -> Result<Self> {
+    pub(crate) fn from_member(text: &str) -> Result<Self> {
         read::prescan(text)?;
         read::parse_manifest(text)
     }

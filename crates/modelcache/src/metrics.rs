@@ -68,8 +68,8 @@ pub struct Counts {
     pub waiting_calls: u64,
     /// Failed gets and puts, by error kind. A kind that has not occurred is absent.
     pub failures: BTreeMap<&'static str, u64>,
-    /// Durations of the phases of gets and puts, by phase. In JSON, `phase_seconds` has the sums and `phase_buckets` the
-    /// buckets.
+    /// Durations of the phases of gets and puts, by phase. In JSON, `phase_seconds` has the sums and `phase_buckets`
+    /// the buckets.
     #[serde(flatten, serialize_with = "sums_and_buckets")]
     pub phase_seconds: BTreeMap<&'static str, Histogram>,
     /// The health of each tier at the last request to it. A tier that was never requested is absent.
@@ -336,9 +336,12 @@ pub const FAMILIES: &[Descriptor<Counts>] = &[
         |counts| Sample::only(counts.waits.count as f64),
     )
     .json("waits.count"),
-    Row::counter("wait_seconds_total", &[], "Seconds for which these gets waited", |counts| {
-        Sample::only(counts.waits.seconds)
-    })
+    Row::counter(
+        "wait_seconds_total",
+        &[],
+        "Seconds for which gets waited for the fill of another caller or process",
+        |counts| Sample::only(counts.waits.seconds),
+    )
     .json("waits.seconds"),
     Row::counter(
         "bytes_total",

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use tracing::field::Empty;
 use tracing::{Span, debug_span};
 
-/// The phases of a call, as shown to users. A get goes through the phases `Resolve` to `Backfill`, as far as needed.
+/// The phases of a call, as shown to users. A get goes through the phases `Resolve` to `Backfill` without `Read`, as
+/// far as needed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 #[repr(u8)]
@@ -33,7 +34,7 @@ pub enum Phase {
     Backfill,
     /// Linking or copying files into a folder of the caller.
     Materialize,
-    /// Extracting an archive: the time after its download.
+    /// Extracting the rest of an archive after its download has ended.
     Extract,
     /// Reading stored files, and comparing them with their digests.
     Verify,
@@ -74,8 +75,9 @@ impl Phase {
 
 /// The progress of one call. Clones share it.
 ///
-/// The phases of the call become `tracing` spans at the level `debug`, below the span in which the progress was created.
-/// That span stays open as long as a clone lives. If the progress was created outside of any span, there are none.
+/// The phases of the call become `tracing` spans at the level `debug`, below the span in which the progress was
+/// created. That span stays open as long as a clone lives. If the progress was created outside of any span, there are
+/// none.
 #[derive(Debug, Clone)]
 pub struct Progress(Arc<Counters>);
 
@@ -100,7 +102,7 @@ struct Counters {
     done_bytes: AtomicU64,
     remote_bytes: AtomicU64,
     origin_bytes: AtomicU64,
-    /// Nanoseconds spent in each of [`PHASES`]; 0 if the phase was not entered.
+    /// Nanoseconds spent in each of [`PHASES`]; 0 if the phase has not ended yet.
     phase_ns: [AtomicU64; PHASES.len()],
     /// True while `retries` has an error.
     is_retrying: AtomicBool,
@@ -212,8 +214,8 @@ impl Progress {
         *self.lock_retries() = retries;
     }
 
-    /// Returns the downloaded and the total bytes, for a put the read and the total bytes, to be shown to callers and
-    /// processes that wait for this fill. Both are 0 in other phases.
+    /// Returns the done and the total bytes of the phase `Download` or, in a put, `Read`. Callers and processes that
+    /// wait for this fill show them. Both numbers are 0 in other phases.
     pub(crate) fn fill_bytes(&self) -> (u64, u64) {
         let now = self.snapshot();
         match now.phase {
@@ -256,7 +258,7 @@ pub(crate) struct PhaseGuard {
 
 impl Drop for PhaseGuard {
     fn drop(&mut self) {
-        // At least 1 ns, because 0 stands for a phase that was not entered.
+        // At least 1 ns, because 0 stands for a phase that has not ended yet.
         let spent = u64::try_from(self.entered.elapsed().as_nanos()).unwrap_or(u64::MAX).max(1);
         self.progress.0.phase_ns[self.phase as usize].fetch_add(spent, Ordering::Relaxed);
         if let Some((span, before)) = &self.span {

@@ -109,7 +109,8 @@ pub fn start(has_arenas: bool) -> Result<Runtime> {
     Ok(runtime)
 }
 
-/// Fails if the descriptors of a runtime cannot be opened. There are five, and `tokio` panics without the last ones.
+/// Fails if this process cannot open six more file descriptors, as many as a runtime needs. `tokio` would panic instead
+/// of returning an error if it could not open its socket pair.
 fn require_descriptors() -> Result<()> {
     check_free_descriptors(6).map_err(|cause| {
         Error::new(ErrorKind::Limits, "the runtime cannot open its files")

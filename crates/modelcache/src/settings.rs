@@ -209,10 +209,11 @@ pub const SETTINGS: &[Setting] = &[
         value_name: "auto|always|never",
         default: "`never`",
         description: "Whether an archive (tar, plain or compressed, or zip) is extracted, so that a command gets the folder of \
-                      its files. It concerns gets of one file. `auto` extracts a file whose content is an archive and \
-                      whose name has the extension of one, or no extension, and returns anything else as it is. For \
-                      `always`, anything else is an error. The extracted files are an artifact of their own, \
-                      `extracted/NAME`: they count in the budget, and are verified, leased and evicted like others.",
+                      its files. The setting concerns commands that get a single file. `auto` extracts a file whose \
+                      content is an archive and whose name has the extension of one, or no extension, and returns \
+                      anything else as it is. For `always`, anything else is an error. The extracted files are an \
+                      artifact of their own, `extracted/NAME`: they count in the budget, and are verified, leased \
+                      and evicted like others.",
         accepts: "auto, always or never",
         set: |value, draft| {
             draft.config.extract = Extract::parse(&value.text)?;
@@ -581,7 +582,7 @@ pub const SETTINGS: &[Setting] = &[
                   the Hugging Face routes that sends it acts with the daemon's own Hub token.",
         accepts: "at least 16 characters without spaces",
         set: |value, draft| {
-            // First, so that no message quotes it, not even one about an unusable token.
+            // Register the token first, so that no message quotes it, not even one about an unusable token.
             redact::register(&value.text);
             if value.text.len() < TOKEN_BYTES_MIN || !value.text.bytes().all(|byte| byte.is_ascii_graphic()) {
                 return Err(
@@ -598,7 +599,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: Some("insecure"),
         value_name: SWITCH,
         default: "`0`",
-        description: "Let `serve` listen on addresses that other machines can reach without a token. Everyone who can \
+        description: "Let `serve` listen without a token on addresses that other machines can reach. Everyone who can \
                   connect may then read and evict every artifact.",
         accepts: SWITCH_ACCEPTS,
         set: |value, draft| {
@@ -1081,7 +1082,7 @@ impl Draft {
 fn parse_addresses(text: &str) -> Result<Vec<SocketAddr>> {
     let address = |word: &str| match (word, word.parse()) {
         (_, Ok(address)) => Ok(address),
-        // As the options of other servers write all interfaces.
+        // `:8917` means port 8917 on all IPv4 interfaces, as in the options of other servers.
         (word, Err(_)) if word.starts_with(':') => format!("0.0.0.0{word}").parse(),
         (word, Err(_)) => word.replacen("localhost:", "127.0.0.1:", 1).parse(),
     };

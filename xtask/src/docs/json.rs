@@ -32,7 +32,7 @@ const SOURCES: [&str; 18] = [
     "modelcache-cli/src/verbs/pin.rs",
     "modelcache-cli/src/verbs/watch.rs",
 ];
-/// The source of the doctor's report, whose name is not unique.
+/// The source of the doctor's report. It is read last, so that its type `Report` replaces any other of this name.
 const DOCTOR: &str = "modelcache-cli/src/verbs/doctor.rs";
 
 const HEAD: &str = "# JSON output

@@ -24,18 +24,19 @@ pub(crate) struct FetchArguments {
     url: String,
 }
 
-/// One complete fetch.
+/// The result of one client.
 struct Fetched {
     bytes: u64,
-    /// Seconds from the start to the first byte of the file, and to the last one that was read.
+    /// Seconds from the start to the first byte of the file.
     first_byte_s: f64,
+    /// Seconds from the start to the last byte that was read.
     seconds: f64,
 }
 
 impl FetchArguments {
     /// Prints the figures as one line of JSON.
     pub(crate) fn run(&self) -> Result<()> {
-        // One thread, so that the server keeps the other core, and all connections are read in turn.
+        // One thread reads all connections in turn, so that the server can use the other cores.
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let fetched = runtime.block_on(async {
             let mut clients = JoinSet::new();
@@ -71,7 +72,7 @@ async fn fetch(url: String, first_byte: bool) -> Result<Fetched> {
         stream.write_all(url.request().as_bytes()).await?;
         let mut received = 0;
         let mut head: Option<Head> = None;
-        // Read the head, and at least one byte of the body of a complete response.
+        // Read the head and, if the status is 200, at least one byte of the body.
         while head.as_ref().is_none_or(|head| head.status == 200 && received == head.bytes) {
             let count = stream.read(&mut buffer[received..]).await?;
             ensure!(count > 0, "the connection ended before the file");

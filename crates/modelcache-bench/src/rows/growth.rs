@@ -34,7 +34,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
     };
     let line = |name: &str, points| ChartLine { name: name.into(), points };
     let megabytes = |used: &Usage| format!("{:.0}", used.rss_bytes as f64 / f64::from(1 << 20));
-    let gigabytes = setup.sizes.growth as f64 / 1e9;
+    let gigabytes = setup.sizes.daemon_bytes as f64 / 1e9;
     let file_cells = files.iter().map(|(count, first, hit)| {
         let per_file = |used: &Usage| format!("{:.0}", used.seconds * 1e6 / *count as f64);
         let seconds = |used: &Usage| format!("{:.3}", used.seconds);
@@ -53,7 +53,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
              connections at once, each of which gets an equal share; core-seconds and peak RSS are those of the \
              daemon. Times and core-seconds are medians over the rounds, peak RSS is the highest. Both axes of the charts are logarithmic.",
             size(FILE_BYTES),
-            size(setup.sizes.growth)
+            size(setup.sizes.daemon_bytes)
         ),
         tables: vec![
             markdown(
@@ -128,7 +128,7 @@ fn by_connections(setup: &Setup) -> Result<Vec<(usize, Usage)>> {
     let mut lines = Vec::new();
     for count in CONNECTIONS {
         let folder = setup.scratch.empty_folder("daemon")?;
-        let (dir, bytes) = (folder.join("cache"), setup.sizes.growth / count as u64);
+        let (dir, bytes) = (folder.join("cache"), setup.sizes.daemon_bytes / count as u64);
         let source = setup.scratch.data("share.bin", 7, bytes)?;
         let file = put(setup, &dir, &source)?;
         let daemon = start_daemon(setup, &dir, None)?;

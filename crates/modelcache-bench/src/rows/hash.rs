@@ -30,8 +30,8 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
     })
 }
 
-/// Returns name, time and throughput of each benchmark. Criterion prints a lower bound, an estimate and an upper bound;
-/// this is the estimate.
+/// Returns name, time and throughput of each benchmark. Criterion prints a lower bound, an estimate and an upper bound
+/// of each figure; the estimates are returned.
 fn figures(printed: &str) -> Vec<Vec<String>> {
     let estimate = |line: &str, label: &str| {
         let words: Vec<&str> = line.split_once(label)?.1.split(['[', ']']).nth(1)?.split_whitespace().collect();

@@ -17,7 +17,8 @@ const REPO: &str = "bench/model";
 const FILE: &str = "model.safetensors";
 const FOLDER: &str = "hub";
 
-/// A repository on a stand-in for the Hub in this process, which only redirects, and the bench server as its CDN.
+/// A repository on a stand-in for the Hub, and the bench server as the CDN of the stand-in. The stand-in runs in this
+/// process and only redirects.
 pub(super) struct ServedRepo<'a> {
     pub(super) setup: &'a Setup,
     pub(super) hub: Hub,

@@ -2,9 +2,10 @@
 //!
 //! Serves a folder with S3 and with plain range requests on one address: `sendfile(2)` from tmpfs or the page cache,
 //! one thread per connection, no signature checks. Bodies of uploads are counted and discarded, except small ones,
-//! which become files. An object whose body was discarded cannot be read, so the bench then places the uploaded file at
-//! the path of the object, which has the ETag of the upload. A version can therefore be published through the server.
-//! Traffic can be shaped (time to the first byte, and rate of each connection), and TLS can be used.
+//! which become files. An object whose body was discarded cannot be read. To publish a version through the server, the
+//! bench therefore uploads it and then places the uploaded files at the paths of the discarded objects. Each object
+//! keeps the ETag of its upload. Traffic can be shaped (time to the first byte, and rate of each connection), and TLS
+//! can be used.
 //!
 //! The server reads commands from standard input, one word per line (`stats`, `reset`). It exits when standard input is
 //! closed, so that a bench that dies leaves no server behind. A measured program gets the counts with

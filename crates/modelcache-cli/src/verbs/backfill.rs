@@ -1,7 +1,7 @@
 //! `backfill`: completes the pending uploads of earlier runs.
 //!
 //! Artifacts are uploaded one after the other. Artifacts that another process is uploading are skipped. Commands that
-//! get or put artifacts complete pending uploads, too, before they end: see [`finish`].
+//! get or put artifacts complete pending uploads, too, before they end: see [`finish_uploads`].
 
 use super::Session;
 use crate::output::{Lines, table};
@@ -71,7 +71,7 @@ async fn count_for_other_remotes(cache: &Cache, session: &Session<'_>) -> Result
 
 /// Ends a command that got or put artifacts: waits for its background uploads and, if the remote has answered,
 /// completes the pending uploads of earlier runs.
-pub(super) async fn finish(session: &Session<'_>, cache: &Cache) {
+pub(super) async fn finish_uploads(session: &Session<'_>, cache: &Cache) {
     let progress = Progress::new();
     let work = async { Ok(cache.finish_backfills(&progress).await) };
     let report = progress::show(session.output, "backfill", &progress, work).await;

@@ -15,7 +15,8 @@ use std::io::{self, BufRead, IsTerminal};
 /// Remove artifacts from the local disk and the remote
 ///
 /// Asks for confirmation, or requires --yes, if the only copies of an artifact would be removed, if tags point to it,
-/// or if it would be removed from the remote and --tier is not given. Those tags are removed, too.
+/// or if it would be removed from the remote and --tier is not given. An eviction from the remote also removes the tags
+/// that point to the artifact.
 #[derive(Debug, Args)]
 pub(crate) struct Evict {
     /// NAME@VERSION, another reference, or a pattern such as 'NAME@*' for references that `ls` lists
@@ -278,9 +279,9 @@ mod tests {
 
     #[test]
     fn the_consequences_name_the_remote_and_the_tags() {
-        let tagged = |names: &[&str], can_give_back| {
+        let tagged = |names: &[&str], can_be_fetched_again| {
             let tags = names.iter().map(|name| (*name).to_owned()).collect();
-            EvictReport { tags, ..report(Some(1_200_000_000), Some(5), can_give_back) }
+            EvictReport { tags, ..report(Some(1_200_000_000), Some(5), can_be_fetched_again) }
         };
         let says = |report: EvictReport| consequences(&report);
         assert_eq!(says(tagged(&[], true)), "this would delete 1.2 GB on disk, 5 B on s3://b/p");

@@ -92,7 +92,8 @@ impl Exec {
         Ok(artifacts)
     }
 
-    /// Rejects a placeholder whose number has no reference, such as `{3}` with two references.
+    /// Rejects a word that is a placeholder whose number has no reference, such as `{3}` with two references. Does not
+    /// check placeholders inside longer words.
     fn reject_unknown_placeholders(&self) -> Result<()> {
         let number = |word: &OsString| {
             word.to_str()?

@@ -4,7 +4,7 @@
 //! `$(modelcache get …)` works. If one reference fails, the others are still downloaded; but a reference that cannot be
 //! parsed is refused before any download. The artifacts stay leased until the process ends.
 
-use super::backfill::{finish, remote_bytes_text};
+use super::backfill::{finish_uploads, remote_bytes_text};
 use super::get_arguments::GetArguments;
 use super::into::IntoFolder;
 use super::{Session, phase_list, reference_forms};
@@ -43,7 +43,7 @@ impl Get {
         // The leases are released when the process ends.
         let (code, _leases) = self.arguments.with_timeout(self.get_all(session, &cache, &references)).await?;
         if !self.dry_run {
-            finish(session, &cache).await;
+            finish_uploads(session, &cache).await;
         }
         Ok(code)
     }
@@ -126,7 +126,7 @@ pub(super) fn summary(key: &ArtifactKey, report: &GetReport) -> String {
     let phases = phase_list(&report.phases).map_or_else(String::new, |phases| format!("{phases}; "));
     let backfilled = remote_bytes_text(report.backfilled_bytes, report.copied_bytes);
     let backfilled = backfilled.map_or_else(String::new, |bytes| format!("; {bytes}"));
-    // Name the remote, too, if it supplied a part of what was missing there.
+    // Name the remote, too, if it supplied a part of the bytes.
     let from = match report.bytes.remote {
         1.. if report.from == Tier::Origin => "remote and origin".to_owned(),
         _ => report.from.to_string(),

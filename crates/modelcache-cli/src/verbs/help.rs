@@ -40,8 +40,8 @@ pub(crate) fn settings_command() -> clap::Command {
     Arguments::command()
         .about("Settings, as options of every command")
         .long_about(
-            "Settings, as options of every command, variables or entries of the configuration file. An option overrides a \
-             variable, a variable overrides the file.",
+            "Each setting can be an option of any command, a variable, or an entry of the configuration file. An \
+             option overrides a variable, and a variable overrides the file.",
         )
         .after_long_help("")
         .disable_help_flag(true)

@@ -147,12 +147,13 @@ impl Verb {
         }
     }
 
-    /// Returns the exit code of a failure. The contract of KServe knows only 1.
+    /// Returns the exit code of a failure. Every failure of `storage-initializer` has exit code 1, as KServe requires.
     pub(crate) fn exit_code(&self, kind: ErrorKind) -> u8 {
         if let Self::StorageInitializer(_) = self { exit::OTHER } else { exit::code(kind) }
     }
 
-    /// Returns true if the command waits for signals itself, and ends in its own way. A signal drops other commands.
+    /// Returns true if the command waits for signals itself, and ends in its own way. Any other command is dropped when
+    /// a signal arrives.
     pub(crate) fn handles_signals(&self) -> bool {
         match self {
             // The daemon lets running requests finish.

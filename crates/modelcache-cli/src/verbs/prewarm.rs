@@ -1,10 +1,10 @@
 //! `prewarm`: downloads a list of artifacts ahead of time.
 //!
-//! The whole list is planned first. It is refused if it does not fit on the disk at once. Artifacts that are already on
-//! disk are marked as just used; the others are downloaded, several at once. All artifacts are leased until the end, so
-//! that the list does not evict its own artifacts.
+//! The whole list is planned first. It is refused if its artifacts do not fit on the disk together. Artifacts that are
+//! already on disk are marked as just used; the others are downloaded, several at once. All artifacts are leased until
+//! the end, so that the list does not evict its own artifacts.
 
-use super::backfill::finish;
+use super::backfill::finish_uploads;
 use super::get_arguments::GetArguments;
 use super::{Session, reference_forms};
 use crate::output::WithReference;
@@ -53,7 +53,7 @@ impl Prewarm {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
         let cache = session.cache()?;
         let code = self.arguments.with_timeout(self.get_all(session, &cache)).await?;
-        finish(session, &cache).await;
+        finish_uploads(session, &cache).await;
         Ok(code)
     }
 
@@ -112,7 +112,7 @@ impl Prewarm {
     }
 }
 
-/// Gets one reference and prints its outcome. Returns the reference with the outcome.
+/// Gets one reference and, if that succeeds, prints its report. Returns the reference with the outcome.
 async fn get_one<'a>(
     session: &Session<'_>,
     cache: &Cache,
@@ -137,8 +137,8 @@ async fn get_one<'a>(
     (text, outcome)
 }
 
-/// Returns the references of a list with their line numbers. A comment needs a space before the `#`, because `#` in a
-/// reference introduces a digest.
+/// Returns the references of a list with their line numbers. A comment after a reference needs a space or a tab before
+/// the `#`, because `#` in a reference introduces a digest.
 fn references_in(list: &str) -> impl Iterator<Item = (usize, &str)> {
     let end = |line: &str| [" #", "\t#"].iter().filter_map(|start| line.find(start)).min().unwrap_or(line.len());
     let lines = (1..).zip(list.lines()).map(move |(number, line)| (number, line[..end(line)].trim()));
@@ -161,7 +161,7 @@ async fn read(file: &Path) -> Result<String> {
     text.await.map_err(|cause| refuse(cause.into()))?.map_err(refuse)
 }
 
-/// Reads a text of at most [`LIST_BYTES_MAX`] bytes. Fails for a larger one, because a part of a list is another list.
+/// Reads a text of at most [`LIST_BYTES_MAX`] bytes. Fails for a larger one, and never returns only a part of it.
 fn read_text(reader: impl Read) -> io::Result<String> {
     let mut bytes = Vec::new();
     reader.take(LIST_BYTES_MAX + 1).read_to_end(&mut bytes)?;

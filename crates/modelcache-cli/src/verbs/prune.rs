@@ -64,8 +64,8 @@ impl Prune {
     }
 }
 
-/// Returns the error for a size that was not reached, because the remaining artifacts are in use, pinned or being
-/// downloaded.
+/// Returns the error for a size that was not reached. The remaining artifacts were kept for the reasons in the report,
+/// or are being downloaded.
 fn not_reached(report: &PruneReport) -> Error {
     let (used, to) = (human::bytes(report.used_bytes), human::bytes(report.to_bytes.unwrap_or_default()));
     let reason = if report.kept.is_empty() { "; the rest is being downloaded" } else { "" };

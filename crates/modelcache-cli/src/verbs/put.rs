@@ -1,6 +1,6 @@
 //! `put`: publishes a file or folder on the local disk and on the remote.
 
-use super::backfill::{finish, remote_bytes_text};
+use super::backfill::{finish_uploads, remote_bytes_text};
 use super::get_arguments::message_with_hint;
 use super::{Session, absolute, phase_list, tag};
 use crate::{human, progress};
@@ -83,11 +83,12 @@ impl Put {
             ));
         }
         report.tag.iter().for_each(|tagged| output.message(&tag::summary(tagged)));
-        finish(session, &cache).await;
+        finish_uploads(session, &cache).await;
         Ok(())
     }
 
-    /// Adds the right order to the error of a key that is a path, if the path is a key.
+    /// Returns the error for an invalid key. If key and path were swapped, this is an error that states the right
+    /// order. Otherwise it is `error`.
     fn explain_key(&self, error: Error) -> Error {
         match self.path.to_str() {
             Some(path) if ArtifactKey::bare(path).is_ok() && Path::new(&self.key).exists() => {

@@ -13,9 +13,10 @@ use std::net::SocketAddr;
 
 /// Serve the cache over HTTP, and be a Hugging Face endpoint
 ///
-/// Clients of the Hub work unchanged with HF_ENDPOINT set to the address of the daemon. Its own routes are below /cache,
-/// the probes are /livez and /readyz, metrics for Prometheus are at /metrics, and / is a status page. The references on
-/// the command line, and those of MODEL_CACHE_PREWARM, are downloaded first: /readyz answers 503 until they are on disk.
+/// Clients of the Hub work unchanged with HF_ENDPOINT set to the address of the daemon. Its own routes are below
+/// /cache, the probes are /livez and /readyz, metrics for Prometheus are at /metrics, and / is a status page. The
+/// references on the command line, and those of MODEL_CACHE_PREWARM, are downloaded first: /readyz answers 503 until
+/// they are on disk.
 #[derive(Debug, Args)]
 pub(crate) struct Serve {
     #[arg(value_name = "REF", help = super::reference_forms())]
@@ -115,7 +116,7 @@ impl Serve {
             ended = &mut serving => ended?,
             () = signal => serving.await?,
         };
-        // Downloads that are complete are published.
+        // Wait until the downloads that are complete are published.
         cache.wait_for_fills().await;
         Ok(exit::DONE)
     }

@@ -15,7 +15,7 @@ const INTERVAL_MAX: Duration = Duration::from_secs(24 * 3600);
 
 /// Show the disk budget, the space in use, and the free space
 ///
-/// With `--watch`, also the running downloads with their rates, and the leases, of all processes that use the
+/// With `--watch`, it also shows the running downloads, their rates, and the leases of all processes that use the
 /// directory. On a terminal the view is redrawn in place until Ctrl-C, which ends it with exit code 0. Elsewhere each
 /// interval appends lines, or with `--json` one object.
 #[derive(Debug, Args)]

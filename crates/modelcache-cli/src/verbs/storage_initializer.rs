@@ -17,8 +17,8 @@ use serde_json::{Map, Value};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-/// The name of the temporary cache directory in a volume. Beside a destination that is no mount point, a dash and the
-/// name of the destination follow.
+/// The name of the temporary cache directory. If the destination is a mount point, the directory is created in it.
+/// Otherwise it is created beside the destination, and a dash and the name of the destination are appended.
 const TEMPORARY_CACHE: &str = modelcache::disk::CACHE_IN_MOUNT;
 
 /// The variable that names the cache directory.

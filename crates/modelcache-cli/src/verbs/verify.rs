@@ -238,7 +238,7 @@ fn summary(totals: &Totals, took: Duration) -> String {
         human::counted(totals.artifacts, "artifact"),
         human::bytes(totals.bytes),
         human::duration(took),
-        totals.bad_files
+        human::counted(totals.bad_files, "file")
     )
 }
 

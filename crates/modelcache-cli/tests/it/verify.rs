@@ -57,7 +57,7 @@ fn intact_artifacts_are_read_in_full_and_not_changed() {
     let read = house.on("a").run(["verify", "--json"]).objects();
     assert_eq!((read.len(), &read[0]["ok"], &read[0]["files"]), (1, &true.into(), &2.into()));
     assert_eq!(read[0]["bytes"], 17 * MIB + 2);
-    house.on("a").run(["verify", "m@1"]).ok().said(&["verified 1 artifact", "0 wrong"]);
+    house.on("a").run(["verify", "m@1"]).ok().said(&["verified 1 artifact", "0 files wrong"]);
     assert_eq!(last_used(&house), before, "verify does not count as a use");
     let remote = house.on("a").run(["verify", "--tier", "all", "--json"]).objects();
     assert_eq!(remote.iter().map(|row| text(&row["tier"])).collect::<Vec<_>>(), ["disk", "remote"]);

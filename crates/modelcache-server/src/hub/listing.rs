@@ -1,6 +1,6 @@
 //! The descriptions of repositories that clients of the Hub read, made from manifests.
 //!
-//! They have no `xetHash`: a client that sees one contacts a server of the Hub that this daemon does not stand for.
+//! They have no `xetHash`: a client that sees one contacts a server of the Hub that this daemon does not replace.
 
 use super::route::{Repo, is_set, values};
 use modelcache::digest::{Digest, GitOid, lfs_pointer};

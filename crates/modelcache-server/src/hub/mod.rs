@@ -4,8 +4,8 @@
 //! while they download. What the Hub alone knows (the account of a token, branches, commits) is passed on.
 //!
 //! Clients compare only the size of a file. If a digest does not match, the connection is cut before the last bytes,
-//! and a client that asks for the rest of the file gets the whole file again; old clients, which would append it, get an
-//! error. After three such downloads, each within a week of the one before, the file is refused for a minute.
+//! and a client that asks for the rest of the file gets the whole file again; old clients, which would append it, get
+//! an error. After three such downloads, each within a week of the one before, the file is refused for a minute.
 
 mod listing;
 mod rights;
@@ -61,7 +61,7 @@ const INFO_AGE_MAX: Duration = Duration::from_secs(600);
 /// Number and size of descriptions that are remembered.
 const INFOS_MAX: usize = 256;
 const INFO_BYTES_MAX: usize = 256 << 10;
-/// Longest wait for a description of the Hub. It is then made from the manifest.
+/// Longest wait for the Hub's description of a revision. After it, the description is made from the manifest.
 const INFO_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// The Hub's descriptions of revisions, by their path and query, without the hints at its own storage.
@@ -169,7 +169,7 @@ impl Call<'_> {
                 self.resolve(self.commit(repo, &revision).await?, &revision, &file).await
             }
             Route::Other { repo } => {
-                // Also for `auth-check`: the answer is that of the Hub, with the token of the caller.
+                // `auth-check` is passed on, too, so that the Hub answers it for the token of the caller.
                 tracing::debug!(repo = repo.id, path = self.uri.path(), "passed on to the Hub");
                 Ok(self.pass_on().await)
             }
@@ -238,7 +238,8 @@ impl Call<'_> {
         Ok(with_commit(json_body(body), manifest))
     }
 
-    /// Requests the description of a revision from the Hub. Returns `None` if it does not answer.
+    /// Requests the description of a revision from the Hub. Returns `None` if the daemon is offline, or if the Hub
+    /// sends no description in time.
     async fn hub_info(&self, path: &str) -> Option<Bytes> {
         if self.app.cache.config().offline || self.app.rights.is_hub_silent() {
             return None;
@@ -346,8 +347,8 @@ impl Call<'_> {
         Ok(response)
     }
 
-    /// Returns true for `huggingface_hub` before 1.0, which needs the size of every file, and keeps an incomplete file for
-    /// the next call.
+    /// Returns true for `huggingface_hub` before 1.0, which needs the size of every file, and keeps an incomplete file
+    /// for the next call.
     fn is_old_client(&self) -> bool {
         let agent = self.headers.get(USER_AGENT).and_then(|agent| agent.to_str().ok()).unwrap_or_default();
         agent.contains("hf_hub/0.") || agent.contains("huggingface_hub/0.")
@@ -407,7 +408,7 @@ impl Infos {
     }
 }
 
-/// Returns true if the daemon sent the request itself: the endpoint of its Hub is its own address.
+/// Returns true if the daemon sent the request itself, because the endpoint of its Hub is its own address.
 fn came_from_here(app: &App, headers: &HeaderMap) -> bool {
     let own = app.cache.config().hub.via.as_deref();
     let via = headers.get_all(VIA).into_iter().filter_map(|via| via.to_str().ok());

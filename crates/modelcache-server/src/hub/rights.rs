@@ -17,15 +17,15 @@ const REFUSED_FOR: Duration = Duration::from_secs(15);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(8);
 /// The same if an earlier permission can be used instead.
 const FALLBACK_TIMEOUT: Duration = Duration::from_secs(3);
-/// How long the Hub is not asked again after it has left a question unanswered. Otherwise each request of a client would
-/// wait for it.
+/// How long the Hub is not asked again after it has left a question unanswered. Otherwise each request of a client
+/// would wait for it.
 const SILENT_FOR: Duration = Duration::from_secs(15);
 /// Number of answers and of caches that are remembered.
 const REMEMBERED_MAX: usize = 10_000;
 
 /// The rights of all callers.
 pub(crate) struct Rights {
-    /// The cache with the daemon's own token.
+    /// The cache with the daemon's own Hub token.
     cache: Cache,
     auth_fresh: Duration,
     auth_stale: Duration,
@@ -88,7 +88,7 @@ impl Rights {
     /// Returns the cache with which `caller` reads `repo`.
     pub(crate) async fn cache_for(&self, caller: &Caller, repo: &Repo) -> Result<Cache, NoAccess> {
         let token = match caller {
-            // The daemon's own token is good for whatever the daemon could fill.
+            // A caller with the token of the daemon may read whatever the daemon can read with its own Hub token.
             Caller::Daemon => return Ok(self.cache.clone()),
             Caller::Hub(token) => Some(token.as_str()),
             Caller::Anonymous => None,
@@ -120,7 +120,7 @@ impl Rights {
         self.caches.lock().remove(repo);
     }
 
-    /// Returns the refusal of the Hub for the daemon's own token; `None` if the repository can be read.
+    /// Returns the refusal of the Hub for the daemon's own Hub token; `None` if the repository can be read.
     pub(crate) async fn own_refusal(&self, repo: &Repo) -> Option<Refusal> {
         match self.check(self.cache.hub_api().token(), repo).await {
             Err(NoAccess::Refused(refusal)) => Some(refusal),
@@ -194,7 +194,8 @@ impl Rights {
         if !is_unknown_call {
             return decide(answer);
         }
-        // A mirror that does not know the call: whoever can see a repository without conditions may read it.
+        // The server is a mirror that does not know the call. A caller to whom it describes a repository may read the
+        // files, unless the repository is gated.
         let answer = self.within(timeout, hub.get(&path, token)).await?;
         let is_gated = serde_json::from_slice::<serde_json::Value>(&answer.body)
             .is_ok_and(|info| !matches!(info.get("gated"), None | Some(serde_json::Value::Bool(false))));
@@ -267,8 +268,8 @@ fn decide(answer: HubAnswer) -> Result<Option<Refusal>> {
     }
 }
 
-/// Waits for `work`, which sends requests to the Hub. Fails as soon as the Hub asks for a long pause, so that the client
-/// is told instead of kept waiting.
+/// Waits for `work`, which sends requests to the Hub. Fails as soon as the Hub asks for a long pause, so that the
+/// client is told instead of kept waiting.
 pub(crate) async fn unless_paused<T>(hub: &HubApi, work: impl Future<Output = Result<T>>) -> Result<T> {
     /// A shorter pause is waited out.
     const PAUSE_MAX: Duration = Duration::from_secs(2);

@@ -36,7 +36,7 @@ pub(super) enum BodyFailure {
 pub(super) struct Activity {
     /// The phase, and when it began.
     phase: Mutex<(Phase, Instant)>,
-    /// When the connection began to wait for its client, to read a response or to send a request body.
+    /// When the connection began to wait until its client reads a response or sends a request body.
     pub(super) stalled_since: Mutex<Option<Instant>>,
     /// Whether the client may still be sending a request body that nobody reads.
     unread_body: AtomicBool,

@@ -78,7 +78,7 @@ impl Connections {
         table.without_request.insert(id);
         *table.per_address.entry(address).or_default() += 1;
         self.counters.set_open(table.open.len());
-        // A runtime that is shutting down drops a new task at once, and its entry locks the table.
+        // A runtime that is shutting down drops a new task at once, and dropping the entry of the task locks the table.
         drop(table);
         let task = start(Entry { connections: Arc::clone(self), id }, activity);
         if let Some(connection) = self.table.lock().open.get_mut(&id) {
@@ -94,8 +94,9 @@ impl Connections {
 }
 
 impl Table {
-    /// Closes one connection (of `address`): the oldest one without a complete request head, otherwise the one that has
-    /// been idle longest, otherwise the one whose client has stalled longest. Returns false if there is none of these.
+    /// Closes one connection, of `address` if it is given: the oldest one without a complete request head, otherwise
+    /// the one that has been idle longest, otherwise the one whose client has stalled longest. Returns false if there
+    /// is none of these.
     fn evict(&mut self, address: Option<IpAddr>, counters: &ConnectionCounters) -> bool {
         let of_address = |id: &u64| {
             address.is_none_or(|address| self.open.get(id).is_some_and(|connection| connection.address == address))

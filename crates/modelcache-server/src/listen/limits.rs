@@ -10,7 +10,7 @@ pub(super) const STALL_EVICTABLE: Duration = Duration::from_secs(10);
 pub(super) const LINGER: Duration = Duration::from_secs(2);
 /// Bytes that are read and discarded at most after an early response.
 pub(super) const LINGER_BYTES: u64 = 4 << 20;
-/// Fewest connections that are allowed, however low the limit on open files is.
+/// The limit on open files never lowers the number of connections below this one.
 pub(super) const CONNECTIONS_MIN: usize = 16;
 
 /// Limits on connections and requests.
@@ -26,13 +26,14 @@ pub struct ConnectionLimits {
     /// 2048, half of `connections`, so that one address cannot use all of them. Containers of one node often share an
     /// address, so a much lower limit would refuse them.
     pub connections_per_address: usize,
-    /// Time for the TLS handshake. Default 10 s: two round trips.
+    /// Time for the TLS handshake. Default 10 s; a handshake needs two round trips at most.
     pub handshake_timeout: Duration,
     /// Time from the connection, or from the first byte of a later request, to the end of the request head. Default
     /// 30 s. A client that sends a byte now and then does not extend it.
     pub head_timeout: Duration,
-    /// Time without a request on a kept-alive connection. Default 75 s, as nginx has it; longer than the pools of common
-    /// clients and load balancers (60 s) keep connections, so that the client closes first and no request is lost.
+    /// Time without a request on a kept-alive connection. Default 75 s, as nginx has it; longer than the pools of
+    /// common clients and load balancers (60 s) keep connections, so that the client closes first and no request is
+    /// lost.
     pub idle_timeout: Duration,
     /// Bytes of a request head, including the request line. Default 32 KiB, as nginx has it. Also the size of the read
     /// buffer, so a slow client costs at most this much memory. At least 8 KiB.
@@ -48,7 +49,7 @@ pub struct ConnectionLimits {
     pub body_start: Duration,
     /// Time in which a client must receive some bytes of a response. Default 60 s. The kernel accepts bytes again once
     /// a third of its send buffer (4 MiB at most) is free, so on a fast network this is also a lowest rate of about
-    /// 20 KiB/s. It does not run while the response waits for the daemon.
+    /// 20 KiB/s. The time does not run while the response waits for the daemon.
     pub send_timeout: Duration,
 }
 

@@ -2,8 +2,8 @@
 //!
 //! [`serve`] replaces `axum::serve`, which has no limits on connections and no time limits. Each connection is a task
 //! (`connection.rs`) with a watched socket (`socket.rs`); the table of connections (`connections.rs`) enforces their
-//! number. [`ConnectionLimits`] lists all limits. HTTP/1.1 only: the clients of the daemon use it, and HTTP/2 would need
-//! limits of its own on streams, resets and windows.
+//! number. [`ConnectionLimits`] lists all limits. HTTP/1.1 only: the clients of the daemon use it, and HTTP/2 would
+//! need limits of its own on streams, resets and windows.
 
 mod activity;
 mod body;
@@ -60,8 +60,8 @@ const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(60), Duration:
 pub struct Listeners(Vec<TcpListener>);
 
 impl Listeners {
-    /// Binds all `addresses`. Port 0 takes a free port; [`Self::local_addrs`] tells which. Must be called within a Tokio
-    /// runtime.
+    /// Binds all `addresses`. Port 0 takes a free port; [`Self::local_addrs`] tells which. Must be called within a
+    /// Tokio runtime.
     ///
     /// # Errors
     ///
@@ -80,8 +80,8 @@ impl Listeners {
         addresses.iter().map(bind).collect::<Result<_>>().map(Self)
     }
 
-    /// Takes the sockets that systemd passed to this process (socket activation). Returns `None` if it passed none. Must
-    /// be called within a Tokio runtime, and once only.
+    /// Takes the sockets that systemd passed to this process (socket activation). Returns `None` if it passed none.
+    /// Must be called within a Tokio runtime, and once only.
     ///
     /// # Errors
     ///
@@ -191,8 +191,9 @@ impl Default for ServeOptions {
 /// Serves `router` on `listeners` until `shutdown` completes, and then lets running requests finish, for
 /// [`ServeOptions::grace`] at most.
 ///
-/// Handlers find the address of the client in the request extension `ConnectInfo<SocketAddr>` (an IPv4 client of an IPv6
-/// socket as IPv4) and the [`Scheme`] of the connection in another. Dropping the future closes all connections at once.
+/// Handlers find the address of the client in the request extension `ConnectInfo<SocketAddr>` (an IPv4 client of an
+/// IPv6 socket as IPv4) and the [`Scheme`] of the connection in another. Dropping the future closes all connections at
+/// once.
 ///
 /// # Errors
 ///
@@ -267,7 +268,8 @@ pub async fn serve(
     Ok(())
 }
 
-/// Returns how many connections may be open: at most half of the limit on open files.
+/// Returns how many connections may be open: at most half of the limit on open files, or
+/// [`limits::CONNECTIONS_MIN`] if that is more.
 fn connections_max(wanted: usize, open_files: Option<u64>) -> usize {
     let possible = open_files.map_or(usize::MAX, |files| usize::try_from(files / 2).unwrap_or(usize::MAX));
     wanted.min(possible.max(limits::CONNECTIONS_MIN))
@@ -329,7 +331,7 @@ fn set_options(stream: &TcpStream) -> io::Result<()> {
     Ok(())
 }
 
-/// Returns true for a failure of the connection that was to be accepted. Others, such as `EMFILE`, last.
+/// Returns true for a failure of the connection that was to be accepted. Other failures, such as `EMFILE`, persist.
 fn is_of_connection(error: &io::Error) -> bool {
     use io::ErrorKind as Kind;
     matches!(

@@ -4,7 +4,8 @@
 //! - `data-text="EXPRESSION"`: the text of the element, `–` without a value
 //! - `data-attr-NAME="EXPRESSION"`: the attribute `NAME`, absent without a value
 //! - `data-if="PATH"`, `data-unless="PATH"`: hides the element if the value is, or is not, null, false, 0 or empty
-//! - `data-each="PATH"`: repeats the `<template>` with which the element begins for each item; paths inside start at it
+//! - `data-each="PATH"`: repeats the `<template>` with which the element begins for each item; paths inside start at
+//!   the item
 //!
 //! An expression is `PATH` or `PATH / PATH` (a fraction of at most 1), and may be followed by `| FORMAT`.
 

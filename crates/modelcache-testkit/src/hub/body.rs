@@ -24,8 +24,8 @@ use crate::serve::{Answer, Body, BoxError, Dropped, full};
 /// pause lets it send the buffered bytes first.
 const CUT_GRACE: Duration = Duration::from_millis(30);
 
-/// Serves `content`, or the range that the headers ask for. Faults of the body apply if they match
-/// `subject`, the path and query of the request.
+/// Serves `content`, or the range that the headers ask for. Faults of the body apply if they match `subject`, the path
+/// of the resolve URL.
 pub(super) fn content(
     shared: &Arc<Shared>,
     subject: &str,

@@ -5,9 +5,9 @@
 //! `stall_at`, `ignore_range`) apply only to answers with file content, so a redirect to the CDN never uses one up.
 //! `lie_size` alters metadata.
 //!
-//! [`Fault::on`] is compared with the decoded path and, at the Hub, with the query. The CDN's URLs name only digests,
-//! so its requests are compared by the path of the resolve URL that redirected there
-//! (`/org/model/resolve/<commit>/<file>`).
+//! [`Fault::on`] is compared with the decoded path. Faults that apply before routing are also compared with the query
+//! of a request to the Hub. The CDN's URLs name only digests, so its requests are compared by the path of the resolve
+//! URL that redirected there (`/org/model/resolve/<commit>/<file>`).
 
 use std::time::Duration;
 

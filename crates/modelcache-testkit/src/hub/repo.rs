@@ -260,7 +260,7 @@ impl CommitBuilder {
     }
 
     /// States the SHA-256 of the file added last instead of computing it: to save time on huge files, or to state a
-    /// wrong digest. Only LFS files have one.
+    /// wrong digest. It has no effect on a file that is not in LFS.
     pub fn claim_sha256(mut self, sha256: &str) -> Self {
         if let Some(last) = self.changes.last_mut() {
             last.claimed = Some(sha256.to_owned());

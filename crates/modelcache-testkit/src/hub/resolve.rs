@@ -23,7 +23,7 @@ use crate::serve::{Answer, answer, lock};
 const X_LINKED_ETAG: HeaderName = HeaderName::from_static("x-linked-etag");
 const X_LINKED_SIZE: HeaderName = HeaderName::from_static("x-linked-size");
 const X_XET_HASH: HeaderName = HeaderName::from_static("x-xet-hash");
-const KEPT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'/').remove(b'-').remove(b'_').remove(b'.').remove(b'~');
+const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'/').remove(b'-').remove(b'_').remove(b'.').remove(b'~');
 
 /// The file that a CDN URL leads to.
 #[derive(Clone, Debug)]
@@ -50,7 +50,7 @@ pub(super) fn resolve(shared: &Arc<Shared>, ask: &Ask<'_>) -> Answer {
     let Some(entry) = ask.tree.files.get(ask.file) else {
         return refuse::no_entry(commit);
     };
-    let pinned = format!("{}/resolve/{commit}/{}", ask.repo.web_path(), utf8_percent_encode(ask.file, KEPT));
+    let pinned = format!("{}/resolve/{commit}/{}", ask.repo.web_path(), utf8_percent_encode(ask.file, ENCODED));
     let redirect_revisions = lock(&shared.settings).redirect_revisions;
     // The first case that applies decides: redirect to the commit, not modified, redirect to the CDN, content.
     let mut answer = if redirect_revisions && ask.revision != commit {
@@ -104,8 +104,9 @@ pub(super) fn cdn(shared: &Arc<Shared>, object: &CdnObject, method: &Method, hea
 }
 
 fn signed_url(shared: &Shared, subject: String, entry: &Arc<Entry>) -> String {
-    let repo = content::sha1(subject.as_bytes());
-    let path = format!("/repos/{}/{}/{repo}/{}", &repo[..2], &repo[2..4], entry.digest());
+    let subject_hash = content::sha1(subject.as_bytes());
+    let (first, second) = (&subject_hash[..2], &subject_hash[2..4]);
+    let path = format!("/repos/{first}/{second}/{subject_hash}/{}", entry.digest());
     let ttl_s = lock(&shared.settings).signed_url_ttl.as_secs();
     let expires = (now_s() + ttl_s).to_string();
     let signature = signature(shared, &path, &expires);

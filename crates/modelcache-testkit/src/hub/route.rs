@@ -87,7 +87,7 @@ pub(super) fn values(query: &str, name: &str) -> Vec<String> {
     named.filter_map(|(_, value)| decode(&value.replace('+', " "))).collect()
 }
 
-/// Returns true if the boolean parameter `name` is `true`, in any case, or `1`.
+/// Returns true if the boolean parameter `name` is `true` (in upper or lower case) or `1`.
 pub(super) fn is_set(query: &str, name: &str) -> bool {
     values(query, name).iter().any(|value| value.eq_ignore_ascii_case("true") || value == "1")
 }

@@ -1,9 +1,10 @@
 //! Backfill: uploading files that came from an origin to the remote, at once, in the background, or by a later run.
 //!
-//! In every mode a pending upload is recorded durably before the artifact is published on disk, and removed once the
-//! remote has the files. A crash or an unreachable remote therefore delays the upload, but does not lose it. Pending
-//! uploads are completed by [`Cache::backfill_pending`], and at the end of every run that reached the remote. A hit
-//! never waits for them. An upload that can never succeed is dropped with a warning.
+//! In every mode except [`Backfill::Never`], a pending upload is recorded durably before the artifact is published on
+//! disk, and removed once the remote has the files. A crash or an unreachable remote therefore delays the upload, but
+//! does not lose it. Pending uploads are completed by [`Cache::backfill_pending`] and, with [`Backfill::Wait`] and
+//! [`Backfill::Background`], at the end of every run that reached the remote. A hit never waits for them. An upload
+//! that can never succeed is dropped with a warning.
 //!
 //! An artifact that was put while no remote was configured is recorded, too. Only [`Cache::backfill_pending`] uploads
 //! it.
@@ -182,8 +183,8 @@ impl Cache {
         }
     }
 
-    /// Takes the backfill lock and uploads the files. Returns `None` if it did not contact the remote: the remote refuses
-    /// writes, or another process uploads the files or has uploaded them.
+    /// Takes the backfill lock and uploads the files. Returns `None` if it did not contact the remote: the remote
+    /// refuses writes, or another process uploads the files or has uploaded them.
     async fn upload_under_lock(
         &self,
         remote: &Remote,
@@ -282,8 +283,8 @@ impl Cache {
     }
 
     /// Completes all pending uploads to the configured remote, and uploads the artifacts that were put while no remote
-    /// was configured. If one fails, the others are still attempted, unless the
-    /// error concerns the remote as a whole: `Unavailable`, `Unauthorized` or `Invalid`.
+    /// was configured. If one fails, the others are still attempted, unless the error concerns the remote as a whole:
+    /// `Unavailable`, `Unauthorized` or `Invalid`.
     ///
     /// # Errors
     /// `Invalid` if no remote is configured or it is read-only. Errors of single uploads are in the report.
@@ -304,8 +305,9 @@ impl Cache {
         self.complete_all(remote, progress).await
     }
 
-    /// Waits for background uploads at the end of a run. If this process reached the remote, also completes the pending
-    /// uploads of earlier runs. Failures are only logged, because the requested work is already done.
+    /// Waits for background uploads at the end of a run. If this process reached the remote, and the mode is
+    /// [`Backfill::Wait`] or [`Backfill::Background`], also completes the pending uploads of earlier runs. Failures are
+    /// only logged, because the requested work is already done.
     pub async fn finish_backfills(&self, progress: &Progress) -> BackfillReport {
         self.0.backfills.tasks.wait().await;
         match self.backfill_mode() {
@@ -393,8 +395,8 @@ impl Cache {
         Ok(UploadOutcome::Done(published))
     }
 
-    /// Leases the missing files that are on disk with the recorded digests, and returns which they are; `None` if there
-    /// are none.
+    /// Leases the files in `missing` (the remote lacks them) that are on disk with the recorded digests, and returns
+    /// their paths; `None` if there are none.
     async fn acquire_held(
         &self,
         key: &ArtifactKey,
@@ -511,7 +513,8 @@ pub(super) fn pending(disk: &Disk) -> Result<Vec<PendingBackfill>> {
         PendingBackfill { reference: key.to_string(), key, remote, files: missing.files.len(), bytes }
     };
     let mut pending: Vec<_> = disk.pending_uploads()?.into_iter().map(report).collect();
-    // If the upload of an artifact without a remote was requested and failed, list it under that remote only.
+    // An artifact that was put without a remote has two records while a requested upload of it is pending: one for the
+    // requested remote, and one without a remote. Report only the former.
     let requested: BTreeSet<_> = pending.iter().filter(|p| p.remote.is_some()).map(|p| p.key.clone()).collect();
     pending.retain(|pending| pending.remote.is_some() || !requested.contains(&pending.key));
     Ok(pending)

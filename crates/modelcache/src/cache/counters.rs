@@ -78,7 +78,7 @@ pub const DIRECTORY_FAMILIES: &[Descriptor<Stats>] = &[
         Sample::only(stats.pending_backfills as f64)
     })
     .json("pending_backfills"),
-    Row::gauge("directory_pending_backfill_bytes", &[], "Bytes of the files of these uploads", |stats| {
+    Row::gauge("directory_pending_backfill_bytes", &[], "Bytes of the files that have still to be uploaded", |stats| {
         Sample::only(stats.pending_backfill_bytes as f64)
     })
     .json("pending_backfill_bytes"),

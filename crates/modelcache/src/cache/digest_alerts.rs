@@ -45,12 +45,11 @@ pub(super) fn disk_contradicts_origin(key: &ArtifactKey, contradiction: &Error) 
         .hint(hint)
 }
 
-/// Logs that the remote contradicts the origin, or files on this disk that came from the origin. The get continues
-/// without the remote.
+/// Logs that the remote contradicts the origin or the files on this disk. The get continues without the remote.
 pub(super) fn remote_contradicts(key: &ArtifactKey, contradiction: &Error) {
     let hint = format!(
-        "find out which writer put it there; `modelcache evict {key} --tier remote --yes` removes it, and the next get \
-         uploads it again"
+        "find out which writer put this content there; `modelcache evict {key} --tier remote --yes` removes it, and \
+         the next get uploads the artifact again"
     );
     tracing::error!(
         %key, what = contradiction.message(), hint,

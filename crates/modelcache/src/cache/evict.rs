@@ -72,7 +72,7 @@ impl Cache {
         let can_be_fetched_again = match origin {
             _ if remote_stays => true,
             // A commit or a digest can be fetched again. Objects in a bucket may have been replaced.
-            Some(_) if key.name.has_origin_with_versions() => true,
+            Some(_) if key.name.origin_keeps_versions() => true,
             Some(origin) if dry_run && tier != EvictTier::Disk => matches!(origin.manifest().await, Ok(Some(_))),
             _ => false,
         };
@@ -157,7 +157,7 @@ impl Cache {
     ) -> Result<(ArtifactKey, Option<Arc<dyn Source>>)> {
         let reference = &self.0.origins.placed(reference);
         // A call that downloads nothing does not write to the remote.
-        let policy = LookupPolicy { share_versions: false, ..self.policy(&GetOptions::default()) };
+        let policy = LookupPolicy { may_write: false, ..self.policy(&GetOptions::default()) };
         let pointer = reference.pointer().or_else(|| self.possible_tag(reference));
         if let Some(Pointer { name, revision }) = pointer
             && let Some(cached) = self.remembered_ref(&name, &revision)?

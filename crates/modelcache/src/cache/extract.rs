@@ -2,8 +2,8 @@
 //!
 //! The extracted files are an artifact of their own: `extracted/<name of the archive>`, with the digest of the archive
 //! as version. So they are verified, leased, counted and evicted like any other artifact, and different versions share
-//! equal files. The version of the archive is a revision of it, which the local directory remembers: a hit needs no
-//! archive.
+//! equal files. The local directory remembers the version of the archive as a revision of this artifact, so a hit does
+//! not need the archive.
 //!
 //! A tar archive is extracted while it is downloaded, from bytes that may not be verified yet. Its files are published
 //! only after the whole archive was verified.
@@ -68,8 +68,8 @@ impl Extraction {
         self.how == Extract::Always || is_named_as_archive(path.file_name())
     }
 
-    /// Returns the revisions under which the digest may be remembered. An archive whose name only `always` accepts has a
-    /// revision of its own, which `auto` does not look for.
+    /// Returns the revisions under which the digest may be remembered. An archive whose name only `always` accepts has
+    /// a revision of its own, which `auto` does not look for.
     fn revisions(&self) -> Vec<String> {
         match self.how {
             Extract::Always => vec![self.revision.clone(), format!("{}{SELECTION}always", self.revision)],
@@ -292,7 +292,8 @@ impl Cache {
                     verified = &mut verified, if known.is_none() => known = Some(verified),
                 }
             };
-            // A refusal of the archive is reported only if its bytes are right. Any other failure is certain.
+            // A refusal of the archive (`Corrupt`) is reported only if its bytes pass verification. Any other error is
+            // reported at once.
             if let Err(error) = &outcome
                 && error.kind() != ErrorKind::Corrupt
             {
@@ -417,8 +418,8 @@ impl Cache {
         outcome.await.map_err(|_| Error::new(ErrorKind::Other, "the extraction ended unexpectedly"))?
     }
 
-    /// Removes the archive from disk after its files were extracted, unless it is to be kept. With uploads in the
-    /// background, this happens there.
+    /// Removes the archive from disk after its files were extracted, unless it is to be kept. If uploads run in the
+    /// background, the removal does, too.
     async fn drop_archive(&self, key: &ArtifactKey) {
         if self.0.config.keep_archive {
             return;

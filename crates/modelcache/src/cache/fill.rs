@@ -5,8 +5,8 @@
 //! published. A caller that opens one file may also join a fill of more files.
 //!
 //! Fills of different single files of one artifact run at the same time, under one fill lock. All other fills of the
-//! artifact are serialized by that lock, so that no file is downloaded twice. So are the fills of other processes, which
-//! read the progress from the heartbeat of the leader.
+//! artifact are serialized by that lock, so that no file is downloaded twice. So are the fills of other processes,
+//! which read the progress from the heartbeat of the leader.
 
 use super::Cache;
 use super::report::FillStatus;

@@ -82,7 +82,7 @@ impl Cache {
     /// Makes one attempt of [`get_with`](Self::get_with).
     async fn get_once(&self, reference: &Reference, options: &GetOptions, progress: &Progress) -> Result<Artifact> {
         let extract = options.extract.unwrap_or(self.0.config.extract);
-        // Steps 1 and 2 in a few microseconds, for an ordinary hit.
+        // Steps 1 and 2 in some tens of microseconds, for an ordinary hit.
         let hit = match extract {
             Extract::Never => self.try_fast_hit(reference, options, progress),
             _ => self.try_extracted_hit(reference, extract, options, progress).await?.map(Ok),
@@ -189,7 +189,7 @@ impl Cache {
         let plan = self.plan_fill(request, progress).await?;
         self.set_remote_usable(!plan.remote_unusable);
         // Step 5: download the missing files into staging.
-        // Wrong bytes may be those of a file that was replaced after it was listed, with a digest of its own.
+        // Bytes that fail verification may belong to a newer file, which replaced the listed one after it was listed.
         let may_be_replaced =
             |error: &Error, tier| error.kind() == ErrorKind::Corrupt && plan.saw_other_validators(tier);
         match self.download(request, &plan, progress, publisher).await {
@@ -285,7 +285,8 @@ impl Cache {
                     if downloaded.bad_tiers.contains(&Tier::Remote) {
                         bad_on_remote.insert(path.clone());
                     }
-                    // A file of equal content may have been downloaded for this one, but its mode is its own.
+                    // Another file of equal content may have been downloaded in place of this one. Keep the mode of
+                    // this file.
                     let executable = entry.executable;
                     let mut entry = downloaded.entry.clone();
                     entry.executable = executable;
@@ -361,7 +362,8 @@ impl Cache {
             let key = &plan.listing.key;
             tracing::debug!(
                 %key,
-                "no backfill: there is no writable remote, its objects are unmanaged, or they are what the origin reads"
+                "no backfill: the mode is `never`, there is no writable remote, its objects are unmanaged, or the \
+                 origin reads from it"
             );
             return None;
         }
@@ -426,8 +428,8 @@ fn files_to_download(staging: &Staging, plan: &FillPlan) -> Result<(PartialFiles
     Ok((partial_files, to_download))
 }
 
-/// Detects the format of each file whose format is unknown, from its first bytes. With `of_all`, of each file: a manifest
-/// may state another format.
+/// Detects the format of each file whose format is unknown, from its first bytes. With `of_all`, detects the format of
+/// every file, because a manifest may state a wrong one.
 async fn detect_formats(
     staging: &Staging,
     mut files: BTreeMap<FilePath, StagedFile>,

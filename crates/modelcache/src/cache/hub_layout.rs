@@ -46,7 +46,8 @@ impl Cache {
         let is_model = |hub: &&HubLayout| hub.kind == RepoKind::Model;
         let of_model = |artifact: &Artifact| artifact.hub.as_ref().filter(is_model).cloned();
         let mut models: Vec<_> = artifacts.iter().filter_map(of_model).collect();
-        // Two revisions of one model have one name: the program finds them by revision only.
+        // Leave out a model of which there are several revisions: they have the same name, so the program finds them by
+        // revision only.
         let all = models.clone();
         models.retain(|model| all.iter().filter(|other| other.repo_id == model.repo_id).count() == 1);
         if models.is_empty() {

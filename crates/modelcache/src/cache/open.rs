@@ -131,7 +131,7 @@ impl Cache {
             return self.open_leased(hit?, true, progress).await.map_err(|error| error.artifact(reference));
         }
         let request = self.resolve(reference, &get, progress).await.map_err(|error| error.artifact(reference))?;
-        // Forbidden content is found when the file is complete.
+        // A forbidden format is detected only when the file is complete, so no bytes may be read before that.
         let unchecked = options.unchecked && !self.0.config.forbid.has_formats();
         self.open_resolved(request, unchecked, true, progress).await.map_err(|error| error.artifact(reference))
     }

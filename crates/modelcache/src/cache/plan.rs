@@ -126,7 +126,7 @@ impl Cache {
     pub async fn plan(&self, reference: &Reference, options: &GetOptions) -> Result<GetPlan> {
         let progress = Progress::new();
         // A call that downloads nothing does not write to the remote.
-        let policy = LookupPolicy { share_versions: false, ..self.policy(options) };
+        let policy = LookupPolicy { may_write: false, ..self.policy(options) };
         let request = self
             .resolve_with(reference, options, policy, &progress)
             .await
@@ -180,7 +180,7 @@ impl Cache {
             .iter()
             .map(|(path, entry)| (path.clone(), sources(path, entry, &local, &tier_manifests, request)))
             .collect();
-        // Forbidden content is found when the file is complete.
+        // A forbidden format is detected only when the file is complete, so no bytes may be read before that.
         let has_forbidden_formats = self.0.config.forbid.has_formats();
         let read_gate = |(path, entry): &(FilePath, FileEntry)| {
             let read_gate = match has_forbidden_formats {
@@ -331,7 +331,8 @@ impl Cache {
         match (local, remote) {
             (Some(mut listing), Some(remote)) => {
                 if let Err(error) = listing.learn(&remote) {
-                    // Without an origin, nothing decides whether the local files or the unmanaged objects are the right ones.
+                    // Without an origin, nothing decides whether the local files or the unmanaged objects are the right
+                    // ones.
                     if tier_manifests.remote_unmanaged && request.origin.is_none() {
                         return Err(unmanaged_objects_changed(request, &error));
                     }

@@ -5,10 +5,10 @@
 //! tag        a version of that name on disk, fresh cached version on disk, the remote, last known version
 //! ```
 //!
-//! The authority is the origin of a revision, and the remote for a tag. The last known version is used only if the
-//! authority is unavailable, and a warning is logged. `NotFound` and `Unauthorized` are definite. With `refresh`, only
-//! the authority is used. A version that an origin resolves is cached on disk, and shared with other machines through
-//! the remote.
+//! The authority for a revision is its origin. The authority for a tag is the remote. The last known version is used
+//! only if the authority is unavailable, and a warning is logged. `NotFound` and `Unauthorized` are definite. With
+//! `refresh`, only the authority is used. A version that an origin resolves is cached on disk, and shared with other
+//! machines through the remote.
 
 use super::resolve::LookupPolicy;
 use super::{Cache, digest_alerts};
@@ -87,7 +87,7 @@ impl Cache {
         if policy.refresh && policy.max_tier < Tier::Origin {
             return Err(Error::invalid("a refresh needs the origin, but origins are excluded (offline)").hint(
                 format!(
-                    "leave out {REFRESH}, or be online: {}, {LOCAL_FILES_ONLY}, {}",
+                    "leave out {REFRESH}, or leave out {}, {LOCAL_FILES_ONLY} and {} to be online",
                     call::OFFLINE,
                     setting::OFFLINE
                 ),
@@ -115,14 +115,8 @@ impl Cache {
             return known.ok_or_else(|| unknown_offline(pointer, shared, policy));
         }
         // 3: the origin, with the newer of the known versions as the fallback.
-        self.resolve_revision_at_origin(
-            reference,
-            pointer,
-            known.filter(|_| !policy.refresh),
-            shared,
-            policy.share_versions,
-        )
-        .await
+        self.resolve_revision_at_origin(reference, pointer, known.filter(|_| !policy.refresh), shared, policy.may_write)
+            .await
     }
 
     /// Resolves a revision at its origin. Returns the last known version if the origin is unavailable.
@@ -132,7 +126,7 @@ impl Cache {
         pointer: &Pointer,
         known: Option<ResolvedVersion>,
         shared: SharedVersion,
-        share_versions: bool,
+        may_write: bool,
     ) -> Result<ResolvedVersion> {
         self.wait_for_start_jitter().await;
         let request = self.0.origins.resolve(reference);
@@ -148,7 +142,7 @@ impl Cache {
                 let version =
                     ResolvedVersion { version: resolved.key.version, from: Tier::Origin, age: Duration::ZERO };
                 self.cache_version(pointer, &version).await;
-                if share_versions {
+                if may_write {
                     self.share_version(pointer, &version, shared).await;
                 }
                 Ok(version)
@@ -193,7 +187,7 @@ impl Cache {
         }
     }
 
-    /// Stores a version that the origin resolved on the remote, for other machines. Does nothing if the backfill mode
+    /// Stores on the remote, for other machines, a version that the origin resolved. Does nothing if the backfill mode
     /// defers or forbids writes. The write is a task, so that the caller waits at most [`SHARE_WRITE_TIMEOUT`].
     async fn share_version(&self, pointer: &Pointer, resolved: &ResolvedVersion, shared: SharedVersion) {
         if matches!(self.backfill_mode(), Backfill::Later | Backfill::Never) {

@@ -279,7 +279,8 @@ impl Cache {
     /// `Conflict` if there is other content and `force` is not set, or if the other content is leased or pinned.
     async fn refuse_other_content(&self, manifest: &Manifest, options: &PutOptions) -> Result<bool> {
         let (manifest, force) = (manifest.clone(), options.force);
-        // Files that stay executable are warned about once: by the publish on the remote if there is one, otherwise here.
+        // Warn only once about files that stay executable: in the publish on the remote if there is one, otherwise
+        // here.
         let has_remote = self.0.remote.is_some();
         let agrees = move |present: Manifest, manifest: &Manifest| {
             let agreed = present.agrees_with(manifest);

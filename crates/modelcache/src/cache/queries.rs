@@ -1,4 +1,4 @@
-//! Queries: list artifacts, inspect one artifact, and report disk usage. They change nothing.
+//! Queries: list artifacts, inspect one artifact, and report disk usage. They change no artifact.
 
 use super::backfill::pending;
 use super::plan::manifest_of;

@@ -40,7 +40,8 @@ pub struct GetOptions {
     pub durable: bool,
     /// Whether an archive is extracted; `None` for the configured value.
     pub extract: Option<Extract>,
-    /// The folder into which the artifact will be materialized. Before a download, the get fails if it has no room.
+    /// The folder into which the artifact will be materialized. If that folder has no room, the get fails before it
+    /// downloads anything.
     pub destination: Option<Destination>,
 }
 
@@ -120,8 +121,8 @@ pub struct GetReport {
     /// Total size of the selected files in bytes.
     #[serde(rename = "size")]
     pub selected_bytes: u64,
-    /// How the files share disk space with the blobs of the cache. If files differ, the way that takes the most space or
-    /// time: `copy`, else `symlink`, else `reflink`, else `hard`. `None` for a hit.
+    /// How the files share disk space with the blobs of the cache. If files differ, the way that takes the most space
+    /// or time: `copy`, else `symlink`, else `reflink`, else `hard`. `None` for a hit.
     pub link: Option<Link>,
     /// Time spent in each phase.
     #[serde(rename = "seconds", serialize_with = "phases")]
@@ -331,8 +332,8 @@ pub struct EvictReport {
     pub remote_bytes: Option<u64>,
     /// The address of the remote from which it was removed; `None` if nothing was removed there.
     pub remote: Option<String>,
-    /// True if the copy on disk is removed and no other tier is known to have the artifact. This is the case if it was put
-    /// without a remote, or if its upload is pending and its origin does not keep old versions.
+    /// True if the copy on disk is removed and no other tier is known to have the artifact. This is the case if it was
+    /// put without a remote, or if its upload is pending and its origin does not keep old versions.
     pub only_copy: bool,
     /// True if a later get can fetch the artifact again, from an origin or from unmanaged objects that stay on the
     /// remote.
@@ -341,7 +342,8 @@ pub struct EvictReport {
     pub tags: Vec<String>,
 }
 
-/// Result of [`Cache::resolve_reference`](super::Cache::resolve_reference): a reference resolved to an immutable version.
+/// Result of [`Cache::resolve_reference`](super::Cache::resolve_reference): a reference resolved to an immutable
+/// version.
 #[derive(Debug, Clone, Serialize)]
 #[serde(into = "ResolvedReferenceJson")]
 pub struct ResolvedReference {
@@ -436,7 +438,8 @@ pub struct PinReport {
 pub struct RemoteSurvey {
     /// The published artifacts, sorted by key.
     pub artifacts: Vec<ListedArtifact>,
-    /// The number of artifacts that were published under a longer prefix, by the part that the remote's address lacks.
+    /// The number of artifacts that were published under a longer prefix than that of the remote's address, keyed by
+    /// the part of the prefix that the address lacks.
     pub longer_prefixes: BTreeMap<String, usize>,
     /// The folders, directly below the remote's prefix, in which other tools put objects.
     pub unmanaged_folders: BTreeSet<String>,
@@ -560,7 +563,7 @@ pub struct FillStatus {
     pub running_for: Duration,
     /// Number of requests that failed and were sent again.
     pub retries: u64,
-    /// The error of the last one; `None` if bytes have arrived since.
+    /// The error of the last failed request; `None` if bytes have arrived since.
     pub last_error: Option<String>,
 }
 

@@ -31,8 +31,9 @@ pub(super) struct LookupPolicy {
     pub(super) refresh: bool,
     /// The farthest tier that may be contacted.
     pub(super) max_tier: Tier,
-    /// Store the versions that origins resolve on the remote, for other machines.
-    pub(super) share_versions: bool,
+    /// True for a get, which may store on the remote, for other machines, the versions to which origins resolve
+    /// revisions, and evict an outdated local copy. False for a call that changes nothing.
+    pub(super) may_write: bool,
 }
 
 /// The version that a reference points to, and its sources.
@@ -125,8 +126,8 @@ impl Cache {
             None => options.selection.clone(),
         };
         let resolution = self.resolution(reference, policy).await?;
-        // A call that downloads nothing does not share versions, and changes nothing on disk.
-        if policy.refresh && policy.share_versions {
+        // A call that downloads nothing must not evict anything either.
+        if policy.refresh && policy.may_write {
             self.evict_if_replaced(&resolution, policy).await?;
         }
         let Resolution { key, origin, tag_record, remote, .. } = resolution;
@@ -143,7 +144,7 @@ impl Cache {
     /// Returns the lookup policy of a call, limited by the configuration.
     pub(super) fn policy(&self, options: &GetOptions) -> LookupPolicy {
         let allowed = if self.0.config.offline { Tier::Remote } else { Tier::Origin };
-        LookupPolicy { refresh: options.refresh, max_tier: options.max_tier.min(allowed), share_versions: true }
+        LookupPolicy { refresh: options.refresh, max_tier: options.max_tier.min(allowed), may_write: true }
     }
 
     /// Resolves a reference to the version that it points to now.
@@ -244,7 +245,7 @@ impl FetchRequest {
 
     /// Returns the lookup policy of the fill. The reference is resolved already, so nothing is refreshed or shared.
     pub(super) fn policy(&self) -> LookupPolicy {
-        LookupPolicy { refresh: false, max_tier: self.max_tier, share_versions: false }
+        LookupPolicy { refresh: false, max_tier: self.max_tier, may_write: false }
     }
 
     /// Compares the demanded digest, if there is one, with `manifest`. A digest that is still unknown is not an error:

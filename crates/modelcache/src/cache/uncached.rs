@@ -106,7 +106,8 @@ impl Reading {
         while !self.left.is_empty() {
             let error = match self.try_next_chunk().await {
                 Ok(chunk) => {
-                    // Before the last chunk is passed on, so that a file with wrong bytes is never complete.
+                    // Verify before the last chunk is passed on, so that a caller never receives a complete file with
+                    // wrong bytes.
                     if self.left.is_empty() {
                         self.verify()?;
                     }

@@ -158,7 +158,7 @@ impl Cache {
         // Try the caller's reference first, because it may contain a URI, and then the key as text.
         let parsed = Reference::parse(&key.to_string()).ok();
         for reference in reference.into_iter().chain(&parsed) {
-            let policy = LookupPolicy { share_versions: false, ..self.policy(&GetOptions::default()) };
+            let policy = LookupPolicy { may_write: false, ..self.policy(&GetOptions::default()) };
             if let Ok(Resolution { key: resolved_key, origin: Some(origin), .. }) =
                 self.resolution(reference, policy).await
                 // A revision may have moved since. Only an origin of this version can repair it.

@@ -111,7 +111,7 @@ impl Disk {
             Err(_) if self.is_read_only() => None,
             Err(error) => return Err(error),
         };
-        let (present, mut tried_sync) = (self.present(), false);
+        let (mount, mut tried_sync) = (self.current_mount(), false);
         // Each correction below changes a manifest. After it, start again at step 2.
         for _ in 0..ROUNDS_MAX {
             // Step 2: read the manifest.
@@ -121,7 +121,7 @@ impl Disk {
             }
             // Step 3: settle the marks of unsynced files. A read-only directory cannot record the result. It does not
             // sync either: the kernel reports a failed write once, and the report would be lost.
-            match present.greatest_state(&manifest, selection).filter(|_| !self.is_read_only()) {
+            match mount.greatest_state(&manifest, selection).filter(|_| !self.is_read_only()) {
                 Some(Foreign) => {
                     self.recheck(key, &dir, selection)?;
                     continue;
@@ -164,14 +164,14 @@ impl Disk {
         manifest: &Manifest,
         selection: &Selection,
     ) -> Result<Option<(FilePath, FileEntry, Mismatch)>> {
-        let (present, mut views) = (self.present(), Folders::default());
+        let (mount, mut views) = (self.current_mount(), Folders::default());
         for (path, entry) in manifest.selected(selection) {
             let view = dir.view(path);
             let Some(metadata) = views.metadata(&view).at("examine", &view)? else {
                 return Ok(Some((path.clone(), entry.clone(), Mismatch::Missing)));
             };
             // In a read-only directory, an unsynced file of another boot is hashed at each use.
-            if present.trusted_identity(entry) != Some(metadata.identity()) {
+            if mount.trusted_identity(entry) != Some(metadata.identity()) {
                 match self.check_file(&view, entry)? {
                     // The new identity cannot be recorded here. Serve the file: its bytes are right.
                     Mismatch::Right(_) if self.is_read_only() => {}
@@ -275,7 +275,7 @@ impl Disk {
                     manifest.files.values_mut().filter(|entry| records(entry)).map(|entry| entry.held = None).count()
                         > 0
                 })?;
-                // Only now: as long as the manifest records the file, it may be linked again.
+                // Remove the links only now: while the manifest records the file, another call may link it again.
                 recording.iter().for_each(|(_, path)| self.remove_hub_link(&artifact.dir, path, inode));
             }
         }

@@ -812,7 +812,7 @@ impl ScannedArtifact {
     /// Returns true if no other tier is known to have the artifact. `pending` is the result of
     /// [`Disk::pending_hashes`].
     pub(super) fn is_only_copy(&self, pending: &HashSet<String>) -> bool {
-        let is_at_origin = self.manifest.as_ref().is_some_and(|m| m.key.name.has_origin_with_versions());
+        let is_at_origin = self.manifest.as_ref().is_some_and(|m| m.key.name.origin_keeps_versions());
         !is_at_origin && pending.contains(&self.dir.hash())
     }
 

@@ -1,8 +1,8 @@
 //! The fast path of a cache hit: a lease acquired in microseconds, on the caller's own thread.
 //!
-//! The steps are those of [`acquire`](super::Disk::acquire): shared lease, manifest, one `stat` per file, time of last
-//! use. Any unusual case (no lock file yet, a running eviction, a large manifest, a changed file) is left to `acquire`,
-//! which may read, hash, repair and wait.
+//! The steps are those of [`acquire`](super::Disk::acquire), with their numbers: shared lease, manifest, one `stat` per
+//! file, time of last use. Step 3 and any unusual case (no lock file yet, a running eviction, a large manifest, a
+//! changed file) are left to `acquire`, which may read, hash, repair and wait.
 //!
 //! The fast path is used only on local filesystems. A call on a network filesystem may hang, and would block a thread
 //! of the async runtime.
@@ -83,16 +83,16 @@ impl Disk {
         if !manifest.holds(selection) || manifest.selected(selection).nth(FILES_MAX).is_some() {
             return None;
         }
-        // Step 3: compare the identities. Opening `files/` relative to its parent saves resolving the path again.
+        // Step 4: compare the identities. Opening `files/` relative to its parent saves resolving the path again.
         let mut views = Folders::starting_at(dir.files(), folder.open_folder(FILES).ok()?);
         for (path, entry) in manifest.selected(selection) {
             let view = views.metadata(&dir.view(path)).ok()??;
-            // `on_disk` is `None` for unsynced files: `acquire` settles their marks.
+            // `on_disk` is `None` for unsynced files: `acquire` settles their marks in step 3.
             if entry.on_disk() != Some(view.identity()) {
                 return None;
             }
         }
-        // Step 4: touch `last-used`.
+        // Step 5: touch `last-used`.
         let _ = folder.touch(LAST_USED);
         Some(LeasedArtifact { manifest, dir, link: None, is_lower: false, lease: Some(lease) })
     }

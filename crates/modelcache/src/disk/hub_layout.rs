@@ -8,10 +8,10 @@
 //!                      /model-maps/<digest>.json     model names and snapshots, for `VLLM_MODEL_REDIRECT_PATH`
 //! ```
 //!
-//! Each hard link shares the inode of a view, so the budget counts it once. Links are made and replaced under the budget
-//! lock, and an eviction removes them before the views. A program may remove links (`hf cache rm`). A file of another
-//! program is replaced only if it has the path of a link. A ref or model map that names an evicted commit is removed,
-//! whoever wrote it.
+//! Each hard link shares the inode of a view, so the budget counts it once. Links are made and replaced under the
+//! budget lock, and an eviction removes them before the views. A program may remove links (`hf cache rm`). A file of
+//! another program is replaced only if it has the path of a link. A ref or model map that names an evicted commit is
+//! removed, whoever wrote it.
 //!
 //! Other programs and users write below `hub/`, so an entry there that cannot be read is skipped: it must not stop a
 //! fill or an eviction.
@@ -162,12 +162,12 @@ impl Disk {
         Ok(HubLayout { cache_dir, kind: repo.kind, repo_id: repo.id, snapshot: folder.snapshot().full() })
     }
 
-    /// Writes the model map: a JSON object from model name to snapshot folder. Returns its path. The file is removed with
-    /// the artifact of the first model.
+    /// Writes the model map: a JSON object from model name to snapshot folder. Returns its path. The file is removed
+    /// with the artifact of the first model.
     pub(crate) fn write_model_map(&self, leased: &LeasedArtifact, models: &[HubLayout]) -> Result<PathBuf> {
         self.ensure_writable()?;
         let (repo, _) = HubFolder::of(&leased.dir).ok_or_else(not_from_the_hub)?;
-        // In this directory, also if the artifact is in the lower one, which is never written.
+        // The map is written to this directory even if the artifact is in the lower directory, which is never written.
         let folder = HubFolder::below(self.layout().root(), &repo);
         let snapshots: BTreeMap<_, _> = models.iter().map(|model| (&model.repo_id, &model.snapshot)).collect();
         let map = serde_json::to_vec(&snapshots).map_err(|cause| {
@@ -264,13 +264,13 @@ impl BudgetGuard<'_> {
         }
         Err(Error::new(
             ErrorKind::Directory,
-            "hard links are refused, which a Hugging Face cache needs: the filesystem has none, the folder hub is a mount \
-             of its own, or another user owns the file",
+            "a Hugging Face cache needs hard links, which are refused: the filesystem has none, the folder hub is a \
+             mount of its own, or another user owns the file",
         )
         .tier(Tier::Disk)
         .hint(format!(
-            "keep the cache directory on one local filesystem, or let the owner of the files get them with {}; without it, \
-             the artifact has a path",
+            "keep the cache directory on one local filesystem, or let the owner of the files get them with {}; without \
+             that setting, a get returns a path in the artifact's own folder",
             LAYOUT.set_to("hub")
         )))
     }
@@ -303,7 +303,7 @@ impl BudgetGuard<'_> {
             }
             Ok(())
         }));
-        // The links. One whose view is missing or was replaced is found by its path.
+        // Then the links. A link whose view is missing or was replaced is found by its path.
         self.disk().hub_links(dir, &mut |link, _| {
             unwanted.push(link.clone());
             Ok(())

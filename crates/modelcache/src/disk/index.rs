@@ -172,9 +172,9 @@ impl Index {
 
 /// Returns the held files that `manifest` records.
 fn recorded(disk: &Disk, manifest: &Manifest) -> impl Iterator<Item = RecordedFile> {
-    let present = disk.present();
+    let mount = disk.current_mount();
     manifest.files.values().filter_map(move |entry| {
-        let digest = entry.sha256.filter(|_| present.trusted_identity(entry).is_some());
+        let digest = entry.sha256.filter(|_| mount.trusted_identity(entry).is_some());
         Some(RecordedFile { digest, identity: entry.recorded_on_disk()? })
     })
 }

@@ -94,7 +94,8 @@ impl Lower {
             if entry.on_disk() == Some(metadata.identity()) && !self.was_found_wrong(&metadata, entry) {
                 continue;
             }
-            // Another identity than the recorded one: compare the digest, hashing the file if necessary.
+            // The file is unsynced, has another identity than the recorded one, or was found wrong by `verify`. Compare
+            // the digest, hashing the file if necessary.
             let found = self.digest_of(&view, &metadata, entry)?;
             if found.is_none() || found.map(|found| found.digest) != entry.sha256 {
                 // Warn once: a caller that waits for a fill comes here repeatedly.
@@ -173,8 +174,8 @@ impl Lower {
 }
 
 impl Disk {
-    /// Opens an existing cache directory for reading only. Nothing is created in it. Errors of later calls that would
-    /// write state `reason`.
+    /// Opens an existing cache directory for reading only. Nothing is created in it. A later call that would write
+    /// fails with an error that states `reason`.
     pub(super) fn open_read_only(root: &Path, reason: &str) -> Result<Self> {
         super::ownership::check(root, Sharing::Off)?;
         let layout = super::Layout::new(root);

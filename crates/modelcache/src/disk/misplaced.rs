@@ -16,6 +16,7 @@ use serde::Serialize;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum ExpectedType {
     Folder,
+    /// A file. A folder with the name of a temporary entry (`new-…`) is accepted as well.
     File,
     /// A folder or a file, for instance a staging folder, or a temporary file in `staging/`.
     Either,

@@ -154,7 +154,8 @@ struct DiskState {
 }
 
 impl DiskState {
-    /// Returns the state of a directory on which locks exclude, and which may be on a server.
+    /// Returns the state of a directory. Assumes that its file locks exclude other processes, and that it may be on a
+    /// server.
     fn new(layout: Layout, max_bytes: ByteBound, min_free_bytes: ByteBound, unwritable: Option<Error>) -> Self {
         Self {
             layout,
@@ -258,8 +259,8 @@ impl Disk {
         &self.0.metrics
     }
 
-    /// Counts a file of `bytes` bytes with wrong content, unless it was counted and not replaced since. `expected` is
-    /// the digest that it should have.
+    /// Counts a file of `bytes` bytes with wrong content, unless it was counted before and has not been replaced since
+    /// then. `expected` is the digest that it should have.
     fn count_corrupt(&self, expected: Option<Digest>, bytes: u64) {
         if expected.is_none_or(|digest| self.0.corrupt.lock().insert(digest)) {
             self.metrics().record_corrupt(Tier::Disk, 1, bytes);
@@ -320,7 +321,8 @@ impl Disk {
         Ok(bound.bytes(stat.f_blocks * stat.f_frsize))
     }
 
-    /// Returns the size and the free space of the filesystem, on which a missing root would be created.
+    /// Returns the size and the free space of the filesystem of the root. If the root is missing, this is the
+    /// filesystem on which it would be created.
     fn filesystem(&self) -> Result<rustix::fs::StatVfs> {
         let root = self.layout().root();
         match (root.filesystem(), doctor::nearest_existing(&root.full())) {
@@ -392,7 +394,8 @@ impl Disk {
         Ok(())
     }
 
-    /// Scans the folder of one artifact; `None` if it is missing.
+    /// Scans the folder of one artifact; `None` if it is missing, or if [`scan_folder`](Self::scan_folder) returns
+    /// `None`.
     fn scan_one(&self, dir: &ArtifactDir) -> Result<Option<ScannedArtifact>> {
         // If the parent is a symbolic link, the folder counts as missing.
         let has_parent = dir.path().parent().map_or(Ok(false), |parent| files::is_folder(&parent))?;
@@ -435,7 +438,8 @@ impl Disk {
     pub(crate) fn bytes_of_eviction(&self, key: &ArtifactKey) -> Result<Option<(u64, u64)>> {
         let dir = self.layout().artifact(key);
         let Some(manifest) = self.read_manifest(&dir)? else { return Ok(None) };
-        // Number of views and metadata, by inode.
+        // By inode: the number of links that an eviction removes (views, links below `hub/`, the blob), and the
+        // metadata.
         let mut views: BTreeMap<u64, (u64, Metadata)> = BTreeMap::new();
         files::walk(&dir.files(), &mut |_, metadata| {
             views.entry(metadata.ino()).or_insert((0, *metadata)).0 += 1;

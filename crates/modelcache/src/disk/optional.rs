@@ -1,5 +1,5 @@
-//! Calls that only protect files, or keep an order, and that some filesystems refuse: setting modes and times, and
-//! syncing a folder.
+//! Calls that some filesystems refuse, and without which the cache still works: setting modes and times, and syncing a
+//! folder.
 //!
 //! A refusal does not fail the operation: it is logged once per process, and `modelcache doctor` names it.
 
@@ -57,7 +57,8 @@ impl OptionalCall {
             Self::SetMode | Self::SetTime => {
                 matches!(errno, Some(Errno::PERM | Errno::ACCESS | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL))
             }
-            // Without the right to read a folder, it cannot be opened. That is another error.
+            // Permission errors are not in this list: they mean that this user may not open the folder, not that the
+            // filesystem refuses to sync it.
             Self::SyncFolder => matches!(errno, Some(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL)),
         }
     }

@@ -150,7 +150,8 @@ impl Disk {
     }
 
     /// Makes the upload of an artifact that was put without a remote pending for `remote`. The record under
-    /// [`NO_REMOTE`] stays until `remote` has the files, so that a dropped upload leaves the artifact the only copy.
+    /// [`NO_REMOTE`] stays until `remote` has the files, so that the artifact still counts as the only copy if the
+    /// upload is dropped.
     pub(crate) fn request_upload(&self, key: &ArtifactKey, remote: &str) -> Result<()> {
         self.edit_pending_upload(key, |stored| {
             if let Some(missing) = stored.remotes.get(NO_REMOTE).cloned() {

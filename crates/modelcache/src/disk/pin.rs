@@ -168,7 +168,7 @@ pub enum KeepReason {
     JustUsed,
     /// Every file has a link outside the cache, so no byte would become free.
     LinkedOutside,
-    /// Locks do not exclude on this filesystem, and it was used within the last hour.
+    /// Locks do not exclude other processes on this filesystem, and it was used within the last hour.
     UsedLately,
     /// No other tier is known to have it.
     OnlyCopy,

@@ -108,8 +108,8 @@ impl Disk {
         listing: &Manifest,
         staged: &BTreeMap<FilePath, StagedFile>,
     ) -> Result<BTreeMap<Digest, Option<FileIdentity>>> {
-        // A blob has one mode, and is not executable. An executable file has no blob. Files with equal content share one
-        // blob. The map is sorted by digest, so that each folder in `blobs/` is opened only once.
+        // A blob has one mode, and is not executable. An executable file has no blob. Files with equal content share
+        // one blob. The map is sorted by digest, so that each folder in `blobs/` is opened only once.
         let mut distinct = BTreeMap::new();
         for (path, file) in staged.iter().filter(|(path, _)| !is_executable(listing, path)) {
             distinct.entry(digest_of(path, &file.entry)?).or_insert(file);
@@ -160,7 +160,7 @@ impl Disk {
         // Mark the record dirty and write the change log before the first change on disk.
         guard.begin_change_of(dir)?;
         modes::make_dir(&dir.files()).at("make", &dir.files())?;
-        let (views, present, mut link) = (dir.files().opened(), self.present(), None);
+        let (views, mount, mut link) = (dir.files().opened(), self.current_mount(), None);
         for (path, file) in staged {
             let executable = is_executable(&manifest, path);
             let (identity, view_link) = guard.place_view(commit, &views, path, executable, file)?;
@@ -170,7 +170,7 @@ impl Disk {
                 // the manifest that the commit below renames, so no reader finds the file without it. A file shared
                 // with another artifact is marked, too: that artifact may be evicted before it is synced.
                 if entry.on_disk() != Some(identity) {
-                    entry.held = Some(HeldIdentity::Unsynced(present.mark(identity)));
+                    entry.held = Some(HeldIdentity::Unsynced(mount.mark(identity)));
                 }
             }
         }
@@ -207,8 +207,8 @@ impl Disk {
         }
     }
 
-    /// Returns the identity of the blob at `path` if it exists and has the bytes of `digest`: a manifest vouches for it,
-    /// or this call has hashed it. A wrong blob is quarantined; then returns `None`.
+    /// Returns the identity of the blob at `path` if it exists and has the bytes of `digest`: a manifest vouches for
+    /// it, or this call has hashed it. A wrong blob is quarantined; then returns `None`.
     pub(crate) fn checked_blob(
         &self,
         guard: &mut BudgetGuard<'_>,
@@ -269,8 +269,8 @@ impl BudgetGuard<'_> {
         Ok(self.verified_before.contains(&(*digest, identity)) || self.index()?.vouches(digest, identity))
     }
 
-    /// Links the staged file as `blob`, the blob of `digest`, or uses an existing blob with the right bytes. Returns the
-    /// identity of the blob; `None` if the filesystem refuses the link.
+    /// Links the staged file as `blob`, the blob of `digest`, or uses an existing blob with the right bytes. Returns
+    /// the identity of the blob; `None` if the filesystem refuses the link.
     fn publish_blob(
         &mut self,
         staged: &RootedPath,
@@ -323,9 +323,9 @@ impl BudgetGuard<'_> {
         }
     }
 
-    /// Places the view of a published file in the folder `views`. It is the first of these that is possible: a hard link
-    /// to the blob, a hard link to the staged file, a reflink of the staged file, a copy of it. Returns the identity of
-    /// the view, and how it shares its bytes.
+    /// Places the view of a published file in the folder `views`. It is the first of these that is possible: a hard
+    /// link to the blob, a hard link to the staged file, a reflink of the staged file, a copy of it. Returns the
+    /// identity of the view, and how it shares its bytes.
     fn place_view(
         &mut self,
         commit: &Commit<'_>,
@@ -363,7 +363,7 @@ impl BudgetGuard<'_> {
                 self.begin_change()?;
                 self.add(metadata.allocated());
             }
-            // The file has no blob because of its mode: its bytes count once, like those of a blob.
+            // An executable file never has a blob, so its bytes count once, like those of a blob.
             return Ok((file.identity, if executable { Link::Hard } else { without_blob }));
         }
         // Last choice: a reflink or a copy, for which room must be made. It is written inside the critical section, so
@@ -394,7 +394,7 @@ impl BudgetGuard<'_> {
     /// Links `from` as `view`, replacing an existing entry. Returns false if the filesystem refuses the link.
     fn link_view(&mut self, from: &RootedPath, dir: &ArtifactDir, view: &RootedPath) -> Result<bool> {
         match link::hard_link(from, view) {
-            // There is an older view, or another process has placed the view because locks do not exclude.
+            // There is an older view. Or locks do not exclude other processes, and another process has placed the view.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             linked => return linked.at("link", view),
         }

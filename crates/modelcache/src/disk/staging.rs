@@ -132,7 +132,7 @@ impl StagingUse {
         for path in files::entries(&self.dir).unwrap_or_default().iter().filter(|path| is_named_by_content(path)) {
             let bytes = path.metadata().map_or(0, |metadata| metadata.len());
             all_bytes += bytes;
-            wanted_bytes += if names.contains(staged_part(path)) { bytes } else { 0 };
+            wanted_bytes += if names.contains(staged_file_name(path)) { bytes } else { 0 };
         }
         2 * wanted_bytes >= all_bytes
     }
@@ -176,13 +176,13 @@ fn names_of(wanted: &[(FilePath, FileEntry)]) -> BTreeSet<String> {
 }
 
 /// Returns the name of the staged file at `path`; for a parts journal, the name of the staged file that it describes.
-fn staged_part(path: &RootedPath) -> &str {
+fn staged_file_name(path: &RootedPath) -> &str {
     path.name().strip_suffix(".parts").unwrap_or(path.name())
 }
 
 /// Returns true if the name of a staged file contains a digest of its content, so that another fill can verify it.
 fn is_named_by_content(path: &RootedPath) -> bool {
-    staged_part(path).starts_with("sha256-") || staged_part(path).starts_with("git-")
+    staged_file_name(path).starts_with("sha256-") || staged_file_name(path).starts_with("git-")
 }
 
 /// Returns true if the folder has a file that a later fill can resume: the name contains a digest, and the file has no
@@ -327,7 +327,7 @@ impl Disk {
     ///
     /// The caller holds the budget lock, so that no other process removes the folder meanwhile.
     fn adopt_staging(&self, key: &ArtifactKey, wanted: &[(FilePath, FileEntry)]) -> Result<Option<Staging>> {
-        // If locks do not exclude, a lock that can be taken does not prove that the fill is dead.
+        // If locks do not exclude other processes, a lock that can be taken does not prove that the fill is dead.
         if !self.locks_are_honest() {
             return Ok(None);
         }
@@ -378,8 +378,8 @@ impl Disk {
 
     fn staging_use(&self, dir: RootedPath) -> Result<StagingUse> {
         let path = dir.join(JOURNAL);
-        // The fill is running if the owner holds its lock. If locks do not exclude, it counts as running if the folder
-        // was changed within the last hour.
+        // The fill is running if the owner holds its lock. If locks do not exclude other processes, it counts as
+        // running if the folder was changed within the last hour.
         let live = !self.is_idle(&dir)? || matches!(FileLock::try_existing(&path)?, Some(None));
         let journal = files::read_small(&path, 4096)?;
         let journal = journal.and_then(|bytes| serde_json::from_slice::<Journal>(&bytes).ok()).unwrap_or_default();
@@ -457,7 +457,7 @@ impl Staging {
         for path in files::entries(&self.dir)? {
             // A file with more than one link is a reused blob. `reuse` checks the blob and links it again.
             let is_sole_link = files::stat(&path)?.is_some_and(|metadata| metadata.is_file() && metadata.nlink() == 1);
-            if is_sole_link && names.contains(staged_part(&path)) && is_named_by_content(&path) {
+            if is_sole_link && names.contains(staged_file_name(&path)) && is_named_by_content(&path) {
                 kept = true;
             } else if path.name() != JOURNAL {
                 files::remove(&path)?;
@@ -615,7 +615,7 @@ fn resumable_bytes(dir: &RootedPath) -> Result<u64> {
     for path in files::entries_if_accessible(dir)? {
         let staged = files::stat(&path)?.filter(|found| found.is_file() && found.nlink() == 1);
         if let Some(metadata) = staged
-            && staged_part(&path) == path.name()
+            && staged_file_name(&path) == path.name()
             && is_named_by_content(&path)
         {
             bytes += StagedWriter::resumable_bytes(&path, &metadata);

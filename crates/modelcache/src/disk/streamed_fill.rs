@@ -61,8 +61,8 @@ enum Message {
 }
 
 impl Disk {
-    /// Begins a fill of `key` without any file yet. It fails at the next file or buffer after `is_cancelled` returns
-    /// true.
+    /// Begins a fill of `key` without any file yet. The fill fails at the next file or buffer after `is_cancelled`
+    /// returns true.
     pub(crate) fn begin_streamed_fill(
         &self,
         key: &ArtifactKey,
@@ -113,8 +113,8 @@ impl StreamedFill {
     fn reserve(&mut self, size: u64) -> Result<()> {
         let needed = space_to_stage(size);
         if let Some(missing) = needed.checked_sub(self.room).filter(|missing| *missing > 0) {
-            // Reserve a larger step, so that many small files share one critical section. If it does not fit, reserve for
-            // this file only.
+            // Reserve a larger step, so that many small files share one critical section. If it does not fit, reserve
+            // for this file only.
             let step = missing.max(RESERVATION_STEP);
             let staging = self.staging.as_ref().ok_or_else(thread_lost)?;
             let extended = match staging.try_extend_reservation(&self.key, step, self.reserved + step) {

@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 const FILE_SYNCS_MAX: usize = 64;
 /// Maximum wait for another process that syncs or hashes the same files. After that, both do.
 const CHECK_WAIT_MAX: Duration = Duration::from_secs(120);
-/// Time between two attempts.
+/// Time between two attempts to take the check lock.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// Maximum rounds of [`Disk::sync_selected`] while the artifact is published again.
 const ROUNDS_MAX: usize = 1500;
@@ -86,12 +86,12 @@ impl Disk {
         self.make_durable(dir, &found)?.map_or(Ok(()), Err)
     }
 
-    /// Syncs the selected files that the kernel should have written back, which reports a write-back that failed, and
-    /// clears their marks. The caller then reads the manifest again.
+    /// Syncs the selected files that the kernel should have written back by now, and clears their marks. The sync
+    /// reports a write-back that failed. The caller then reads the manifest again.
     ///
     /// Waits for no other process. If the marks cannot be cleared now, they stay, and the next use tries again.
     pub(super) fn sync_old(&self, dir: &ArtifactDir, selection: &Selection) -> Result<()> {
-        // Another process is syncing them.
+        // Another process is syncing them, or the lock cannot be taken.
         let Ok(Some(_turn)) = FileLock::try_exclusive(&self.layout().check_lock(dir)) else { return Ok(()) };
         let found = self.trusted_files(dir, selection, &[Old])?;
         let (synced, _) = self.sync_bytes(dir, &found)?;
@@ -101,12 +101,13 @@ impl Disk {
         Ok(())
     }
 
-    /// Returns the selected files whose marks are in one of `states`, in this boot, with their recorded identities.
+    /// Returns the selected files whose marks are in one of `states`, with their recorded identities. `states` must not
+    /// contain `Foreign`, because the recorded identity is trusted in this boot only.
     fn trusted_files(&self, dir: &ArtifactDir, selection: &Selection, states: &[MarkState]) -> Result<Vec<SyncedFile>> {
         // No manifest: the artifact was evicted, and needs no sync.
         let Some(manifest) = self.read_manifest(dir)? else { return Ok(Vec::new()) };
-        let present = self.present();
-        let marked = present.marked(&manifest, selection, states);
+        let mount = self.current_mount();
+        let marked = mount.marked(&manifest, selection, states);
         Ok(marked.filter_map(|(path, entry)| Some((path.clone(), entry.clone(), entry.recorded_on_disk()?))).collect())
     }
 
@@ -115,7 +116,7 @@ impl Disk {
         let _turn = self.turn_to_check(dir, selection, &[Foreign])?;
         let Some(manifest) = self.read_manifest(dir)? else { return Ok(()) };
         let mut found = Vec::new();
-        for (path, entry) in self.present().marked(&manifest, selection, &[Foreign]) {
+        for (path, entry) in self.current_mount().marked(&manifest, selection, &[Foreign]) {
             // Wrong and missing files are recorded one by one, the right ones together in one change of the manifest.
             match self.check_file(&dir.view(path), entry)? {
                 Mismatch::Right(identity) => found.push((path.clone(), entry.clone(), identity)),
@@ -145,8 +146,8 @@ impl Disk {
             if let Some(turn) = FileLock::try_exclusive(&path)? {
                 return Ok(Some(turn));
             }
-            let (manifest, present) = (self.shared_manifest(dir)?, self.present());
-            let is_done = manifest.is_none_or(|manifest| present.marked(&manifest, selection, states).next().is_none());
+            let (manifest, mount) = (self.shared_manifest(dir)?, self.current_mount());
+            let is_done = manifest.is_none_or(|manifest| mount.marked(&manifest, selection, states).next().is_none());
             if is_done || started.elapsed() > CHECK_WAIT_MAX {
                 return Ok(None);
             }
@@ -157,9 +158,9 @@ impl Disk {
     /// Syncs the files of `found`, and records them as durable in the manifest of `dir`. Quarantines each file
     /// that fails to sync, and returns the first such error.
     pub(super) fn make_durable(&self, dir: &ArtifactDir, found: &[SyncedFile]) -> Result<Option<Error>> {
-        let (synced, refusal) = self.sync_bytes(dir, found)?;
+        let (synced, first_error) = self.sync_bytes(dir, found)?;
         self.clear_marks(dir, &synced, LOCK_WAIT_MAX)?;
-        Ok(refusal)
+        Ok(first_error)
     }
 
     /// Syncs the files of `found` and their names. Quarantines each file that fails to sync. Returns the others, and
@@ -172,24 +173,24 @@ impl Disk {
         // Step 1: sync the bytes. For many files, one `syncfs` per filesystem syncs the bytes and the folders. Old
         // files are synced one by one: an earlier `syncfs` may have received the report of a failed write, and `syncfs`
         // would wait for the writes of all processes.
-        let present = self.present();
-        let is_old = |entry: &FileEntry| entry.unsynced().is_some_and(|file| present.state(file) == Old);
+        let mount = self.current_mount();
+        let is_old = |entry: &FileEntry| entry.unsynced().is_some_and(|file| mount.state(file) == Old);
         let is_by_filesystem = found.len() > FILE_SYNCS_MAX && !found.iter().any(|(_, entry, _)| is_old(entry));
         if found.is_empty() || (is_by_filesystem && self.sync_filesystems(dir)?) {
             return Ok((found.iter().collect(), None));
         }
-        let (mut refusal, (refused, mut unsynced)) = (None, self.sync_files(dir, found)?);
-        for (path, entry, file, cause) in refused {
+        let (mut first_error, (failed, mut unsynced)) = (None, self.sync_files(dir, found)?);
+        for (path, entry, file, cause) in failed {
             let error = fault("make durable", &dir.view(&path), cause);
             tracing::warn!(artifact = %dir.path(), file = %path, %error, "the file could not be synced to disk; it is quarantined, and the next get downloads it again");
             // The page cache may still serve the bytes that the device did not store, so a read proves nothing.
             self.record_mismatch(dir, &path, &entry, Mismatch::Wrong(file))?;
             unsynced.insert(path);
-            refusal.get_or_insert(error);
+            first_error.get_or_insert(error);
         }
         // Step 2: sync the names that lead to the bytes.
         self.sync_folders(dir, found)?;
-        Ok((found.iter().filter(|(path, ..)| !unsynced.contains(path)).collect(), refusal))
+        Ok((found.iter().filter(|(path, ..)| !unsynced.contains(path)).collect(), first_error))
     }
 
     /// Records the synced files as durable in the manifest of `dir`. Waits for the budget lock for `wait_max`.
@@ -212,8 +213,8 @@ impl Disk {
         })
     }
 
-    /// Returns true if the synced file is the one that the manifest records or, if that is another one, the file that
-    /// is at `path` now.
+    /// Returns true if `synced` is the identity that the manifest records, or the identity of the file that is at
+    /// `path` now.
     fn is_current(&self, dir: &ArtifactDir, path: &FilePath, entry: &FileEntry, synced: FileIdentity) -> bool {
         let present = || files::stat(&dir.view(path)).ok().flatten().map(|metadata| metadata.identity());
         entry.recorded_on_disk() == Some(synced) || present() == Some(synced)
@@ -246,7 +247,7 @@ impl Disk {
     /// Syncs each file once. Returns the files that failed to sync, and the files with a changed identity, which stay
     /// unsynced.
     fn sync_files(&self, dir: &ArtifactDir, found: &[SyncedFile]) -> Result<(Vec<FailedSync>, BTreeSet<FilePath>)> {
-        let (mut refused, mut changed, mut done) = (Vec::new(), BTreeSet::new(), BTreeSet::new());
+        let (mut failed, mut changed, mut done) = (Vec::new(), BTreeSet::new(), BTreeSet::new());
         for (path, entry, known) in found {
             let view = dir.view(path);
             let file = files::absent(view.open(false)).at("open", &view)?;
@@ -259,10 +260,10 @@ impl Disk {
             if done.insert(known.inode)
                 && let Err(cause) = file.sync_data()
             {
-                refused.push((path.clone(), entry.clone(), file, cause));
+                failed.push((path.clone(), entry.clone(), file, cause));
             }
         }
-        Ok((refused, changed))
+        Ok((failed, changed))
     }
 
     /// Syncs the folders of the views and blobs of `found`, up to the root; each once.

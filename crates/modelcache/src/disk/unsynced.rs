@@ -53,12 +53,12 @@ pub(super) enum MarkState {
 
 /// The present boot, mount and time, with which marks are compared. Determined when the first mark is
 /// found or made.
-pub(super) struct Present<'disk> {
+pub(super) struct CurrentMount<'disk> {
     disk: &'disk Disk,
     known: OnceCell<(Option<String>, u64)>,
 }
 
-impl Present<'_> {
+impl CurrentMount<'_> {
     fn known(&self) -> &(Option<String>, u64) {
         self.known.get_or_init(|| (mount_id(self.disk), boottime_s()))
     }
@@ -106,8 +106,8 @@ impl Present<'_> {
 
 impl Disk {
     /// Returns the present boot, mount and time.
-    pub(super) fn present(&self) -> Present<'_> {
-        Present { disk: self, known: OnceCell::new() }
+    pub(super) fn current_mount(&self) -> CurrentMount<'_> {
+        CurrentMount { disk: self, known: OnceCell::new() }
     }
 
     /// Returns true if a get may return before its files are durable, because the next user can trust the marks. On a
@@ -170,11 +170,11 @@ mod tests {
         let folder = tempfile::tempdir().expect("folder");
         let bounds = (ByteBound::Bytes(1 << 20), ByteBound::Bytes(0));
         let disk = Disk::open(&folder.path().join("cache"), bounds.0, bounds.1, Sharing::Off).expect("opens");
-        let file = disk.present().mark(FileIdentity { inode: 1, bytes: 2, mtime_ns: 3 });
-        assert_eq!(disk.present().state(&file), MarkState::Recent);
+        let file = disk.current_mount().mark(FileIdentity { inode: 1, bytes: 2, mtime_ns: 3 });
+        assert_eq!(disk.current_mount().state(&file), MarkState::Recent);
         let state = |mount: Option<&str>, boottime_s| {
             let known = OnceCell::from((mount.map(str::to_owned), boottime_s));
-            Present { disk: &disk, known }.state(&UnsyncedFile {
+            CurrentMount { disk: &disk, known }.state(&UnsyncedFile {
                 mount: "here".into(),
                 boottime_s: 1000,
                 ..file.clone()

@@ -46,13 +46,15 @@ pub(crate) struct VerifyRun {
     verified: Mutex<HashSet<(u64, FileIdentity, Digest)>>,
     /// Files with wrong bytes or read errors: device and inode.
     bad: Mutex<HashSet<(u64, u64)>>,
-    /// Findings by the key of each artifact that held the file, including the verified one. Each is reported when that
-    /// artifact is verified, although its `held` is already cleared.
+    /// The findings, by the key of each artifact that held the bad file. The artifact in whose verification the file
+    /// was found bad is included. Each finding is reported when its artifact is verified, although the file is no
+    /// longer held there and is not read again.
     shared: Mutex<HashMap<ArtifactKey, Vec<Finding>>>,
 }
 
 impl VerifyRun {
-    /// Creates a run that reads at most `bytes_per_s` on one thread or, without a limit, on all cores.
+    /// Creates a run. With the limit `bytes_per_s`, one thread reads each artifact. Without a limit, several threads
+    /// read it.
     pub(crate) fn new(bytes_per_s: Option<u64>, bypass_page_cache: bool) -> Self {
         let rate_limiter = RateLimiter::new(bytes_per_s);
         Self {

@@ -114,7 +114,7 @@ impl<'a> CheckedEntries<'a> {
         Self { archive, into, bytes: 0, entries: 0, name_bytes: 0, paths: BTreeSet::new(), folders: BTreeSet::new() }
     }
 
-    /// Extracts a regular file. Reads `size` bytes of `content`; a shorter one is an error.
+    /// Extracts a regular file. Reads `size` bytes of `content`. Content that ends earlier is an error.
     fn file(&mut self, name: &[u8], size: u64, executable: bool, content: &mut dyn Read) -> Result<()> {
         let path = self.path(name)?.filter(|_| !name.ends_with(b"/.") && !name.ends_with(b"/"));
         let path = path.ok_or_else(|| self.refusal(name, "it is a file, and its name is that of a folder"))?;
@@ -125,7 +125,7 @@ impl<'a> CheckedEntries<'a> {
         }
         if self.bytes > allowed {
             return Err(self.over_limit(&format!(
-                "its files take more than {}: the larger of {} and {ARCHIVE_RATIO_MAX} times its own {}",
+                "its files take more than {}, the larger of {} and {ARCHIVE_RATIO_MAX} times its own size ({})",
                 human::bytes(allowed),
                 human::bytes(ARCHIVE_BYTES_ALWAYS_ALLOWED),
                 human::bytes(self.archive.size)
@@ -160,8 +160,8 @@ impl<'a> CheckedEntries<'a> {
         if segments.is_empty() {
             return Ok(None);
         }
-        let renamed = |error: Error| self.refusal_with_hint(name, error.message(), rename);
-        FilePath::new(&segments.join("/")).map(Some).map_err(renamed)
+        let refused = |error: Error| self.refusal_with_hint(name, error.message(), rename);
+        FilePath::new(&segments.join("/")).map(Some).map_err(refused)
     }
 
     /// Checks the name of a folder. Folders are not extracted: they follow from the paths of the files.
@@ -198,7 +198,7 @@ impl<'a> CheckedEntries<'a> {
         ARCHIVE_BYTES_ALWAYS_ALLOWED.max(self.archive.size.saturating_mul(ARCHIVE_RATIO_MAX))
     }
 
-    /// Checks that no path is both a file and a folder, which needs all entries.
+    /// Checks, after the last entry, that the archive has files and that no path is both a file and a folder.
     fn finish(&self) -> Result<()> {
         if self.paths.is_empty() {
             return Err(Error::corrupt(format!("the archive {} has no files", self.archive.name))
@@ -258,7 +258,7 @@ struct Content<R> {
     content: R,
     /// Bytes that are still to come.
     left: u64,
-    /// True if the content ended before that.
+    /// True if the content ended while bytes were still to come.
     ends_early: bool,
     failure: Option<io::Error>,
 }

@@ -22,7 +22,8 @@ pub(super) fn extract(mut stream: impl Read, guard: &mut CheckedEntries<'_>) -> 
         return Ok(false);
     }
     let header_bytes = Rc::new(Cell::new(0));
-    // Headers count as well: a header may be repeated. All together may take as much as the files.
+    // Headers count as well, because an archive may repeat a header without end. All headers together may take as many
+    // bytes as all files together.
     let left = guard.bytes_max().saturating_mul(2);
     let stream = io::Cursor::new(head).chain(stream);
     let mut stream = HeaderLimit { stream, left, header_bytes: header_bytes.clone() };
@@ -71,7 +72,8 @@ pub(super) fn extract(mut stream: impl Read, guard: &mut CheckedEntries<'_>) -> 
     }
 }
 
-/// Limits the bytes between the contents of two files: long names and pax fields are kept in memory.
+/// Limits the bytes of all headers and contents together, and the bytes of the headers between two contents, because
+/// long names and pax fields are kept in memory.
 struct HeaderLimit<R> {
     stream: R,
     /// Bytes that may still be read, of headers and contents.

@@ -1,4 +1,5 @@
-//! Archives of every format, hostile ones, and generated ones beside GNU tar and bsdtar.
+//! Tests with archives of every format, with hostile ones, and with generated ones that are compared with GNU tar and
+//! bsdtar.
 
 use super::*;
 use crate::error::ErrorKind;

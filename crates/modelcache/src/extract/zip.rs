@@ -21,7 +21,8 @@ const COMMENT_BYTES_MAX: usize = 65_535;
 /// Signature of a file header in the central directory, and its size without name, extra field and comment.
 const HEADER: &[u8] = b"PK\x01\x02";
 const HEADER_BYTES: usize = 46;
-/// Signatures: of that record, of the locator of the zip64 record before it, and of the zip64 record.
+/// Signatures of the end-of-central-directory record, of the locator of the zip64 record before it, and of the zip64
+/// record.
 const END: &[u8] = b"PK\x05\x06";
 const ZIP64_LOCATOR: &[u8] = b"PK\x06\x07";
 const ZIP64_END: &[u8] = b"PK\x06\x06";
@@ -84,8 +85,8 @@ struct CentralDirectory {
     bytes: u64,
 }
 
-/// Fails if the central directory is too large to be kept in memory, or if it has another number of files than the archive
-/// states. A reader would leave out the files beyond that number.
+/// Fails if the central directory is too large to be kept in memory, or if it has another number of files than the
+/// archive states. A reader would leave out the files beyond that number.
 fn check_central_directory(file: &File, guard: &CheckedEntries<'_>) -> Result<()> {
     let found = find_central_directory(file).map_err(|cause| guard.damaged(&cause))?;
     let Some(CentralDirectory { files, end, bytes }) = found.filter(|found| found.bytes <= found.end) else {
@@ -109,8 +110,8 @@ fn check_central_directory(file: &File, guard: &CheckedEntries<'_>) -> Result<()
     }
 }
 
-/// Returns the central directory that the records at the end of the archive state. Returns `None` if there is none, or if
-/// the last record does not end with the file: another reader might use an earlier record.
+/// Returns the central directory that the records at the end of the archive state. Returns `None` if there is none, or
+/// if the last record does not end with the file: another reader might use an earlier record.
 fn find_central_directory(file: &File) -> io::Result<Option<CentralDirectory>> {
     let size = file.metadata()?.len();
     let tail_bytes = size.min((END_BYTES + COMMENT_BYTES_MAX + ZIP64_LOCATOR_BYTES) as u64);
@@ -126,8 +127,8 @@ fn find_central_directory(file: &File) -> io::Result<Option<CentralDirectory>> {
         return Ok(None);
     }
     let end = size - record.len() as u64;
-    // With a zip64 record, a reader may use its values instead. They must agree, unless these are the highest ones, which
-    // mean that only the zip64 record has the value.
+    // If there is a zip64 record, a reader may use its values instead. The values of both records must agree. The
+    // highest possible value in the first record means that only the zip64 record has the value.
     let locator = at.checked_sub(ZIP64_LOCATOR_BYTES).map(|start| &tail[start..at]);
     let Some(end64) = locator.filter(|locator| locator.starts_with(ZIP64_LOCATOR)).and_then(|it| field(it, 8, 8))
     else {

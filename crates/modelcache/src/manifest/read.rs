@@ -52,12 +52,12 @@ const FOREIGN_HINT: &str =
 pub(super) fn open_envelope(bytes: &[u8]) -> Result<&str> {
     let text = std::str::from_utf8(bytes).map_err(damaged)?;
     prescan(text)?;
-    let (mut format, mut sha256, mut list) = (None, None, None);
+    let (mut format, mut sha256, mut manifest) = (None, None, None);
     each_member(text, &mut |field, value| {
         match field {
             "format" => set_once(&mut format, field, parse_value::<u32>(field, value, WORD_BYTES_MAX)?)?,
             "sha256" => set_once(&mut sha256, field, value)?,
-            "manifest" => set_once(&mut list, field, value.get())?,
+            "manifest" => set_once(&mut manifest, field, value.get())?,
             _ => {}
         }
         Ok(())
@@ -72,16 +72,16 @@ pub(super) fn open_envelope(bytes: &[u8]) -> Result<&str> {
         .hint("update modelcache"));
     }
     let sha256 = sha256.ok_or_else(|| missing("sha256"))?;
-    let list = list.ok_or_else(|| missing("manifest"))?;
-    if super::Digest::of(list.as_bytes()) != parse_value("sha256", sha256, WORD_BYTES_MAX)? {
+    let manifest = manifest.ok_or_else(|| missing("manifest"))?;
+    if super::Digest::of(manifest.as_bytes()) != parse_value("sha256", sha256, WORD_BYTES_MAX)? {
         return Err(Error::corrupt("the manifest does not match its own checksum"));
     }
     // Unknown fields of the envelope are ignored, but they count towards its size limit.
-    match text.len() - list.len() {
+    match text.len() - manifest.len() {
         around if around > HEAD_BYTES_MAX => Err(Error::corrupt(format!(
             "the envelope around the manifest has {around} bytes; at most {HEAD_BYTES_MAX} are allowed"
         ))),
-        _ => Ok(list),
+        _ => Ok(manifest),
     }
 }
 

@@ -80,7 +80,7 @@ impl Http {
     }
 
     /// Sends a GET for `url` and follows redirects. The credential is sent only to the scheme, host and port of
-    /// [`Request::credential_url`].
+    /// [`Request::credential_url`] and, if that URL is plain http, to its host over TLS.
     pub(super) async fn follow(&self, mut url: Url, request: Request<'_>) -> Result<FinalResponse> {
         let mut same_origin_headers = HeaderMap::new();
         for _ in 0..=limits::REDIRECTS_MAX {
@@ -159,7 +159,7 @@ pub(super) struct FinalResponse {
     pub(super) response: Response,
     /// The URL that it came from.
     pub(super) url: Url,
-    /// True if that URL has the scheme, host and port of [`Request::credential_url`].
+    /// True if that URL has the scheme, host and port of [`Request::credential_url`], or those of its TLS upgrade.
     pub(super) is_same_origin: bool,
     /// The headers of all responses from that scheme, host and port, including redirects. A later value of a header
     /// replaces an earlier one.
@@ -218,7 +218,7 @@ pub(super) fn same_origin(a: &Url, b: &Url) -> bool {
 }
 
 /// Returns true if `url` is on the host of `credential_url` and uses TLS, and `credential_url` does not. Sending the
-/// credential there is safer than where it was configured for.
+/// credential to `url` is safer than sending it to `credential_url`, for which it was configured.
 fn is_upgrade(credential_url: &Url, url: &Url) -> bool {
     (credential_url.scheme(), url.scheme()) == ("http", "https")
         && credential_url.host() == url.host()

@@ -700,8 +700,8 @@ impl HubSource {
             Err(_) if http::is_html(response.headers()) => return Err(http::html_error(&url)),
             start => start.map_err(|error| Error::new(error.kind(), format!("{path}: {}", error.message())))?,
         };
-        // `If-Match` needs a strong tag; a weak one begins with `W/`. Where a digest decides, the servers of a CDN may
-        // have different tags.
+        // `If-Match` needs a strong tag; a weak one begins with `W/`. For a file with a digest no tag is kept: the
+        // digest decides, and the servers of a CDN may have different tags for one file.
         let is_strong = |etag: &&HeaderValue| etag.as_bytes().starts_with(b"\"");
         let etag = response.headers().get(ETAG).filter(|etag| is_strong(etag) && !self.has_digest(path)).cloned();
         self.answers.locations.lock().insert(path.clone(), ReadLocation { url: url.clone(), etag });

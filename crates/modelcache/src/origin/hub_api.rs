@@ -35,12 +35,11 @@ impl HubApi {
     }
 
     /// Sends a GET for `path` with `token`. The path is percent-encoded, has no slash at the beginning, and may have a
-    /// query. A redirect to another host is not followed. A 429 pauses all requests of the cache to the Hub for as long as the
-    /// answer states.
+    /// query. An answer 429 or 503 that states a wait pauses all requests of the cache to the Hub for that time.
     ///
     /// # Errors
-    /// `Unavailable` if the Hub does not answer, or if it has asked for a pause that is not over
-    /// ([`Error::wait`](crate::Error::wait) has the rest of it).
+    /// `Invalid` if the Hub redirects to another server. `Unavailable` if the Hub does not answer, or if it has asked
+    /// for a pause that is not over ([`Error::wait`](crate::Error::wait) has the rest of it).
     pub async fn get(&self, path: &str, token: Option<&str>) -> Result<HubAnswer> {
         self.0.pass_on(path, token).await
     }

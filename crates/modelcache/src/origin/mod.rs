@@ -1,8 +1,8 @@
 //! Origins: the authoritative services that resolve references and serve files. Read-only.
 //!
-//! Every origin is an [`Origin`]. `built_in` is the registry of those that come with the library. Parsing, reserved names
-//! and help texts use the registry of their schemes, which is in [`reference`](crate::reference). An application adds
-//! its own with [`Config::own_origins`].
+//! Every origin is an [`Origin`]. `built_in` is the registry of those that come with the library. Parsing, reserved
+//! names and help texts use the registry of their schemes, which is in [`reference`](crate::reference). An application
+//! adds its own with [`Config::own_origins`].
 //!
 //! # Contract
 //! [`Origins::resolve`] requests the version that a reference points to now, and returns its key with a [`Source`]
@@ -10,7 +10,8 @@
 //! contract in [`source`](crate::source) and passes its conformance suite.
 //!
 //! - If an origin lists no files, the artifact does not exist: `NotFound`, and nothing is stored.
-//! - Credentials are sent only to the scheme, host and port that they were configured for, or over TLS to the same host.
+//! - Credentials are sent only to the scheme, host and port that they were configured for, or over TLS to the same
+//!   host.
 //!   Other redirect targets do not get them.
 //! - No connection is made and no certificate is read before the first request.
 //!
@@ -95,7 +96,8 @@ pub trait Origin: fmt::Debug + Send + Sync {
         self.source(&Reference { target: Target::Own(place), file: None, digest: None }, key)
     }
 
-    /// Adds to a reference of this origin what its key needs from the configuration.
+    /// Completes the target of a reference of this origin with the parts of its key that the configuration states, such
+    /// as the server of an MLflow reference. The default adds nothing.
     fn complete(&self, _target: &mut Target) {}
 
     /// Checks for the doctor whether the origin can be reached. Reports the dates of responses to `clock`. Returns

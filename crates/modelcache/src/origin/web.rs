@@ -213,8 +213,8 @@ impl Web {
         Ok(info)
     }
 
-    /// Returns the response, unless it is an error or a page in the place of the file. A refused condition (412) passes,
-    /// and so does a refused range (416).
+    /// Returns the response, unless it is an error or a page in the place of the file. A refused condition (412)
+    /// passes, and so does a refused range (416).
     async fn checked(&self, fetched: FinalResponse, file_url: &Url) -> Result<FinalResponse> {
         let status = fetched.response.status();
         if status.is_success() {
@@ -506,8 +506,8 @@ struct WebSource {
     ignores_ranges: AtomicBool,
     /// True if a response had other validators than the first one.
     saw_other_validators: AtomicBool,
-    /// True once the first validators came back after others: the file was not replaced, but the back ends of the server
-    /// disagree.
+    /// True once the first validators came back after others: the file was not replaced, but the back ends of the
+    /// server disagree.
     back_ends_disagree: AtomicBool,
 }
 
@@ -603,7 +603,7 @@ impl WebSource {
             .superseded()
             .hint(
                 "run the command again once the file no longer changes; if it does not change, the back ends of the \
-                 server disagree: append #sha256=… to the URL, or put a .sha256 file beside the file, and validators \
+                 server disagree: append #sha256=… to the URL, or put a .sha256 file beside the file; validators then \
                  need not agree",
             )
     }
@@ -716,8 +716,9 @@ impl WebSource {
     }
 
     /// Requests `range` from `url`, or the whole file if the server refuses ranges. With a strong entity tag and no
-    /// digest, the request has the condition `If-Match`: the server refuses it if the file was replaced. `again`: the connection is closed afterwards, because a load balancer may
-    /// lead all requests of one connection to the same back end.
+    /// digest, the request has the condition `If-Match`: the server refuses it if the file was replaced. If `again` is
+    /// true, the connection is closed afterwards, because a load balancer may lead all requests of one connection to
+    /// the same back end.
     async fn request_range(&self, url: Url, info: &FileInfo, range: &Range<u64>, again: bool) -> Result<FinalResponse> {
         let mut headers = HeaderMap::new();
         let etag = info.strong_etag().filter(|_| !self.digest_decides());

@@ -45,8 +45,8 @@ fn parse(_prefix: &str, rest: &str) -> Result<Reference> {
     if !key.is_empty() && key.split('/').any(str::is_empty) {
         return Err(refuse("the key has an empty segment between slashes"));
     }
-    // Fails if the key cannot be part of an artifact name.
     let place = BucketPlace { bucket: bucket.to_owned(), key: key.to_owned(), folder };
+    // Fails if the key cannot be part of an artifact name.
     place.name().map_err(|error| refuse(error.message()))?;
     Ok(Reference { target: Target::Bucket(place), file: None, digest: None })
 }

@@ -1,8 +1,8 @@
 //! References: the names of artifacts on the command line and in the API.
 //!
-//! Each kind of location has a file of its own with its [`Scheme`], which parses, prints and pins its references.
-//! `SCHEMES` lists the built-in ones. A bare `name@version` never refers to a public server, unless an
-//! origin is configured for it.
+//! Each kind of location has a file of its own with its [`Scheme`], the parser of its references, and its
+//! implementation of the trait `Location`. `SCHEMES` lists the built-in schemes. A bare `name@version` never refers to
+//! a public server, unless an origin is configured for it.
 
 pub(crate) mod bucket;
 pub(crate) mod folder;
@@ -150,7 +150,7 @@ impl Reference {
                 let message = format!("{:?}: unknown scheme {unknown:?}", redact::reference(text));
                 return Err(Error::invalid(message).hint(format!("write name@version, {}", forms())));
             }
-            // As `modelcache ls` prints a key.
+            // A bare key, or another key as `modelcache ls` prints it.
             (None, None) => Self { target: Target::Bare(ArtifactKey::listed(body)?), file: None, digest: None },
         };
         Ok(Self { digest, ..reference })

@@ -141,7 +141,7 @@ fn parse(_prefix: &str, rest: &str) -> Result<Reference> {
     Ok(Reference { target: Target::Oci(repo), file: None, digest: None })
 }
 
-/// Parses the argument of `--revision`: a tag, or `sha256:<hex>`.
+/// Parses the argument of `--revision` or the version of a key: a tag, or `sha256:<hex>`.
 fn parse_at(text: &str) -> Result<OciAt> {
     if text.contains(':') { parse_digest(text).map(OciAt::Digest) } else { checked_tag(text).map(OciAt::Tag) }
 }

@@ -35,7 +35,7 @@ pub struct Scheme {
     pub(crate) redacts_errors: bool,
     /// True if a key is printed as a URI, because the URI of an exact version contains all of the key.
     pub(crate) prints_keys_as_uri: bool,
-    /// True if the origin can serve a version again after its content was replaced or moved on.
+    /// True if the origin keeps old versions: it still serves a version after newer content has replaced it.
     pub(crate) keeps_versions: bool,
 }
 

@@ -23,6 +23,7 @@ pub(crate) static SCHEME: Scheme = Scheme {
     alias: Some("http://"),
     decodes_escapes: true,
     redacts_errors: true,
+    keeps_versions: false,
     ..Scheme::built_in("https://", &["https", "http"], "https://host/file", parse)
 };
 

@@ -30,7 +30,8 @@ pub(crate) struct RemoteListing {
     /// The manifest of every published artifact, ordered by name and version.
     pub(crate) manifests: Vec<Manifest>,
     pub(crate) tags: Vec<(ArtifactName, RemoteRef)>,
-    /// The number of artifacts that were published under a longer prefix, by the part that the configured one lacks.
+    /// The number of artifacts that were published under a longer prefix than the configured one, keyed by the part
+    /// that the configured prefix lacks.
     pub(crate) longer_prefixes: BTreeMap<String, usize>,
     /// The folders, directly below the prefix, in which other tools put objects.
     pub(crate) unmanaged_folders: BTreeSet<String>,
@@ -104,7 +105,8 @@ async fn read_manifests(store: &Store, objects: &[ObjectMeta], listing: &mut Rem
     Ok(())
 }
 
-/// Returns the part of the path of `found` that precedes the path of `published`, the key in the manifest found there.
+/// Returns the part of the path of `found` that precedes the path of `published`, or `None` if the first path does not
+/// end in the second. `found` is the key that the path of a manifest states, `published` the key inside that manifest.
 fn missing_prefix(found: &ArtifactKey, published: &ArtifactKey) -> Option<String> {
     let path = |key: &ArtifactKey| format!("{}/{}", key.name, key.version);
     path(found).strip_suffix(&path(published))?.strip_suffix('/').map(str::to_owned)

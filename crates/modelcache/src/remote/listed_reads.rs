@@ -1,9 +1,9 @@
 //! Reads of objects of other tools, on condition that they are still the listed ones.
 //!
-//! If the digest of an object is known, it decides, and ETags need not agree. Otherwise all ranges of an object are read
-//! with one ETag. A store may contradict itself: list one ETag and serve another, or have other ETags on each back end.
-//! If a listing still has the listed ETag, the object was not replaced, and the first ETag that is served is used for
-//! the whole object.
+//! If the digest of an object is known, it decides, and ETags need not agree. Otherwise all ranges of an object are
+//! read with one ETag. A store may contradict itself: list one ETag and serve another, or have other ETags on each back
+//! end. If a listing still has the listed ETag, the object was not replaced, and the first ETag that is served is used
+//! for the whole object.
 
 use super::store::{ReadBody, Store, etag_differs};
 use super::unmanaged::ADD_CHECKSUMS_HINT;
@@ -17,9 +17,9 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Requests for one range until the store must have answered with the right ETag: two back ends that answer in turn or
-/// at random do (2^-8).
-const LOOKS_MAX: usize = 8;
+/// Most requests for one range, until one is answered with the wanted ETag. Two back ends that answer in turn do so
+/// within a few requests. Two that answer at random fail to do so with a probability of about 2^-8.
+const ATTEMPTS_MAX: usize = 8;
 
 /// The ETags with which the objects of one listing are read.
 #[derive(Debug, Default)]
@@ -32,7 +32,7 @@ pub(crate) struct ListedReads {
 }
 
 impl ListedReads {
-    /// Returns true if an object was read with another ETag than the listed one, because its digest decides.
+    /// Returns true if an object was read although its ETag differed from the listed one, because its digest is known.
     pub(crate) fn saw_other_etag(&self) -> bool {
         self.saw_other_etag.load(Ordering::Relaxed)
     }
@@ -60,7 +60,7 @@ impl ListedReads {
                 ReadBody::Changed => Ok(None),
             };
         }
-        for look in 0..LOOKS_MAX {
+        for attempt in 0..ATTEMPTS_MAX {
             let wanted_etag = self.served_etag(key).unwrap_or_else(|| listed.etag.clone());
             let wanted = ObjectIdentity { etag: wanted_etag, ..listed.clone() };
             if let ReadBody::Stream { start, etag, stream } = store.read(key, range.clone(), &wanted).await?
@@ -68,7 +68,7 @@ impl ListedReads {
             {
                 return Ok(Some(Body { start, stream }));
             }
-            if look == 0 && !is_still_listed(store, key, listed).await? {
+            if attempt == 0 && !is_still_listed(store, key, listed).await? {
                 return Ok(None);
             }
             // The store lists one ETag and serves another: take over the one that it serves.

@@ -1,8 +1,9 @@
 //! The storage layer over a [`Backend`]: retries, translated errors, and absence as a value.
 //!
-//! Every operation is retried under the process's shared [`Retry`], except [`Store::read`], which the caller retries,
-//! [`Store::written_at_ms`] and [`Store::listed`]. `object_store`'s own retries are off, so that retries do not multiply. Absence is
-//! `None`. An unmet condition is the value [`PutOutcome::ConditionFailed`], not an error.
+//! Every operation is retried under the process's shared [`Retry`], with three exceptions: [`Store::written_at_ms`],
+//! [`Store::listed`], and [`Store::read`], which the caller retries. `object_store`'s own retries are off, so that
+//! retries do not multiply. Absence is `None`. An unmet condition is the value [`PutOutcome::ConditionFailed`], not an
+//! error.
 //!
 //! A create-only write may fail its condition because an earlier attempt of the same write succeeded and its response
 //! was lost. The caller must be able to recognise its own object.
@@ -227,8 +228,8 @@ impl Store {
     }
 
     /// Looks for `key` on the first page of the listing of its folder, and returns its identity there. Returns
-    /// `Some(None)` if the key does not exist. Returns `None` if this is not known: listing is not permitted, or the key
-    /// is not on the first page and more pages follow. Not retried.
+    /// `Some(None)` if the key does not exist. Returns `None` if this is not known: listing is not permitted, or the
+    /// key is not on the first page and more pages follow. Not retried.
     pub(super) async fn listed(&self, key: &Path) -> Result<Option<Option<ObjectIdentity>>> {
         if self.listing_is_denied.load(Ordering::Relaxed) {
             return Ok(None);
@@ -310,8 +311,8 @@ impl Store {
     }
 
     /// Returns the key of a non-empty object directly in `folder`, or `None` if none exists or listing is not
-    /// permitted. Such an object comes from another tool: folder markers are empty, and modelcache's own records lie one
-    /// level deeper.
+    /// permitted. Such an object comes from another tool: folder markers are empty, and modelcache's own records lie
+    /// one level deeper.
     pub(super) async fn first_nonempty_object(&self, folder: &Path) -> Result<Option<String>> {
         let mut found = None;
         let listed = self.for_each_page(Some(folder), true, |page| {

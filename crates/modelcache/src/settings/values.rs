@@ -11,7 +11,8 @@ pub(super) const DURATION_ACCEPTS: &str = "for example 500ms, 30s, 1.5m, 1h30m, 
 /// The values that [`parse_switch`] accepts, for documentation and hints.
 pub(super) const SWITCH_ACCEPTS: &str = "1, true, yes or on; 0, false, no or off";
 
-/// Maximum number of digits after the decimal point of a size: the twelfth is one byte of a terabyte.
+/// Maximum number of digits after the decimal point of a size. For a size in terabytes, the twelfth digit counts single
+/// bytes.
 const FRACTION_DIGITS_MAX: usize = 12;
 
 /// Parses a size: a number of bytes, a number with a unit, or a whole percentage.

@@ -2,8 +2,8 @@
 //!
 //! It begins with a slow start, like TCP: the limit is doubled or quadrupled while each step raises goodput by at least
 //! 25 %. Then it hill-climbs in steps of a quarter: it keeps a step that raises goodput by at least 5 %, otherwise it
-//! reverts the step and waits before it probes again. On 503 and 429 it halves the limit, and stays below the limit at
-//! which the server throttled requests for some time.
+//! reverts the step and waits before it probes again. On 503 and 429 it halves the limit, and for some time stays below
+//! the limit at which the server throttled requests.
 //!
 //! A window counts only if the limit was in effect at its start and end: all permits are in use, and either three
 //! quarters of the requests are receiving, or as many requests were completed as the limit allows. Waiting for first
@@ -19,7 +19,7 @@ pub(super) const CONCURRENCY_INITIAL: usize = 16;
 pub(super) const CONCURRENCY_MIN: usize = 4;
 /// Length of a window in slow start.
 const SLOW_START_WINDOW: Duration = Duration::from_millis(60);
-/// Length of a window later; about the duration of one request on a fast link.
+/// Length of a window after slow start; about the duration of one request on a fast link.
 const WINDOW: Duration = Duration::from_millis(200);
 /// Bytes credited to each completed request in addition to its body. Small files carry few bytes per request, and the
 /// credit shows that more requests help even if throughput is bound by latency.
@@ -175,8 +175,8 @@ impl ConcurrencyController {
     pub(super) fn record_received(&mut self, bytes: u64, now: Instant, is_full: bool) {
         self.window.bytes += bytes;
         let limit = self.search.limit;
-        // Some permits belong to second connections and to requests without a response yet: three quarters are enough.
-        // After a raise, some of the new ones must be among them.
+        // Some permits belong to second connections and to requests without a response yet, so three quarters of the
+        // limit are enough. After a raise, more requests must be receiving than the previous limit allowed.
         let receiving_min = self.search.raised_from().map_or(0, |from| from + 1).max(3 * limit / 4);
         let is_in_effect = is_full && (self.receiving >= receiving_min || self.completed >= limit);
         let took = now - self.window.start;
@@ -192,7 +192,7 @@ impl ConcurrencyController {
         if self.window.is_behind() && !self.search.judges_slow_start() {
             self.search.hold();
         } else if is_in_effect && self.window.was_in_effect && took < 5 * WINDOW {
-            // Skip windows in which no bytes arrived for long: they took over a second.
+            // A window of a second or more does not count, because no bytes arrived in it for long.
             self.search.end_window(self.window.bytes as f64 / took.as_secs_f64());
         }
         // Requests completed under the old limit say nothing about the new one.
@@ -273,7 +273,7 @@ impl Search {
 
     /// Halves the limit because a server throttled requests.
     fn halve(&mut self) {
-        // Stay below three quarters of this limit, but never forbid the initial limit.
+        // Do not exceed three quarters of this limit for some time, but never forbid the initial limit.
         self.ceiling = Some(((self.limit - self.limit / 4).max(CONCURRENCY_INITIAL), CEILING_WINDOWS));
         self.wait_at((self.limit / 2).max(CONCURRENCY_MIN));
     }

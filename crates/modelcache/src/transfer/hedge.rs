@@ -79,7 +79,8 @@ impl<'a> HedgedRead<'a> {
                         return Poll::Ready(Some(Ok(fresh)));
                     }
                 }
-                // The end or failure of the last connection is that of the whole read; of two, the other one continues.
+                // If the last connection ends or fails, so does the whole read. If one of two does, the other
+                // one continues.
                 Poll::Ready(ended) if self.connections.len() == 1 => return Poll::Ready(ended),
                 Poll::Ready(_) => drop(self.connections.remove(index)),
             }

@@ -1,4 +1,4 @@
-//! Row for many clients that request the same file at once, which the daemon does not have.
+//! Row for many clients that request the same file at once. The daemon does not have the file.
 
 use super::{fetch, start_daemon};
 use crate::comparison::median;
@@ -10,8 +10,9 @@ use anyhow::Result;
 use xtask::table::markdown;
 
 const CLIENTS: usize = 200;
-/// Memory that the daemon may take, and memory for each connection.
+/// Memory that the daemon may take besides the memory for its connections, in MiB.
 const BASE_MIB: f64 = 128.0;
+/// Memory that the daemon may take for each connection, in KiB.
 const CONNECTION_KIB: f64 = 32.0;
 
 /// Figures of one round.
@@ -26,7 +27,8 @@ struct Herd {
 
 pub(crate) fn section(setup: &Setup) -> Result<Section> {
     progress(setup, "daemon-herd");
-    // Every client receives the whole file, so it is one of the smaller ones.
+    // Every client receives the whole file, so this row uses the file size of `files-large`, which is smaller than that
+    // of the large file.
     let bytes = setup.sizes.large_files.1;
     let served = ServedRepo::start(setup, bytes)?;
     let mut rows = Vec::new();
@@ -65,7 +67,15 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
              connection."
         ),
         tables: vec![markdown(
-            &["clients", "p50 s", "p99 s", "p99 / p50", "core-s", "peak RSS MiB", "bytes sent by the CDN, files"],
+            &[
+                "clients",
+                "p50 s",
+                "p99 s",
+                "p99 / p50",
+                "core-s",
+                "peak RSS MiB",
+                "bytes sent by the CDN, relative to the file",
+            ],
             &rows,
         )],
         charts: Vec::new(),

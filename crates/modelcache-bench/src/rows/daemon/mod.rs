@@ -29,7 +29,8 @@ pub(super) fn start_daemon(setup: &Setup, dir: &Path, hub: Option<&str>) -> Resu
     Service::start(&mut command, address)
 }
 
-/// Returns the URL of `file`, the path of the artifact that [`put`] returned, below the daemon's own routes.
+/// Returns the URL of `file` at the daemon's own routes, not at those of the Hub. `file` is the path that [`put`]
+/// returned.
 pub(super) fn artifact_url(daemon: &Service, file: &Path) -> String {
     format!("{}{ARTIFACT_PATH}/{}", daemon.url(), file.file_name().unwrap_or_default().to_string_lossy())
 }

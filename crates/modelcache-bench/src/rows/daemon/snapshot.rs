@@ -2,7 +2,7 @@
 //! without a server in between, and beside olah.
 
 use super::start_daemon;
-use crate::comparison::{Entry, Line, OURS, best_peer, compare, ours, table, warm_page_cache};
+use crate::comparison::{Entry, Line, OURS, best_peer, claim_page_cache_memory, compare, ours, table};
 use crate::page::{Section, Target};
 use crate::rows::hub::ServedRepo;
 use crate::rows::{progress, size};
@@ -78,7 +78,7 @@ fn speed(lines: &[Line], setting: &str) -> Option<f64> {
 
 fn direct<'a>(served: &'a ServedRepo<'_>) -> Entry<'a> {
     let run = |folder: &Path| {
-        warm_page_cache(&served.setup.scratch.disk, served.setup.sizes.file)?;
+        claim_page_cache_memory(&served.setup.scratch.disk, served.setup.sizes.file)?;
         Ok(vec![served.snapshot(&served.hub.url(), folder, None)?])
     };
     Entry {
@@ -127,7 +127,7 @@ fn cold_and_warm(served: &ServedRepo<'_>, server: &Service, folder: &Path) -> Re
         let target = folder.join(step);
         // The cold run writes the file twice: to the cache of the server, and to that of the client.
         let files = if step == "cold" { 2 } else { 1 };
-        warm_page_cache(&served.setup.scratch.disk, files * served.setup.sizes.file)?;
+        claim_page_cache_memory(&served.setup.scratch.disk, files * served.setup.sizes.file)?;
         let (client, used) = server.usage_during(|| served.snapshot(&server.url(), &target, None))?;
         runs.push(client.with_server(used));
         crate::scratch::remove(&target)?;

@@ -73,5 +73,6 @@ fn package_entry<'a>(served: &'a ServedFile<'_>, setting: &str, change: Change) 
         check_size(Path::new(printed.lines().next().context("no path was printed")?), served.setup.sizes.file)?;
         Ok(vec![used])
     };
+    // The file is durable at every setting, because the interpreter waits for the sync before it exits.
     Entry::ours(python_setting(setting), &[("", "yes")], run)
 }

@@ -16,7 +16,8 @@ use xtask::table::markdown;
 /// Prefix of the objects for the peers.
 const RAW: &str = "raw-tensors";
 const SCRIPT: &str = "first_tensor.py";
-/// The programs that read the file: the argument of the script that selects it, the program, and its setting.
+/// For each program that reads the file: the argument with which the script selects the program, its name, and its
+/// setting.
 const READERS: [(&str, &str, &str); 3] = [
     ("open", OURS, "open, read while it downloads"),
     ("get", OURS, "get, then safe_open"),
@@ -154,7 +155,7 @@ fn report(setup: &Setup, reads: &[Result<Vec<Read>>]) -> Section {
         charts: Vec::new(),
         tables: vec![markdown(&header, &READERS.iter().zip(reads).map(cells).collect::<Vec<_>>())],
         targets: vec![Target::at_most(
-            "`open`: share of the file sent by the first tensor",
+            "`open`: share of the file sent until the first tensor",
             opened.and_then(|reads| median_of(reads, |read| read.sent_percent)),
             " %",
             50.0,

@@ -77,7 +77,7 @@ impl House {
         assert!(census.temporaries.is_empty(), "not swept: {census:?}");
         assert_eq!(fs::read_to_string(root.join("FORMAT")).unwrap(), "modelcache 1\n");
         assert!(fs::read_to_string(root.join("CACHEDIR.TAG")).unwrap().starts_with("Signature: "));
-        assert_intents_have_artifacts(&root, &census);
+        assert_pending_uploads_have_artifacts(&root, &census);
         self.assert_counted(dir);
     }
 
@@ -104,8 +104,8 @@ pub fn spoil_record(root: &Path) {
 
 /// Asserts that the artifact of every pending upload is on disk. Otherwise the upload could never complete.
 #[track_caller]
-fn assert_intents_have_artifacts(root: &Path, census: &Census) {
-    for path in &census.intents {
+fn assert_pending_uploads_have_artifacts(root: &Path, census: &Census) {
+    for path in &census.pending_uploads {
         let intent: serde_json::Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
         let (name, version) = (text(&intent["name"]).replace('/', "%2F"), text(&intent["version"]));
         let manifest = root.join("artifacts").join(name).join(version).join("manifest.json");

@@ -31,8 +31,8 @@ const TEMPORARY_PREFIX: &str = "upload-";
 /// Size of one read of a local file, in bytes.
 const SLICE_BYTES: usize = 1 << 20;
 
-/// Attempts to rename a file while concurrent evictions remove its target folder.
-const RENAME_ATTEMPTS_MAX: usize = 11;
+/// Most attempts to create a file, or to rename it, while concurrent evictions remove its folder.
+const ATTEMPTS_MAX: usize = 11;
 
 /// An opened folder.
 pub(super) struct FolderBackend {
@@ -87,7 +87,8 @@ impl Backend for FolderBackend {
         &self.objects
     }
 
-    /// Unlike that of [`LocalFileSystem`], this also works without hard links, and without syncs of folders.
+    /// Unlike `put` of [`LocalFileSystem`], this also works on a filesystem that refuses hard links or syncs of
+    /// folders.
     async fn put(&self, key: &Path, bytes: Bytes, mode: PutMode) -> object_store::Result<PutResult> {
         let is_new = match mode {
             PutMode::Create => true,
@@ -326,7 +327,7 @@ fn retry_if_removed<T>(mut create: impl FnMut() -> io::Result<T>) -> io::Result<
     let mut attempts = 1;
     loop {
         match create() {
-            Err(error) if error.kind() == io::ErrorKind::NotFound && attempts < RENAME_ATTEMPTS_MAX => attempts += 1,
+            Err(error) if error.kind() == io::ErrorKind::NotFound && attempts < ATTEMPTS_MAX => attempts += 1,
             ended => return ended,
         }
     }

@@ -470,7 +470,7 @@ impl FoundCredentials {
 /// Returns the credential without white space around its parts.
 ///
 /// # Errors
-/// The reason if a part has a character that no credential has. It could not be sent in a header.
+/// The reason, if a part has a character that no credential has. Such a part could not be sent in a header.
 fn usable(credential: Credential) -> std::result::Result<Credential, String> {
     let checked = |part: &str, name: &str| match part.trim() {
         trimmed if trimmed.chars().all(|c| c.is_ascii_graphic()) => Ok(trimmed.to_owned()),
@@ -550,7 +550,8 @@ fn output_of(mut command: Command, timeout: Duration) -> std::result::Result<(Ex
     let deadline = Instant::now() + timeout;
     let mut child = command.spawn().map_err(|error| format!("cannot start sh: {error}"))?;
     let stdout = child.stdout.take().ok_or("it has no standard output")?;
-    // A child of the command may keep the pipe open, so the reader is not waited for.
+    // A child of the command may keep the pipe open, so the thread of the reader is never joined: its result is awaited
+    // until the timeout only.
     let (sender, received) = mpsc::channel();
     let reader = std::thread::Builder::new().spawn(move || {
         let mut output = Vec::new();
@@ -564,7 +565,7 @@ fn output_of(mut command: Command, timeout: Duration) -> std::result::Result<(Ex
         Ok(Err(error)) => Err(format!("its output cannot be read: {error}")),
         Err(_) => Err(format!("it did not end within {} s", timeout.as_secs_f32())),
     };
-    // It may have closed its output and still run.
+    // The command may have closed its output and still run.
     while output.is_ok() && Instant::now() < deadline {
         if let Some(status) = child.try_wait().map_err(|error| error.to_string())? {
             return output.map(|output| (status, output));

@@ -63,8 +63,8 @@ impl Endpoint {
         }
     }
 
-    /// Fails if there is no such endpoint. A custom endpoint has neither FIPS nor dual-stack variants, and the AWS
-    /// tools ignore these settings then.
+    /// Fails if AWS has no endpoint with these properties in `region`. A custom endpoint has neither FIPS nor
+    /// dual-stack variants, so `fips` and `dual_stack` have no effect on it, as in the AWS tools.
     pub(super) fn check(&self, region: &str) -> Result<()> {
         if self.custom.is_none() && self.fips && region.starts_with("cn-") {
             return Err(Error::invalid(format!("there are no FIPS endpoints in {region}"))

@@ -384,8 +384,8 @@ impl ErrorResponse {
         self.code.as_deref().unwrap_or_default()
     }
 
-    /// Returns the code for a request without a required checksum or encryption key. S3 has no codes for these errors, so
-    /// they are recognized by words of the message.
+    /// Returns the code for a request without a required checksum or encryption key. S3 has no codes for these errors,
+    /// so they are recognized by words of the message.
     fn derived_code(&self) -> Option<&'static str> {
         let message = self.message.as_deref()?.to_ascii_lowercase();
         let is = |words: &[&str]| words.iter().any(|word| message.contains(word));
@@ -400,7 +400,8 @@ impl ErrorResponse {
         EXPIRED.contains(&self.code())
     }
 
-    /// Returns true if the object may be missing: the response is a 403, and its code does not blame the request.
+    /// Returns true if the object may be missing: the response is a 403 without a code, or with a code that gives no
+    /// cause.
     pub(in crate::remote::backend) fn is_ambiguous(&self) -> bool {
         self.status == 403 && AMBIGUOUS.contains(&self.code())
     }
