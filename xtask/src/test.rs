@@ -1,8 +1,8 @@
 //! `cargo xtask test`: runs all checks of this repository.
 //!
 //! The stages run from cheap to expensive. After the first failure, no further stage runs. A table at the end shows the
-//! result of each stage. Needs cargo, git and Python, and uses `cargo nextest` if it is installed. All stages build
-//! with the same features (`--workspace`), so that no dependency is built twice. Without Chromium, the test of
+//! result of each stage. Needs cargo, git and Python, and uses `cargo nextest` if it is installed. The stages that
+//! build programs or tests use the same features, so that no dependency is built twice. Without Chromium, the test of
 //! the status page is skipped.
 
 use crate::docs::Docs;
@@ -43,7 +43,7 @@ impl Test {
             stages.run("tidy", tidy::check);
             stages.run("features", features::check);
             stages.run("generated docs", || Docs { check: true }.run());
-            // The second time without the optional origins.
+            // Clippy runs twice: with the default features, and without them.
             let clippy = |what| run(cargo().args(["clippy", "--workspace", what, "--", "-D", "warnings"]));
             stages.run("clippy", || clippy("--all-targets").and_then(|()| clippy("--no-default-features")));
             let doc = ["doc", "--workspace", "--no-deps"];

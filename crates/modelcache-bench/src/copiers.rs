@@ -45,7 +45,7 @@ pub(super) const COPIERS: [Copier; 10] = [
     copier("boto3", "boto3", false),
     copier("boto3", "boto3", true),
     copier("aws", "awscli", false),
-    copier("aws", "awscli", true),
+    Copier { program: "aws", needs: "awscli", parts: Some((20, 16)) },
 ];
 
 impl Copier {

@@ -23,7 +23,7 @@ pub(crate) fn duration(duration: Duration) -> String {
         s if s < 0.9995 => format!("{:.0} ms", s * 1e3),
         s if s < 59.95 => format!("{s:.1} s"),
         s if s < 3599.5 => format!("{} min {} s", whole / 60, whole % 60),
-        s if s < 86_400.0 => format!("{} h {} min", whole / 3600, whole / 60 % 60),
+        s if s < 86_399.5 => format!("{} h {} min", whole / 3600, whole / 60 % 60),
         _ => format!("{} d {} h", whole / 86_400, whole / 3600 % 24),
     }
 }
@@ -66,6 +66,7 @@ mod tests {
             (59.96, "1 min 0 s"),
             (125.0, "2 min 5 s"),
             (3780.0, "1 h 3 min"),
+            (86_399.8, "1 d 0 h"),
             (90_000.0, "1 d 1 h"),
         ];
         for (seconds, text) in shown {

@@ -93,7 +93,7 @@ pub(crate) fn resizes() -> Option<tokio::signal::unix::Signal> {
 /// Returns true if enough descriptors are free for the first signal handler. Without them, `tokio` panics.
 fn can_register() -> bool {
     static HAS_DESCRIPTORS: OnceLock<bool> = OnceLock::new();
-    *HAS_DESCRIPTORS.get_or_init(|| modelcache::runtime::check_free_descriptors(4).is_ok())
+    *HAS_DESCRIPTORS.get_or_init(|| modelcache::runtime::check_free_descriptors(2).is_ok())
 }
 
 /// Makes a write beyond `ulimit -f` fail with EFBIG, which is reported like a full disk. Without a handler for SIGXFSZ

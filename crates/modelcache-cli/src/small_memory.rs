@@ -24,7 +24,7 @@ pub(crate) fn restart_with_one_arena(args: &[OsString]) {
     }
     let Some(mut command) = env::current_exe().ok().and_then(program::command) else { return };
     let arguments = args.get(1..).unwrap_or_default();
-    // `exec` returns only on failure. The command then runs with all arenas, and starts fewer threads.
+    // `exec` returns only on failure. This process then continues with all arenas, and starts fewer threads.
     drop(command.args(arguments).env(ARENAS_VARIABLE, "1").env(RESTARTED_VARIABLE, "1").exec());
 }
 

@@ -91,7 +91,7 @@ impl HttpBody for SpanBody {
 
 impl Drop for SpanBody {
     fn drop(&mut self) {
-        // In a trace, a span ends when it was last left.
+        // The end of a span in a trace is the time of its last exit, so enter and exit it now.
         self.span.in_scope(|| ());
     }
 }
@@ -103,7 +103,7 @@ pub(crate) fn record(span: &Span, method: &Method, route: &str, status: StatusCo
     if !span.is_disabled() {
         use opentelemetry::trace::TraceContextExt as _;
         use tracing_opentelemetry::OpenTelemetrySpanExt as _;
-        // The field `otel.name` no longer renames a span that has children.
+        // Once a span has children, recording its field `otel.name` does not rename it.
         span.context().span().update_name(format!("{} {route}", known(method)));
     }
     span.record("http.route", route);

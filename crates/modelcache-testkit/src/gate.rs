@@ -298,7 +298,7 @@ async fn forward_or_lie(shared: &Shared, request: Request<Incoming>) -> Result<A
     if let Some(lie) = shared.lies.take(&method, &subject, |lie| !lie.corrupts_answer()) {
         return lie.answer(number, &shared.endless_bytes).ok_or(Dropped);
     }
-    // Replacing lies come first: the server behind does not see their requests.
+    // Lies that replace the answer are taken first, so that the server behind does not get the request.
     let answer = forward(shared, request).await?;
     // A body of at most one byte answers a probe for the first byte; do not use up a lie on it.
     if !answer.status().is_success()

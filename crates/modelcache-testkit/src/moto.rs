@@ -25,7 +25,7 @@ pub struct Moto {
 
 impl Moto {
     /// Starts `<venv>/bin/moto_server` on a free port and blocks until it answers, at most 30 s. Fails if the program
-    /// is missing, ends each time, or does not answer in time.
+    /// is missing, ends early in every attempt, or does not answer in time.
     pub fn start(venv: impl AsRef<Path>) -> anyhow::Result<Self> {
         let program = venv.as_ref().join("bin/moto_server");
         // Another process may take the port before the server does. Then the server ends, and the next attempt uses

@@ -138,12 +138,12 @@ mod tests {
         let root = folder.path().join("root").canonicalize().unwrap_or_else(|_| folder.path().join("root"));
         fs::create_dir(&root).unwrap();
         let ledger = folder.path().join("ledger");
-        let strike = shim.count(&root).with_ledger(&ledger);
+        let run = shim.count(&root).with_ledger(&ledger);
         let given = folder.path().join("given");
         fs::write(&given, vec![7; 9999]).unwrap();
         // Only the first copy is synced. The folder never is.
         let script = "cp --reflink=never ../given kept && sync --data kept && cp --reflink=never ../given risked";
-        let ran = Command::new("/bin/sh").args(["-c", script]).current_dir(&root).envs(strike.envs()).output().unwrap();
+        let ran = Command::new("/bin/sh").args(["-c", script]).current_dir(&root).envs(run.envs()).output().unwrap();
         assert!(ran.status.success(), "{ran:?}");
         let read = |name: &str| fs::read(root.join(name)).unwrap_or_default();
         let (kept, risked) = (read("kept"), read("risked"));

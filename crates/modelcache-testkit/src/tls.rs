@@ -1,4 +1,4 @@
-//! TLS in front of a stand-in, a certificate authority, and a tunnelling proxy (`CONNECT`).
+//! A certificate authority, a tunnelling proxy (`CONNECT` and SOCKS 5), and a TLS front for a stand-in.
 //!
 //! The TLS front terminates TLS and forwards the bytes, so any plain HTTP server becomes reachable by `https`. The
 //! proxy maps host names to addresses that the test chooses, so it also replaces DNS.

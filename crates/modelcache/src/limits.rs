@@ -6,8 +6,8 @@ const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
 const GIB: u64 = 1024 * MIB;
 
-/// Maximum number of segments of a bare name. Enough for `team/project/model`, and few enough for one HEAD request per
-/// ancestor.
+/// Maximum number of segments of a bare name. Enough for `team/project/model`. A publication sends one HEAD request for
+/// each leading part of the name (`team`, `team/project`, …), to check that no version is published there.
 pub const NAME_SEGMENTS_MAX: usize = 8;
 
 /// Maximum length of an artifact name, in bytes: half of S3's limit on keys (1,024 bytes), which also contain the

@@ -13,9 +13,9 @@ use crate::mutex::Mutex;
 use bytes::Bytes;
 use futures::StreamExt as _;
 use futures::stream::{self, BoxStream};
-use rustix::fs::{Mode, OFlags};
 use rustix::process::{Resource, getrlimit};
 use std::ops::Range;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use std::{fs, io, thread};
@@ -112,21 +112,21 @@ pub fn start(has_arenas: bool) -> Result<Runtime> {
 /// Fails if this process cannot open six more file descriptors, as many as a runtime needs. `tokio` would panic instead
 /// of returning an error if it could not open its socket pair.
 fn require_descriptors() -> Result<()> {
-    check_free_descriptors(6).map_err(|cause| {
+    check_free_descriptors(3).map_err(|cause| {
         Error::new(ErrorKind::Limits, "the runtime cannot open its files")
             .hint("too many open files: raise the limit (ulimit -n)")
             .cause(cause)
     })
 }
 
-/// Fails if this number of descriptors cannot be opened now. Opens them and closes them again.
+/// Fails if this number of socket pairs, with two descriptors each, cannot be opened now. Opens them and closes them
+/// again.
 ///
 /// # Errors
 /// The error of the call that failed.
-pub fn check_free_descriptors(number: usize) -> io::Result<()> {
-    let first = rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-    let others: Result<Vec<_>, _> = (1..number).map(|_| rustix::io::fcntl_dupfd_cloexec(&first, 0)).collect();
-    Ok(others.map(drop)?)
+pub fn check_free_descriptors(pairs: usize) -> io::Result<()> {
+    let opened: io::Result<Vec<_>> = (0..pairs).map(|_| UnixStream::pair()).collect();
+    opened.map(drop)
 }
 
 /// Builds a runtime with the settings that both kinds of runtime share.

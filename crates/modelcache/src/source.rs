@@ -40,7 +40,7 @@ pub trait Source: fmt::Debug + Send + Sync {
 
     /// Returns the name of the checksum file or header that contains the digest of `path`, if it is known. The message
     /// of a digest mismatch names it.
-    fn stated_by(&self, _path: &FilePath) -> Option<String> {
+    fn digest_stated_by(&self, _path: &FilePath) -> Option<String> {
         None
     }
 

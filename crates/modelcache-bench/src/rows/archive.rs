@@ -14,7 +14,8 @@ use std::path::Path;
 use std::process::Command;
 
 const WEIGHTS: &str = "weights.bin";
-/// The texts of our entries in the column `setting`. Those of the peers end with the first or the second.
+/// The texts of our entries in the column `setting`: these three constants. The texts of the peers end with `GZIP` or
+/// `PLAIN`.
 const GZIP: &str = "tar.gz";
 const PLAIN: &str = "tar";
 const NOT_EXTRACTED: &str = "tar, not extracted";

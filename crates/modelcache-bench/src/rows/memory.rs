@@ -29,14 +29,14 @@ const FREE_SPACE_SOURCE: &str = include_str!("../free_space.c");
 pub(crate) fn section(setup: &Setup) -> Result<Section> {
     eprintln!("memory");
     let mut rows = Vec::new();
-    let [with_defaults, with_o_direct] = large_file_gets(setup)?;
+    let [with_defaults, with_durable] = large_file_gets(setup)?;
     let get = format!("get of {}", size(setup.sizes.file));
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     let row = |operation: &str, setting: &str, rss_bytes: u64, extent: String| {
         vec![operation.to_owned(), setting.to_owned(), format!("{:.0}", mib(rss_bytes)), extent]
     };
     rows.push(row(&get, DEFAULTS, with_defaults, "complete".into()));
-    rows.push(row(&get, DURABLE, with_o_direct, "complete".into()));
+    rows.push(row(&get, DURABLE, with_durable, "complete".into()));
     let gb = setup.sizes.sparse / 1_000_000_000;
     let sparse = sparse_file_runs(setup).inspect_err(|error| eprintln!("  the sparse file of {gb} GB: {error:#}"));
     let mut sparse_rss = None;
@@ -69,7 +69,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
         targets: vec![
             Target::at_most(
                 &format!("peak RSS, {get}"),
-                Some(mib(with_defaults.max(with_o_direct))),
+                Some(mib(with_defaults.max(with_durable))),
                 " MiB",
                 128.0,
                 Some(64.0),

@@ -102,7 +102,7 @@ impl Exec {
                 .parse()
                 .ok()
                 .map(|number: usize| (number, word.clone()))
-                // `usize` also parses `+3`.
+                // Only this form is a placeholder; `usize` also parses `+3` and `03`.
                 .filter(|(number, word)| word == format!("{{{number}}}").as_str())
         };
         let references = self.references.len();

@@ -208,7 +208,7 @@ fn finding_text(finding: &Finding) -> String {
     text.extend(finding.expected.map(|digest| format!("; expected sha256 {digest}")));
     text.extend(finding.found.map(|digest| format!(", found {digest}")));
     match finding.repaired_from {
-        // Such a blob counts as repaired once it is in quarantine: no artifact needs it.
+        // A blob that no artifact uses counts as repaired once it is in quarantine.
         Some(_) if is_blob_without_artifact(finding) => text.push_str("; in quarantine"),
         Some(tier) => text.push_str(&format!("; repaired from {tier}")),
         None if finding.withdrawn => text.push_str("; withdrawn"),

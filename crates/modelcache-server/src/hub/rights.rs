@@ -156,8 +156,9 @@ impl Rights {
         if let Some((_, refusal)) = decision.refused.as_ref().filter(|(at, _)| at.elapsed() < refused_for) {
             return Err(NoAccess::Refused(refusal.clone()));
         }
-        let is_stale = decision.allowed_at.is_some_and(|at| at.elapsed() < self.auth_stale);
-        let has_fallback = is_stale || self.was_public(repo).await;
+        // While the Hub does not answer, a permission may be used for `auth_stale`.
+        let is_usable = decision.allowed_at.is_some_and(|at| at.elapsed() < self.auth_stale);
+        let has_fallback = is_usable || self.was_public(repo).await;
         let timeout = if has_fallback { FALLBACK_TIMEOUT } else { ANSWER_TIMEOUT };
         match self.ask(token, repo, timeout).await {
             Ok(None) => {

@@ -125,7 +125,7 @@ pub(crate) fn values(query: &str, name: &str) -> Vec<String> {
     named.filter_map(|(_, value)| decode(&value.replace('+', " "))).collect()
 }
 
-/// Returns true if the switch `name` is `true`, in any case, or `1`.
+/// Returns true if the switch `name` has the value `1`, or `true` in upper or lower case.
 pub(crate) fn is_set(query: &str, name: &str) -> bool {
     values(query, name).iter().any(|value| value.eq_ignore_ascii_case("true") || value == "1")
 }

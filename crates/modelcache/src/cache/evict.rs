@@ -116,8 +116,7 @@ impl Cache {
             if dry_run {
                 return Ok(expected);
             }
-            // Report sizes of files, as a dry run does. The eviction itself counts allocated bytes.
-            Ok(disk.evict(key)?.map(|allocated| expected.unwrap_or((allocated, 0))))
+            Ok(disk.evict(key)?.map(|freed| (freed, expected.map_or(0, |(_, shared)| shared))))
         };
         // If one of them cannot be evicted, none is.
         if !dry_run {
@@ -155,7 +154,7 @@ impl Cache {
         &self,
         reference: &Reference,
     ) -> Result<(ArtifactKey, Option<Arc<dyn Source>>)> {
-        let reference = &self.0.origins.placed(reference);
+        let reference = &self.0.origins.completed(reference);
         // A call that downloads nothing does not write to the remote.
         let policy = LookupPolicy { may_write: false, ..self.policy(&GetOptions::default()) };
         let pointer = reference.pointer().or_else(|| self.possible_tag(reference));

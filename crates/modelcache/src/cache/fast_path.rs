@@ -37,8 +37,8 @@ impl Cache {
             Some(file) => Selection::file(file.clone()),
             None => options.selection.clone(),
         };
-        let (placed, policy) = (self.0.origins.placed(reference), self.policy(options));
-        let key = placed.exact_key().or_else(|| self.cached_key(&placed, policy)).filter(|_| !options.verify)?;
+        let (completed, policy) = (self.0.origins.completed(reference), self.policy(options));
+        let key = completed.exact_key().or_else(|| self.cached_key(&completed, policy)).filter(|_| !options.verify)?;
         // A refresh of a bare key has to compare it with the remote's manifest, so it takes the slow path.
         if options.refresh && key.name.scheme().is_none() {
             return None;

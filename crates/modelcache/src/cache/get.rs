@@ -40,7 +40,8 @@ struct StagedFill {
     files: BTreeMap<FilePath, StagedFile>,
     /// Files that the remote lists, but for which it sent wrong bytes or none.
     bad_on_remote: BTreeSet<FilePath>,
-    /// Bytes of the files that no local directory had.
+    /// Bytes downloaded over a network: without those that were resumed from an earlier fill or copied from a local
+    /// directory.
     fetched_bytes: u64,
     /// The upload to the remote that ran during the download.
     streaming_upload: Option<StreamingUpload>,
@@ -199,7 +200,7 @@ impl Cache {
                     && (error.kind() == ErrorKind::Conflict || may_be_replaced(&error, Tier::Remote)) =>
             {
                 tracing::warn!(%error, "objects on the remote were replaced; starting over with a new list");
-                // Drop the source on the remote, because it has already listed the old objects.
+                // The source in the request has already listed the old objects. Without it, the plan creates a new one.
                 let relisted = FetchRequest { remote: None, ..request.clone() };
                 let plan = self.plan_fill(&relisted, progress).await?;
                 // Readers must not combine bytes of old and new objects.
@@ -330,8 +331,9 @@ impl Cache {
         Ok((downloaded, streaming_upload))
     }
 
-    /// Starts with the limit on concurrent requests at the end of the last download from the endpoint. Returns the
-    /// endpoint if this is the first download of the process, so that the limit that it finds belongs to it.
+    /// Raises the initial limit on concurrent requests to the one that was remembered for the endpoint, if there is
+    /// one. Returns the endpoint if this process has not downloaded before: only then is the limit that this download
+    /// finds a limit of that endpoint.
     async fn start_with_remembered_limit(&self, endpoint: Option<String>) -> Option<String> {
         let endpoint = endpoint?;
         let name = endpoint.clone();

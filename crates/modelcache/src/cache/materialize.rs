@@ -22,8 +22,8 @@ impl Cache {
 }
 
 impl Artifact {
-    /// Replaces the content of the folder with the selected files. Hard links and copies outlive the lease. Symbolic links
-    /// point into the cache: keep the lease as long as they are used.
+    /// Replaces the content of the folder with the selected files. Hard links and copies outlive the lease. Symbolic
+    /// links point into the cache: keep the lease as long as they are used.
     ///
     /// # Errors
     /// `Corrupt` if cached bytes fail verification while they are copied; `Full`; `Other` if the folder cannot be
@@ -44,7 +44,7 @@ impl Artifact {
             made
         });
         let mut made = made.await?;
-        // The artifact or the selection is one file: return its path in the new folder, not the folder.
+        // If the artifact or the selection is a single file, return its path in the new folder, not that of the folder.
         if let Ok(inside) =
             self.lease.path(&self.selection).strip_prefix(self.lease.dir.files().full()).map(Path::to_owned)
             && inside != Path::new("")

@@ -304,7 +304,7 @@ impl Cache {
                 digest_alerts::changed_after_tagging(key, &tag_record.tag, sha256, on_disk);
                 Ok(())
             }
-            // The remote is unavailable or has no digest, so it cannot be decided which content is right.
+            // The remote is unavailable or does not know the digest, so it cannot be decided which content is right.
             None => Ok(()),
         }
     }

@@ -27,12 +27,14 @@ use tokio::sync::OnceCell;
 /// Which tiers may be contacted to resolve a reference, and how cached resolutions are used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct LookupPolicy {
-    /// Resolve at the authority, even if a cached resolution is fresh.
+    /// Resolve at the authority (the origin for a revision, the remote for a tag), even if a cached resolution is
+    /// fresh.
     pub(super) refresh: bool,
     /// The farthest tier that may be contacted.
     pub(super) max_tier: Tier,
-    /// True for a get, which may store on the remote, for other machines, the versions to which origins resolve
-    /// revisions, and evict an outdated local copy. False for a call that changes nothing.
+    /// True for a get. It may record on the remote to which version an origin resolved a revision, for other machines,
+    /// and may evict an outdated local copy. False for a lookup during a fill or an eviction, and for a call that
+    /// changes nothing.
     pub(super) may_write: bool,
 }
 
@@ -149,7 +151,7 @@ impl Cache {
 
     /// Resolves a reference to the version that it points to now.
     pub(super) async fn resolution(&self, reference: &Reference, policy: LookupPolicy) -> Result<Resolution> {
-        let reference = &self.0.origins.placed(reference);
+        let reference = &self.0.origins.completed(reference);
         if let Target::Bare(key) = &reference.target {
             return self.resolve_bare(reference, key, policy).await;
         }
@@ -243,7 +245,8 @@ impl FetchRequest {
         }
     }
 
-    /// Returns the lookup policy of the fill. The reference is resolved already, so nothing is refreshed or shared.
+    /// Returns the policy for lookups during the fill. The reference is resolved already, so no resolution is refreshed
+    /// or recorded on the remote.
     pub(super) fn policy(&self) -> LookupPolicy {
         LookupPolicy { refresh: false, max_tier: self.max_tier, may_write: false }
     }
@@ -305,6 +308,11 @@ impl TemplateOrigin {
         Ok(located.await?.as_ref())
     }
 
+    /// Returns the source that has the artifact, once it has been located.
+    fn located_source(&self) -> Option<&Arc<dyn Source>> {
+        self.located.get()?.as_ref().map(|(source, _)| source)
+    }
+
     /// Returns the source at the location of `template` and its manifest; `None` if the artifact is not there.
     async fn try_template(&self, template: &OriginTemplate) -> Result<Option<(Arc<dyn Source>, Manifest)>> {
         // A template need not fit every name. If it yields no valid reference, its location does not have the artifact.
@@ -339,18 +347,23 @@ impl Source for TemplateOrigin {
         }
     }
 
-    fn stated_by(&self, path: &FilePath) -> Option<String> {
-        let (source, _) = self.located.get()?.as_ref()?;
-        source.stated_by(path)
+    fn digest_stated_by(&self, path: &FilePath) -> Option<String> {
+        self.located_source()?.digest_stated_by(path)
+    }
+
+    fn ignores_ranges(&self) -> bool {
+        self.located_source().is_some_and(|source| source.ignores_ranges())
+    }
+
+    fn saw_other_validators(&self) -> bool {
+        self.located_source().is_some_and(|source| source.saw_other_validators())
     }
 
     fn endpoint(&self) -> Option<String> {
-        let (source, _) = self.located.get()?.as_ref()?;
-        source.endpoint()
+        self.located_source()?.endpoint()
     }
 
     fn store(&self) -> Option<String> {
-        let (source, _) = self.located.get()?.as_ref()?;
-        source.store()
+        self.located_source()?.store()
     }
 }

@@ -20,7 +20,7 @@ impl Cache {
 
     /// Does the work of [`resolve_reference`](Self::resolve_reference). Its errors do not name the artifact.
     async fn resolve_reference_inner(&self, reference: &Reference, options: &GetOptions) -> Result<ResolvedReference> {
-        let reference = &self.0.origins.placed(reference);
+        let reference = &self.0.origins.completed(reference);
         let policy = self.policy(options);
         let resolution = self.resolution(reference, policy).await?;
         if let Some(tag_record) = &resolution.tag_record {

@@ -120,7 +120,7 @@ impl Cache {
         let run = Arc::new(VerifyRun::new(None, false));
         let _stop = StopOnDrop(run.clone());
         let verified = self.verify_disk(&request.key, &request.selection, &run, progress).await?;
-        // The get may also lease from the lower directory.
+        // The get may also lease from the lower directory. This remembers its bad files, and does not lease them.
         if let Some(lower) = self.0.lower.clone() {
             let (key, selection, run) = (request.key.clone(), request.selection.clone(), run.clone());
             blocking(move || lower.verify(&key, &selection, &run)).await?;
@@ -263,7 +263,7 @@ impl Verification {
         let Some(mut verified) = verified else { return Ok(None) };
         if self.options.repair && !verified.is_right() {
             let outcome = self.download(key, reference, &verified.findings).await;
-            record_repair(&mut verified.findings, |_| true, outcome);
+            record_repair(&mut verified.findings, |_| true, outcome, &no_right_copy());
         } else {
             verified.findings.iter_mut().for_each(|finding| {
                 finding.remedy.get_or_insert_with(|| {
@@ -311,6 +311,7 @@ impl Verification {
         }
         // Step 2: upload the files that are on disk now. Even if a download failed, other files can be repaired.
         let published = self.publish_from_disk(remote, key, &is_affected, progress).await;
+        let others = failure.clone().unwrap_or_else(no_right_copy);
         let repaired = match (published, failure) {
             (Ok(repaired), None) => Ok(repaired),
             (Ok(repaired), Some(_)) if !repaired.is_empty() => Ok(repaired),
@@ -323,9 +324,9 @@ impl Verification {
                     Some(path) => repaired.contains(path),
                     None => !repaired.is_empty(),
                 };
-                record_repair(&mut verified.findings, is_repaired, Ok(from));
+                record_repair(&mut verified.findings, is_repaired, Ok(from), &others);
             }
-            Err(error) => record_repair(&mut verified.findings, |_| true, Err(error)),
+            Err(error) => record_repair(&mut verified.findings, |_| true, Err(error), &others),
         }
         let repaired = verified.findings.iter().filter(|finding| finding.path.is_some() && !finding.remains()).count();
         self.cache.metrics().update(|counts| counts.repaired_files.add(Tier::Remote, repaired as u64));
@@ -388,7 +389,8 @@ impl Verification {
         let max_tier = self.cache.policy(&GetOptions::default()).max_tier;
         let plain = FetchRequest::new(key.clone(), selection, max_tier);
         let request = FetchRequest { origin, purpose: Purpose::Keep, ..plain };
-        // Not the caller's progress: the report derives the tier from the bytes that its progress has received.
+        // A new progress, not the caller's: `artifact.report.from` is derived from the bytes counted in it, which must
+        // be those of this download only.
         let progress = Progress::new();
         let artifact = self.cache.get_resolved(&request, &progress).await?;
         Ok(artifact.report.from)
@@ -443,8 +445,13 @@ fn selection(findings: &[Finding]) -> Selection {
 }
 
 /// Records the outcome of a repair in the findings. After a success, `is_repaired` returns true for the findings that
-/// are repaired.
-fn record_repair(findings: &mut [Finding], is_repaired: impl Fn(&Finding) -> bool, outcome: Result<Tier>) {
+/// are repaired, and `others` is the reason why the other ones are not.
+fn record_repair(
+    findings: &mut [Finding],
+    is_repaired: impl Fn(&Finding) -> bool,
+    outcome: Result<Tier>,
+    others: &Error,
+) {
     for finding in findings.iter_mut().filter(|finding| finding.remains()) {
         match &outcome {
             Ok(tier) if is_repaired(finding) => {
@@ -452,7 +459,7 @@ fn record_repair(findings: &mut [Finding], is_repaired: impl Fn(&Finding) -> boo
                 finding.remedy = None;
             }
             // The repair succeeded for other files, but not for this one.
-            Ok(_) => finding.remedy = Some(with_hint(&no_right_copy())),
+            Ok(_) => finding.remedy = Some(with_hint(others)),
             Err(error) => finding.remedy = Some(format!("cannot be repaired: {}", with_hint(error))),
         }
     }

@@ -86,7 +86,7 @@ fn examine_root(root: &Path, config: &Config, checks: &mut Vec<Check>) {
     }
 }
 
-/// Returns the first of `root` and the paths above it that exists. It may not be a folder.
+/// Returns the first of `root` and the paths above it that exists, whether or not it is a folder.
 pub(super) fn nearest_existing(root: &Path) -> Option<PathBuf> {
     root.ancestors().find(|path| fs::symlink_metadata(path).is_ok()).map(Path::to_owned) // not below the root
 }

@@ -1,7 +1,7 @@
 //! The processes that hold a file lock, according to `/proc/locks`. For messages only; no decision depends on it.
 //!
-//! The list may be incomplete. A process in another PID namespace is not visible. A child that inherited the descriptor
-//! is reported as the process that took the lock.
+//! The list may be incomplete. A process in another PID namespace is not visible. For a child that inherited the
+//! descriptor, the process that took the lock is reported in its place.
 
 use super::pin::Holder;
 use super::rooted::RootedPath;

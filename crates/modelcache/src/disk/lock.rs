@@ -1,9 +1,9 @@
 //! Locks between processes, by `flock`. The files below `locks/` are never unlinked.
 //!
 //! - No process blocks in `flock`. It tries, sleeps and tries again.
-//! - Locks are taken in this order: backfill, fill, owner (the journal in a staging folder), shared lease, check,
-//!   budget,
-//!   then (one try) exclusive lease or owner.
+//! - Locks are taken in this order: backfill, fill, owner (the journal in the staging folder of this fill), shared
+//!   lease, check (`<key>.check`, for syncing or hashing unsynced files), budget. A process that holds the budget lock
+//!   tries further locks only once: the exclusive lease of an artifact, or the owner lock of another staging folder.
 //! - Some filesystems grant every lock, and some support none; [`are_honest`] detects both. If a filesystem supports no
 //!   locks, every try succeeds. Code that depends on exclusion calls `Disk::locks_are_honest`.
 

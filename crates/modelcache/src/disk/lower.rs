@@ -100,8 +100,7 @@ impl Lower {
             if found.is_none() || found.map(|found| found.digest) != entry.sha256 {
                 // Warn once: a caller that waits for a fill comes here repeatedly.
                 if found.is_none_or(|found| found.is_new) {
-                    self.upper.metrics().record_corrupt(Tier::Disk, 1, metadata.len());
-                    tracing::warn!(artifact = %key, file = %path, "the lower directory's copy is damaged; it is ignored");
+                    self.report_damaged(key, path, &metadata);
                 }
                 return Ok(None);
             }
@@ -114,31 +113,44 @@ impl Lower {
     pub(crate) fn verify(&self, key: &ArtifactKey, selection: &Selection, run: &VerifyRun) -> Result<()> {
         let Some(manifest) = self.manifest(key) else { return Ok(()) };
         let dir = self.disk.layout().artifact(key);
-        for (path, _) in manifest.selected(selection).filter(|(_, entry)| entry.held.is_some()) {
+        for (path, entry) in manifest.selected(selection).filter(|(_, entry)| entry.held.is_some()) {
             let view = dir.view(path);
             let Some(metadata) = files::stat(&view)?.filter(Metadata::is_file) else { continue };
             if let Some(digest) = self.disk.hash_rate_limited(&view, run)? {
-                self.digests.lock().insert(self.record_name(&metadata), digest);
+                self.digests.lock().insert(self.digest_name(&metadata, entry), digest);
+                if entry.sha256 != Some(digest) {
+                    self.report_damaged(key, path, &metadata);
+                }
             }
         }
         Ok(())
+    }
+
+    fn report_damaged(&self, key: &ArtifactKey, path: &FilePath, metadata: &Metadata) {
+        self.upper.metrics().record_corrupt(Tier::Disk, 1, metadata.len());
+        tracing::warn!(artifact = %key, file = %path, "the lower directory's copy is damaged; it is ignored");
     }
 
     /// Returns true if this process has hashed the file and found another digest than that of `entry`.
     fn was_found_wrong(&self, metadata: &Metadata, entry: &FileEntry) -> bool {
         let digests = self.digests.lock();
         !digests.is_empty()
-            && digests.get(&self.record_name(metadata)).is_some_and(|found| entry.sha256 != Some(*found))
+            && digests.get(&self.digest_name(metadata, entry)).is_some_and(|found| entry.sha256 != Some(*found))
     }
 
-    /// Returns the digest of the file at `view`, from a record or by hashing it. `None` if the file is being changed.
-    fn digest_of(&self, view: &RootedPath, metadata: &Metadata, entry: &FileEntry) -> Result<Option<LowerDigest>> {
-        let name = match entry.unsynced() {
+    /// Returns the name under which the digest of a file is recorded.
+    fn digest_name(&self, metadata: &Metadata, entry: &FileEntry) -> String {
+        match entry.unsynced() {
             None => self.record_name(metadata),
             // A power cut may change the bytes of an unsynced file without changing its identity. The name of its
             // record contains the boot id, so that the record is valid for this boot only.
             Some(_) => Digest::of(format!("{}\0{}", self.record_name(metadata), boot_id()).as_bytes()).to_string(),
-        };
+        }
+    }
+
+    /// Returns the digest of the file at `view`, from a record or by hashing it. `None` if the file is being changed.
+    fn digest_of(&self, view: &RootedPath, metadata: &Metadata, entry: &FileEntry) -> Result<Option<LowerDigest>> {
+        let name = self.digest_name(metadata, entry);
         if let Some(digest) = self.digests.lock().get(&name) {
             return Ok(Some(LowerDigest { digest: *digest, is_new: false }));
         }

@@ -186,10 +186,7 @@ impl Destination {
         let kinds = kinds_to_try(self.mode, true);
         let is_possible = |kind: &Link| match kind {
             Link::Hard => source.hard_link(&target).and_then(|()| target.unlink()).is_ok(),
-            Link::Reflink => {
-                let cloned = source.open(false).and_then(|from| reflink(&from, &target, 0o666));
-                cloned.and_then(|()| target.unlink()).is_ok()
-            }
+            Link::Reflink => reflink(&source, &target, 0o666).and_then(|()| target.unlink()).is_ok(),
             Link::Symlink => true,
             Link::Copy => false,
         };
@@ -588,7 +585,7 @@ fn create_file(
         // After a refusal, try the next kind. Any other error ends the call.
         let outcome = match kind {
             Link::Hard => hard_link(view, target, entry),
-            Link::Reflink => open_unchanged(view, entry).and_then(|from| reflink(&from, target, mode_of(entry))),
+            Link::Reflink => reflink(view, target, mode_of(entry)),
             Link::Symlink => target.symlink_to(&view.full()),
             // A copy reports its progress and its errors itself.
             Link::Copy => {
@@ -625,34 +622,24 @@ fn is_refusal(cause: &io::Error) -> bool {
     link::is_refusal(cause) || matches!(errno(cause), Some(Errno::INVAL | Errno::NOTTY))
 }
 
-/// Creates a hard link to `view`, which must be a read-only file of the right size. Otherwise returns a refusal, as
-/// [`open_unchanged`] does.
+/// Creates a hard link to `view`, which must be a read-only file of the right size.
 fn hard_link(view: &RootedPath, target: &RootedPath, entry: &FileEntry) -> io::Result<()> {
     // Check the new link, not the view: another user of a shared directory may replace the view at any time.
     view.hard_link(target)?;
-    if is_as_published(&target.metadata()?, entry) {
+    let linked = target.metadata()?;
+    if linked.is_file() && linked.len() == entry.size && linked.mode() & 0o222 == 0 {
         return Ok(());
     }
+    // Return a refusal. The caller then tries the next kind of link: a reflink, whose bytes are not verified, or a
+    // copy, whose bytes are.
     target.unlink()?;
     Err(Errno::PERM.into())
 }
 
-/// Opens `view`, which must be a read-only file of the right size. Otherwise returns a refusal: the caller then makes a
-/// copy, whose bytes are verified.
-fn open_unchanged(view: &RootedPath, entry: &FileEntry) -> io::Result<fs::File> {
-    let file = view.open(false)?;
-    if is_as_published(&Metadata::of(&file)?, entry) { Ok(file) } else { Err(Errno::PERM.into()) }
-}
-
-/// Returns true if a file is read-only and has the right size, as it was published.
-fn is_as_published(metadata: &Metadata, entry: &FileEntry) -> bool {
-    metadata.is_file() && metadata.len() == entry.size && metadata.mode() & 0o222 == 0
-}
-
-/// Creates a reflink of the open file `from`, and syncs it.
-fn reflink(from: &fs::File, target: &RootedPath, mode: u32) -> io::Result<()> {
-    let to = target.create_new(mode)?;
-    let cloned = ioctl_ficlone(&to, from).map_err(io::Error::from).and_then(|()| to.sync_all());
+/// Creates a reflink of `view`, and syncs it.
+fn reflink(view: &RootedPath, target: &RootedPath, mode: u32) -> io::Result<()> {
+    let (from, to) = (view.open(false)?, target.create_new(mode)?);
+    let cloned = ioctl_ficlone(&to, &from).map_err(io::Error::from).and_then(|()| to.sync_all());
     if cloned.is_err() {
         let _ = target.unlink();
     }

@@ -80,13 +80,20 @@ impl Disk {
         if let Err(error) = staging.discard() {
             tracing::debug!(%error, "the staging folder cannot be removed; it stays until the next sweep");
         }
-        if link.is_some_and(|link| link != Link::Hard) {
-            // Remove each blob to which no view could be linked.
-            let mut guard = self.lock_budget()?;
-            blobs.keys().try_for_each(|digest| guard.remove_if_last_link(&self.layout().blob(digest)).map(|_| ()))?;
-            guard.release()?;
+        // Step 5: remove each blob to which no view could be linked. This may fail, too: the next sweep finds them.
+        if link.is_some_and(|link| link != Link::Hard)
+            && let Err(error) = self.remove_unused_blobs(blobs.keys())
+        {
+            tracing::debug!(%error, "unused blobs stay until the next sweep");
         }
         Ok(LeasedArtifact { manifest: Arc::new(manifest), dir, link, is_lower: false, lease: Some(lease.into()) })
+    }
+
+    /// Removes those of the blobs to which no view is linked.
+    fn remove_unused_blobs<'a>(&self, mut digests: impl Iterator<Item = &'a Digest>) -> Result<()> {
+        let mut guard = self.lock_budget()?;
+        digests.try_for_each(|digest| guard.remove_if_last_link(&self.layout().blob(digest)).map(drop))?;
+        guard.release()
     }
 
     /// Takes the shared lease of the artifact in `dir`.
@@ -157,7 +164,7 @@ impl Disk {
                     .artifact(&listing.key));
             }
         }
-        // Mark the record dirty and write the change log before the first change on disk.
+        // Write the change log, then mark the budget record dirty, before the first change on disk.
         guard.begin_change_of(dir)?;
         modes::make_dir(&dir.files()).at("make", &dir.files())?;
         let (views, mount, mut link) = (dir.files().opened(), self.current_mount(), None);
@@ -195,9 +202,9 @@ impl Disk {
         }
         let bare = listing.clone().without_holdings();
         let stagings = self.layout().stagings();
-        // If locks do not exclude other processes, create a missing manifest before any view is changed, and never
-        // replace one. Of two writers with different content, the second then finds the manifest of the first and
-        // fails.
+        // If locks do not exclude other processes, create a missing manifest here, before any view is changed. `create`
+        // does not replace an existing file: of two writers with different content, the second finds the manifest of
+        // the first and fails.
         if self.locks_are_honest() || files::create(&dir.manifest(), &bare.to_bytes()?, &stagings)? {
             return Ok(bare);
         }

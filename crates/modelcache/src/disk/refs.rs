@@ -58,7 +58,7 @@ impl Disk {
         files::replace_hint(&path, &serde_json::to_vec(&stored).unwrap_or_default(), &self.layout().stagings())
     }
 
-    /// Returns the revisions of `name` that are remembered. A name that was shortened because of its length is left out.
+    /// Returns the revisions of `name` that are remembered. A revision whose file name was shortened is left out.
     pub(crate) fn remembered_revisions(&self, name: &ArtifactName) -> Result<Vec<String>> {
         let paths = files::entries(&self.layout().refs_of(name))?;
         Ok(paths.iter().filter_map(|path| unescape(path.name())).collect())

@@ -85,10 +85,9 @@ struct HeaderLimit<R> {
 impl<R: Read> Read for HeaderLimit<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = self.stream.read(buffer)?;
-        self.left = self
-            .left
-            .checked_sub(read as u64)
-            .ok_or_else(|| over_limit("its headers and files take too many times the size of the archive"))?;
+        self.left = self.left.checked_sub(read as u64).ok_or_else(|| {
+            over_limit("its headers and files together take more than twice as many bytes as its files alone may take")
+        })?;
         match self.header_bytes.get() {
             u64::MAX => {}
             so_far if so_far + read as u64 > ARCHIVE_HEADER_BYTES_MAX => {

@@ -5,9 +5,9 @@
 //! because there are too few registers. Without the extensions, the streams are hashed one after the other, with equal
 //! results.
 //!
-//! The only `unsafe` of the library is a single call in this module. Words are passed by value instead of by pointer;
-//! the compiler turns this into plain vector loads. Source: FIPS 180-4, 6.2.2; Intel SDM, `SHA256RNDS2`, `SHA256MSG1`,
-//! `SHA256MSG2`.
+//! The only `unsafe` of the library is a single call in this module. The intrinsics that load vectors through a pointer
+//! would need more of it. The vectors are built from words passed by value instead, which the compiler turns into plain
+//! vector loads. Source: FIPS 180-4, 6.2.2; Intel SDM, `SHA256RNDS2`, `SHA256MSG1`, `SHA256MSG2`.
 
 use super::{BLOCK, State};
 use sha2::block_api::compress256;

@@ -245,7 +245,7 @@ impl Source for BucketSource {
         self.reads.saw_other_etag()
     }
 
-    fn stated_by(&self, path: &FilePath) -> Option<String> {
+    fn digest_stated_by(&self, path: &FilePath) -> Option<String> {
         self.unmanaged.get()?.stated_by(path).map(str::to_owned)
     }
 }

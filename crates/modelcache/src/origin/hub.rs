@@ -300,8 +300,8 @@ impl Hub {
         self.http.follow(url, request).await
     }
 
-    /// Converts an error response to a request for a repository into an error. `account_check` maps the statuses of
-    /// `whoami` itself, and `api` handles missing revisions and unknown calls.
+    /// Returns the error for an unsuccessful response to a request for a repository. `account_check` maps the statuses
+    /// of `whoami` itself, and `api` handles missing revisions and unknown calls.
     async fn error_of(&self, fetched: FinalResponse, repo: &HubRepo, path: Option<&FilePath>) -> Error {
         let FinalResponse { response, url, is_same_origin, .. } = fetched;
         let response = HttpErrorResponse::read(&self.http, response, is_same_origin).await;

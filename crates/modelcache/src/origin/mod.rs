@@ -10,9 +10,8 @@
 //! contract in [`source`](crate::source) and passes its conformance suite.
 //!
 //! - If an origin lists no files, the artifact does not exist: `NotFound`, and nothing is stored.
-//! - Credentials are sent only to the scheme, host and port that they were configured for, or over TLS to the same
-//!   host.
-//!   Other redirect targets do not get them.
+//! - Credentials are sent only to the scheme, host and port that they were configured for, and those for http also to
+//!   https on the same host. Other redirect targets do not get them.
 //! - No connection is made and no certificate is read before the first request.
 //!
 //! # An application's own origin
@@ -157,7 +156,7 @@ impl Origins {
 
     /// Returns `reference` completed from the configuration: an MLflow reference gets its server, which is part of its
     /// key.
-    pub fn placed(&self, reference: &Reference) -> Reference {
+    pub fn completed(&self, reference: &Reference) -> Reference {
         let mut reference = reference.clone();
         if let Some(origin) = self.of(&reference) {
             origin.complete(&mut reference.target);

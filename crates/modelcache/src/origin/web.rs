@@ -10,8 +10,8 @@
 //! response that differs is requested again a few times; then the read fails as superseded.
 //!
 //! Digests come from `Repr-Digest`, `Digest`, `Content-Digest` and `X-Checksum-Sha256`, and from a `.sha256` file
-//! beside the file. Credentials are sent only to the scheme, host and port of the reference's URL, or over TLS to the
-//! same host.
+//! beside the file. Credentials are sent only to the scheme, host and port of the reference's URL, and those for
+//! http also to https on the same host.
 
 use super::authorization;
 use super::http::{self, FinalResponse, Http, HttpErrorResponse, Request, Server};

@@ -9,11 +9,8 @@ use percent_encoding::percent_decode_str;
 use std::fmt;
 
 /// The scheme of local folders and files.
-pub(crate) static SCHEME: Scheme = Scheme {
-    decodes_escapes: true,
-    keeps_versions: false,
-    ..Scheme::built_in("file://", &["file"], "file:///folder-or-file", parse)
-};
+pub(crate) static SCHEME: Scheme =
+    Scheme { decodes_escapes: true, ..Scheme::built_in("file://", &["file"], "file:///folder-or-file", parse) };
 
 /// The absolute path of a local file or folder.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]

@@ -8,8 +8,9 @@ use crate::error::Result;
 use std::fmt;
 use std::hash::{Hash, Hasher};
 
-/// The prefix of the first segment in the names of an application's origin; the word of its scheme follows. No bare
-/// name may begin with it, so that a process without that origin cannot publish under such a name.
+/// The beginning of the names of all artifacts of an application's origin. The word before `://` of its scheme follows,
+/// as in `origin+shelf/novels`. No bare name may begin with it, so that a process without that origin cannot publish
+/// under such a name.
 pub(crate) const OWN_ORIGIN: &str = "origin+";
 
 /// A scheme of references, such as `hf://`.

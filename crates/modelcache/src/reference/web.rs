@@ -1,7 +1,7 @@
 //! References to one file on a web server: `https://host/path/file[@version]`.
 //!
-//! The last `@` after the final `/` precedes the version; an `@` in the file name is written `%40`. The artifact name
-//! has scheme, host, port, and every segment of the path.
+//! The last `@` after the final `/` precedes the version. In a reference without a version, an `@` in the file name is
+//! written `%40`. The artifact name has scheme, host, port, and every segment of the path.
 //!
 //! A URL with a query is refused. A query is often a signature, which would become a part of names, listings and logs,
 //! and which changes over time.
@@ -23,7 +23,6 @@ pub(crate) static SCHEME: Scheme = Scheme {
     alias: Some("http://"),
     decodes_escapes: true,
     redacts_errors: true,
-    keeps_versions: false,
     ..Scheme::built_in("https://", &["https", "http"], "https://host/file", parse)
 };
 

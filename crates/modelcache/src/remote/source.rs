@@ -138,7 +138,7 @@ impl Source for RemoteSource {
         self.reads.saw_other_etag()
     }
 
-    fn stated_by(&self, path: &FilePath) -> Option<String> {
+    fn digest_stated_by(&self, path: &FilePath) -> Option<String> {
         match self.contents.get() {
             Some(Some(RemoteContents::UnmanagedObjects(unmanaged))) => unmanaged.stated_by(path).map(str::to_owned),
             _ => None,

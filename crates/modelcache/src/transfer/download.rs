@@ -428,7 +428,7 @@ fn verify_whole_file(file: &DownloadFile, hashed: FileDigests) -> Result<FileEnt
     let is_expected_by_caller = entry.provenance == Some(Provenance::Caller);
     let mismatch = |what: &str, expected: String, got: String| {
         let tiers: Vec<String> = file.sources.iter().map(|source| source.tier().to_string()).collect();
-        let sidecar = file.sources.iter().find_map(|source| source.stated_by(&file.path));
+        let sidecar = file.sources.iter().find_map(|source| source.digest_stated_by(&file.path));
         let sidecar = sidecar.filter(|_| entry.provenance == Some(Provenance::Sidecar));
         let expected = match &sidecar {
             Some(sidecar) => format!("{expected} (from {sidecar})"),

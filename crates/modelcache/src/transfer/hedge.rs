@@ -17,7 +17,7 @@ struct Connection<'a> {
     stream: BoxStream<'a, Result<Bytes>>,
     /// Offset in the file of its next byte.
     position: u64,
-    /// The permit of the second connection. The first uses the permit of its reader.
+    /// The permit of the second connection. `None` for the first, whose permit is in the `RunRequest` (`part.rs`).
     _permit: Option<Permit>,
 }
 
@@ -58,7 +58,8 @@ impl<'a> HedgedRead<'a> {
         std::mem::take(&mut self.wasted_bytes)
     }
 
-    /// Returns the next bytes, which belong at offset `wanted`. Returns the end or the failure of the last connection.
+    /// Returns the next bytes, which belong at offset `wanted`. If the only remaining connection ends or fails, returns
+    /// `None` or its error.
     pub(super) async fn next(&mut self, wanted: u64) -> Option<Result<Bytes>> {
         poll_fn(|context| self.poll(wanted, context)).await
     }

@@ -2,8 +2,9 @@
 //!
 //! One request covers the whole run. With a ladder, each part is verified on its own. Received bytes are collected in
 //! slices. The workers hash and write one slice while the next one is received. A part has at most one slice with the
-//! workers, so that it is hashed in order. An interrupted part continues where it stopped, a part that fails verification
-//! is downloaded once more, and a request that is far slower than others gets a second connection (`hedge.rs`).
+//! workers, so that it is hashed in order. An interrupted part continues where it stopped, a part that fails
+//! verification is downloaded once more, and a request that is far slower than others gets a second connection
+//! (`hedge.rs`).
 
 use super::buffer::{Buffer, SLICE_BYTES};
 use super::download::{DownloadFile, Failures, LocalBytes, PartFailure};
@@ -324,7 +325,7 @@ impl PartTask {
             // requested.
             let is_whole_file = range.start == 0 && end == self.file.entry.size;
             if is_whole_file && body.start != 0 {
-                let message = format!("the whole file was requested, and the response begins at byte {}", body.start);
+                let message = format!("the response begins at byte {}, not at byte {}", body.start, requested.start);
                 return Err(Error::corrupt(message).tier(source.tier()).transient(false).into());
             }
             if body.start != 0 || part.next != range.start {

@@ -1,4 +1,4 @@
-//! Row for one large file that the daemon has, to one client, beside nginx.
+//! Row for the transfer of one large file, which the daemon has on disk, to one client, compared with nginx.
 
 use super::{NGINX, artifact_url, fetch, put, start_daemon, start_nginx};
 use crate::comparison::{Entry, Line, OURS, best_peer, compare, ours, table};
