@@ -63,7 +63,18 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> u8 {
     modelcache::option_name::write_options_with(arguments::write_option);
     let args: Vec<OsString> = args.into_iter().collect();
     program::record(&args);
+    prefer_aes_128();
     code_or_panic(|| run_command(&args))
+}
+
+/// Makes TLS connections prefer AES-128-GCM to AES-256-GCM, as those of Go and of browsers do: it takes less processor
+/// time, and is as secure in practice.
+fn prefer_aes_128() {
+    let mut provider = rustls::crypto::aws_lc_rs::default_provider();
+    // The sort is stable: the order of the other suites stays.
+    provider.cipher_suites.sort_by_key(|suite| suite.suite() != rustls::CipherSuite::TLS13_AES_128_GCM_SHA256);
+    // Has no effect if this process has already chosen a provider.
+    let _ = provider.install_default();
 }
 
 /// Returns the exit code of `work`. The panic hook has reported a panic.
