@@ -386,6 +386,25 @@ fn the_remote_is_not_repaired_from_a_damaged_copy_on_disk() {
 }
 
 #[test]
+fn a_file_that_cannot_be_repaired_has_its_own_reason_although_another_one_is_repaired() {
+    let (house, commit) = House::with_model();
+    house.on("a").run(["get", "hf://org/model"]).path();
+    house.on("b").run(["get", "hf://org/model", "--include", "config.json"]).path();
+    for file in ["config.json", "model.safetensors"] {
+        house.s3.flip_byte(BUCKET, &house.s3_key(&format!("hf/org/model/{commit}"), file), 0).unwrap();
+    }
+    house.hub.down(true);
+    let verified = house.on("b").run(["verify", "--tier", "remote", "--repair", "--json"]);
+    assert_eq!(verified.code, Some(5), "{verified}");
+    let report: Value = serde_json::from_str(verified.stdout.lines().next().unwrap()).unwrap();
+    let findings = report["findings"].as_array().unwrap();
+    let of = |path: &str| findings.iter().find(|finding| finding["path"] == path).unwrap();
+    assert_eq!(of("config.json")["repaired_from"], "disk", "{findings:?}");
+    let remedy = text(&of("model.safetensors")["remedy"]);
+    assert!(remedy.starts_with("cannot be repaired: ") && remedy.contains("hf://org/model"), "{remedy}");
+}
+
+#[test]
 fn with_both_tiers_one_of_them_is_enough_and_neither_is_not_found() {
     let house = House::new();
     put(&house, "a");
@@ -401,7 +420,7 @@ fn get_verify_does_not_serve_damage_of_a_lower_directory() {
     rot(&put(&house, "baked").join("weights.bin"), 7);
     let run = || house.on("a").env("MODEL_CACHE_LOWER_DIR", house.path("baked"));
     assert!(run().run(["get", "m@1"]).path().starts_with(house.path("baked")), "a hit cannot see it");
-    let path = run().run(["get", "--verify", "m@1"]).path();
+    let path = run().run(["get", "--verify", "m@1"]).path_saying(&["the lower directory's copy is damaged"]);
     assert!(path.starts_with(house.path("a")), "{}", path.display());
     assert_same(&path.join("weights.bin"), &weights());
 }

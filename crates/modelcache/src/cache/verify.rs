@@ -262,8 +262,9 @@ impl Verification {
         let verified = self.cache.verify_disk(key, &Selection::all(), &self.run, progress).await?;
         let Some(mut verified) = verified else { return Ok(None) };
         if self.options.repair && !verified.is_right() {
-            let outcome = self.download(key, reference, &verified.findings).await;
-            record_repair(&mut verified.findings, |_| true, outcome, &no_right_copy());
+            let downloaded = self.download(key, reference, &verified.findings).await;
+            let remedy = downloaded.as_ref().err().map(cannot_be_repaired).unwrap_or_default();
+            record_repair(&mut verified.findings, |_| downloaded.as_ref().ok().copied(), &remedy);
         } else {
             verified.findings.iter_mut().for_each(|finding| {
                 finding.remedy.get_or_insert_with(|| {
@@ -311,23 +312,17 @@ impl Verification {
         }
         // Step 2: upload the files that are on disk now. Even if a download failed, other files can be repaired.
         let published = self.publish_from_disk(remote, key, &is_affected, progress).await;
-        let others = failure.clone().unwrap_or_else(no_right_copy);
-        let repaired = match (published, failure) {
-            (Ok(repaired), None) => Ok(repaired),
-            (Ok(repaired), Some(_)) if !repaired.is_empty() => Ok(repaired),
-            (_, Some(error)) | (Err(error), None) => Err(error),
+        let (uploaded, failure) = match published {
+            Ok(uploaded) => (uploaded, failure),
+            Err(error) => (BTreeSet::new(), failure.or(Some(error))),
         };
         // Step 3: record the result in the findings.
-        match repaired {
-            Ok(repaired) => {
-                let is_repaired = |finding: &Finding| match &finding.path {
-                    Some(path) => repaired.contains(path),
-                    None => !repaired.is_empty(),
-                };
-                record_repair(&mut verified.findings, is_repaired, Ok(from), &others);
-            }
-            Err(error) => record_repair(&mut verified.findings, |_| true, Err(error), &others),
-        }
+        let is_repaired = |finding: &Finding| match &finding.path {
+            Some(path) => uploaded.contains(path),
+            None => !uploaded.is_empty(),
+        };
+        let remedy = failure.as_ref().map_or_else(|| with_hint(&no_right_copy()), cannot_be_repaired);
+        record_repair(&mut verified.findings, |finding| is_repaired(finding).then_some(from), &remedy);
         let repaired = verified.findings.iter().filter(|finding| finding.path.is_some() && !finding.remains()).count();
         self.cache.metrics().update(|counts| counts.repaired_files.add(Tier::Remote, repaired as u64));
         Ok(Some(verified))
@@ -444,25 +439,18 @@ fn selection(findings: &[Finding]) -> Selection {
     paths.map_or_else(Selection::all, Selection::files)
 }
 
-/// Records the outcome of a repair in the findings. After a success, `is_repaired` returns true for the findings that
-/// are repaired, and `others` is the reason why the other ones are not.
-fn record_repair(
-    findings: &mut [Finding],
-    is_repaired: impl Fn(&Finding) -> bool,
-    outcome: Result<Tier>,
-    others: &Error,
-) {
+/// Records the outcome of a repair in the findings. `repaired_from` returns the tier that supplied the right bytes, or
+/// `None` for a finding that is not repaired and gets `remedy`.
+fn record_repair(findings: &mut [Finding], repaired_from: impl Fn(&Finding) -> Option<Tier>, remedy: &str) {
     for finding in findings.iter_mut().filter(|finding| finding.remains()) {
-        match &outcome {
-            Ok(tier) if is_repaired(finding) => {
-                finding.repaired_from = Some(*tier);
-                finding.remedy = None;
-            }
-            // The repair succeeded for other files, but not for this one.
-            Ok(_) => finding.remedy = Some(with_hint(others)),
-            Err(error) => finding.remedy = Some(format!("cannot be repaired: {}", with_hint(error))),
-        }
+        finding.repaired_from = repaired_from(finding);
+        finding.remedy = finding.repaired_from.is_none().then(|| remedy.to_owned());
     }
+}
+
+/// Returns the remedy of a finding whose repair failed with `error`.
+fn cannot_be_repaired(error: &Error) -> String {
+    format!("cannot be repaired: {}", with_hint(error))
 }
 
 /// Formats an error with its hint.
