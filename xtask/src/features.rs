@@ -5,10 +5,9 @@
 //! depend on them, are built once more.
 
 use crate::python::BUILD_XTASK;
-use crate::repository::cargo;
-use anyhow::{Context, Result, ensure};
+use crate::repository::{cargo, printed_by};
+use anyhow::{Result, ensure};
 use std::collections::BTreeSet;
-use std::process::Stdio;
 
 /// Compares the features that a build of xtask uses with those of all tests.
 pub(crate) fn check() -> Result<()> {
@@ -28,9 +27,7 @@ pub(crate) fn check() -> Result<()> {
 fn packages(selection: &[&str]) -> Result<BTreeSet<String>> {
     let mut command = cargo();
     command.args(["tree", "--prefix", "none", "--format", "{p} {f}"]).args(selection);
-    let output = command.stderr(Stdio::inherit()).output().context("cannot run cargo")?;
-    ensure!(output.status.success(), "cargo tree failed");
+    let printed = String::from_utf8(printed_by(&mut command)?)?;
     // A package whose dependencies were printed before is marked.
-    let lines = std::str::from_utf8(&output.stdout)?.lines();
-    Ok(lines.map(|line| line.trim_end_matches("(*)").trim_end().to_owned()).collect())
+    Ok(printed.lines().map(|line| line.trim_end_matches("(*)").trim_end().to_owned()).collect())
 }

@@ -26,13 +26,14 @@ pub fn cargo() -> Command {
 
 /// Returns what `cargo metadata` reports about the packages of the workspace.
 pub(crate) fn metadata() -> Result<Value> {
-    let output = cargo()
-        .args(["metadata", "--no-deps", "--format-version", "1"])
-        .stderr(Stdio::inherit())
-        .output()
-        .context("cannot run cargo")?;
-    ensure!(output.status.success(), "cargo metadata failed");
-    Ok(serde_json::from_slice(&output.stdout)?)
+    Ok(serde_json::from_slice(&printed_by(cargo().args(["metadata", "--no-deps", "--format-version", "1"]))?)?)
+}
+
+/// Runs a cargo command and returns what it prints to standard output.
+pub(crate) fn printed_by(command: &mut Command) -> Result<Vec<u8>> {
+    let output = command.stderr(Stdio::inherit()).output().context("cannot run cargo")?;
+    ensure!(output.status.success(), "`{}` failed", shell_line(command));
+    Ok(output.stdout)
 }
 
 /// Returns cargo's target folder.
@@ -107,9 +108,8 @@ pub fn build_native() -> Result<PathBuf> {
 
 /// Runs a cargo build and returns its JSON messages.
 fn build_messages(command: &mut Command) -> Result<Vec<Value>> {
-    let output = command.stderr(Stdio::inherit()).output().context("cannot run cargo")?;
-    ensure!(output.status.success(), "modelcache does not build");
-    let lines = output.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
+    let printed = printed_by(command)?;
+    let lines = printed.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
     Ok(lines.filter_map(|line| serde_json::from_slice(line).ok()).collect())
 }
 
