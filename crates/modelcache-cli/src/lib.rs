@@ -67,9 +67,9 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> u8 {
     code_or_panic(|| run_command(&args))
 }
 
-/// Makes TLS connections prefer AES-128-GCM to AES-256-GCM, as those of Go and of browsers do: it takes less processor
-/// time, and is as secure in practice.
-fn prefer_aes_128() {
+/// Makes the TLS connections of this program prefer AES-128-GCM to AES-256-GCM, as those of Go and of browsers do: it
+/// takes less processor time, and is as secure in practice. For the Python package, the program is its native module.
+pub fn prefer_aes_128() {
     let mut provider = rustls::crypto::aws_lc_rs::default_provider();
     // The sort is stable: the order of the other suites stays.
     provider.cipher_suites.sort_by_key(|suite| suite.suite() != rustls::CipherSuite::TLS13_AES_128_GCM_SHA256);

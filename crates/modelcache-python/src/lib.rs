@@ -98,5 +98,6 @@ mod _native {
     fn init() {
         std::panic::set_hook(Box::new(failure::print_panic));
         modelcache::option_name::write_options_with(keywords::write_option);
+        modelcache_cli::prefer_aes_128();
     }
 }
